@@ -1,0 +1,48 @@
+# Everything here sets itself up: it needs Python 3.11 or newer, and a package index.
+# A second run reuses the environment (.venv) and the model (.models).
+.PHONY: help setup lint test demo clean
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+MODEL := .models/smollm2-135m
+INSTALLED := .venv/.installed
+UV := .venv/bin/uv
+
+# uv does not read pip's setting for local wheels. Without local wheels, torch comes from its own CPU index.
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+ifndef UV_FIND_LINKS
+export UV_TORCH_BACKEND ?= cpu
+endif
+
+help:
+	@echo "make demo   stock vLLM against KvLLM on a small model, side by side"
+	@echo "make test   lint, types and tests"
+	@echo "make lint   ruff and mypy alone"
+	@echo "make setup  the environment alone, in .venv"
+	@echo "make clean  remove the environment and the caches, not the models"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	test -x $(UV) || .venv/bin/python -m pip install --quiet uv
+	$(UV) pip install --python .venv/bin/python --editable '.[cpu,dev]'
+	touch $@
+
+$(MODEL)/config.json: | $(INSTALLED)
+	.venv/bin/kvllm fetch smollm2-135m $(MODEL)
+
+lint: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+test: lint $(MODEL)/config.json
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+demo: $(INSTALLED) $(MODEL)/config.json
+	.venv/bin/kvllm demo --model $(MODEL)
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

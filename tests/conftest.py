@@ -1,0 +1,23 @@
+"""What several test modules need."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+DEFAULT_MODEL = Path(__file__).parent.parent / ".models" / "smollm2-135m"
+
+# Before anything imports Hugging Face libraries: tests read local folders only.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    """The folder of SmolLM2-135M-Instruct: $KVLLM_TEST_MODEL, or the one that `make test` fetches."""
+    folder = Path(os.environ.get("KVLLM_TEST_MODEL", DEFAULT_MODEL))
+    if not (folder / "config.json").exists():
+        pytest.fail(f"no model in {folder}: run `kvllm fetch smollm2-135m {DEFAULT_MODEL}`, or set KVLLM_TEST_MODEL.")
+    return folder
