@@ -1,0 +1,115 @@
+"""What a user can set: one validated dataclass, shared by the engine, the reference, the CLI and the server."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from kvllm.methods import check_method
+
+POLICIES = ("window", "budget")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvConfig:
+    """The one home of these defaults: every front end takes its options from here.
+
+    Sizes are in tokens. A `retention_ratio` of 1.0 turns compression off. The block size is vLLM's and known only
+    once an engine exists, so what depends on it is checked by `kvllm.layout.Geometry`.
+    """
+
+    method: str = field(default="kara", metadata={"help": "Method that scores and selects; see `kvllm methods`."})
+    method_options: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"help": "The method's own options, as JSON."}
+    )
+    policy: str = field(
+        default="window",
+        metadata={"help": "window: each window is compressed once; budget: cut to `budget_size`, again and again."},
+    )
+    retention_ratio: float = field(
+        default=0.3, metadata={"help": "Share of a window that survives, in (0, 1]; 1.0 = no compression."}
+    )
+    window_size: int = field(
+        default=256, metadata={"help": "Tokens compressed at once; a multiple of vLLM's block size."}
+    )
+    buffer_size: int = field(default=64, metadata={"help": "Newest tokens, never compressed."})
+    max_chunk_size: int = field(default=8, metadata={"help": "Longest chunk that Token2Chunk grows; 1 = none."})
+    query_stride: int = field(default=8, metadata={"help": "Keep the queries of every n-th token for scoring."})
+    budget_size: int = field(
+        default=2048, metadata={"help": "policy=budget: generated tokens kept; a multiple of the block size."}
+    )
+    budget_interval: int = field(
+        default=128, metadata={"help": "policy=budget: tokens between two cuts; a multiple of the block size."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the methods that draw at random."})
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        check_retention_ratio(self.retention_ratio)
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy={self.policy!r}: must be one of {', '.join(POLICIES)}.")
+        for name in ("window_size", "buffer_size", "max_chunk_size", "query_stride", "budget_size", "budget_interval"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive, a number of tokens.")
+        for name in self._aligned_to_stride():
+            if getattr(self, name) % self.query_stride:
+                raise ValueError(
+                    f"query_stride={self.query_stride}: must divide {name}={getattr(self, name)}, "
+                    f"so that every window is scored by the same number of queries; try a power of two."
+                )
+        check_method(self)
+
+    def _aligned_to_stride(self) -> tuple[str, ...]:
+        if self.policy == "window":
+            return ("window_size", "buffer_size")
+        return ("window_size", "buffer_size", "budget_size", "budget_interval")
+
+    def _check_types(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            expected = {"str": str, "int": int, "float": (int, float)}.get(str(f.type), Mapping)
+            if not isinstance(value, expected) or isinstance(value, bool):  # type: ignore[arg-type]
+                raise ValueError(f"{f.name}={value!r}: expected {f.type}.")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether requests are compressed unless they say otherwise."""
+        return self.retention_ratio < 1.0
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> KvConfig:
+        """Build from a mapping, such as `additional_config["kvllm"]`; an unknown key is refused by name."""
+        if not isinstance(options, Mapping):
+            raise ValueError(f"kvllm={options!r}: expected a mapping of options, such as {{'retention_ratio': 0.3}}.")
+        known = [f.name for f in fields(cls)]
+        for key in options:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"options are {', '.join(known)}."
+                raise ValueError(f"kvllm has no option {key!r}; {hint}")
+        return cls(**options)
+
+    @classmethod
+    def from_json(cls, text: str) -> KvConfig:
+        """Build from a JSON object in a string."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as e:
+            raise ValueError(f"kvllm options are not valid JSON ({e}): {text}") from e
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict that `from_dict` takes back and JSON can hold."""
+        return asdict(replace(self, method_options=dict(self.method_options)))
+
+
+def check_retention_ratio(value: Any, name: str = "retention_ratio") -> float:
+    """Return `value` as a float; raise ValueError unless it is a share in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(
+            f"{name}={value!r}: this is the share that survives, in (0, 1]. To drop 30% of each window, use 0.7; "
+            "to turn compression off, use 1.0."
+        )
+    return float(value)

@@ -1,0 +1,179 @@
+"""Where the tokens of a request are: the arithmetic of docs/design.md, section 2, and nothing else.
+
+Logical indices count the tokens of the text; physical ones count what is left of them in the KV cache. Both follow
+from the prompt length and the number of computed tokens alone, so scheduler and worker never exchange a layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvllm.config import KvConfig
+
+IntArray = npt.NDArray[np.int64]
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of one configuration with vLLM's block size, in tokens; all but the buffer are whole blocks.
+
+    A compression ("event") turns `num_candidates` neighbouring physical tokens into `num_kept`, in the first blocks
+    of their own space, and frees the rest. Event k of a request happens at the first step that starts with
+    `protected_len + num_candidates + k * interval + buffer_size` computed tokens.
+
+    window policy: num_candidates = interval = W, and event k takes window k.
+    budget policy: num_candidates = B + D, interval = D, and every event takes all generated tokens but the buffer.
+    """
+
+    block_size: int
+    policy: str
+    num_candidates: int
+    num_kept: int
+    interval: int
+    buffer_size: int
+
+    @classmethod
+    def from_config(cls, config: KvConfig, block_size: int, retention_ratio: float | None = None) -> Geometry | None:
+        """The geometry of `config`, or None where nothing is compressed (ratio 1.0).
+
+        Raises ValueError, naming option, value and remedy, where the sizes do not fit the block size.
+        """
+        ratio = config.retention_ratio if retention_ratio is None else retention_ratio
+        if ratio >= 1.0:
+            return None
+        if config.policy == "budget":
+            for name in ("budget_size", "budget_interval"):
+                _check_multiple(name, getattr(config, name), block_size)
+            return cls(
+                block_size=block_size,
+                policy="budget",
+                num_candidates=config.budget_size + config.budget_interval,
+                num_kept=config.budget_size,
+                interval=config.budget_interval,
+                buffer_size=config.buffer_size,
+            )
+        _check_multiple("window_size", config.window_size, block_size)
+        return cls(
+            block_size=block_size,
+            policy="window",
+            num_candidates=config.window_size,
+            num_kept=num_kept(ratio, config.window_size, block_size),
+            interval=config.window_size,
+            buffer_size=config.buffer_size,
+        )
+
+    @property
+    def num_freed(self) -> int:
+        """Tokens that one event frees."""
+        return self.num_candidates - self.num_kept
+
+    def protected_len(self, num_prompt_tokens: int) -> int:
+        """P': the prompt, rounded up to whole blocks; never compressed."""
+        return ceil_div(num_prompt_tokens, self.block_size) * self.block_size
+
+    def num_events(self, num_prompt_tokens: int, num_computed_tokens: int) -> int:
+        """How many compressions a request has behind it once the step that starts with this many tokens has begun."""
+        grown = num_computed_tokens - self.protected_len(num_prompt_tokens) - self.buffer_size - self.num_candidates
+        return 0 if grown < 0 else grown // self.interval + 1
+
+    def event_at(self, num_prompt_tokens: int, event: int) -> int:
+        """The number of computed tokens at which event number `event` (from 0) is due."""
+        return self.protected_len(num_prompt_tokens) + self.num_candidates + event * self.interval + self.buffer_size
+
+    def physical_len(self, num_prompt_tokens: int, num_computed_tokens: int) -> int:
+        """Tokens that a request holds in the cache."""
+        return num_computed_tokens - self.num_events(num_prompt_tokens, num_computed_tokens) * self.num_freed
+
+    def max_chunk(self, num_prompt_tokens: int, num_computed_tokens: int) -> int:
+        """Most tokens the next step may compute, so that a resumed request sees what it saw the first time.
+
+        A step never runs past an event. The step that starts at an event stays inside its last block: the blocks
+        freed by the event come back only with the step after, and so a resumed request needs no more than it did.
+        """
+        events = self.num_events(num_prompt_tokens, num_computed_tokens)
+        to_event = self.event_at(num_prompt_tokens, events) - num_computed_tokens
+        if events and num_computed_tokens == self.event_at(num_prompt_tokens, events - 1):
+            return min(to_event, self.block_size - num_computed_tokens % self.block_size)
+        return to_event
+
+    def peak_blocks(self, num_prompt_tokens: int, num_tokens: int) -> int:
+        """Most blocks a request ever holds while it grows to `num_tokens`.
+
+        An event's blocks are freed one step after it, so just before that the request holds one token more than
+        its event asked for.
+        """
+        events = self.num_events(num_prompt_tokens, num_tokens - 1)
+        now = num_tokens - events * self.num_freed
+        before = self.event_at(num_prompt_tokens, events - 1) + 1 - (events - 1) * self.num_freed if events else 0
+        return ceil_div(max(now, before), self.block_size)
+
+    def freed_blocks(self, num_prompt_tokens: int, event: int) -> range:
+        """Logical blocks that event number `event` empties."""
+        first = self.protected_len(num_prompt_tokens) + self.num_kept + event * self.interval
+        return range(first // self.block_size, (first + self.num_freed) // self.block_size)
+
+    def candidate_start(self, num_prompt_tokens: int, event: int) -> int:
+        """Physical index, just before event number `event`, of its first candidate."""
+        survivors = event * self.num_kept if self.policy == "window" else 0
+        return self.protected_len(num_prompt_tokens) + survivors
+
+    def block_map(self, num_prompt_tokens: IntArray, num_events: IntArray, num_blocks: int) -> IntArray:
+        """Logical block behind each physical block.
+
+        num_prompt_tokens, num_events: [num_reqs]
+        returns [num_reqs, num_blocks]; entries past a request's length go on counting, and mean nothing
+        """
+        kept, candidates, step = (n // self.block_size for n in (self.num_kept, self.num_candidates, self.interval))
+        protected = -(-num_prompt_tokens[:, None] // self.block_size)
+        events = num_events[:, None]
+        physical = np.arange(num_blocks, dtype=np.int64)[None, :] - protected
+        groups = events if self.policy == "window" else np.minimum(events, 1)
+        survivor = physical // kept * step + physical % kept
+        raw = physical - groups * kept + np.where(events > 0, candidates + (events - 1) * step, 0)
+        generated = np.where(physical < groups * kept, survivor, raw)
+        return protected + np.where(physical < 0, physical, generated)
+
+    def max_tokens_that_fit(self, num_prompt_tokens: int, num_blocks: int) -> int:
+        """Longest text (prompt included) that one request may reach with `num_blocks` blocks; 0 if none."""
+        if self.peak_blocks(num_prompt_tokens, num_prompt_tokens + 1) > num_blocks:
+            return 0
+        low, high = num_prompt_tokens + 1, num_prompt_tokens + 2
+        while self.peak_blocks(num_prompt_tokens, high) <= num_blocks and high < 1 << 40:
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.peak_blocks(num_prompt_tokens, middle) <= num_blocks else (low, middle)
+        return low
+
+
+def num_kept(retention_ratio: float, window_size: int, block_size: int) -> int:
+    """K: survivors of a window, `retention_ratio * window_size` rounded to whole blocks.
+
+    The one place that rounds. Raises ValueError where no block or no saving would be left.
+    """
+    blocks = int(retention_ratio * window_size / block_size + 0.5)
+    if not 0 < blocks < window_size // block_size:
+        lowest, highest = block_size / window_size, 1 - block_size / window_size
+        what = "no block" if blocks == 0 else "every block"
+        raise ValueError(
+            f"retention_ratio={retention_ratio}: with window_size={window_size} and blocks of {block_size} tokens "
+            f"this keeps {what} of a window. Use a ratio from {lowest:.3g} to {highest:.3g}, a larger window_size or "
+            "a smaller --block-size; 1.0 turns compression off."
+        )
+    return blocks * block_size
+
+
+def _check_multiple(name: str, value: int, block_size: int) -> None:
+    if value % block_size:
+        nearest = ceil_div(value, block_size) * block_size
+        raise ValueError(
+            f"{name}={value}: must be a multiple of the KV block size, {block_size} tokens; "
+            f"use {nearest}, or choose a --block-size that divides {value}."
+        )

@@ -1,0 +1,88 @@
+"""What every method implements. A method scores and selects; it knows nothing of blocks, engines or policies."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """The tokens that are candidates of one compression, for a batch of (request, layer) pairs.
+
+    queries:         [batch, num_queries, num_heads, head_dim], after RoPE; the newest tokens' queries, every
+                     `query_stride`-th of them
+    query_positions: [num_queries], counted from the first candidate; may lie past the last one (the buffer) and
+                     need not ascend
+    keys, values:    [batch, num_tokens, num_kv_heads, head_dim], keys after RoPE
+    positions:       [batch, num_kv_heads, num_tokens], place in the text of each candidate (int64)
+    layers:          [batch], index of the layer (int64)
+    """
+
+    queries: Tensor
+    query_positions: Tensor
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    layers: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.keys.shape[2]
+
+    def grouped_queries(self) -> Tensor:
+        """[batch, num_kv_heads, group_size, num_queries, head_dim] in float32: each KV head with its own queries."""
+        grouped = self.queries.float().unflatten(2, (self.num_kv_heads, -1))
+        return grouped.permute(0, 2, 3, 1, 4)
+
+    def logits(self) -> Tensor:
+        """[batch, num_kv_heads, group_size, num_queries, num_tokens] in float32: scaled dot products, unmasked."""
+        scale = self.keys.shape[-1] ** -0.5
+        return torch.einsum("bhgqd,bthd->bhgqt", self.grouped_queries(), self.keys.float()) * scale
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What survives: indices into the window, and new keys and values where the method changes them.
+
+    indices:      [batch, num_kv_heads, num_kept], ascending (int64)
+    keys, values: [batch, num_kept, num_kv_heads, head_dim], or None: the kept tokens' own
+    """
+
+    indices: Tensor
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+
+class Method(ABC):
+    """A frozen dataclass whose fields are its `method_options`; state that a request needs is not kept here."""
+
+    @abstractmethod
+    def score(self, window: Window) -> Tensor:
+        """[batch, num_kv_heads, num_tokens] in float32: the higher, the longer a token should live."""
+
+    def select(self, scores: Tensor, num_kept: int) -> Tensor:
+        """The `num_kept` best of each head, ties to the earlier token, in text order.
+
+        scores:  [batch, num_kv_heads, num_tokens]
+        returns  [batch, num_kv_heads, num_kept], ascending (int64)
+        """
+        return top_k(scores, num_kept)
+
+    def compress(self, window: Window, num_kept: int) -> Kept:
+        """Score and select; a method that merges what it evicts overrides this."""
+        return Kept(self.select(self.score(window), num_kept))
+
+
+def top_k(scores: Tensor, num_kept: int) -> Tensor:
+    """Indices of the `num_kept` largest along the last axis, ascending; of equals, the earlier ones."""
+    # A stable sort, since topk leaves the order of equals to the device.
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :num_kept]
+    return order.sort(dim=-1).values
