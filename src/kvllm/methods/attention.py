@@ -1,0 +1,42 @@
+"""What the methods that look at attention share: who sees whom, the newest queries, causal weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvllm.methods.base import Window
+
+
+def query_places(window: Window) -> Tensor:
+    """[batch, num_kv_heads, num_queries]: place in the text of each query.
+
+    The last candidate has always stood right before the buffer, so queries are counted from it: under the budget
+    policy older candidates no longer lie side by side.
+    """
+    from_last = window.query_positions - (window.num_tokens - 1)
+    return window.positions[..., -1:] + from_last
+
+
+def newest_queries(window: Window, count: int) -> Window:
+    """The same window with only its `count` newest queries, oldest first; all of them if it has fewer."""
+    newest = window.query_positions.argsort()[-count:]
+    return replace(window, queries=window.queries[:, newest], query_positions=window.query_positions[newest])
+
+
+def seen(window: Window) -> Tensor:
+    """[batch, num_kv_heads, num_queries, num_tokens] bool: whether the query stands at or after the token."""
+    return window.positions.unsqueeze(-2) <= query_places(window).unsqueeze(-1)
+
+
+def causal_attention(window: Window) -> Tensor:
+    """Each query's softmax over the candidates that it sees; zeros where it sees none.
+
+    returns [batch, num_kv_heads, group_size, num_queries, num_tokens] in float32
+    """
+    mask = seen(window).unsqueeze(2)
+    # A finite floor instead of -inf: a row without any key then gives numbers to multiply away, not NaN.
+    logits = window.logits().masked_fill(~mask, torch.finfo(torch.float32).min)
+    return logits.softmax(dim=-1) * mask
