@@ -47,8 +47,8 @@ class KvConfig:
     seed: int = field(default=0, metadata={"help": "Seed of the methods that draw at random."})
 
     def __post_init__(self) -> None:
-        self._check_types()
         check_retention_ratio(self.retention_ratio)
+        self._check_types()
         if self.policy not in POLICIES:
             raise ValueError(f"policy={self.policy!r}: must be one of {', '.join(POLICIES)}.")
         for name in ("window_size", "buffer_size", "max_chunk_size", "query_stride", "budget_size", "budget_interval"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvllm.config import KvConfig
+from kvllm.config import KvConfig, check_retention_ratio
 
 IntArray = npt.NDArray[np.int64]
 
@@ -45,7 +45,7 @@ class Geometry:
 
         Raises ValueError, naming option, value and remedy, where the sizes do not fit the block size.
         """
-        ratio = config.retention_ratio if retention_ratio is None else retention_ratio
+        ratio = check_retention_ratio(config.retention_ratio if retention_ratio is None else retention_ratio)
         if ratio >= 1.0:
             return None
         if config.policy == "budget":
@@ -158,6 +158,11 @@ def num_kept(retention_ratio: float, window_size: int, block_size: int) -> int:
 
     The one place that rounds. Raises ValueError where no block or no saving would be left.
     """
+    if window_size < 2 * block_size:
+        raise ValueError(
+            f"window_size={window_size}: with blocks of {block_size} tokens nothing could be freed; "
+            f"use at least {2 * block_size}, or a smaller --block-size."
+        )
     blocks = int(retention_ratio * window_size / block_size + 0.5)
     if not 0 < blocks < window_size // block_size:
         lowest, highest = block_size / window_size, 1 - block_size / window_size
