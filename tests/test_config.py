@@ -1,0 +1,209 @@
+"""Every bad option is refused when the config is built, naming the option, its value and what to do."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from kvllm.config import KvConfig, check_retention_ratio
+from kvllm.layout import Geometry
+from kvllm.methods import make_method
+from kvllm.methods.h2o import H2O
+from kvllm.methods.recent import Recent
+
+
+def refusal(options: dict) -> str:
+    with pytest.raises(ValueError) as error:
+        KvConfig.from_dict({"method": "recent", **options})
+    return str(error.value)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.0, -0.3, 1.01, float("nan"), float("inf"), True, False, "0.3", None])
+def test_retention_ratio_outside_0_1_is_refused(ratio):
+    message = refusal({"retention_ratio": ratio})
+    assert f"retention_ratio={ratio!r}" in message
+    assert "the share that survives, in (0, 1]" in message and "use 1.0" in message
+
+
+@pytest.mark.parametrize("ratio", [0, 1.01, True, "0.3", None])
+def test_a_requests_own_ratio_is_refused_under_its_own_name(ratio):
+    with pytest.raises(ValueError, match="kv_retention_ratio="):
+        check_retention_ratio(ratio, name="kv_retention_ratio")
+
+
+def test_check_retention_ratio_returns_a_float():
+    assert check_retention_ratio(1) == 1.0 and isinstance(check_retention_ratio(1), float)
+
+
+SIZES = ("window_size", "buffer_size", "max_chunk_size", "query_stride", "budget_size", "budget_interval")
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("value", [0, -16])
+def test_sizes_must_be_positive(name, value):
+    assert f"{name}={value}: must be positive" in refusal({name: value})
+
+
+@pytest.mark.parametrize("name", (*SIZES, "seed"))
+@pytest.mark.parametrize("value", [64.0, "64", True, None])
+def test_sizes_must_be_integers(name, value):
+    assert refusal({name: value}).startswith(f"{name}={value!r}: expected int")
+
+
+@pytest.mark.parametrize("name, value", [("method", 3), ("policy", None), ("method_options", ["a"])])
+def test_other_types_are_checked_too(name, value):
+    assert refusal({name: value}).startswith(f"{name}={value!r}: expected ")
+
+
+def test_unknown_policy_is_refused_with_the_known_ones():
+    message = refusal({"policy": "windows"})
+    assert "policy='windows'" in message and "window, budget" in message
+
+
+def test_unknown_method_is_refused_with_a_suggestion():
+    assert refusal({"method": "recnt"}) == "no method named 'recnt'; did you mean 'recent'?"
+
+
+def test_a_method_like_no_other_is_refused_with_the_list():
+    message = refusal({"method": "zzzzzz"})
+    assert "no method named 'zzzzzz'" in message and "recent" in message
+
+
+def test_unknown_key_is_refused_with_a_suggestion():
+    assert refusal({"retention": 0.3}) == "kvllm has no option 'retention'; did you mean 'retention_ratio'?"
+
+
+def test_a_key_like_no_other_is_refused_with_the_list():
+    message = refusal({"zzzzzz": 0.3})
+    assert "'zzzzzz'" in message
+    assert all(f.name in message for f in dataclasses.fields(KvConfig))
+
+
+def test_unknown_method_option_is_refused_with_the_methods_own():
+    message = refusal({"method": "keydiff", "method_options": {"colour": "red"}})
+    assert "keydiff has no option 'colour'" in message and "options are none" in message
+    message = refusal({"method": "h2o", "method_options": {"averag": True}})
+    assert "h2o has no option 'averag'" in message and "average" in message
+
+
+@pytest.mark.parametrize("name, value", [("window_size", 252), ("buffer_size", 60)])
+def test_query_stride_must_divide_the_sizes(name, value):
+    message = refusal({name: value, "query_stride": 8})
+    assert "query_stride=8" in message and f"must divide {name}={value}" in message
+
+
+@pytest.mark.parametrize("name, value", [("budget_size", 2044), ("budget_interval", 124)])
+def test_query_stride_must_divide_the_budget_under_its_policy_only(name, value):
+    assert f"must divide {name}={value}" in refusal({"policy": "budget", name: value, "query_stride": 8})
+    KvConfig(method="recent", policy="window", query_stride=8, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "policy, name, value",
+    [("window", "window_size", 248), ("budget", "budget_size", 2040), ("budget", "budget_interval", 136)],
+)
+def test_window_and_budget_must_be_whole_blocks(policy, name, value):
+    config = KvConfig(method="recent", policy=policy, **{name: value})
+    with pytest.raises(ValueError) as error:
+        Geometry.from_config(config, block_size=16)
+    nearest = -(-value // 16) * 16
+    assert str(error.value).startswith(f"{name}={value}: must be a multiple of the KV block size, 16 tokens")
+    assert f"use {nearest}," in str(error.value) and "--block-size" in str(error.value)
+
+
+@pytest.mark.parametrize("ratio, what", [(0.01, "no block"), (0.03, "no block"), (0.98, "every block")])
+def test_a_ratio_that_rounds_to_nothing_or_everything_is_refused(ratio, what):
+    config = KvConfig(method="recent", retention_ratio=ratio, window_size=256)
+    with pytest.raises(ValueError) as error:
+        Geometry.from_config(config, block_size=16)
+    message = str(error.value)
+    assert f"retention_ratio={ratio}" in message and "window_size=256" in message and f"keeps {what}" in message
+    assert "Use a ratio from 0.0625 to 0.938" in message and "1.0 turns compression off" in message
+
+
+def test_the_ratios_that_the_refusal_names_are_accepted():
+    for ratio, kept in ((0.0625, 16), (0.938, 240)):
+        geometry = Geometry.from_config(KvConfig(method="recent", retention_ratio=ratio), block_size=16)
+        assert geometry is not None and geometry.num_kept == kept
+
+
+def test_a_window_of_one_block_is_refused_with_a_remedy_that_works():
+    config = KvConfig(method="recent", window_size=16, buffer_size=16)
+    with pytest.raises(ValueError, match=r"window_size=16: .*at least 32"):
+        Geometry.from_config(config, block_size=16)
+    assert Geometry.from_config(dataclasses.replace(config, window_size=32), block_size=16) is not None
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5])
+def test_a_requests_own_ratio_is_checked_by_the_geometry(ratio):
+    with pytest.raises(ValueError, match=f"retention_ratio={ratio}"):
+        Geometry.from_config(KvConfig(method="recent"), block_size=16, retention_ratio=ratio)
+
+
+@pytest.mark.parametrize("policy", ["window", "budget"])
+def test_ratio_1_turns_compression_off(policy):
+    config = KvConfig(method="recent", policy=policy, retention_ratio=1.0)
+    assert not config.enabled and Geometry.from_config(config, block_size=16) is None
+    on = KvConfig(method="recent", policy=policy)
+    assert on.enabled and Geometry.from_config(on, block_size=16, retention_ratio=1.0) is None
+    assert Geometry.from_config(config, block_size=16, retention_ratio=0.5) is not None
+
+
+def test_ratio_1_does_not_ask_for_whole_blocks():
+    assert Geometry.from_config(KvConfig(method="recent", window_size=248, retention_ratio=1), block_size=16) is None
+
+
+FULL: dict[str, Any] = {
+    "method": "h2o",
+    "method_options": {"average": True},
+    "policy": "budget",
+    "retention_ratio": 0.25,
+    "window_size": 512,
+    "buffer_size": 32,
+    "max_chunk_size": 4,
+    "query_stride": 4,
+    "budget_size": 1024,
+    "budget_interval": 64,
+    "seed": 7,
+}
+
+
+def test_dict_and_json_round_trip():
+    assert set(FULL) == {f.name for f in dataclasses.fields(KvConfig)}
+    config = KvConfig(**FULL)
+    assert config.to_dict() == FULL
+    assert KvConfig.from_dict(config.to_dict()) == config
+    assert KvConfig.from_json(json.dumps(config.to_dict())) == config
+    assert KvConfig.from_json("{}") == KvConfig()
+
+
+def test_to_dict_does_not_share_the_options():
+    config = KvConfig(**FULL)
+    config.to_dict()["method_options"]["average"] = False
+    assert config.method_options == {"average": True}
+
+
+@pytest.mark.parametrize("text", ["{", "", "{'retention_ratio': 0.3}"])
+def test_text_that_is_not_json_is_refused(text):
+    with pytest.raises(ValueError, match="not valid JSON"):
+        KvConfig.from_json(text)
+
+
+@pytest.mark.parametrize("text", ["[]", "0.3", '"recent"', "null"])
+def test_json_that_is_no_object_is_refused(text):
+    with pytest.raises(ValueError, match="expected a mapping of options"):
+        KvConfig.from_json(text)
+
+
+def test_defaults_build_and_are_the_documented_ones():
+    config = KvConfig()
+    assert (config.method, config.policy, config.retention_ratio) == ("kara", "window", 0.3)
+    assert (config.window_size, config.buffer_size, config.max_chunk_size) == (256, 64, 8)
+    geometry = Geometry.from_config(config, block_size=16)
+    assert geometry is not None and geometry.num_kept == 80
+
+
+def test_the_method_gets_its_options():
+    assert make_method(KvConfig(method="recent")) == Recent()
+    assert make_method(KvConfig(**FULL)) == H2O(average=True)

@@ -1,0 +1,206 @@
+"""The closed forms of `layout` against a list that lives through every step of a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvllm.config import KvConfig
+from kvllm.layout import Geometry, ceil_div, num_kept
+
+SIMULATIONS = settings(max_examples=60, deadline=None)
+ARITHMETIC = settings(max_examples=200, deadline=None)
+
+
+@st.composite
+def geometries(draw) -> Geometry:
+    block = draw(st.sampled_from([1, 2, 4, 16]))
+    buffer = draw(st.integers(1, 3 * block + 1))
+    if draw(st.booleans()):
+        blocks = draw(st.integers(2, 6))
+        kept = draw(st.integers(1, blocks - 1))
+        return Geometry(block, "window", blocks * block, kept * block, blocks * block, buffer)
+    kept, interval = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    return Geometry(block, "budget", (kept + interval) * block, kept * block, interval * block, buffer)
+
+
+@dataclass
+class Simulation:
+    """One request, block by block: what the scheduler frees and the worker moves, with nothing computed ahead.
+
+    `table` lists the logical blocks in the order in which attention reads them; `cache` holds one entry a cached
+    token: its position, or None for a survivor, whose position depends on the head.
+    """
+
+    geometry: Geometry
+    num_prompt_tokens: int
+    table: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)  # the blocks the pool has lent: freed one step after their event
+    cache: list[int | None] = field(default_factory=list)
+    computed: int = 0
+    events: list[dict] = field(default_factory=list)
+    peak: int = 0
+
+    def compress_if_due(self) -> bool:
+        g = self.geometry
+        protected = ceil_div(self.num_prompt_tokens, g.block_size) * g.block_size
+        # The candidates are the first tokens that may be touched: all but the prompt's blocks and old windows.
+        start = protected + (len(self.events) * g.num_kept if g.policy == "window" else 0)
+        if len(self.cache) - start < g.num_candidates + g.buffer_size:
+            return False
+        first, last = (start + g.num_kept) // g.block_size, (start + g.num_candidates) // g.block_size
+        self.events.append({"at": self.computed, "start": start, "freed": self.table[first:last]})
+        self.cache[start : start + g.num_candidates] = [None] * g.num_kept
+        del self.table[first:last]
+        return True
+
+    def step(self, num_new: int) -> bool:
+        """Compute `num_new` tokens; returns whether the step began with a compression."""
+        self.held = list(self.table)  # what the last step's event emptied comes back now, not before
+        compressed = self.compress_if_due()
+        for position in range(self.computed, self.computed + num_new):
+            self.cache.append(position)
+            if position % self.geometry.block_size == 0:
+                self.table.append(position // self.geometry.block_size)
+                self.held.append(position // self.geometry.block_size)
+        self.computed += num_new
+        self.peak = max(self.peak, len(self.held))
+        return compressed
+
+
+def decode(geometry: Geometry, num_prompt_tokens: int, num_tokens: int):
+    """Yield the simulation after its prefill, then after each decode step."""
+    simulation = Simulation(geometry, num_prompt_tokens)
+    simulation.step(num_prompt_tokens)
+    yield simulation
+    for _ in range(num_tokens - num_prompt_tokens):
+        simulation.step(1)
+        yield simulation
+
+
+def enough_tokens(geometry: Geometry, num_prompt_tokens: int) -> int:
+    """A length with at least three events behind it and some tokens after."""
+    protected = ceil_div(num_prompt_tokens, geometry.block_size) * geometry.block_size
+    return protected + geometry.num_candidates + 2 * geometry.interval + geometry.buffer_size + geometry.block_size + 2
+
+
+@SIMULATIONS
+@given(geometries(), st.integers(1, 40))
+def test_layout_equals_the_simulation(geometry, num_prompt_tokens):
+    peak = 0
+    for sim in decode(geometry, num_prompt_tokens, enough_tokens(geometry, num_prompt_tokens)):
+        begun_at = sim.computed - 1  # tokens computed when the last step began
+        events = geometry.num_events(num_prompt_tokens, begun_at)
+        assert events == len(sim.events)
+        assert geometry.physical_len(num_prompt_tokens, begun_at) == len(sim.cache) - 1
+        mapped = geometry.block_map(np.array([num_prompt_tokens]), np.array([events]), len(sim.table))
+        assert mapped[0].tolist() == sim.table
+        assert len(sim.table) == ceil_div(len(sim.cache), geometry.block_size)
+        if sim.computed > num_prompt_tokens:
+            assert geometry.peak_blocks(num_prompt_tokens, sim.computed) == sim.peak
+            assert sim.peak >= peak
+        peak = sim.peak
+    assert len(sim.events) >= 3
+    for number, event in enumerate(sim.events):
+        assert geometry.event_at(num_prompt_tokens, number) == event["at"]
+        assert geometry.candidate_start(num_prompt_tokens, number) == event["start"]
+        assert list(geometry.freed_blocks(num_prompt_tokens, number)) == event["freed"]
+
+
+@SIMULATIONS
+@given(geometries(), st.integers(1, 40), st.data())
+def test_a_resumed_request_sees_the_same_events_and_needs_no_more_blocks(geometry, num_prompt_tokens, data):
+    num_tokens = data.draw(st.integers(num_prompt_tokens + 1, enough_tokens(geometry, num_prompt_tokens)))
+    *_, first = decode(geometry, num_prompt_tokens, num_tokens)
+    resumed = Simulation(geometry, num_prompt_tokens)
+    token_budget = data.draw(st.integers(1, 50))  # the scheduler may give a step less than we allow
+    while resumed.computed < num_tokens:
+        allowed = geometry.max_chunk(num_prompt_tokens, resumed.computed)
+        assert allowed >= 1
+        resumed.step(min(allowed, token_budget, num_tokens - resumed.computed))
+    assert resumed.cache == first.cache and resumed.table == first.table
+    assert resumed.events == first.events
+    assert resumed.peak <= first.peak == geometry.peak_blocks(num_prompt_tokens, num_tokens)
+
+
+@SIMULATIONS
+@given(geometries(), st.integers(1, 40))
+def test_max_chunk_is_as_long_as_it_may_be(geometry, num_prompt_tokens):
+    """One token more would run past an event or need a block more than decoding does."""
+    computed = 0
+    for _ in range(12):
+        chunk = geometry.max_chunk(num_prompt_tokens, computed)
+        events = geometry.num_events(num_prompt_tokens, computed)
+        next_event = geometry.event_at(num_prompt_tokens, events)
+        at_event = events > 0 and computed == geometry.event_at(num_prompt_tokens, events - 1)
+        assert computed + chunk <= next_event
+        assert computed + chunk == next_event or (at_event and (computed + chunk) % geometry.block_size == 0)
+        computed += chunk
+
+
+@ARITHMETIC
+@given(geometries(), st.integers(1, 10_000), st.integers(0, 50_000))
+def test_sizes_and_monotone_growth(geometry, num_prompt_tokens, num_computed):
+    protected = geometry.protected_len(num_prompt_tokens)
+    assert 0 <= protected - num_prompt_tokens < geometry.block_size and protected % geometry.block_size == 0
+    now, after = (geometry.num_events(num_prompt_tokens, n) for n in (num_computed, num_computed + 1))
+    assert after - now == (num_computed + 1 == geometry.event_at(num_prompt_tokens, now))
+    raw = geometry.physical_len(num_prompt_tokens, num_computed) - geometry.candidate_start(num_prompt_tokens, now)
+    assert raw < geometry.num_candidates + geometry.buffer_size  # nothing due is left
+    if now and geometry.policy == "window":
+        assert raw >= geometry.buffer_size  # the newest tokens are never compressed
+    if now and geometry.policy == "budget":
+        assert raw >= geometry.num_kept + geometry.buffer_size
+        held = geometry.physical_len(num_prompt_tokens, num_computed)
+        assert held < protected + geometry.num_candidates + geometry.buffer_size  # bounded for ever
+    assert 0 < geometry.num_kept < geometry.num_candidates and geometry.num_freed % geometry.block_size == 0
+
+
+@ARITHMETIC
+@given(geometries(), st.integers(1, 300), st.integers(0, 200))
+def test_max_tokens_that_fit_is_the_inverse_of_peak_blocks(geometry, num_prompt_tokens, num_blocks):
+    most = geometry.max_tokens_that_fit(num_prompt_tokens, num_blocks)
+    if most == 0:
+        assert geometry.peak_blocks(num_prompt_tokens, num_prompt_tokens + 1) > num_blocks
+        return
+    assert geometry.peak_blocks(num_prompt_tokens, most) <= num_blocks
+    if most >= 1 << 39:  # the budget policy's memory is bounded: any length fits
+        assert geometry.policy == "budget"
+        assert geometry.peak_blocks(num_prompt_tokens, 1 << 50) <= num_blocks
+    else:
+        assert geometry.peak_blocks(num_prompt_tokens, most + 1) > num_blocks
+
+
+@given(st.integers(1, 100), st.integers(0, 8))
+def test_block_map_of_a_batch_is_the_rows_of_each(num_prompt_tokens, events):
+    geometry = Geometry(16, "window", 64, 32, 64, 20)
+    batch = geometry.block_map(np.array([num_prompt_tokens, 5]), np.array([events, 2]), 12)
+    for row, (prompt, count) in enumerate(((num_prompt_tokens, events), (5, 2))):
+        np.testing.assert_array_equal(batch[row], geometry.block_map(np.array([prompt]), np.array([count]), 12)[0])
+
+
+def test_the_designs_formulas():
+    """num_compressed_windows and physical_len as docs/design.md, section 2, states them."""
+    geometry = Geometry.from_config(KvConfig(method="recent"), block_size=16)
+    assert geometry is not None and (geometry.num_kept, geometry.num_freed) == (80, 176)
+    for prompt in (1, 15, 16, 17, 500):
+        for computed in range(prompt, prompt + 1500):
+            windows = max(0, (computed - ceil_div(prompt, 16) * 16 - 64) // 256)
+            assert geometry.num_events(prompt, computed) == windows
+            assert geometry.physical_len(prompt, computed) == computed - windows * (256 - 80)
+
+
+def test_geometry_of_the_budget_policy():
+    config = KvConfig(method="recent", policy="budget", budget_size=512, budget_interval=128)
+    assert Geometry.from_config(config, block_size=32) == Geometry(32, "budget", 640, 512, 128, 64)
+
+
+@pytest.mark.parametrize(
+    "ratio, window, block, kept", [(0.3, 256, 16, 80), (0.3, 256, 128, 128), (0.5, 64, 32, 32), (0.1, 512, 16, 48)]
+)
+def test_num_kept_rounds_to_whole_blocks(ratio, window, block, kept):
+    assert num_kept(ratio, window, block) == kept
