@@ -1,0 +1,101 @@
+"""Teacher-forced replay: how likely a given text is under compression, and how far that is from the full cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvllm.config import KvConfig
+from kvllm.reference.request import Request
+
+MAX_STEP = 512  # tokens: the logits of a step are vocab_size wide, so this bounds the memory
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Row i is what the model says after token i about token i + 1.
+
+    logprobs:      [num_tokens - 1], of the token that did follow
+    argmax:        [num_tokens - 1], the most likely token
+    full_logprobs: [num_tokens - 1, vocab_size] in float32, if asked for
+    kept:          for each compression the indices that survived, [num_layers, num_kv_heads, num_kept]
+    """
+
+    logprobs: Tensor
+    argmax: Tensor
+    full_logprobs: Tensor | None
+    kept: list[Tensor]
+
+
+def replay(
+    model: PreTrainedModel,
+    token_ids: Sequence[int],
+    num_prompt_tokens: int,
+    config: KvConfig | None = None,
+    block_size: int = 16,
+    keep_full: bool = False,
+) -> Replay:
+    """Feed the text, cut only at the compressions; every token sees what it would have seen when it was generated."""
+    if not 1 <= num_prompt_tokens < len(token_ids):
+        raise ValueError(
+            f"num_prompt_tokens={num_prompt_tokens}: a text of {len(token_ids)} tokens has a prompt of 1 to "
+            f"{len(token_ids) - 1}."
+        )
+    request = Request(model, num_prompt_tokens, config, block_size)
+    targets = torch.tensor(list(token_ids[1:]), device=model.device)
+    logprobs: list[Tensor] = []
+    argmax: list[Tensor] = []
+    full: list[Tensor] = []
+    while request.num_computed_tokens < len(targets):
+        first = request.num_computed_tokens
+        last = min(first + min(request.max_step() or MAX_STEP, MAX_STEP), len(targets))
+        rows = request.step(token_ids[first:last]).float().log_softmax(dim=-1)
+        logprobs.append(rows.gather(1, targets[first:last, None])[:, 0])
+        argmax.append(rows.argmax(dim=-1))
+        if keep_full:
+            full.append(rows)
+    return Replay(torch.cat(logprobs), torch.cat(argmax), torch.cat(full) if full else None, request.kept)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close a compressed replay is to the full one.
+
+    kl:             mean KL divergence of the compressed next-token distribution from the full one, in nats
+    top1_agreement: share of rows with the same most likely token
+    delta_nll:      mean rise of the text's negative log-likelihood, in nats a token
+    num_tokens:     rows compared
+    """
+
+    kl: float
+    top1_agreement: float
+    delta_nll: float
+    num_tokens: int
+
+
+def compare(full: Replay, compressed: Replay, first: int) -> Fidelity:
+    """Fidelity over the rows from `first` on; none can differ before `Geometry.event_at(P, 0)`."""
+    if not 0 <= first < len(full.logprobs):
+        raise ValueError(f"first={first}: the replay has rows 0 to {len(full.logprobs) - 1}.")
+    return Fidelity(
+        kl=float(kl_by_row(full, compressed)[first:].mean()),
+        top1_agreement=float((full.argmax == compressed.argmax)[first:].float().mean()),
+        delta_nll=float((full.logprobs - compressed.logprobs)[first:].mean()),
+        num_tokens=len(full.logprobs) - first,
+    )
+
+
+def kl_by_row(full: Replay, compressed: Replay) -> Tensor:
+    """[num_tokens - 1]: KL(full || compressed) of each row."""
+    if full.full_logprobs is None or compressed.full_logprobs is None:
+        raise ValueError("KL needs both replays made with keep_full=True.")
+    if full.full_logprobs.shape != compressed.full_logprobs.shape:
+        raise ValueError(
+            f"replays of different texts: {tuple(full.full_logprobs.shape)}, {tuple(compressed.full_logprobs.shape)}."
+        )
+    parts = zip(full.full_logprobs.split(MAX_STEP), compressed.full_logprobs.split(MAX_STEP), strict=True)
+    return torch.cat([(p.exp() * (p - q)).sum(dim=-1) for p, q in parts])

@@ -1,0 +1,131 @@
+"""One request on a transformers model: steps of new tokens, and compressions at the events between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from kvllm.config import KvConfig
+from kvllm.layout import Geometry
+from kvllm.methods import make_method
+from kvllm.query_ring import query_positions
+from kvllm.reference.attention import attention_through
+from kvllm.reference.cache import LayerCache, compress
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+    """The causal language model in a local folder, ready for the reference."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+
+
+class Request:
+    """The state of a request, batch size 1. `config=None` compresses nothing.
+
+    kept: for each compression so far, the indices that survived, [num_layers, num_kv_heads, num_kept]
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, num_prompt_tokens: int, config: KvConfig | None = None, block_size: int = 16
+    ) -> None:
+        check_model(model)
+        if num_prompt_tokens < 1:
+            raise ValueError(f"num_prompt_tokens={num_prompt_tokens}: a prompt has at least one token.")
+        self.model = model
+        self.num_prompt_tokens = num_prompt_tokens
+        self.config = config
+        self.geometry = Geometry.from_config(config, block_size) if config else None
+        self.kept: list[Tensor] = []
+        self.num_computed_tokens = 0
+        if config and self.geometry:
+            check_queries(config, self.geometry)
+            self.method = make_method(config)
+        num_layers = model.config.get_text_config().num_hidden_layers
+        self.layers = [LayerCache(max_queries=config.window_size if config else 0) for _ in range(num_layers)]
+
+    @property
+    def physical_len(self) -> int:
+        """Tokens that are in the cache."""
+        return len(self.layers[0].keys) if self.num_computed_tokens else 0
+
+    def max_step(self) -> int | None:
+        """Most tokens of the next step: none may run past the next event. None: as many as you like."""
+        if self.geometry is None:
+            return None
+        event = self.geometry.num_events(self.num_prompt_tokens, self.num_computed_tokens)
+        return self.geometry.event_at(self.num_prompt_tokens, event) - self.num_computed_tokens
+
+    @torch.inference_mode()
+    def step(self, token_ids: Sequence[int]) -> Tensor:
+        """Compress if it is due, then compute these tokens; returns their logits, [num_new, vocab_size]."""
+        most = self.max_step()
+        if not token_ids or (most is not None and len(token_ids) > most):
+            raise ValueError(f"a step of {len(token_ids)} tokens: the next event allows 1 to {most}.")
+        context_len = self.model.config.get_text_config().max_position_embeddings
+        end = self.num_computed_tokens + len(token_ids)
+        if end > context_len:
+            raise ValueError(f"{end} tokens: the model's context ends at {context_len}.")
+        self._compress_if_due()
+        device = self.model.device
+        with attention_through(self.model, self.layers):
+            logits = self.model(
+                input_ids=torch.tensor([list(token_ids)], device=device),
+                position_ids=torch.arange(self.num_computed_tokens, end, device=device)[None],
+                use_cache=False,
+            ).logits
+        self.num_computed_tokens = end
+        self._check_layers()
+        return logits[0]
+
+    def _compress_if_due(self) -> None:
+        geometry, config = self.geometry, self.config
+        event = len(self.kept)
+        if geometry is None or config is None:
+            return
+        if geometry.num_events(self.num_prompt_tokens, self.num_computed_tokens) == event:
+            return
+        num_queries = config.window_size // config.query_stride
+        places = query_positions(geometry, event, config.query_stride, num_queries)
+        kept = compress(
+            self.layers,
+            self.method,
+            start=geometry.candidate_start(self.num_prompt_tokens, event),
+            num_candidates=geometry.num_candidates,
+            num_kept=geometry.num_kept,
+            places=torch.from_numpy(places).to(self.model.device),
+        )
+        self.kept.append(kept.indices)
+
+    def _check_layers(self) -> None:
+        for i, layer in enumerate(self.layers):
+            if layer.num_appended != self.num_computed_tokens:
+                raise ValueError(
+                    f"layer {i} of {type(self.model).__name__} keeps no KV cache of its own; every layer must be "
+                    "full attention."
+                )
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise ValueError unless every layer is full attention, as far as the model's config says."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        kinds = {f"sliding_window={config.sliding_window}"}
+    if others := kinds - {"full_attention"}:
+        raise ValueError(
+            f"{type(model).__name__} has layers of kind {', '.join(sorted(others))}; only models whose layers are all "
+            "full attention can be compressed."
+        )
+
+
+def check_queries(config: KvConfig, geometry: Geometry) -> None:
+    """Raise ValueError where the queries asked for begin before the first event's candidates."""
+    most = geometry.num_candidates + geometry.buffer_size
+    if config.window_size > most:
+        raise ValueError(
+            f"window_size={config.window_size}: at the first event only {most} generated tokens have queries; use "
+            f"{most} or less."
+        )
