@@ -1,0 +1,1 @@
+"""Everything that knows vLLM. Nothing here is imported by `import kvllm`."""

@@ -1,0 +1,218 @@
+"""Compression beside vLLM's V1 model runner, which the CPU platform uses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from kvllm.engine import cpu_cache
+from kvllm.engine.attention import capture_queries, shortening_backend
+from kvllm.engine.settings import Geometries, kv_config
+from kvllm.layout import Geometry, IntArray
+from kvllm.methods import make_method
+from kvllm.methods.base import Kept, Window
+from kvllm.query_ring import is_stored, query_positions, slot_of
+
+logger = init_logger(__name__)
+
+
+class CompressorV1:
+    """Compacts due windows before a step's attention, and shortens what the step's attention reads.
+
+    `runner` is vLLM's V1 runner with its model loaded. Requests are known by their ids: the runner moves their rows.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        config = kv_config(runner.vllm_config)
+        assert config is not None
+        self.runner = runner
+        self.config = config
+        self.method = make_method(config)
+        self.geometries = Geometries(config, runner.cache_config.block_size)
+        self.layers = list(get_layers_from_vllm_config(runner.vllm_config, Attention).values())
+        self.num_queries = config.window_size // config.query_stride
+        layer = self.layers[0]
+        self.query_bank = torch.empty(
+            len(self.layers), runner.max_num_reqs, self.num_queries, layer.num_heads, layer.head_size,
+            dtype=runner.model_config.dtype,
+        )  # fmt: skip
+        self.free_rows = list(range(runner.max_num_reqs))
+        self.rows: dict[str, int] = {}  # request -> row of the query bank
+        self.events: dict[str, int] = {}  # request -> events done
+        self.reader: cpu_cache.PackedReader | None = None
+        # What the current step stores: tokens of the batch, and their places in the flattened bank.
+        self.stored_tokens: Tensor | None = None
+        self.stored_at: Tensor | None = None
+        # What the current step's attention leaves out; None where nothing is shortened.
+        self.block_index: Tensor | None = None
+        self.num_removed: Tensor | None = None
+        capture_queries(self.layers, self._capture, "cpu")
+        for each in self.layers:
+            each.attn_backend = shortening_backend(each.attn_backend, self._shorten)
+        logger.info(
+            "KvLLM: %s, query bank of %.0f MiB", config, self.query_bank.numel() * self.query_bank.itemsize / 2**20
+        )
+
+    def skip_step(self) -> None:
+        """Prepare a step that is not a real batch."""
+        self.stored_tokens = self.block_index = self.num_removed = None
+
+    def begin_step(self, num_scheduled_tokens: dict[str, int]) -> None:
+        """Compact what is due and plan the step: called after slot mappings, before attention is planned."""
+        self.skip_step()
+        self._forget_finished()
+        batch = self.runner.input_batch
+        req_ids = batch.req_ids[: batch.num_reqs]
+        geometries: list[Geometry | None] = []
+        prompts, events = np.zeros(len(req_ids), np.int64), np.zeros(len(req_ids), np.int64)
+        due: list[int] = []
+        for i, req_id in enumerate(req_ids):
+            request = self.runner.requests[req_id]
+            geometry = self.geometries.of(request.sampling_params)
+            geometries.append(geometry)
+            prompts[i] = request.num_prompt_tokens
+            if geometry is None:
+                continue
+            events[i] = geometry.num_events(request.num_prompt_tokens, int(batch.num_computed_tokens_cpu[i]))
+            done = self.events.get(req_id, 0)
+            if events[i] == done + 1:
+                due.append(i)
+            elif events[i] > done:
+                raise RuntimeError(f"KvLLM: request {req_id} went past a compression; {done} done, {events[i]} due.")
+            self.events[req_id] = int(events[i])
+        if due:
+            self._compress(due, req_ids, geometries, prompts, events)
+        self._plan_capture(req_ids, geometries, prompts, num_scheduled_tokens)
+        if events.any():
+            self._plan_attention(geometries, prompts, events)
+
+    def _forget_finished(self) -> None:
+        for req_id in [r for r in self.rows if r not in self.runner.requests]:
+            self.free_rows.append(self.rows.pop(req_id))
+        for req_id in [r for r in self.events if r not in self.runner.requests]:
+            del self.events[req_id]
+
+    def _plan_capture(
+        self, req_ids: list[str], geometries: list[Geometry | None], prompts: IntArray, scheduled: dict[str, int]
+    ) -> None:
+        tokens, places, start = [], [], 0
+        for i, req_id in enumerate(req_ids):
+            count = scheduled[req_id]
+            geometry = geometries[i]
+            computed = int(self.runner.input_batch.num_computed_tokens_cpu[i])
+            if geometry is not None and computed + count > prompts[i]:
+                offsets = np.arange(computed, computed + count) - geometry.protected_len(int(prompts[i]))
+                (stored,) = np.nonzero(is_stored(offsets, self.config.query_stride))
+                if len(stored):
+                    if req_id not in self.rows:
+                        self.rows[req_id] = self.free_rows.pop()
+                    slots = slot_of(offsets[stored], self.config.query_stride, self.num_queries)
+                    # A chunk may be longer than the ring: of tokens for one slot only the newest counts.
+                    keep = slice(max(0, len(stored) - self.num_queries), None)
+                    tokens.append(start + stored[keep])
+                    places.append(self.rows[req_id] * self.num_queries + slots[keep])
+            start += count
+        if tokens:
+            self.stored_tokens = torch.from_numpy(np.concatenate(tokens))
+            self.stored_at = torch.from_numpy(np.concatenate(places))
+
+    def _capture(self, layer: int, query: Tensor) -> None:
+        if self.stored_tokens is not None:
+            self.query_bank[layer].flatten(0, 1)[self.stored_at] = query[self.stored_tokens]
+
+    def _plan_attention(self, geometries: list[Geometry | None], prompts: IntArray, events: IntArray) -> None:
+        block_table = self.runner.input_batch.block_table[0]
+        width = block_table.get_numpy_array().shape[1]
+        index = np.broadcast_to(np.arange(width), (len(events), width)).copy()
+        removed = np.zeros(len(events), np.int64)
+        for geometry in set(geometries):
+            if geometry is not None:
+                rows = np.array([g == geometry for g in geometries])
+                index[rows] = geometry.block_map(prompts[rows], events[rows], width)
+                removed[rows] = events[rows] * geometry.num_freed
+        # Past a request's end the map counts on beyond the table; nothing reads there.
+        self.block_index = torch.from_numpy(np.minimum(index, width - 1))
+        self.num_removed = torch.from_numpy(removed.astype(np.int32))
+
+    def _shorten(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """`metadata` as the physical cache has it; slot mapping and positions stay logical."""
+        if self.block_index is None or self.num_removed is None:
+            return metadata
+        num_reqs = len(self.num_removed)
+        seq_lens, block_table = metadata.seq_lens.clone(), metadata.block_table_tensor.clone()
+        seq_lens[:num_reqs] -= self.num_removed
+        block_table[:num_reqs] = block_table[:num_reqs].gather(1, self.block_index)
+        upper_bound = metadata.seq_lens_cpu_upper_bound
+        if upper_bound is not None:
+            upper_bound = upper_bound.clone()
+            upper_bound[:num_reqs] -= self.num_removed
+        return replace(
+            metadata,
+            seq_lens=seq_lens,
+            block_table_tensor=block_table,
+            max_seq_len=int(seq_lens.max()),
+            seq_lens_cpu_upper_bound=upper_bound,
+        )
+
+    def _compress(
+        self,
+        due: list[int],
+        req_ids: list[str],
+        geometries: list[Geometry | None],
+        prompts: IntArray,
+        events: IntArray,
+    ) -> None:
+        """Run the method over the due windows, one request at a time, and write the survivors in place."""
+        table = self.runner.input_batch.block_table[0].get_numpy_array()
+        for i in due:
+            geometry = geometries[i]
+            assert geometry is not None
+            event, prompt = int(events[i]) - 1, int(prompts[i])
+            blocks = geometry.block_map(prompts[i : i + 1], events[i : i + 1] - 1, table.shape[1])[0]
+            first = geometry.candidate_start(prompt, event) // geometry.block_size
+            block_ids = table[i, blocks[first : first + geometry.num_candidates // geometry.block_size]]
+            self._compress_request(req_ids[i], geometry, prompt, event, torch.from_numpy(block_ids.astype(np.int64)))
+
+    def _compress_request(
+        self, req_id: str, geometry: Geometry, prompt: int, event: int, block_ids: Tensor
+    ) -> None:
+        keys, values = self._read(block_ids)
+        num_layers, num_tokens, num_kv_heads, _ = keys.shape
+        start = geometry.protected_len(prompt) + event * geometry.interval
+        positions = torch.arange(start, start + num_tokens).expand(num_layers, num_kv_heads, -1)
+        window = Window(
+            queries=self.query_bank[:, self.rows[req_id]],
+            query_positions=torch.from_numpy(
+                query_positions(geometry, event, self.config.query_stride, self.num_queries)
+            ),
+            keys=keys,
+            values=values,
+            positions=positions,
+            layers=torch.arange(num_layers),
+        )
+        self._write(block_ids, window, self.method.compress(window, geometry.num_kept))
+
+    def _read(self, block_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [num_layers, num_tokens, num_kv_heads, head_dim] of whole blocks, in text order."""
+        if self.reader is None:
+            self.reader = cpu_cache.PackedReader(self.layers[0].kv_cache, self.layers[0].isa)
+        pairs = [self.reader.read(layer.kv_cache, block_ids) for layer in self.layers]
+        return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
+
+    def _write(self, block_ids: Tensor, window: Window, kept: Kept) -> None:
+        """Store the survivors [num_layers, num_kept, num_kv_heads, head_dim] in the first slots of the blocks."""
+        index = kept.indices.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, window.keys.shape[-1])
+        keys = window.keys.gather(1, index) if kept.keys is None else kept.keys
+        values = window.values.gather(1, index) if kept.values is None else kept.values
+        block_size = self.geometries.block_size
+        slots = (block_ids[:, None] * block_size + torch.arange(block_size)).flatten()[: keys.shape[1]]
+        for layer, k, v in zip(self.layers, keys, values, strict=True):
+            cpu_cache.write(layer.kv_cache, k, v, slots, layer.isa)

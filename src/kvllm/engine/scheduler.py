@@ -1,0 +1,109 @@
+"""vLLM's schedulers, told what each request's geometry is and where a resumed one must pause."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from kvllm.engine.settings import Geometries, kv_config
+from kvllm.engine.spec import KvManager
+from kvllm.engine.stats import EngineStats
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+    from kvllm.layout import Geometry
+
+    Base = Scheduler
+else:
+    Base = object
+
+
+class CompressionMixin(Base):
+    """What compression adds to a scheduler: the layout itself follows from what vLLM already knows."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = kv_config(self.vllm_config)
+        assert config is not None, "the KvLLM scheduler runs only where KvLLM is configured"
+        self.geometries = Geometries(config, self.block_size)
+        self.kv_managers = [
+            m for m in self.kv_cache_manager.coordinator.single_type_managers if isinstance(m, KvManager)
+        ]
+        for manager in self.kv_managers:
+            manager.bind(self._compressed)
+        self.peak_used_blocks = 0
+        # Route every chunk through `_mamba_block_aligned_split`, where upstream itself clips prefills, resumed ones
+        # included; the name is theirs, hybrid models are refused at start-up.
+        self.need_mamba_block_aligned_split = True
+
+    def _compressed(self, request_id: str) -> tuple[Geometry, Request] | None:
+        request = self.requests.get(request_id)
+        if request is None:
+            return None
+        geometry = self.geometries.of(request.sampling_params)
+        return None if geometry is None else (geometry, request)
+
+    def add_request(self, request: Request) -> None:
+        if self.geometries.of(request.sampling_params) is not None:
+            # Hashed so far: the prompt. Without hashes of generated tokens such a request neither offers blocks
+            # that it will overwrite nor, when it is resumed, finds another request's and overwrites those.
+            request._block_hasher = None
+        super().add_request(request)
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        """Clip a chunk at the next event, so that a resumed request sees what it saw the first time."""
+        geometry = self.geometries.of(request.sampling_params)
+        if geometry is None:
+            return num_new_tokens
+        start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
+        return min(num_new_tokens, geometry.max_chunk(request.num_prompt_tokens, start))
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = super().schedule(*args, **kwargs)
+        self.peak_used_blocks = max(self.peak_used_blocks, self._num_used_blocks())
+        return output
+
+    def _num_used_blocks(self) -> int:
+        pool = self.kv_cache_manager.block_pool
+        return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is the null block
+
+    def engine_stats(self, reset_peak: bool = False) -> EngineStats:
+        """Figures since the engine started; `reset_peak` starts a new peak."""
+        pool = self.kv_cache_manager.block_pool
+        stats = EngineStats(
+            block_size=self.block_size,
+            num_kv_blocks=pool.num_gpu_blocks - 1,
+            free_kv_blocks=pool.get_num_free_blocks(),
+            peak_kv_blocks=self.peak_used_blocks,
+            num_windows_compressed=sum(m.total_events for m in self.kv_managers),
+            num_blocks_freed=sum(m.total_blocks_freed for m in self.kv_managers),
+            num_preemptions=self.num_preemptions,
+            num_running=len(self.running),
+        )
+        if reset_peak:
+            self.peak_used_blocks = self._num_used_blocks()
+        return stats
+
+    num_preemptions = 0
+
+    def _preempt_request(self, *args: Any, **kwargs: Any) -> None:
+        self.num_preemptions += 1
+        super()._preempt_request(*args, **kwargs)
+
+
+class KvScheduler(CompressionMixin, Scheduler):
+    """The synchronous scheduler with compression."""
+
+
+class KvAsyncScheduler(CompressionMixin, AsyncScheduler):
+    """The asynchronous scheduler with compression."""

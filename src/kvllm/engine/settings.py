@@ -1,0 +1,181 @@
+"""Reading our options from vLLM's configuration, and refusing by name what we cannot serve."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvllm.config import KvConfig, check_retention_ratio
+from kvllm.layout import Geometry, ceil_div
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+
+SUPPORTED_VLLM = "0.32.0"
+CONFIG_KEY = "kvllm"
+RATIO_KEY = "kv_retention_ratio"
+# vLLM's own defaults leave little to choose between: a window of 256 tokens must be many blocks.
+DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
+CACHE_DTYPES = {
+    "cpu": ("auto", "float16", "bfloat16"),
+    "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
+}
+BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "TRITON_ATTN")}
+
+
+def kv_config(vllm_config: VllmConfig) -> KvConfig | None:
+    """Our options in `additional_config`, or None where KvLLM is not asked for; ValueError if they are wrong."""
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict) or CONFIG_KEY not in additional:
+        return None
+    return KvConfig.from_dict(additional[CONFIG_KEY])
+
+
+def request_ratio(config: KvConfig, params: SamplingParams | None) -> float:
+    """The retention ratio of one request: its own `kv_retention_ratio`, or the engine's.
+
+    Raises ValueError unless it is in (0, 1].
+    """
+    extra = (params.extra_args or {}) if params is not None else {}
+    if RATIO_KEY not in extra:
+        return config.retention_ratio
+    return check_retention_ratio(extra[RATIO_KEY], RATIO_KEY)
+
+
+class Geometries:
+    """The geometry of each request, by its ratio; the same on the scheduler's and the worker's side."""
+
+    def __init__(self, config: KvConfig, block_size: int) -> None:
+        self.config = config
+        self.block_size = block_size
+        self._by_ratio: dict[float, Geometry | None] = {}
+
+    def of(self, params: SamplingParams | None) -> Geometry | None:
+        """None where the request is not compressed; ValueError if its ratio does not fit the sizes."""
+        ratio = request_ratio(self.config, params)
+        if ratio not in self._by_ratio:
+            self._by_ratio[ratio] = Geometry.from_config(self.config, self.block_size, ratio)
+        return self._by_ratio[ratio]
+
+
+def check_request(geometries: Geometries, params: SamplingParams, num_prompt_tokens: int, max_tokens: int,
+                  num_blocks: int) -> None:
+    """Raise ValueError unless this request can run to its end alone in the pool.
+
+    max_tokens: most tokens it may generate; num_blocks: blocks of the pool, 0 if not known here.
+    """
+    geometry = geometries.of(params)
+    if not num_blocks:
+        return
+    total = num_prompt_tokens + max_tokens
+    if geometry is None:
+        needed, fitting = ceil_div(total, geometries.block_size), num_blocks * geometries.block_size
+    else:
+        needed = geometry.peak_blocks(num_prompt_tokens, total)
+        fitting = geometry.max_tokens_that_fit(num_prompt_tokens, num_blocks)
+    if needed > num_blocks:
+        raise ValueError(
+            f"max_tokens={max_tokens}: with a prompt of {num_prompt_tokens} tokens this request needs {needed} KV "
+            f"blocks at its peak and the pool has {num_blocks}; use max_tokens of at most "
+            f"{max(fitting - num_prompt_tokens, 0)}, or a lower {RATIO_KEY}."
+        )
+
+
+def prepare(vllm_config: VllmConfig) -> KvConfig | None:
+    """Check a new engine's configuration and fit it to compression; a no-op where KvLLM is not asked for.
+
+    Raises ValueError, naming the option, its value and the remedy, for what cannot be served.
+    """
+    config = kv_config(vllm_config)
+    if config is None:
+        return None
+    from vllm.platforms import current_platform
+
+    device = current_platform.device_type
+    if device not in DEFAULT_BLOCK_SIZE:
+        raise ValueError(f"KvLLM runs on {', '.join(DEFAULT_BLOCK_SIZE)}; this platform is {device!r}.")
+    cache = vllm_config.cache_config
+    if not cache.user_specified_block_size:
+        cache.block_size = DEFAULT_BLOCK_SIZE[device]
+        cache.user_specified_block_size = True
+    Geometry.from_config(config, cache.block_size)  # refuses sizes that do not fit
+    for option, value, remedy in _refused(vllm_config, device):
+        raise ValueError(f"KvLLM does not support {option}={value}: {remedy}.")
+    # Cascade attention reads the prefix of the unshortened tables.
+    vllm_config.model_config.disable_cascade_attn = True
+    scheduler = "KvAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "KvScheduler"
+    vllm_config.scheduler_config.scheduler_cls = f"kvllm.engine.scheduler.{scheduler}"
+    return config
+
+
+def _refused(vllm_config: VllmConfig, device: str) -> list[tuple[str, Any, str]]:
+    """(option, value, remedy) for every option of vLLM that compression cannot work with."""
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    text = model.hf_text_config
+    layer_types = set(getattr(text, "layer_types", None) or ["full_attention"])
+    scheduler_cls = vllm_config.scheduler_config.scheduler_cls
+    backend = vllm_config.attention_config.backend
+    checks: list[tuple[bool, str, Any, str]] = [
+        (model.runner_type != "generate", "runner", model.runner_type, "serve a model that generates text"),
+        (model.use_mla, "model", model.model, "multi-head latent attention keeps no KV heads to choose from"),
+        (model.is_encoder_decoder, "model", model.model, "use a decoder-only model"),
+        (model.is_hybrid or model.is_attention_free, "model", model.model, "all layers must be full attention"),
+        (layer_types != {"full_attention"}, "layer_types", sorted(layer_types), "all layers must be full attention"),
+        (
+            bool(getattr(text, "sliding_window", None)) and getattr(text, "use_sliding_window", True),
+            "sliding_window",
+            getattr(text, "sliding_window", None),
+            "all layers must be full attention; try --hf-overrides '{\"sliding_window\": null}' if the model allows it",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            "speculative_config",
+            getattr(vllm_config.speculative_config, "method", None),
+            "leave speculative decoding off",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "kv_transfer_config",
+            getattr(vllm_config.kv_transfer_config, "kv_connector", None),
+            "KV connectors would move blocks while they are compressed; leave it off",
+        ),
+        (cache.kv_sharing_fast_prefill, "kv_sharing_fast_prefill", True, "leave it off"),
+        (
+            cache.cache_dtype not in CACHE_DTYPES[device],
+            "kv_cache_dtype",
+            cache.cache_dtype,
+            f"use one of {', '.join(CACHE_DTYPES[device])}",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1,
+            "decode_context_parallel_size",
+            parallel.decode_context_parallel_size,
+            "use tensor or pipeline parallelism",
+        ),
+        (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "prefill_context_parallel_size",
+            getattr(parallel, "prefill_context_parallel_size", 1),
+            "use tensor or pipeline parallelism",
+        ),
+        (parallel.enable_dbo, "enable_dbo", True, "leave dual batch overlap off"),
+        (
+            scheduler_cls is not None,
+            "scheduler_cls",
+            scheduler_cls,
+            "KvLLM brings its own scheduler class; leave it unset",
+        ),
+        (
+            backend is not None and backend.name not in BACKENDS[device],
+            "attention_backend",
+            getattr(backend, "name", None),
+            f"use one of {', '.join(BACKENDS[device])}",
+        ),
+        (
+            device == "cuda" and not vllm_config.use_v2_model_runner,
+            "VLLM_USE_V2_MODEL_RUNNER",
+            0,
+            "on GPUs KvLLM works in the V2 model runner; unset it",
+        ),
+    ]
+    return [(option, value, remedy) for wrong, option, value, remedy in checks if wrong]

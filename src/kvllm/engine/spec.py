@@ -1,0 +1,128 @@
+"""Block accounting: vLLM's full-attention cache, with the middle of a request freed once it is compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from kvllm.engine.settings import kv_config
+from kvllm.layout import Geometry
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+
+# Geometry, prompt length and computed tokens of a request; None where it is not compressed or gone.
+RequestLookup = Callable[[str], "tuple[Geometry, Request] | None"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvSpec(FullAttentionSpec):
+    """Full attention over a cache whose generated part is compressed."""
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes of the longest request, taken with a prompt of one token: start-up refuses a smaller pool.
+
+        A request that is not compressed, or has a long prompt, can need more: it is refused when it arrives.
+        """
+        config = kv_config(vllm_config)
+        geometry = Geometry.from_config(config, self.block_size) if config is not None else None
+        if geometry is None:
+            return super().max_memory_usage_bytes(vllm_config)
+        return geometry.peak_blocks(1, vllm_config.model_config.max_model_len) * self.page_size_bytes
+
+
+class KvManager(FullAttentionManager):
+    """Frees what an event emptied, and keeps generated tokens of compressed requests out of the prefix cache.
+
+    The table keeps one entry per logical block, freed ones replaced by the null block, so slot mappings and
+    allocation stay vLLM's own.
+    """
+
+    def __init__(self, kv_cache_spec: KvSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self._lookup: RequestLookup = lambda request_id: None
+        self._num_events: dict[str, int] = {}  # events whose blocks are freed, of requests that hold blocks
+        self.total_events = 0
+        self.total_blocks_freed = 0
+
+    def bind(self, lookup: RequestLookup) -> None:
+        """Let the manager ask the scheduler for a request's geometry."""
+        self._lookup = lookup
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Free the blocks of every event that an earlier step has begun with.
+
+        An event happens before the forward pass of the step that starts at it. Steps run in order on the worker, so
+        a step scheduled from now on comes after it even if that earlier step is still in flight: whoever gets these
+        blocks writes them later. (Upstream waits for processed tokens because of KV connectors, refused here.)
+        """
+        found = self._lookup(request_id)
+        if found is None or request_id not in self.req_to_blocks:
+            return
+        geometry, request = found
+        self._free_events(geometry, request)
+
+    def _free_events(self, geometry: Geometry, request: Request) -> None:
+        request_id = request.request_id
+        done = self._num_events.get(request_id, 0)
+        begun = geometry.num_events(request.num_prompt_tokens, request.num_computed_tokens - 1)
+        for event in range(done, begun):
+            blocks = geometry.freed_blocks(request.num_prompt_tokens, event)
+            self._remove_blocks_in_range(request_id, blocks.start, blocks.stop)
+            self.total_blocks_freed += len(blocks)
+        if begun > done:
+            self._num_events[request_id] = begun
+            self.total_events += begun - done
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        if (found := self._lookup(request_id)) is not None and request_id in self.req_to_blocks:
+            self._free_events(*found)
+        self._num_events.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Admission asks for the compressed size of the whole (resumed) text, never for its length."""
+        if apply_admission_cap and (found := self._lookup(request_id)) is not None:
+            geometry, request = found
+            peak = geometry.peak_blocks(request.num_prompt_tokens, num_tokens) * self.block_size
+            num_tokens = min(num_tokens, peak)
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+            prefill_end,
+        )
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Only blocks full of prompt may be found by others: the rest will be overwritten by survivors."""
+        if self._lookup(request.request_id) is not None:
+            num_tokens = min(num_tokens, request.num_prompt_tokens)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+
+# The built-in specs first: vLLM registers them only while its registry is empty.
+KVCacheSpecRegistry._ensure_registered()
+KVCacheSpecRegistry.register(KvSpec, KvManager, uniform_type_base_spec=FullAttentionSpec)

@@ -1,0 +1,40 @@
+"""Which tokens' queries are kept, and where: a ring per request that both engines compute alike.
+
+vLLM does not keep queries. The ring holds those of the newest `window_size` tokens after the prompt, every
+`query_stride`-th, so it has `window_size // query_stride` slots. Functions take integers or integer arrays.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+
+from kvllm.layout import Geometry, IntArray
+
+Int = TypeVar("Int", int, IntArray)
+
+
+def is_stored(offset: Int, query_stride: int) -> Int:
+    """Whether the query of the token `offset` places after the protected prompt (0 = first) is kept."""
+    return (offset >= 0) & (offset % query_stride == query_stride - 1)  # type: ignore[return-value]
+
+
+def slot_of(offset: Int, query_stride: int, num_queries: int) -> Int:
+    """Slot of the ring for the token `offset` places after the protected prompt."""
+    return offset // query_stride % num_queries
+
+
+def query_positions(geometry: Geometry, event: int, query_stride: int, num_queries: int) -> IntArray:
+    """Place of each slot's query at event number `event`, counted from the event's first candidate.
+
+    returns [num_queries]: in slot order, so not ascending; places past the last candidate lie in the buffer
+    """
+    end = geometry.num_candidates + event * geometry.interval + geometry.buffer_size  # offset of the event
+    newest = np.arange(end - num_queries * query_stride, end, dtype=np.int64)
+    stored = newest[is_stored(newest, query_stride).astype(bool)]
+    # Seen from the end the text is dense: what was evicted lies before the candidates, or among the survivors.
+    places = stored - end + geometry.num_candidates + geometry.buffer_size
+    in_slot_order = np.empty_like(places)
+    in_slot_order[slot_of(stored, query_stride, num_queries)] = places
+    return in_slot_order
