@@ -1,0 +1,133 @@
+"""Every layer's part of vLLM's paged KV cache in a form that one kernel launch can read."""
+
+# mypy: disallow-untyped-defs=False
+# (kernel arguments are Triton values, which have no static type)
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Whether Triton runs kernels in its interpreter, on the CPU: it reads the same variable when a kernel is defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_TL_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
+_RAW_DTYPES = {1: (torch.uint8, tl.uint8), 2: (torch.int16, tl.int16), 4: (torch.int32, tl.int32)}
+
+
+@dataclass(frozen=True)
+class PagedCache:
+    """The layers' caches, and their addresses on the device. Build it with `from_layers`.
+
+    keys, values:         a tensor a layer, [num_blocks, block_size, num_kv_heads, head_dim], all with the same strides
+    key_ptrs, value_ptrs: [num_layers] int64, addresses of the above
+    k_scale, v_scale:     [num_layers] float32: stored value * scale = value; None where the cache is not quantised
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    key_ptrs: Tensor
+    value_ptrs: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    alignment: int  # bytes, at most 16: what a kernel may assume of every address
+
+    @classmethod
+    def from_layers(
+        cls,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> PagedCache:
+        """From the tensors that vLLM's backends see: `kv_cache.transpose(1, 2).split(head_dim, dim=-1)` a layer.
+
+        uint8 caches are read as float8_e4m3fn, as vLLM does.
+        """
+        keys, values = tuple(map(_as_float, keys)), tuple(map(_as_float, values))
+        first = keys[0]
+        for t in (*keys, *values):
+            if (t.shape, t.stride(), t.dtype) != (first.shape, first.stride(), first.dtype):
+                raise ValueError(
+                    f"the layers' caches differ: {tuple(t.shape)}, strides {t.stride()}, {t.dtype} against "
+                    f"{tuple(first.shape)}, strides {first.stride()}, {first.dtype}; one launch needs one layout."
+                )
+        if first.dtype not in _TL_DTYPES:
+            raise ValueError(f"KV cache of {first.dtype}: the kernels read {', '.join(map(str, _TL_DTYPES))}.")
+        if first.stride(-1) != 1:
+            raise ValueError(f"KV cache with strides {first.stride()}: the head dimension must be contiguous.")
+        if (first.dtype == torch.float8_e4m3fn) != (k_scale is not None and v_scale is not None):
+            raise ValueError("k_scale and v_scale belong to an fp8 cache, and only to one.")
+        addresses = [[t.data_ptr() for t in layers] for layers in (keys, values)]
+        key_ptrs, value_ptrs = torch.tensor(addresses, dtype=torch.int64, device=first.device)
+        alignment = math.gcd(16, *addresses[0], *addresses[1])
+        return cls(keys, values, key_ptrs, value_ptrs, k_scale, v_scale, alignment)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.keys)
+
+    @property
+    def block_size(self) -> int:
+        return self.keys[0].shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.keys[0].shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.keys[0].shape[3]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys[0].dtype
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Elements from one block, token and head to the next."""
+        block, token, head, _ = self.keys[0].stride()
+        return block, token, head
+
+    @property
+    def tl_dtype(self) -> tl.dtype:
+        return _TL_DTYPES[self.dtype]
+
+    @property
+    def raw_tl_dtype(self) -> tl.dtype:
+        """The integer of the same width: moves bits and never rounds or quiets a NaN."""
+        return _RAW_DTYPES[self.dtype.itemsize][1]
+
+    def raw(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer as integers of the same width; writing to them writes the cache."""
+        dtype = _RAW_DTYPES[self.dtype.itemsize][0]
+        return self.keys[layer].view(dtype), self.values[layer].view(dtype)
+
+
+def _as_float(cache: Tensor) -> Tensor:
+    return cache.view(torch.float8_e4m3fn) if cache.dtype == torch.uint8 else cache
+
+
+@triton.jit
+def layer_ptr(ptrs, layer, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Address of a layer's cache as a typed pointer."""
+    return tl.multiple_of(tl.load(ptrs + layer).to(tl.pointer_type(DTYPE)), ALIGNMENT)
+
+
+@triton.jit
+def token_offsets(block_row, tokens, mask, stride_block, stride_token, BLOCK_SIZE: tl.constexpr):
+    """Elements from a layer's start to the candidates `tokens`, head 0, in int64; block_row: their block ids."""
+    blocks = tl.load(block_row + tokens // BLOCK_SIZE, mask=mask, other=0).to(tl.int64)
+    return blocks * stride_block + (tokens % BLOCK_SIZE) * stride_token
