@@ -1,0 +1,91 @@
+"""The reference once more without a cache: stock attention over the whole text, with evicted tokens masked.
+
+Every layer and head gets its own mask of what was still there when a token was computed, and each compression is
+worked out from the text positions alone. Nothing of `kvllm.layout` or `kvllm.query_ring` is used.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from kvllm.methods.base import Method, Window
+
+
+def masked_pass(model: PreTrainedModel, token_ids: list[int], visible: Tensor) -> tuple[Tensor, list[tuple]]:
+    """Logits [num_tokens, vocab_size], and each layer's queries, keys and values, [num heads, num_tokens, head_dim].
+
+    visible: [num_layers, num_kv_heads, num_tokens, num_tokens]
+    """
+    seen: list[tuple] = []
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **options):
+        group_size = query.shape[1] // key.shape[1]
+        mask = visible[module.layer_idx].repeat_interleave(group_size, dim=0)[None]
+        seen.append((query[0], key[0], value[0]))
+        output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2), None
+
+    before = model.config._attn_implementation
+    AttentionInterface.register("kvllm_masked", attend)
+    model.set_attn_implementation("kvllm_masked")
+    try:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
+    finally:
+        model.set_attn_implementation(before)
+    return logits, seen
+
+
+def masked_replay(
+    model: PreTrainedModel,
+    token_ids: list[int],
+    protected_len: int,
+    method: Method,
+    num_candidates: int,
+    num_kept: int,
+    interval: int,
+    buffer_size: int,
+    query_span: int,
+    query_stride: int,
+    bounded: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits of the text under compression, and the kept indices of each.
+
+    bounded: False: each window of `num_candidates` tokens once; True: all generated tokens but the buffer, each time
+    """
+    config = model.config
+    heads, num_tokens = config.num_key_value_heads, len(token_ids)
+    visible = torch.ones(config.num_hidden_layers, heads, num_tokens, num_tokens, dtype=torch.bool).tril()
+    everything: list[Tensor] = []
+    for event, now in enumerate(range(protected_len + num_candidates + buffer_size, num_tokens, interval)):
+        _, layers = masked_pass(model, token_ids[:now], visible[..., :now, :now])
+        first = protected_len if bounded else protected_len + event * num_candidates
+        # Slot i of the ring has the newest token whose query was the (i, i + n, i + 2n, ...)-th to be stored.
+        stored = [p for p in range(protected_len, now) if (p - protected_len) % query_stride == query_stride - 1]
+        num_queries = query_span // query_stride
+        ring = [max(p for i, p in enumerate(stored) if i % num_queries == slot) for slot in range(num_queries)]
+        assert min(ring) >= now - query_span
+        kept_of_layers = []
+        for layer, (query, key, value) in enumerate(layers):
+            alive = visible[layer, :, now - 1, first : now - buffer_size].clone()  # [num_kv_heads, candidates' range]
+            positions = torch.stack([row.nonzero()[:, 0] + first for row in alive])
+            assert positions.shape[1] == num_candidates
+            places = torch.tensor(ring) - (now - buffer_size - num_candidates)
+            window = Window(
+                queries=query[:, ring].transpose(0, 1)[None],
+                query_positions=places,
+                keys=torch.stack([key[h, positions[h]] for h in range(heads)], dim=1)[None],
+                values=torch.stack([value[h, positions[h]] for h in range(heads)], dim=1)[None],
+                positions=positions[None],
+                layers=torch.tensor([layer]),
+            )
+            kept = method.compress(window, num_kept).indices[0]
+            for h in range(heads):
+                evicted = sorted(set(positions[h].tolist()) - set(positions[h, kept[h]].tolist()))
+                visible[layer, h, now:, evicted] = False
+            kept_of_layers.append(kept)
+        everything.append(torch.stack(kept_of_layers))
+    return masked_pass(model, token_ids, visible)[0], everything

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from kvllm.config import KvConfig
+from kvllm.methods import make_method
+from kvllm.reference import Request, load_model
+from kvllm.reference.request import check_model
+from tests.reference.masked import masked_replay
+from tests.reference.models import FAMILIES, text, tiny_config, tiny_model
+
+WINDOW = KvConfig(window_size=32, buffer_size=12, query_stride=4, retention_ratio=0.5)
+BUDGET = KvConfig(policy="budget", budget_size=32, budget_interval=16, window_size=16, buffer_size=8, query_stride=4)
+# Float32 matmuls of another shape, through two layers.
+CLOSE = 1e-4
+
+
+def feed(request: Request, token_ids: list[int], sizes: list[int]) -> torch.Tensor:
+    """Logits of the text, in steps of these sizes over and over, cut where an event asks for it."""
+    logits, first, i = [], 0, 0
+    while first < len(token_ids):
+        size = min(sizes[i % len(sizes)], request.max_step() or len(token_ids))
+        logits.append(request.step(token_ids[first : first + size]))
+        first, i = first + size, i + 1
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sizes", [[60], [1], [40, 1, 1, 7]])
+def test_without_compression_the_logits_are_those_of_transformers(family, sizes):
+    model, token_ids = tiny_model(family), text(60)
+    with torch.inference_mode():
+        expected = model(torch.tensor([token_ids])).logits[0]
+    request = Request(model, 20)
+    actual = feed(request, token_ids, sizes)
+    torch.testing.assert_close(actual, expected, rtol=CLOSE, atol=CLOSE)
+    assert request.physical_len == 60 and request.kept == []
+    assert model.config._attn_implementation == "sdpa"  # the model is left as it was
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["kara", "random", "snapkv", "streaming_llm"])
+def test_a_window_compressed_equals_the_text_with_evicted_tokens_masked(family, method):
+    check_against_masked(family, KvConfig(**{**WINDOW.to_dict(), "method": method}), 16, 21, 200, num_events=4)
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [1, 15, 16, 17, 48])
+@pytest.mark.parametrize("buffer_size, query_stride", [(8, 8), (32, 1), (40, 4)])
+def test_any_prompt_length_buffer_and_stride(num_prompt_tokens, buffer_size, query_stride):
+    config = KvConfig(window_size=32, buffer_size=buffer_size, query_stride=query_stride, retention_ratio=0.25)
+    protected_len = -(-num_prompt_tokens // 8) * 8
+    num_tokens = protected_len + buffer_size + 3 * 32 + 1  # just past the third event
+    check_against_masked("llama", config, 8, num_prompt_tokens, num_tokens, num_events=3)
+
+
+@pytest.mark.parametrize("method", ["kara", "random", "streaming_llm"])
+def test_a_budget_equals_the_text_with_evicted_tokens_masked(method):
+    check_against_masked("qwen3", KvConfig(**{**BUDGET.to_dict(), "method": method}), 8, 21, 161, num_events=6)
+
+
+def check_against_masked(family, config, block_size, num_prompt_tokens, num_tokens, num_events):
+    model, token_ids = tiny_model(family), text(num_tokens)
+    bounded = config.policy == "budget"
+    num_candidates = config.budget_size + config.budget_interval if bounded else config.window_size
+    logits, kept = masked_replay(
+        model,
+        token_ids,
+        protected_len=-(-num_prompt_tokens // block_size) * block_size,
+        method=make_method(config),
+        num_candidates=num_candidates,
+        num_kept=config.budget_size if bounded else int(config.retention_ratio * config.window_size),
+        interval=config.budget_interval if bounded else config.window_size,
+        buffer_size=config.buffer_size,
+        query_span=config.window_size,
+        query_stride=config.query_stride,
+        bounded=bounded,
+    )
+    request = Request(model, num_prompt_tokens, config, block_size)
+    actual = feed(request, token_ids, [37, 1, 1])
+    assert len(request.kept) == num_events
+    for mine, theirs in zip(request.kept, kept, strict=True):
+        assert torch.equal(mine, theirs)
+    torch.testing.assert_close(actual, logits, rtol=CLOSE, atol=CLOSE)
+    assert request.physical_len == num_tokens - sum(num_candidates - k.shape[-1] for k in request.kept)
+
+
+def test_positions_follow_the_survivors():
+    model, token_ids = tiny_model("llama"), text(150)
+    request = Request(model, 16, WINDOW, block_size=16)
+    feed(request, token_ids, [50])
+    assert len(request.kept) == 3
+    for layer, cache in enumerate(request.layers):
+        for head in range(2):
+            survivors = [16 + 32 * k + int(i) for k in range(3) for i in request.kept[k][layer, head]]
+            raw = list(range(16 + 3 * 32, 150))
+            assert cache.positions[head].tolist() == list(range(16)) + survivors + raw
+
+
+def test_a_step_may_not_run_past_an_event():
+    request = Request(tiny_model("llama"), 16, WINDOW, block_size=16)
+    assert request.max_step() == 16 + 32 + 12
+    with pytest.raises(ValueError, match="a step of 61 tokens: the next event allows 1 to 60"):
+        request.step(text(61))
+    with pytest.raises(ValueError, match="a step of 0 tokens"):
+        request.step([])
+    request.step(text(60))
+    assert request.kept == [] and request.max_step() == 32  # due now, done when the next step starts
+    request.step([1])
+    assert len(request.kept) == 1 and request.max_step() == 31
+
+
+def test_bad_lengths_are_refused():
+    with pytest.raises(ValueError, match="num_prompt_tokens=0"):
+        Request(tiny_model("llama"), 0)
+    with pytest.raises(ValueError, match="513 tokens: the model's context ends at 512"):
+        Request(tiny_model("llama"), 10).step(text(513))
+    few = KvConfig(policy="budget", budget_size=16, budget_interval=16, window_size=64, buffer_size=8, query_stride=8)
+    with pytest.raises(ValueError, match="window_size=64: at the first event only 40 generated tokens have queries"):
+        Request(tiny_model("llama"), 10, few)
+
+
+def test_models_with_other_layers_are_refused():
+    qwen = tiny_config("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    mixed = type(tiny_model("qwen2"))(qwen)
+    with pytest.raises(ValueError, match="layers of kind sliding_attention; only models whose layers are all full"):
+        Request(mixed, 4)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    mistral = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=16))
+    with pytest.raises(ValueError, match="layers of kind sliding_window=16"):
+        check_model(mistral)
+    check_model(MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=None)))
+
+
+def test_a_layer_that_bypasses_the_cache_is_noticed():
+    """A hybrid whose config does not say so: its second layer never calls the attention function."""
+    model = type(tiny_model("llama"))(tiny_config("llama")).eval()
+    model.model.layers[1].forward = lambda hidden_states, **kwargs: hidden_states
+    with pytest.raises(ValueError, match="layer 1 of LlamaForCausalLM keeps no KV cache of its own"):
+        Request(model, 4).step(text(4))
+
+
+def test_a_real_model(model_dir):
+    """Stock logits through 30 layers, and a compression whose survivors stay where they were in the text."""
+    model = load_model(model_dir)
+    token_ids = torch.randint(1000, 40000, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.inference_mode():
+        expected = model(torch.tensor([token_ids])).logits[0]
+    torch.testing.assert_close(feed(Request(model, 20), token_ids, [90, 7]), expected, rtol=1e-4, atol=2e-3)
+    request = Request(model, 20, WINDOW)
+    actual = feed(request, token_ids, [100])
+    assert [k.shape for k in request.kept] == [(30, 3, 16)]
+    before_the_event = 32 + 32 + 12
+    torch.testing.assert_close(actual[:before_the_event], expected[:before_the_event], rtol=1e-4, atol=2e-3)
+    assert not torch.allclose(actual[before_the_event:], expected[before_the_event:], atol=0.1)
