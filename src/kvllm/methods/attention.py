@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool1d
 
 from kvllm.methods.base import Window
 
@@ -40,3 +41,23 @@ def causal_attention(window: Window) -> Tensor:
     # A finite floor instead of -inf: a row without any key then gives numbers to multiply away, not NaN.
     logits = window.logits().masked_fill(~mask, torch.finfo(torch.float32).min)
     return logits.softmax(dim=-1) * mask
+
+
+def observed_attention(window: Window, count: int) -> tuple[Tensor, Tensor]:
+    """Attention of those of the `count` newest queries that see every candidate: the buffer's.
+
+    A query from inside the window would spread its weight over the few keys before it, and so overrate them.
+
+    returns weights [batch, num_kv_heads, group_size, count, num_tokens], zero for the other queries, and their
+    mean over the queries [batch, num_kv_heads, group_size, num_tokens]
+    """
+    window = newest_queries(window, count)
+    sees_all = window.query_positions >= window.num_tokens - 1
+    weights = window.logits().softmax(dim=-1) * sees_all[:, None]
+    return weights, weights.sum(dim=3) / sees_all.sum().clamp(min=1)
+
+
+def pool(weights: Tensor, kernel_size: int) -> Tensor:
+    """Average each entry of the last axis with its neighbours; the ends count zeros, as SnapKV's pooling does."""
+    flat = weights.reshape(-1, 1, weights.shape[-1])
+    return avg_pool1d(flat, kernel_size, stride=1, padding=kernel_size // 2).view(weights.shape)

@@ -1,0 +1,129 @@
+"""CASK (arXiv:2604.10900), its decode stage: a protected core, and scratch merged into representatives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, pad, softplus
+
+from kvllm.methods import register
+from kvllm.methods.base import Kept, Method, Window, top_k
+from kvllm.methods.bases import base_method
+from kvllm.methods.checks import check_between, check_count, check_rope_theta
+from kvllm.methods.rope import unrotate
+
+
+@register("cask")
+@dataclass(frozen=True)
+class CASK(Method):
+    """Keep the best half of K as they are; merge neighbours among the rest until K entries are left.
+
+    Same: core and scratch; runs of scratch never cross a core token; merges prefer a gap of at most `max_gap` and a
+    cosine of at least `min_similarity`, then the gap alone, then any, by similarity; the entry has the key and place
+    of its best source and the mean value of all, weighted by softplus(score) + 1e-4, score normalised to mean 0 and
+    variance 1; no correction of the logit for the number of sources.
+    Differs:
+    - Each layer and KV head plans for itself (CASK: one plan by vote of sampled heads), so its core is its own best.
+    - The similarity of neighbours is taken once, so all merges happen in one step; CASK merges pair by pair and
+      compares the merged keys again. A run can thus chain tokens of which only neighbours are alike.
+    - CASK scores with TriAttention, which needs calibration: `base` names any method, kara by default.
+    - Keys are compared after RoPE, and before it (as in CASK) where `rope_theta` is given.
+    - A window holds no text, so phase markers do not cut runs; an entry merged again (budget policy) counts as one.
+    - The values' weights are a true mean; CASK's code divides by max(1, their sum).
+    Not here: the prompt stage, which evicts from the prompt. The prompt is protected and no method sees it.
+
+    core_share: share of K that is core, at most half: any such core leaves enough mergeable neighbours to reach K
+    """
+
+    base: str = "kara"
+    base_options: Mapping[str, Any] = field(default_factory=dict)
+    core_share: float = 0.5
+    max_gap: int = 32
+    min_similarity: float = 0.985
+    rope_theta: float | None = None
+
+    def __post_init__(self) -> None:
+        check_between("core_share", self.core_share, 0, 0.5)
+        check_count("max_gap", self.max_gap)
+        check_between("min_similarity", self.min_similarity, -1, 1)
+        check_rope_theta(self.rope_theta)
+        _ = self.scorer  # refuses what it cannot build
+
+    @cached_property
+    def scorer(self) -> Method:
+        return base_method(self.base, self.base_options)
+
+    def score(self, window: Window) -> Tensor:
+        return self.scorer.score(window)
+
+    def compress(self, window: Window, num_kept: int) -> Kept:
+        scores = normalise(self.score(window))
+        # A core token bars the two links beside it, so (K - 1) / 2 of them leave the num_tokens - K merges needed.
+        num_core = min(round(self.core_share * num_kept), (num_kept - 1) // 2)
+        core = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top_k(scores, num_core), True)
+        entry = self.entries(window, core, num_kept)
+        best = best_of_each(entry, scores, num_kept)
+        return Kept(best, values=merged_values(window.values, scores, entry, best))
+
+    def entries(self, window: Window, core: Tensor, num_kept: int) -> Tensor:
+        """[batch, num_kv_heads, num_tokens], from 0 to num_kept - 1: the run of neighbours that each token is in."""
+        keys = window.keys.float().transpose(1, 2)
+        if self.rope_theta is not None:
+            keys = unrotate(keys, window.positions, self.rope_theta)
+        similarity = cosine_similarity(keys[..., :-1, :], keys[..., 1:, :], dim=-1)  # one link less than tokens
+        near = window.positions.diff(dim=-1) <= self.max_gap
+        alike = near & (similarity >= self.min_similarity)
+        tier = near.float() + alike.float()  # a cosine spans 2, so tiers that are 3 apart never mix
+        links = torch.where(core[..., :-1] | core[..., 1:], -torch.inf, 3 * tier + similarity)
+        merged = torch.zeros_like(core).scatter(-1, top_k(links, window.num_tokens - num_kept) + 1, True)
+        return (~merged).cumsum(dim=-1) - 1
+
+
+def best_of_each(entry: Tensor, scores: Tensor, num_entries: int) -> Tensor:
+    """[batch, num_kv_heads, num_entries]: the best token of each run, of equals the earlier one."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    by_entry = order.gather(-1, entry.gather(-1, order).sort(dim=-1, stable=True).indices)
+    return by_entry.gather(-1, run_starts(entry, num_entries))
+
+
+def merged_values(values: Tensor, scores: Tensor, entry: Tensor, best: Tensor) -> Tensor:
+    """The weighted mean of each run's values, and the value itself where a run is one token.
+
+    values:        [batch, num_tokens, num_kv_heads, head_dim]
+    scores, entry: [batch, num_kv_heads, num_tokens];  best: [batch, num_kv_heads, num_kept]
+    returns        [batch, num_kept, num_kv_heads, head_dim]
+    """
+    starts = run_starts(entry, best.shape[-1])
+    ends = torch.cat([starts[..., 1:], torch.full_like(starts[..., :1], entry.shape[-1])], dim=-1)
+    values = values.transpose(1, 2)
+    # float64: the sum of a run is the difference of two running sums.
+    weights = softplus(scores.double()) + 1e-4
+    totals = run_sums(weights.unsqueeze(-1), starts, ends)
+    means = run_sums(weights.unsqueeze(-1) * values.double(), starts, ends) / totals
+    own = values.gather(2, best.unsqueeze(-1).expand(-1, -1, -1, values.shape[-1]))
+    alone = (ends - starts == 1).unsqueeze(-1)
+    return torch.where(alone, own, means.to(values.dtype)).transpose(1, 2)
+
+
+def run_starts(entry: Tensor, num_entries: int) -> Tensor:
+    """[batch, num_kv_heads, num_entries]: the first token of each run."""
+    wanted = torch.arange(num_entries, device=entry.device).expand(*entry.shape[:-1], -1)
+    return torch.searchsorted(entry, wanted.contiguous())
+
+
+def run_sums(x: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    """[batch, num_kv_heads, num_entries, n]: sums of x [batch, num_kv_heads, num_tokens, n] over [start, end)."""
+    total = pad(x.cumsum(dim=2), (0, 0, 1, 0))
+    at_start, at_end = (i.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]) for i in (starts, ends))
+    return total.gather(2, at_end) - total.gather(2, at_start)
+
+
+def normalise(scores: Tensor) -> Tensor:
+    """Each head's scores at mean 0 and variance 1."""
+    scores = scores - scores.mean(dim=-1, keepdim=True)
+    return scores / scores.std(dim=-1, keepdim=True, correction=0).clamp(min=1e-12)

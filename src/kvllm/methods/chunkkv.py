@@ -1,0 +1,71 @@
+"""ChunkKV (arXiv:2502.00299): whole chunks of fixed length stay or go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kvllm.methods import register
+from kvllm.methods.base import Method, Window
+from kvllm.methods.bases import base_method
+from kvllm.methods.checks import check_count
+
+
+@register("chunkkv")
+@dataclass(frozen=True)
+class ChunkKV(Method):
+    """Cut the window into chunks of `chunk_length` tokens and keep those with the best mean score.
+
+    Same: any base score, summed over heads, averaged in fixed chunks, a short last chunk competing as one; one choice
+    for all heads of a layer.
+    Differs: exactly K tokens stay, so the last chunk to fit is cut to its best tokens, where kvpress keeps fewer
+    tokens than asked for. Layers do not share a choice (the paper reuses one for its neighbours, to save time).
+
+    base, base_options: the method that scores
+    """
+
+    base: str = "snapkv"
+    base_options: Mapping[str, Any] = field(default_factory=dict)
+    chunk_length: int = 20
+
+    def __post_init__(self) -> None:
+        check_count("chunk_length", self.chunk_length)
+        _ = self.scorer  # refuses what it cannot build
+
+    @cached_property
+    def scorer(self) -> Method:
+        return base_method(self.base, self.base_options)
+
+    def score(self, window: Window) -> Tensor:
+        """Whole numbers: every token of a better chunk above every token of a worse one."""
+        shared = self.scorer.score(window).sum(dim=1)  # [batch, num_tokens]
+        return chunk_ranks(shared, self.chunk_length).unsqueeze(1).expand(-1, window.num_kv_heads, -1)
+
+
+def chunk_ranks(scores: Tensor, chunk_length: int) -> Tensor:
+    """Order tokens by their chunk's mean score, then by their own; of equals the earlier is better.
+
+    scores:  [batch, num_tokens]
+    returns  [batch, num_tokens] in float32, all different whole numbers
+    """
+    num_tokens = scores.shape[-1]
+    missing = -num_tokens % chunk_length
+    chunks = pad(scores, (0, missing)).unflatten(-1, (-1, chunk_length))
+    lengths = torch.full(chunks.shape[1:2], chunk_length, device=scores.device)
+    lengths[-1] -= missing
+    chunk_rank = rank(chunks.sum(dim=-1) / lengths)
+    padded = pad(scores, (0, missing), value=-torch.inf).unflatten(-1, (-1, chunk_length))
+    token_rank = rank(padded)  # within the chunk
+    return -(chunk_rank.unsqueeze(-1) * chunk_length + token_rank).flatten(-2)[..., :num_tokens].float()
+
+
+def rank(scores: Tensor) -> Tensor:
+    """Place of each entry in the descending order of the last axis, from 0; of equals the earlier comes first."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    return order.argsort(dim=-1)

@@ -1,0 +1,71 @@
+"""Expected Attention (arXiv:2510.00636): the attention that future queries are expected to pay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvllm.methods import register
+from kvllm.methods.attention import query_places
+from kvllm.methods.base import Method, Window
+from kvllm.methods.checks import check_between, check_count, check_flag, check_rope_theta
+from kvllm.methods.rope import frequencies, turn
+
+
+@register("expected_attention")
+@dataclass(frozen=True)
+class ExpectedAttention(Method):
+    """Keep the keys with the largest expected exp(q.k / sqrt(d)) for queries drawn from a normal distribution.
+
+    Same: softmax of k.mu / sqrt(d) + k'Sk / (2 d), mean over the group, times the norm of the value. That exponent is
+    the mean of a key's logits plus half their variance, so neither mu nor S is ever built.
+    Differs: mu and S come from the stored queries, not from all of the prompt's. The four sinks that the paper keeps
+    lie in the protected prompt. By default the stored queries count as they are, after RoPE: the rotations of the
+    newest tokens stand for those of the next ones. With `rope_theta` the rotation is undone and replaced by the
+    average over the next `num_future_tokens` places, as in the paper (plain RoPE only, no scaling).
+
+    epsilon: added to the expected weight before the value's norm counts (kvpress: 0; AMS uses 1e-2)
+    """
+
+    rope_theta: float | None = None
+    num_future_tokens: int = 512
+    use_covariance: bool = True
+    use_value_norm: bool = True
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_rope_theta(self.rope_theta)
+        check_count("num_future_tokens", self.num_future_tokens)
+        check_flag("use_covariance", self.use_covariance)
+        check_flag("use_value_norm", self.use_value_norm)
+        check_between("epsilon", self.epsilon, 0, 1)
+
+    def score(self, window: Window) -> Tensor:
+        queries = window.grouped_queries()
+        if self.rope_theta is not None:
+            queries = future_queries(queries, query_places(window), self.rope_theta, self.num_future_tokens)
+        scale = queries.shape[-1] ** -0.5
+        logits = torch.einsum("bhgqd,bthd->bhgqt", queries, window.keys.float()) * scale
+        exponent = logits.mean(dim=3)
+        if self.use_covariance:
+            exponent = exponent + logits.var(dim=3, correction=0) / 2
+        weights = exponent.softmax(dim=-1).mean(dim=2)
+        if not self.use_value_norm:
+            return weights
+        return (weights + self.epsilon) * window.values.float().norm(dim=-1).transpose(1, 2)
+
+
+def future_queries(queries: Tensor, places: Tensor, rope_theta: float, num_future_tokens: int) -> Tensor:
+    """Queries turned from their own places to the average of the next ones after the newest.
+
+    queries: [batch, num_kv_heads, group_size, num_queries, head_dim], after RoPE
+    places:  [batch, num_kv_heads, num_queries]
+    """
+    turns = frequencies(rope_theta, queries.shape[-1], queries.device)
+    to_newest = places.amax(dim=-1, keepdim=True) - places
+    ahead = torch.arange(1, num_future_tokens + 1, device=queries.device)[:, None] * turns
+    cos, sin = ahead.cos().mean(dim=0), ahead.sin().mean(dim=0)  # the average rotation: also shorter than 1
+    angles = (to_newest.double().unsqueeze(-1) * turns).unsqueeze(2)  # [batch, num_kv_heads, 1, num_queries, pairs]
+    return turn(turn(queries, angles.cos(), angles.sin()), cos, sin)

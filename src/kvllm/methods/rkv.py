@@ -1,0 +1,64 @@
+"""R-KV (arXiv:2505.24133): important tokens that say something new."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvllm.methods import register
+from kvllm.methods.base import Method, Window
+from kvllm.methods.checks import check_between
+from kvllm.methods.snapkv import SnapKV
+
+
+@register("rkv")
+@dataclass(frozen=True)
+class RKV(Method):
+    """Keep by importance_weight * importance - (1 - importance_weight) * redundancy.
+
+    Same: importance is the decode form of SnapKV (8 queries, max pooling of 7), redundancy the mean cosine to the
+    other keys of the head after a softmax over tokens; the newest of a set of similar keys is spared.
+    Differs: the newest 8 tokens, which R-KV always keeps and also counts as similar keys, are the buffer here and no
+    candidates. The 8 queries are stored ones, so they span 8 * `query_stride` tokens.
+
+    importance_weight: lambda of the paper (0.1 in its evaluation, 0.07 as its class default)
+    """
+
+    importance_weight: float = 0.1
+    similarity_threshold: float = 0.5
+    num_observed: int = 8
+    kernel_size: int = 7
+
+    def __post_init__(self) -> None:
+        check_between("importance_weight", self.importance_weight, 0, 1)
+        check_between("similarity_threshold", self.similarity_threshold, -1, 1)
+        _ = self.importance  # checks the other two
+
+    @property
+    def importance(self) -> SnapKV:
+        return SnapKV(num_observed=self.num_observed, kernel_size=self.kernel_size)
+
+    def score(self, window: Window) -> Tensor:
+        # One request and layer at a time: the cosines take num_kv_heads * num_tokens**2 numbers.
+        redundant = torch.stack([redundancy(keys, self.similarity_threshold) for keys in window.keys.float()])
+        return self.importance_weight * self.importance.score(window) - (1 - self.importance_weight) * redundant
+
+
+def redundancy(keys: Tensor, threshold: float) -> Tensor:
+    """How much each key repeats others of its head.
+
+    In the row of every key the newest of those more similar than `threshold` is set to zero (the first token if none
+    is), so that of many alike the last one is spared.
+
+    keys:    [num_tokens, num_kv_heads, head_dim] in float32
+    returns  [num_kv_heads, num_tokens]; each row sums to 1
+    """
+    keys = keys.transpose(0, 1)
+    keys = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
+    cosines = keys @ keys.transpose(-1, -2)
+    cosines.diagonal(dim1=-2, dim2=-1).zero_()
+    places = torch.arange(cosines.shape[-1], device=keys.device)
+    spared = torch.where(cosines > threshold, places, 0).amax(dim=-1, keepdim=True)
+    return cosines.scatter(-1, spared, 0.0).mean(dim=1).softmax(dim=-1)

@@ -1,0 +1,137 @@
+"""What every registered method must do: a new one is tested by being registered."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields, replace
+
+import pytest
+import torch
+
+from kvllm.config import KvConfig
+from kvllm.methods import make_method, methods
+from kvllm.methods.base import Window
+from kvllm.methods.triattention import save_statistics
+from tests.methods.windows import one_of, random_window
+
+# Methods that cannot be built without an option of the model's.
+NUM_HEADS, HEAD_DIM, NUM_LAYERS = 6, 8, 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The tensors are tiny: threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def needed_options(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("statistics") / "model.safetensors")
+    queries = torch.randn(NUM_LAYERS, NUM_HEADS, 50, HEAD_DIM, generator=torch.Generator().manual_seed(1)) + 0.5
+    save_statistics(path, queries, 10000.0 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM))
+    return {"triattention": {"statistics": path}}
+
+
+@pytest.fixture(params=list(methods()))
+def method(request, needed_options):
+    return make_method(KvConfig(method=request.param, method_options=needed_options.get(request.param, {})))
+
+
+def window_of_the_budget_policy(**sizes) -> Window:
+    """Candidates that earlier cuts have thinned, for each head differently; the newest lie side by side."""
+    window = random_window(batch=3, num_tokens=48, num_kv_heads=2, group_size=3, head_dim=HEAD_DIM, **sizes)
+    generator = torch.Generator().manual_seed(5)
+    places = torch.stack([torch.randperm(300, generator=generator)[:30].sort().values for _ in range(6)])
+    old = places.view(3, 2, 30) + 64
+    new = torch.arange(364, 364 + 18).expand(3, 2, -1)
+    return replace(window, positions=torch.cat([old, new], dim=-1))
+
+
+def windows() -> dict[str, Window]:
+    shape = {"num_kv_heads": 2, "group_size": 3, "head_dim": HEAD_DIM}
+    window = random_window(batch=3, **shape)
+    return {
+        "window": window,
+        "budget": window_of_the_budget_policy(),
+        "bfloat16": random_window(batch=3, dtype=torch.bfloat16, **shape),
+        "num_kv_heads 1": random_window(num_kv_heads=1, group_size=6, head_dim=HEAD_DIM),
+        "group_size 1": random_window(num_kv_heads=6, group_size=1, head_dim=HEAD_DIM),
+        "some queries before the window": replace(window, query_positions=torch.tensor([26, -9, 4, -1, 20])),
+        "equal tokens": replace(window, keys=torch.ones_like(window.keys), values=torch.ones_like(window.values)),
+        "zeros": replace(
+            window,
+            queries=torch.zeros_like(window.queries),
+            keys=torch.zeros_like(window.keys),
+            values=torch.zeros_like(window.values),
+        ),
+    }
+
+
+WINDOWS = windows()
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_exactly_num_kept_distinct_ascending(method, name):
+    window = WINDOWS[name]
+    for num_kept in (1, 2, 7, 16, window.num_tokens - 1):
+        kept = method.compress(window, num_kept)
+        assert kept.indices.dtype == torch.int64
+        assert kept.indices.shape == (len(window.keys), window.num_kv_heads, num_kept)
+        assert (kept.indices.diff(dim=-1) > 0).all()
+        assert kept.indices.min() >= 0 and kept.indices.max() < window.num_tokens
+        for new in (kept.keys, kept.values):
+            if new is not None:
+                assert new.dtype == window.keys.dtype and new.isfinite().all()
+                assert new.shape == (len(window.keys), num_kept, *window.keys.shape[2:])
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_scores_have_the_promised_shape_and_type(method, name):
+    window = WINDOWS[name]
+    scores = method.score(window)
+    assert scores.dtype == torch.float32
+    assert scores.shape == (len(window.keys), window.num_kv_heads, window.num_tokens)
+    assert not scores.isnan().any()
+
+
+@pytest.mark.parametrize("name", ["window", "budget", "bfloat16"])
+def test_a_batch_equals_its_members_bit_for_bit(method, name):
+    window = WINDOWS[name]
+    scores, kept = method.score(window), method.compress(window, 9)
+    for i in range(len(window.keys)):
+        alone = method.compress(one_of(window, i), 9)
+        torch.testing.assert_close(method.score(one_of(window, i)), scores[i : i + 1], rtol=0, atol=0)
+        assert torch.equal(alone.indices, kept.indices[i : i + 1])
+        if kept.values is not None:
+            assert torch.equal(alone.values, kept.values[i : i + 1])
+
+
+@pytest.mark.parametrize("name", ["window", "budget"])
+def test_the_order_of_the_query_ring_does_not_matter(method, name):
+    """The same queries in other slots: the same tokens stay."""
+    window = WINDOWS[name]
+    slots = torch.tensor([3, 0, 4, 1, 2])
+    shuffled = replace(window, queries=window.queries[:, slots], query_positions=window.query_positions[slots])
+    # Sums over queries may round differently in another order.
+    torch.testing.assert_close(method.score(shuffled), method.score(window), rtol=1e-5, atol=1e-6)
+
+
+def test_the_input_is_left_alone(method):
+    window = random_window(head_dim=HEAD_DIM)
+    before = {f.name: getattr(window, f.name).clone() for f in fields(Window)}
+    method.compress(window, 5)
+    for name, tensor in before.items():
+        assert torch.equal(getattr(window, name), tensor), name
+
+
+def test_a_method_is_frozen_and_its_options_have_defaults(method):
+    for f in fields(method):
+        with pytest.raises(FrozenInstanceError):
+            setattr(method, f.name, None)
+    assert method == type(method)(**{f.name: getattr(method, f.name) for f in fields(method)})
+
+
+def test_a_method_says_what_it_keeps(method):
+    assert type(method).__doc__ and type(method).__doc__.startswith(("Keep ", "Cut "))
