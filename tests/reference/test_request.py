@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
@@ -41,9 +43,19 @@ def test_without_compression_the_logits_are_those_of_transformers(family, sizes)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["kara", "random", "snapkv", "streaming_llm"])
-def test_a_window_compressed_equals_the_text_with_evicted_tokens_masked(family, method):
-    check_against_masked(family, KvConfig(**{**WINDOW.to_dict(), "method": method}), 16, 21, 200, num_events=4)
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        ("kara", {}),
+        ("kara", {"bidirectional": False}),  # these two care which query lies where
+        ("snapkv", {"num_observed": 2}),
+        ("random", {}),
+        ("streaming_llm", {}),
+    ],
+)
+def test_a_window_compressed_equals_the_text_with_evicted_tokens_masked(family, method, options):
+    config = replace(WINDOW, method=method, method_options=options)
+    check_against_masked(family, config, 16, 21, 200, num_events=4)
 
 
 @pytest.mark.parametrize("num_prompt_tokens", [1, 15, 16, 17, 48])
@@ -57,7 +69,7 @@ def test_any_prompt_length_buffer_and_stride(num_prompt_tokens, buffer_size, que
 
 @pytest.mark.parametrize("method", ["kara", "random", "streaming_llm"])
 def test_a_budget_equals_the_text_with_evicted_tokens_masked(method):
-    check_against_masked("qwen3", KvConfig(**{**BUDGET.to_dict(), "method": method}), 8, 21, 161, num_events=6)
+    check_against_masked("qwen3", replace(BUDGET, method=method), 8, 21, 161, num_events=6)
 
 
 def check_against_masked(family, config, block_size, num_prompt_tokens, num_tokens, num_events):

@@ -1,0 +1,77 @@
+"""The ring's arithmetic against a ring that is really written, token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvllm.config import KvConfig
+from kvllm.layout import Geometry
+from kvllm.query_ring import is_stored, query_positions, slot_of
+
+
+@st.composite
+def configs(draw):
+    """A config with blocks of 8, of either policy, whose query span fits the first event."""
+    stride = draw(st.sampled_from([1, 2, 4, 8]))
+    buffer_size = stride * draw(st.integers(1, 12))
+    if draw(st.booleans()):
+        return KvConfig(
+            policy="budget",
+            window_size=8 * draw(st.integers(1, 3)),
+            buffer_size=buffer_size,
+            query_stride=stride,
+            budget_size=8 * draw(st.integers(2, 6)),
+            budget_interval=8 * draw(st.integers(1, 4)),
+        )
+    window_size = 8 * draw(st.integers(2, 8))
+    return KvConfig(window_size=window_size, buffer_size=buffer_size, query_stride=stride, retention_ratio=0.5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(configs(), st.integers(1, 40))
+def test_query_positions_equal_a_simulated_ring(config, num_prompt_tokens):
+    geometry = Geometry.from_config(config, block_size=8)
+    assert geometry is not None
+    protected_len = -(-num_prompt_tokens // 8) * 8
+    num_queries = config.window_size // config.query_stride
+    ring = [-1] * num_queries  # the place in the text of each slot's query
+    cache: list[int] = []  # the place in the text of each token in the cache
+    event = 0
+    for position in range(protected_len + 300):
+        if geometry.num_events(num_prompt_tokens, position) > event:
+            first = geometry.candidate_start(num_prompt_tokens, event)
+            # Tokens that were candidates before (budget policy) may be gone, their queries are not: they count on
+            # backwards as if nothing were.
+            length, raw = len(cache) - first, geometry.interval + geometry.buffer_size
+            fresh = [p for p in ring if event == 0 or position - p <= raw]
+            expected = [cache.index(p) - first if p in fresh else length - (position - p) for p in ring]
+            actual = query_positions(geometry, event, config.query_stride, num_queries)
+            assert actual.dtype == np.int64 and actual.tolist() == expected
+            assert max(ring) == position - 1 and position - min(ring) <= config.window_size
+            # Any survivors will do: here the first ones. What follows the candidates moves up.
+            del cache[first + geometry.num_kept : first + geometry.num_candidates]
+            event += 1
+        cache.append(position)
+        if is_stored(position - protected_len, config.query_stride):
+            ring[slot_of(position - protected_len, config.query_stride, num_queries)] = position
+    assert event > 0
+
+
+def test_one_by_hand():
+    """W=16, U=8, stride 4: at the event 24 tokens are there, and the newest four queries those of 11, 15, 19, 23."""
+    geometry = Geometry.from_config(KvConfig(window_size=16, buffer_size=8, query_stride=4, retention_ratio=0.5), 8)
+    assert geometry is not None
+    assert query_positions(geometry, 0, 4, 4).tolist() == [19, 23, 11, 15]
+    assert query_positions(geometry, 5, 4, 4).tolist() == [19, 23, 11, 15]
+
+
+@pytest.mark.parametrize("offset, stored, slot", [(-1, False, None), (0, False, None), (3, True, 0), (19, True, 0)])
+def test_what_is_stored_where(offset, stored, slot):
+    assert is_stored(offset, 4) == stored
+    assert is_stored(np.array([offset]), 4).tolist() == [stored]
+    if stored:
+        assert slot_of(offset, 4, 4) == slot
+        assert slot_of(np.array([offset]), 4, 4).tolist() == [slot]
