@@ -9,6 +9,7 @@ from torch import Tensor
 from kvllm.methods import register
 from kvllm.methods.attention import causal_attention, seen
 from kvllm.methods.base import Method, Window
+from kvllm.methods.checks import check_flag
 
 
 @register("h2o")
@@ -26,6 +27,9 @@ class H2O(Method):
     """
 
     average: bool = False
+
+    def __post_init__(self) -> None:
+        check_flag("average", self.average)
 
     def score(self, window: Window) -> Tensor:
         scores = causal_attention(window).mean(dim=2).sum(dim=2)
