@@ -48,9 +48,9 @@ def make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, *, bl
     ],
 )
 def test_window_scores(num_candidates, num_heads, num_kv_heads, head_dim, dtype, value_norm, device):
-    arguments = make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device)
-    actual = window_scores(*arguments, value_norm=value_norm)
-    assert_scores_close(actual, window_scores_ref(*arguments, value_norm=value_norm))
+    bank, slots, blocks, cache = make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device)
+    actual = window_scores(bank, slots, blocks, cache, value_norm)
+    assert_scores_close(actual, window_scores_ref(bank, slots, blocks, cache, value_norm))
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,8 @@ def _shorten_kernel(
             survivors = events * kept
         to_raw = CANDIDATE_BLOCKS + (events - 1) * INTERVAL_BLOCKS - survivors
         row = block_table + req * stride_row + protected
-        for start in range(kept, num_blocks, TILE):  # the first survivors are in place already
+        start = kept  # the first survivors are in place already
+        while start < num_blocks:
             physical = start + tl.arange(0, TILE)
             logical = tl.where(
                 physical < survivors, physical // kept * INTERVAL_BLOCKS + physical % kept, physical + to_raw
@@ -106,4 +107,5 @@ def _shorten_kernel(
             # needs order only between the reads and the writes of one tile.
             tl.debug_barrier()
             tl.store(row + physical, blocks, mask=physical < num_blocks)
+            start += TILE
     tl.store(seq_lens_out + req, length)

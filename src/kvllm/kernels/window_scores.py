@@ -89,6 +89,7 @@ def window_scores(
         BLOCK_Q=block_q,
         BLOCK_D=block_d,
         num_warps=num_warps,
+        num_stages=2,
     )
     log_sums = None
     if num_tiles > 1:
@@ -96,7 +97,13 @@ def window_scores(
         num_query_tiles = triton.cdiv(num_queries * group_size, block_q)
         _log_sums_kernel[(batch, num_query_tiles)](log_sums, *arguments, **sizes)
     _scores_kernel[(batch, num_tiles)](
-        scores, log_sums, *arguments, VALUE_NORM=value_norm, HAS_LOG_SUMS=log_sums is not None, **sizes
+        scores,
+        log_sums,
+        *arguments,
+        VALUE_NORM=value_norm,
+        HAS_LOG_SUMS=log_sums is not None,
+        maxnreg=None if float32 else 128,  # so that two programs of 8 warps share the registers of a multiprocessor
+        **sizes,
     )
     return scores
 
@@ -108,7 +115,7 @@ def tile_sizes(num_candidates: int, num_rows: int, block_d: int, float32: bool) 
     block_q = min(64, max(16, triton.next_power_of_2(num_rows)))
     resident = max(16, triton.next_power_of_2(num_candidates))
     if resident * block_d * 2 <= _TILE_BYTES:
-        return resident, block_q, 4 if resident <= 64 else 8
+        return resident, block_q, max(4, resident // 32)
     return 64 if block_d > 128 else 128, block_q, 4
 
 

@@ -1,0 +1,344 @@
+"""Every kernel against the time that the device itself needs for its bytes or its arithmetic. Needs a CUDA device.
+
+    python -m kvllm.bench.kernels --json kernels.json
+
+Each case is first compared with its PyTorch reference on fresh random input, then timed in a replayed CUDA graph that
+walks through as many sets of requests as exceed the L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvllm.kernels.block_tables import shorten_block_tables, shorten_block_tables_ref
+from kvllm.kernels.compact import compact, compact_ref
+from kvllm.kernels.paged import PagedCache
+from kvllm.kernels.select_chunks import select_chunks, select_chunks_ref
+from kvllm.kernels.store_queries import store_queries, store_queries_ref
+from kvllm.kernels.window_scores import window_scores, window_scores_ref
+from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window, scatter_window_ref
+
+DEVICE = "cuda"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and the sizes of a compression; the default is Qwen3-8B with the default KvConfig."""
+
+    num_layers: int = 36
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    num_queries: int = 32
+    block_size: int = 16
+    num_candidates: int = 256
+    num_kept: int = 80
+    dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"
+
+    @property
+    def blocks_each(self) -> int:
+        return self.num_candidates // self.block_size
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What the device reaches in plain PyTorch."""
+
+    bytes_per_s: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one size.
+
+    runs:      launches on different requests, to be timed one after the other
+    num_bytes: fewest that one run must read and write
+    num_flops: of one run
+    """
+
+    kernel: str
+    num_due: int
+    runs: list[Callable[[], Any]]
+    num_bytes: float
+    num_flops: float = 0.0
+
+
+def bench_kernels(
+    shape: Shape | None = None, num_due: tuple[int, ...] = (1, 8, 64), json_path: Path | None = None
+) -> list[dict[str, Any]]:
+    """Check, time and print every kernel; returns the table's rows."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("kvllm bench kernels needs a CUDA device: in Triton's interpreter times mean nothing.")
+    shape = shape or Shape()
+    errors = check(shape)
+    peaks = measure_peaks()
+    device = torch.cuda.get_device_name()
+    print(f"{device}: copy {peaks.bytes_per_s / 1e12:.2f} TB/s, bf16 {peaks.flops / 1e12:.0f} TFLOP/s\n{shape}")
+    print(f"{'kernel':<22}{'due':>4}{'ms':>9}{'floor ms':>10}{'x floor':>9}{'GB/s':>7}{'host us':>9}{'error':>10}")
+    rows = []
+    for case in cases(shape, num_due):
+        ms, host_us = time_runs(case.runs)
+        floor_ms = 1e3 * max(case.num_bytes / peaks.bytes_per_s, case.num_flops / peaks.flops)
+        row = dict(
+            kernel=case.kernel,
+            num_due=case.num_due,
+            ms=ms,
+            floor_ms=floor_ms,
+            times_floor=ms / floor_ms,
+            gb_per_s=case.num_bytes / ms / 1e6,
+            tflops=case.num_flops / ms / 1e9,
+            host_us=host_us,
+            error=errors[case.kernel],
+        )
+        rows.append(row)
+        print(
+            f"{case.kernel:<22}{case.num_due:>4}{ms:>9.4f}{floor_ms:>10.4f}{ms / floor_ms:>9.2f}"
+            f"{row['gb_per_s']:>7.0f}{host_us:>9.1f}{errors[case.kernel]:>10.1e}",
+            flush=True,
+        )
+    if json_path:
+        import triton
+
+        about = dict(device=device, torch=torch.__version__, triton=triton.__version__, command=sys.argv)
+        result = dict(**about, peaks=asdict(peaks), shape=asdict(shape), rows=rows)
+        json_path.write_text(json.dumps(result, indent=1))
+    return rows
+
+
+def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
+    """Every kernel at every number of due requests; all share one cache and one bank, sized for the most."""
+    most = max(num_due)
+    cache, all_blocks = random_cache(shape, most)
+    bank = torch.randn(shape.num_layers, most, shape.num_queries, shape.num_heads, shape.head_dim, device=DEVICE).to(
+        getattr(torch, shape.dtype)
+    )
+    token_bytes = 2 * shape.num_kv_heads * shape.head_dim * cache.dtype.itemsize  # keys and values of a layer
+    model_bytes = 2 * shape.num_kv_heads * shape.head_dim * bank.dtype.itemsize
+    out = [store_case(shape, bank), shorten_case(shape)]
+    for due in num_due:
+        sets = all_blocks[: most - most % due].split(due)  # blocks of disjoint groups of requests
+        pairs = due * shape.num_layers
+        rows = pairs * shape.num_kv_heads
+        logits = pairs * shape.num_heads * shape.num_queries * shape.num_candidates
+        slots = torch.randperm(most, device=DEVICE).split(due)
+        scores = torch.rand(rows, shape.num_candidates, device=DEVICE)
+        kept = random_kept(shape, due)
+        size = (pairs, shape.num_kept, shape.num_kv_heads, shape.head_dim)
+        keys, values = (torch.randn(size, device=DEVICE).to(bank.dtype) for _ in range(2))
+        out += [
+            Case(
+                "window_scores",
+                due,
+                [partial(window_scores, bank, s, blocks, cache) for s, blocks in zip(slots, sets, strict=False)],
+                pairs * (token_bytes * shape.num_candidates + bank[0, 0].nbytes) + scores.nbytes,
+                2 * shape.head_dim * logits,
+            ),
+            Case(
+                "select_chunks",
+                due,
+                [partial(select_chunks, scores, shape.num_kept, 8, 0.5)],
+                scores.nbytes + kept.nbytes,
+            ),
+            Case(
+                "compact",
+                due,
+                [partial(compact, kept, blocks, cache) for blocks in sets],
+                2 * pairs * token_bytes * shape.num_kept + kept.nbytes,
+            ),
+            Case(
+                "gather_window",
+                due,
+                [partial(gather_window, blocks, cache, bank.dtype) for blocks in sets],
+                pairs * (token_bytes + model_bytes) * shape.num_candidates,
+            ),
+            Case(
+                "scatter_window",
+                due,
+                [partial(scatter_window, keys, values, blocks, cache) for blocks in sets],
+                pairs * (token_bytes + model_bytes) * shape.num_kept,
+            ),
+        ]
+    return out
+
+
+def store_case(shape: Shape, bank: Tensor) -> Case:
+    """256 decoded tokens, of which every 8th is kept; one launch a layer, all layers timed together."""
+    num_tokens, stored = 256, 32
+    query = torch.randn(num_tokens, shape.num_heads, shape.head_dim, device=DEVICE).to(bank.dtype)
+    slots = torch.full((num_tokens,), -1, dtype=torch.int32, device=DEVICE)
+    places = torch.randperm(bank.shape[1] * shape.num_queries, device=DEVICE)
+    slots[:: num_tokens // stored] = places[:stored].int()
+    layers = bank.unbind(0)
+
+    def run() -> None:
+        for layer in layers:
+            store_queries(query, layer, slots)
+
+    num_bytes = 2 * stored * query[0].nbytes + slots.nbytes
+    return Case("store_queries (all)", num_tokens, [run], shape.num_layers * num_bytes)
+
+
+def shorten_case(shape: Shape, num_reqs: int = 256, num_windows: int = 32) -> Case:
+    """256 requests of 32 windows (8k tokens at the default)."""
+    arguments = shorten_arguments(shape, num_reqs, num_windows)
+    num_blocks = num_windows * shape.num_kept // shape.block_size
+    return Case("shorten_block_tables", num_reqs, [lambda: shorten_block_tables(*arguments)], 8 * num_reqs * num_blocks)
+
+
+def shorten_arguments(shape: Shape, num_reqs: int, num_windows: int) -> tuple[Any, ...]:
+    def column(value: int) -> Tensor:
+        return torch.full((num_reqs,), value, dtype=torch.int32, device=DEVICE)
+
+    blocks = (num_windows + 2) * shape.blocks_each
+    table = torch.randperm(num_reqs * blocks, device=DEVICE).int().view(num_reqs, blocks)
+    lengths = column(num_windows * shape.num_candidates + 64 + 1)
+    kept = column(shape.num_kept // shape.block_size)
+    constants = (shape.blocks_each, shape.blocks_each, shape.block_size, "window")
+    return (table, lengths, column(-1), column(0), column(num_windows), kept, *constants)
+
+
+def random_cache(shape: Shape, num_due: int) -> tuple[PagedCache, Tensor]:
+    """A cache laid out as FlashAttention's, tokens outside heads, and the shuffled blocks of each request."""
+    num_blocks = num_due * shape.blocks_each
+    dtype = getattr(torch, shape.kv_dtype)
+    size = (num_blocks, shape.block_size, shape.num_kv_heads, 2 * shape.head_dim)
+    layers = [torch.randn(size, device=DEVICE).to(dtype).split(shape.head_dim, dim=-1) for _ in range(shape.num_layers)]
+    scales: list[Tensor | None] = [None, None]
+    if dtype == torch.float8_e4m3fn:
+        scales = [torch.rand(shape.num_layers, device=DEVICE) + 0.5 for _ in range(2)]
+    blocks = torch.randperm(num_blocks, device=DEVICE).int().view(num_due, shape.blocks_each)
+    return PagedCache.from_layers([k for k, _ in layers], [v for _, v in layers], *scales), blocks
+
+
+def random_kept(shape: Shape, num_due: int) -> Tensor:
+    """[num_due, num_layers, num_kv_heads, num_kept] int32, ascending."""
+    size = (num_due, shape.num_layers, shape.num_kv_heads, shape.num_candidates)
+    order = torch.rand(size, device=DEVICE).argsort(dim=-1)
+    return order[..., : shape.num_kept].sort(dim=-1).values.int()
+
+
+def check(shape: Shape) -> dict[str, float]:
+    """Each kernel's relative error, ||kernel - reference|| / ||reference||, for two requests; copies must be exact."""
+    dtype = getattr(torch, shape.dtype)
+    cache, blocks = random_cache(shape, 2)
+    bank = torch.randn(shape.num_layers, 3, shape.num_queries, shape.num_heads, shape.head_dim, device=DEVICE).to(dtype)
+    slots = torch.tensor([2, 0], device=DEVICE)
+    errors = {}
+
+    scores = window_scores_ref(bank, slots, blocks, cache)
+    errors["window_scores"] = relative_error([window_scores(bank, slots, blocks, cache)], [scores])
+    rows = scores.flatten(0, 2)
+    picked = (select_chunks(rows, shape.num_kept, 8, 0.5), select_chunks_ref(rows, shape.num_kept, 8, 0.5))
+    errors["select_chunks"] = relative_error([picked[0]], [picked[1]])
+    dense = gather_window_ref(blocks, cache, dtype)
+    errors["gather_window"] = relative_error(gather_window(blocks, cache, dtype), dense)
+
+    kept = random_kept(shape, 2)
+    keys, values = (t.flip(0)[:, : shape.num_kept].contiguous() for t in dense)
+    for name, run, reference in (
+        ("compact", partial(compact, kept), partial(compact_ref, kept)),
+        ("scatter_window", partial(scatter_window, keys, values), partial(scatter_window_ref, keys, values)),
+    ):
+        actual, expected = copy_of(cache), copy_of(cache)
+        run(blocks, actual)
+        reference(blocks, expected)
+        errors[name] = relative_error(actual.keys + actual.values, expected.keys + expected.values)
+
+    query = torch.randn(7, shape.num_heads, shape.head_dim, device=DEVICE).to(dtype)
+    places = torch.tensor([5, -1, 0, -1, -1, 7, 2], dtype=torch.int32, device=DEVICE)
+    banks = [torch.zeros_like(bank[0]) for _ in range(2)]
+    store_queries(query, banks[0], places)
+    store_queries_ref(query, banks[1], places)
+    errors["store_queries (all)"] = relative_error(banks[:1], banks[1:])
+
+    tables = shorten_arguments(shape, 3, 5)
+    expected_tables: Any = [t.clone() if isinstance(t, Tensor) else t for t in tables]
+    shorten_block_tables(*tables)
+    shorten_block_tables_ref(*expected_tables)
+    errors["shorten_block_tables"] = relative_error((tables[0], tables[2]), (expected_tables[0], expected_tables[2]))
+
+    for name, error in errors.items():
+        limit = 1e-4 if name == "window_scores" else 0.0
+        if not error <= limit:
+            raise AssertionError(f"{name} differs from its reference by {error:.2e}, more than {limit:.0e}.")
+    return errors
+
+
+def copy_of(cache: PagedCache) -> PagedCache:
+    pairs = [torch.cat([k.float(), v.float()], -1).to(k.dtype) for k, v in zip(cache.keys, cache.values, strict=True)]
+    split = [kv.split(cache.head_dim, dim=-1) for kv in pairs]
+    return PagedCache.from_layers([k for k, _ in split], [v for _, v in split], cache.k_scale, cache.v_scale)
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    difference = sum(float((a.double() - e.double()).square().sum()) for a, e in zip(actual, expected, strict=True))
+    return (difference / sum(float(e.double().square().sum()) for e in expected)) ** 0.5
+
+
+def measure_peaks() -> Peaks:
+    """A large copy and a large matrix product."""
+    source = torch.randn(1 << 28, device=DEVICE)
+    target = torch.empty_like(source)
+    copy_ms, _ = time_runs([lambda: target.copy_(source)])
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    product_ms, _ = time_runs([lambda: a @ b])
+    return Peaks(bytes_per_s=2 * source.nbytes / copy_ms * 1e3, flops=2 * 8192**3 / product_ms * 1e3)
+
+
+def time_runs(runs: list[Callable[[], Any]], repeats: int = 20) -> tuple[float, float]:
+    """Milliseconds of one run on the device (median of replays of a graph of all runs), and its launch on the host."""
+    for run in runs:
+        run()  # compiles
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        runs[0]()
+        times.append((time.perf_counter() - start) * 1e6)
+    host_us = statistics.median(times)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    graph.replay()
+    milliseconds = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        milliseconds.append(begin.elapsed_time(end) / len(runs))
+    del graph
+    torch.cuda.empty_cache()
+    return statistics.median(milliseconds), host_us
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Shape()
+    for name, value in asdict(default).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    parser.add_argument("--num-due", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--json", type=Path)
+    options = vars(parser.parse_args())
+    num_due, json_path = tuple(options.pop("num_due")), options.pop("json")
+    bench_kernels(Shape(**options), num_due, json_path)
+
+
+if __name__ == "__main__":
+    main()
