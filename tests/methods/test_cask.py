@@ -68,6 +68,7 @@ def test_core_and_representatives_equal_the_definition(name, num_kept, method):
             assert set(core) <= {run[0] for run, _, _ in entries if len(run) == 1}
             expected = torch.stack([value for _, _, value in entries]).float()
             torch.testing.assert_close(kept.values[b, :, h], expected, rtol=1e-5, atol=1e-6)
+            assert torch.equal(kept.keys[b, :, h], window.keys[b, kept.indices[b, h], h])
 
 
 def test_what_is_not_merged_is_kept_bit_for_bit():

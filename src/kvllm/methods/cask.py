@@ -68,7 +68,7 @@ class CASK(Method):
         core = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top_k(scores, num_core), True)
         entry = self.entries(window, core, num_kept)
         best = best_of_each(entry, scores, num_kept)
-        return Kept(best, values=merged_values(window.values, scores, entry, best))
+        return Kept(best, own_rows(window.keys, best), merged_values(window.values, scores, entry, best))
 
     def entries(self, window: Window, core: Tensor, num_kept: int) -> Tensor:
         """[batch, num_kv_heads, num_tokens], from 0 to num_kept - 1: the run of neighbours that each token is in."""
@@ -100,14 +100,17 @@ def merged_values(values: Tensor, scores: Tensor, entry: Tensor, best: Tensor) -
     """
     starts = run_starts(entry, best.shape[-1])
     ends = torch.cat([starts[..., 1:], torch.full_like(starts[..., :1], entry.shape[-1])], dim=-1)
-    values = values.transpose(1, 2)
     # float64: the sum of a run is the difference of two running sums.
     weights = softplus(scores.double()) + 1e-4
     totals = run_sums(weights.unsqueeze(-1), starts, ends)
-    means = run_sums(weights.unsqueeze(-1) * values.double(), starts, ends) / totals
-    own = values.gather(2, best.unsqueeze(-1).expand(-1, -1, -1, values.shape[-1]))
-    alone = (ends - starts == 1).unsqueeze(-1)
-    return torch.where(alone, own, means.to(values.dtype)).transpose(1, 2)
+    means = run_sums(weights.unsqueeze(-1) * values.transpose(1, 2).double(), starts, ends) / totals
+    alone = (ends - starts == 1).unsqueeze(-1).transpose(1, 2)
+    return torch.where(alone, own_rows(values, best), means.to(values.dtype).transpose(1, 2))
+
+
+def own_rows(tokens: Tensor, indices: Tensor) -> Tensor:
+    """[batch, num_kept, num_kv_heads, head_dim]: what each head keeps of [batch, num_tokens, num_kv_heads, head_dim]."""
+    return tokens.gather(1, indices.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, tokens.shape[-1]))
 
 
 def run_starts(entry: Tensor, num_entries: int) -> Tensor:
