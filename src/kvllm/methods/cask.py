@@ -109,7 +109,7 @@ def merged_values(values: Tensor, scores: Tensor, entry: Tensor, best: Tensor) -
 
 
 def own_rows(tokens: Tensor, indices: Tensor) -> Tensor:
-    """[batch, num_kept, num_kv_heads, head_dim]: what each head keeps of [batch, num_tokens, num_kv_heads, head_dim]."""
+    """What each head keeps: [batch, num_tokens, num_kv_heads, head_dim] -> [batch, num_kept, ...]."""
     return tokens.gather(1, indices.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, tokens.shape[-1]))
 
 
