@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from kvllm.engine import cpu_cache
@@ -37,7 +38,9 @@ class CompressorV1:
         self.config = config
         self.method = make_method(config)
         self.geometries = Geometries(config, runner.cache_config.block_size)
-        self.layers = list(get_layers_from_vllm_config(runner.vllm_config, Attention).values())
+        named_layers = get_layers_from_vllm_config(runner.vllm_config, Attention)
+        self.layers = list(named_layers.values())
+        self.layer_indices = torch.tensor([extract_layer_index(name) for name in named_layers])
         self.num_queries = config.window_size // config.query_stride
         layer = self.layers[0]
         self.query_bank = torch.empty(
@@ -181,9 +184,7 @@ class CompressorV1:
             block_ids = table[i, blocks[first : first + geometry.num_candidates // geometry.block_size]]
             self._compress_request(req_ids[i], geometry, prompt, event, torch.from_numpy(block_ids.astype(np.int64)))
 
-    def _compress_request(
-        self, req_id: str, geometry: Geometry, prompt: int, event: int, block_ids: Tensor
-    ) -> None:
+    def _compress_request(self, req_id: str, geometry: Geometry, prompt: int, event: int, block_ids: Tensor) -> None:
         keys, values = self._read(block_ids)
         num_layers, num_tokens, num_kv_heads, _ = keys.shape
         start = geometry.protected_len(prompt) + event * geometry.interval
@@ -196,7 +197,7 @@ class CompressorV1:
             keys=keys,
             values=values,
             positions=positions,
-            layers=torch.arange(num_layers),
+            layers=self.layer_indices,
         )
         self._write(block_ids, window, self.method.compress(window, geometry.num_kept))
 

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
     from kvllm.layout import Geometry
 
-    Base = Scheduler
-else:
-    Base = object
+# For the type checker a scheduler; at run time the classes below put one behind the mixin.
+Base: Any = Scheduler if TYPE_CHECKING else object
 
 
 class CompressionMixin(Base):

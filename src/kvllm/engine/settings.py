@@ -58,8 +58,9 @@ class Geometries:
         return self._by_ratio[ratio]
 
 
-def check_request(geometries: Geometries, params: SamplingParams, num_prompt_tokens: int, max_tokens: int,
-                  num_blocks: int) -> None:
+def check_request(
+    geometries: Geometries, params: SamplingParams, num_prompt_tokens: int, max_tokens: int, num_blocks: int
+) -> None:
     """Raise ValueError unless this request can run to its end alone in the pool.
 
     max_tokens: most tokens it may generate; num_blocks: blocks of the pool, 0 if not known here.

@@ -45,6 +45,11 @@ class Window:
     def logits(self) -> Tensor:
         """[batch, num_kv_heads, group_size, num_queries, num_tokens] in float32: scaled dot products, unmasked."""
         scale = self.keys.shape[-1] ** -0.5
+        if self.keys.is_cpu:
+            # One member at a time: a batched product rounds few queries differently, and would make what a request
+            # keeps depend on its batch.
+            pairs = zip(self.grouped_queries(), self.keys.float(), strict=True)
+            return torch.stack([torch.einsum("hgqd,thd->hgqt", q, k) for q, k in pairs]) * scale
         return torch.einsum("bhgqd,bthd->bhgqt", self.grouped_queries(), self.keys.float()) * scale
 
 

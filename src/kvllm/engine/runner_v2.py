@@ -1,0 +1,297 @@
+"""Compression inside vLLM's V2 model runner, the default on GPUs, under full CUDA graphs.
+
+Whatever a captured graph reads keeps its address: the query bank, the slots that each token's query goes to, the
+physical sequence lengths, and vLLM's own gathered block tables, which are refilled every step and shortened in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from kvllm.engine.attention import capture_queries
+from kvllm.engine.settings import Geometries, kv_config
+from kvllm.kernels.block_tables import shorten_block_tables
+from kvllm.kernels.compact import compact
+from kvllm.kernels.paged import PagedCache
+from kvllm.kernels.select_chunks import select_chunks
+from kvllm.kernels.store_queries import store_queries
+from kvllm.kernels.window_scores import window_scores
+from kvllm.kernels.windows import gather_window, scatter_window
+from kvllm.layout import Geometry, IntArray
+from kvllm.methods import make_method
+from kvllm.methods.base import Window
+from kvllm.methods.kara import Kara
+from kvllm.query_ring import is_stored, query_positions, slot_of
+
+logger = init_logger(__name__)
+
+# Rows of a step's plan, one int32 a request of the batch.
+_PROTECTED, _EVENTS, _KEPT, _NUM_ROWS = 0, 1, 2, 3
+# Windows that a method without kernels of its own sees at once: dense copies of all layers are large.
+_GENERIC_BATCH = 4
+
+
+@cache
+def compressing(cls: type) -> type:
+    """`cls` with compression; ValueError for a model state that we do not know to be plain full attention."""
+    if cls is not DefaultModelState:
+        raise ValueError(f"KvLLM does not support models with {cls.__name__}: all layers must be full attention.")
+    return KvModelState
+
+
+@dataclass
+class RequestRows:
+    """What is known of the request in each of the runner's slots. Arrays [max_num_reqs]."""
+
+    geometries: list[Geometry | None]
+    num_prompt_tokens: IntArray
+    protected: IntArray  # P', tokens
+    first_event: IntArray  # computed tokens at event 0; past every length where the request is not compressed
+    num_kept: IntArray  # K, tokens; 0 where the request is not compressed
+    events: IntArray  # done
+
+    @classmethod
+    def empty(cls, max_num_reqs: int) -> RequestRows:
+        return cls([None] * max_num_reqs, *(np.zeros(max_num_reqs, np.int64) for _ in range(5)))
+
+    def set(self, row: int, geometry: Geometry | None, num_prompt_tokens: int) -> None:
+        self.geometries[row] = geometry
+        self.num_prompt_tokens[row] = num_prompt_tokens
+        self.protected[row] = geometry.protected_len(num_prompt_tokens) if geometry else 0
+        self.first_event[row] = geometry.event_at(num_prompt_tokens, 0) if geometry else np.iinfo(np.int64).max // 2
+        self.num_kept[row] = geometry.num_kept if geometry else 0
+        self.events[row] = 0
+
+
+class KvModelState(DefaultModelState):
+    """vLLM's model state, which also compacts due windows before a step and shortens what its attention reads."""
+
+    def __init__(self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any, device: torch.device):
+        super().__init__(vllm_config, model, encoder_cache, device)
+        config = kv_config(vllm_config)
+        assert config is not None
+        self.config = config
+        self.method = make_method(config)
+        self.block_size = vllm_config.cache_config.block_size
+        self.geometries = Geometries(config, self.block_size)
+        # Where no request is compressed unless it asks, sizes still come from the default configuration.
+        self.interval = config.window_size if config.policy == "window" else config.budget_interval
+        self.num_candidates = (
+            config.window_size if config.policy == "window" else config.budget_size + config.budget_interval
+        )
+        named_layers = get_layers_from_vllm_config(vllm_config, Attention)
+        self.layers = list(named_layers.values())
+        self.layer_indices = torch.tensor([extract_layer_index(name) for name in named_layers], device=device)
+        self.num_queries = config.window_size // config.query_stride
+        layer = self.layers[0]
+        self.rows = RequestRows.empty(self.max_num_reqs)
+        # Allocated with the model, so before vLLM profiles its memory and sizes the KV pool.
+        self.query_bank = torch.zeros(
+            len(self.layers), self.max_num_reqs, self.num_queries, layer.num_heads, layer.head_size,
+            dtype=self.dtype, device=device,
+        )  # fmt: skip
+        self.bank_slots = torch.full((self.max_num_tokens,), -1, dtype=torch.int32, device=device)
+        self.seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
+        self.plan = torch.zeros(_NUM_ROWS, self.max_num_reqs, dtype=torch.int32, device=device)
+        self.cache: PagedCache | None = None
+        self.prepared: InputBatch | None = None  # the real batch that preprocess_state has planned
+        self.num_removed = np.zeros(0, np.int64)
+        capture_queries(self.layers, self._capture, "cuda")
+        size = self.query_bank.numel() * self.query_bank.itemsize
+        logger.info("KvLLM: %s, query bank of %.2f GiB", config, size / 2**30)
+
+    # ------------------------------------------------------------------ requests
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        super().add_request(req_index, new_req_data)
+        self.rows.set(req_index, self.geometries.of(new_req_data.sampling_params), new_req_data.prompt_len)
+
+    def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        if list(block_tables.block_sizes) != [self.block_size]:
+            raise ValueError(
+                f"KvLLM needs one KV cache group with blocks of {self.block_size} tokens; vLLM made "
+                f"{list(block_tables.block_sizes)}."
+            )
+        pairs = [layer.kv_cache.transpose(1, 2).split(layer.head_size, dim=-1) for layer in self.layers]
+        scales: tuple[Tensor | None, Tensor | None] = (None, None)
+        if pairs[0][0].dtype.itemsize == 1:
+            # Queries reach the backend quantised too: their scale goes into the logits with the keys'.
+            k_scale = [layer._k_scale_float * self._query_scale(layer) for layer in self.layers]
+            v_scale = [layer._v_scale_float for layer in self.layers]
+            scales = (torch.tensor(k_scale, device=self.device), torch.tensor(v_scale, device=self.device))
+        self.cache = PagedCache.from_layers([k for k, _ in pairs], [v for _, v in pairs], *scales)
+
+    @staticmethod
+    def _query_scale(layer: Any) -> float:
+        return float(layer._q_scale_float) if layer.impl.supports_quant_query_input else 1.0
+
+    # ------------------------------------------------------------------ one step
+
+    def _capture(self, layer: int, query: Tensor) -> None:
+        if query.shape[0] <= self.max_num_tokens:
+            store_queries(query.view(-1, *self.query_bank.shape[3:]), self.query_bank[layer], self.bank_slots)
+
+    def preprocess_state(
+        self,
+        input_batch: InputBatch,
+        block_tables: tuple[Tensor, ...],
+        kv_cache_config: Any,
+        num_computed_tokens: Tensor,
+    ) -> None:
+        """Compact what is due, then shorten the step's block tables and lengths. Real batches only."""
+        super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
+        num_reqs, slots = input_batch.num_reqs, input_batch.idx_mapping_np[: input_batch.num_reqs]
+        computed = input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64)
+        grown = computed - self.rows.first_event[slots]
+        events = np.where(grown >= 0, grown // self.interval + 1, 0)
+        if (due := events != self.rows.events[slots]).any():
+            if (events > self.rows.events[slots] + 1).any():
+                late = [input_batch.req_ids[i] for i in np.nonzero(events > self.rows.events[slots] + 1)[0]]
+                raise RuntimeError(f"KvLLM: requests {late} went past a compression.")
+            self._compress(np.nonzero(due)[0], slots, events, block_tables[0])
+            self.rows.events[slots] = events
+        self._plan_capture(input_batch, slots, computed)
+        self._shorten(input_batch, slots, events, block_tables[0])
+        self.prepared = input_batch
+
+    def _plan_capture(self, input_batch: InputBatch, slots: IntArray, computed: IntArray) -> None:
+        stride, ring = self.config.query_stride, self.num_queries
+        counts = input_batch.num_scheduled_tokens[: len(slots)].astype(np.int64)
+        offsets, owners, ends = computed - self.rows.protected[slots], slots, computed + counts
+        if (counts != 1).any():
+            row = np.repeat(np.arange(len(slots)), counts)
+            within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+            offsets, owners, ends = offsets[row] + within, slots[row], ends[row]
+        # A chunk may be longer than the ring: of tokens for one slot only the newest counts.
+        newest = offsets >= ends - self.rows.protected[owners] - ring * stride
+        stored = is_stored(offsets, stride).astype(bool) & newest & (self.rows.num_kept[owners] > 0)
+        plan = np.full(input_batch.num_tokens_after_padding, -1, np.int32)
+        plan[: len(stored)][stored] = (owners * ring + slot_of(offsets, stride, ring))[stored]
+        async_tensor_h2d(plan, out=self.bank_slots[: len(plan)])
+
+    def _shorten(self, input_batch: InputBatch, slots: IntArray, events: IntArray, block_table: Tensor) -> None:
+        num_reqs = len(slots)
+        plan = np.zeros((_NUM_ROWS, self.max_num_reqs), np.int32)
+        plan[_PROTECTED, :num_reqs] = self.rows.protected[slots] // self.block_size
+        plan[_EVENTS, :num_reqs] = events
+        plan[_KEPT, :num_reqs] = np.maximum(self.rows.num_kept[slots] // self.block_size, 1)
+        plan[_KEPT, num_reqs:] = 1
+        async_tensor_h2d(plan, out=self.plan)
+        num_padded = input_batch.seq_lens.shape[0]
+        shorten_block_tables(
+            block_table[:num_padded],
+            input_batch.seq_lens,
+            self.seq_lens[:num_padded],
+            self.plan[_PROTECTED],
+            self.plan[_EVENTS],
+            self.plan[_KEPT],
+            self.num_candidates // self.block_size,
+            self.interval // self.block_size,
+            self.block_size,
+            self.config.policy,
+        )
+        self.num_removed = events * (self.num_candidates - self.rows.num_kept[slots]) * (events > 0)
+
+    def prepare_attn(
+        self, input_batch: InputBatch, cudagraph_mode: Any, block_tables: tuple[Tensor, ...], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Attention metadata over the physical lengths; in dummy runs, which hold nothing, over the given ones."""
+        num_padded = input_batch.seq_lens.shape[0]
+        upper_bound = input_batch.seq_lens_cpu_upper_bound.clone()
+        if input_batch is self.prepared:
+            upper_bound[: len(self.num_removed)] -= torch.from_numpy(self.num_removed).to(upper_bound.dtype)
+        else:
+            self.seq_lens[:num_padded].copy_(input_batch.seq_lens)
+            self.bank_slots.fill_(-1)
+        self.prepared = None
+        physical = replace(input_batch, seq_lens=self.seq_lens[:num_padded], seq_lens_cpu_upper_bound=upper_bound)
+        return super().prepare_attn(physical, cudagraph_mode, block_tables, *args, **kwargs)
+
+    # ------------------------------------------------------------------ compression
+
+    def _compress(self, due: IntArray, slots: IntArray, events: IntArray, block_table: Tensor) -> None:
+        """Score, select and compact the due windows of the batch's rows `due`, a launch for each ratio among them."""
+        by_geometry: dict[Geometry, list[int]] = {}
+        for i in due:
+            geometry = self.rows.geometries[slots[i]]
+            assert geometry is not None
+            by_geometry.setdefault(geometry, []).append(int(i))
+        for geometry, rows in by_geometry.items():
+            batch = np.array(rows)
+            prompts, done = self.rows.num_prompt_tokens[slots[batch]], events[batch] - 1
+            blocks = self._candidate_blocks(geometry, prompts, done)
+            index = async_tensor_h2d(np.concatenate([batch[:, None], blocks], axis=1), device=self.device)
+            candidates = block_table[index[:, :1], index[:, 1:]]
+            req_slots = async_tensor_h2d(slots[batch].astype(np.int32), device=self.device)
+            if isinstance(self.method, Kara) and self.method.bidirectional:
+                self._compress_kara(self.method, geometry, req_slots, candidates)
+            else:
+                self._compress_generic(geometry, prompts, done, req_slots, candidates)
+
+    @staticmethod
+    def _candidate_blocks(geometry: Geometry, prompts: IntArray, done: IntArray) -> IntArray:
+        """Logical blocks [num_due, num_candidates / block_size] that hold the candidates of event number `done`."""
+        pairs = zip(prompts.tolist(), done.tolist(), strict=True)
+        first = [geometry.candidate_start(prompt, event) // geometry.block_size for prompt, event in pairs]
+        count = geometry.num_candidates // geometry.block_size
+        logical = geometry.block_map(prompts, done, max(first) + count)
+        return np.stack([row[f : f + count] for row, f in zip(logical, first, strict=True)])
+
+    def _compress_kara(self, method: Kara, geometry: Geometry, req_slots: Tensor, candidates: Tensor) -> None:
+        assert self.cache is not None
+        scores = window_scores(self.query_bank, req_slots, candidates, self.cache, method.value_norm)
+        kept = select_chunks(scores.flatten(0, 2), geometry.num_kept, method.max_chunk_size, method.chunk_fill)
+        compact(kept.view(*scores.shape[:3], -1), candidates, self.cache)
+
+    def _compress_generic(
+        self, geometry: Geometry, prompts: IntArray, done: IntArray, req_slots: Tensor, candidates: Tensor
+    ) -> None:
+        """Any method, through dense copies of a few windows at a time."""
+        assert self.cache is not None
+        places = [query_positions(geometry, int(e), self.config.query_stride, self.num_queries) for e in done]
+        groups: dict[bytes, list[int]] = {}  # windows that see their queries at the same places
+        for i, place in enumerate(places):
+            groups.setdefault(place.tobytes(), []).append(i)
+        for rows in groups.values():
+            for start in range(0, len(rows), _GENERIC_BATCH):
+                part = rows[start : start + _GENERIC_BATCH]
+                blocks, slots = candidates[part], req_slots[part].long()
+                window = self._window(geometry, prompts[part], done[part], blocks, slots, places[part[0]])
+                kept = self.method.compress(window, geometry.num_kept)
+                if kept.keys is not None and kept.values is not None:
+                    scatter_window(kept.keys, kept.values, blocks, self.cache)
+                else:
+                    indices = kept.indices.int().unflatten(0, (len(part), len(self.layers))).contiguous()
+                    compact(indices, blocks, self.cache)
+
+    def _window(
+        self, geometry: Geometry, prompts: IntArray, done: IntArray, blocks: Tensor, slots: Tensor, places: IntArray
+    ) -> Window:
+        """What a method sees of the requests `slots`; the batch is (request, layer)."""
+        assert self.cache is not None
+        keys, values = gather_window(blocks, self.cache, self.dtype)
+        num_due, num_layers = len(slots), len(self.layers)
+        starts = -(-prompts // self.block_size) * self.block_size + done * geometry.interval
+        positions = torch.from_numpy(starts[:, None] + np.arange(geometry.num_candidates)).to(self.device)
+        return Window(
+            queries=self.query_bank[:, slots].transpose(0, 1).flatten(0, 1),
+            query_positions=torch.from_numpy(places).to(self.device),
+            keys=keys,
+            values=values,
+            positions=positions.repeat_interleave(num_layers, 0)[:, None].expand(-1, keys.shape[2], -1),
+            layers=self.layer_indices.repeat(num_due),
+        )

@@ -1,0 +1,97 @@
+"""One vLLM engine at a time, in this process, so that a test can look inside scheduler and worker."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+# Before vLLM is imported.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning threads of two engines would starve each other
+
+from kvllm.config import KvConfig
+from kvllm.reference import load_model, replay
+from tests.conftest import DEFAULT_MODEL
+
+BLOCK_SIZE = 32
+CONFIG = KvConfig(window_size=64, buffer_size=32, retention_ratio=0.5)
+NEAR_TIE = 1e-3  # a first difference is accepted only where the reference's two best logits lie this close
+
+
+@contextmanager
+def engine(model_dir: Path, config: KvConfig | None = CONFIG, **options: Any) -> Iterator[Any]:
+    """A float32 engine, all of it in this process; stock vLLM with config=None."""
+    from vllm import LLM
+
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "block_size": BLOCK_SIZE,
+        "enforce_eager": True,
+        "distributed_executor_backend": "uni",
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    if config is not None:
+        settings["additional_config"] = {"kvllm": config.to_dict()}
+    llm = LLM(str(model_dir), **(settings | options))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+@pytest.fixture(scope="session")
+def reference_model(model_dir: Path) -> Any:
+    return load_model(model_dir)
+
+
+def assert_equals_reference(model: Any, prompt: list[int], output: list[int], config: KvConfig | None = CONFIG) -> int:
+    """Each token is the reference's choice after the tokens before it; returns the number of near ties among them."""
+    text = prompt + output
+    result = replay(model, text, len(prompt), config, BLOCK_SIZE, keep_full=True)
+    assert result.full_logprobs is not None
+    logprobs = result.full_logprobs[len(prompt) - 1 :]
+    chosen = torch.tensor(output)
+    loss = logprobs.max(dim=-1).values - logprobs.gather(1, chosen[:, None])[:, 0]
+    wrong = (loss > NEAR_TIE).nonzero().flatten().tolist()
+    assert not wrong, (
+        f"prompt of {len(prompt)} tokens: output tokens {wrong[:5]} of {len(output)} differ from the reference "
+        f"by {loss[wrong[:5]].tolist()} nats"
+    )
+    return int((loss > 0).sum())
+
+
+@cache
+def _text() -> list[int]:
+    folder = Path(os.environ.get("KVLLM_TEST_MODEL", DEFAULT_MODEL))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer(Path(__file__).parents[2].joinpath("LICENSE").read_text())["input_ids"]
+
+
+def words(num_tokens: int, seed: int = 0) -> list[int]:
+    """Token ids of a prompt: a stretch of this project's licence, from a place that `seed` chooses."""
+    start = seed * 37 % (len(_text()) - num_tokens)
+    return _text()[start : start + num_tokens]
+
+
+def scheduler_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def assert_pool_whole(llm: Any) -> None:
+    """Every block but the null block is free again."""
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1

@@ -1,0 +1,73 @@
+"""Invariant 2: greedy tokens of the engine equal the reference's, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+
+from kvllm.engine.stats import engine_stats
+from tests.engine.conftest import CONFIG, assert_equals_reference, assert_pool_whole, engine, words
+
+NUM_TOKENS = 270  # three windows and some
+
+
+@pytest.fixture(scope="module")
+def llm(model_dir: Path) -> Any:
+    # 96 tokens a step: a prompt of 500 is prefilled in chunks, beside others that decode.
+    with engine(model_dir, max_num_batched_tokens=96, max_num_seqs=16) as made:
+        yield made
+
+
+def greedy(llm: Any, prompts: list[list[int]], num_tokens: int = NUM_TOKENS, **extra: Any) -> list[Any]:
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, extra_args=extra or None)
+    return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+
+
+def test_prompts_around_block_borders_in_one_batch_with_chunked_prefill(llm: Any, reference_model: Any) -> None:
+    prompts = [words(n, seed=n) for n in (1, 15, 16, 17, 31, 32, 33, 500)]
+    before = engine_stats(llm)
+    outputs = greedy(llm, prompts)
+    ties = sum(
+        assert_equals_reference(reference_model, p, list(o.outputs[0].token_ids))
+        for p, o in zip(prompts, outputs, strict=True)
+    )
+    assert ties <= 2
+    after = engine_stats(llm)
+    # Every request passes the events at P' + 96, 160 and 224 of its 270 tokens.
+    assert after["num_windows_compressed"] - before["num_windows_compressed"] == 3 * len(prompts)
+    assert after["num_blocks_freed"] - before["num_blocks_freed"] == 3 * len(prompts)
+    assert_pool_whole(llm)
+
+
+def test_same_tokens_alone_as_in_a_batch(llm: Any) -> None:
+    """Invariant 6, as far as tokens show it."""
+    prompts = [words(n, seed=n) for n in (17, 40)]
+    together = greedy(llm, prompts)
+    for prompt, output in zip(prompts, together, strict=True):
+        (alone,) = greedy(llm, [prompt])
+        assert list(alone.outputs[0].token_ids) == list(output.outputs[0].token_ids)
+
+
+def test_prefix_cache_hit(llm: Any, reference_model: Any) -> None:
+    prompt = words(200, seed=7)
+    greedy(llm, [prompt], 8)
+    (output,) = greedy(llm, [prompt])
+    assert output.num_cached_tokens == 192
+    assert_equals_reference(reference_model, prompt, list(output.outputs[0].token_ids))
+
+
+def test_ratios_mix_in_a_batch(llm: Any, reference_model: Any) -> None:
+    prompt = words(40, seed=3)
+    params = [
+        SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, extra_args={"kv_retention_ratio": r})
+        for r in (1.0, 0.5)
+    ]
+    outputs = llm.generate([{"prompt_token_ids": prompt}] * 2, params, use_tqdm=False)
+    full, half = (list(o.outputs[0].token_ids) for o in outputs)
+    assert_equals_reference(reference_model, prompt, full, None)
+    assert_equals_reference(reference_model, prompt, half, CONFIG)
+    assert full != half
+    assert_pool_whole(llm)

@@ -1,0 +1,163 @@
+"""The V2 runner under CUDA graphs equals the reference. Needs a GPU; the model is made here, with random weights."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+from transformers import LlamaConfig, LlamaForCausalLM
+from vllm import LLM, SamplingParams
+
+from kvllm.config import KvConfig
+from kvllm.engine.stats import engine_stats
+from kvllm.reference import load_model, replay
+
+BLOCK_SIZE = 16
+CONFIG = KvConfig(window_size=64, buffer_size=32, retention_ratio=0.5)
+NEAR_TIE = 1e-3
+VOCAB = 2048
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, initializer_range=0.08,
+        tie_word_embeddings=False, dtype="float32",
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference_model(model_dir: Path) -> Any:
+    return load_model(model_dir, device="cuda")
+
+
+def start(model_dir: Path, config: KvConfig = CONFIG, **options: Any) -> LLM:
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "attention_backend": "TRITON_ATTN",
+        "max_model_len": 2048,
+        "block_size": BLOCK_SIZE,
+        "skip_tokenizer_init": True,
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 256,
+        "gpu_memory_utilization": 0.3,
+        "disable_log_stats": False,
+        "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]},
+        "additional_config": {"kvllm": config.to_dict()},
+    }
+    return LLM(str(model_dir), **(settings | options))
+
+
+@pytest.fixture(scope="module")
+def llm(model_dir: Path) -> Iterator[LLM]:
+    made = start(model_dir, num_gpu_blocks_override=150)
+    yield made
+    made.llm_engine.engine_core.shutdown()
+
+
+def prompt(num_tokens: int, seed: int) -> list[int]:
+    return [random.Random(1000 * seed + i).randrange(10, VOCAB) for i in range(num_tokens)]
+
+
+def greedy(llm: LLM, prompts: list[list[int]], num_tokens: int, ratio: float | None = None) -> list[list[int]]:
+    params = SamplingParams(
+        temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False,
+        extra_args={"kv_retention_ratio": ratio} if ratio else None,
+    )  # fmt: skip
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [list(o.outputs[0].token_ids) for o in outputs]
+
+
+def check(model: Any, prompt_ids: list[int], output: list[int], config: KvConfig | None = CONFIG) -> int:
+    result = replay(model, prompt_ids + output, len(prompt_ids), config, BLOCK_SIZE, keep_full=True)
+    assert result.full_logprobs is not None
+    rows = result.full_logprobs[len(prompt_ids) - 1 :]
+    chosen = torch.tensor(output, device=rows.device)
+    loss = rows.max(dim=-1).values - rows.gather(1, chosen[:, None])[:, 0]
+    wrong = (loss > NEAR_TIE).nonzero().flatten().tolist()
+    assert not wrong, f"prompt of {len(prompt_ids)}: {len(wrong)} of {len(output)} differ, first {wrong[:5]}"
+    return int((loss > 0).sum())
+
+
+def test_equals_reference(llm: LLM, reference_model: Any) -> None:
+    prompts = [prompt(n, n) for n in (1, 15, 16, 17, 300)]
+    outputs = greedy(llm, prompts, 400)
+    ties = sum(check(reference_model, p, o) for p, o in zip(prompts, outputs, strict=True))
+    print("near ties:", ties, engine_stats(llm))
+    assert engine_stats(llm)["num_windows_compressed"] >= 5 * len(prompts)
+    pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+def test_full_ratio_is_stock(llm: LLM, reference_model: Any) -> None:
+    prompts = [prompt(40, 5)]
+    (output,) = greedy(llm, prompts, 300, ratio=1.0)
+    check(reference_model, prompts[0], output, None)
+
+
+def test_random_traffic_with_preemption(llm: LLM, reference_model: Any) -> None:
+    """200 requests of random lengths, aborts among them, in a pool too small for those that run."""
+    rng = random.Random(0)
+    before = engine_stats(llm)
+    texts = {str(i): prompt(rng.randrange(1, 200), i) for i in range(200)}
+    lengths = {i: rng.randrange(10, 500) for i in texts}
+    engine, waiting, outputs = llm.llm_engine, list(texts), {}
+    aborted, running = set(), set()
+    while waiting or engine.has_unfinished_requests():
+        for _ in range(rng.randrange(0, 3)):
+            if waiting:
+                i = waiting.pop()
+                params = SamplingParams(temperature=0, max_tokens=lengths[i], ignore_eos=True, detokenize=False)
+                engine.add_request(i, {"prompt_token_ids": texts[i]}, params)
+                running.add(i)
+        if running and rng.random() < 0.01:
+            i = rng.choice(sorted(running))
+            engine.abort_request([i])
+            aborted.add(i)
+            running.discard(i)
+        for output in engine.step():
+            if output.finished:
+                running.discard(output.request_id)
+                outputs[output.request_id] = list(output.outputs[0].token_ids)
+    after = engine_stats(llm)
+    print("preemptions:", after["num_preemptions"] - before["num_preemptions"], "aborted:", len(aborted))
+    assert after["num_preemptions"] > before["num_preemptions"] and aborted
+    assert after["free_kv_blocks"] == after["num_kv_blocks"]
+    finished = sorted(set(outputs) - aborted)
+    assert len(finished) + len(aborted) >= 200
+    for i in finished[::4]:
+        assert len(outputs[i]) == lengths[i]
+        check(reference_model, texts[i], outputs[i])
+
+
+def test_graphs_do_not_change_what_is_kept(llm: LLM, model_dir: Path) -> None:
+    prompts = [prompt(n, n) for n in (33, 64)]
+    with_graphs = greedy(llm, prompts, 300)
+    eager = start(model_dir, enforce_eager=True)
+    assert greedy(eager, prompts, 300) == with_graphs
+    eager.llm_engine.engine_core.shutdown()
+
+
+@pytest.mark.parametrize("method", ["snapkv", "random"])
+def test_generic_methods(method: str, model_dir: Path, reference_model: Any) -> None:
+    config = KvConfig(window_size=64, buffer_size=32, retention_ratio=0.5, method=method)
+    llm = start(model_dir, config, enforce_eager=True)
+    prompts = [prompt(n, n) for n in (5, 70)]
+    for p, output in zip(prompts, greedy(llm, prompts, 300), strict=True):
+        check(reference_model, p, output, config)
+    llm.llm_engine.engine_core.shutdown()
