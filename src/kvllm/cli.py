@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 import kvllm
+from kvllm.cli_options import flag, with_config
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=kvllm.__doc__)
 console = Console()
+progress_console = Console(stderr=True)  # stdout holds the answer
+
+# What typer does not know goes to vLLM, which has its own parser and its own messages.
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here, as JSON.")]
 
 
-def main() -> None:
-    """Entry point: what the user can mend is one line on stderr and exit code 2, not a traceback."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: what the user can mend is one line on stderr and exit code 2, not a traceback.
+
+    KVLLM_TRACEBACK=1 in the environment shows the traceback all the same.
+    """
     try:
-        app()
+        app(arguments)
     except ValueError as e:
+        if os.environ.get("KVLLM_TRACEBACK") or not _raised_by_us(e):
+            raise
         typer.echo(f"Error: {e}", err=True)
         raise SystemExit(2) from e
 
@@ -26,8 +42,134 @@ def main() -> None:
 @app.callback(invoke_without_command=True)
 def version(show: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     if show:
-        console.print(f"kvllm {kvllm.__version__}")
+        console.print(f"kvllm {kvllm.__version__}", highlight=False)
         raise typer.Exit
+
+
+@app.command(context_settings=PASS_THROUGH, options_metavar="MODEL --prompt TEXT [OPTIONS] [vLLM'S ENGINE FLAGS]")
+@with_config
+def generate(
+    context: typer.Context,
+    options: dict,  # type: ignore[type-arg]
+    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 = all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: avoid tokens that were there.")] = 1.0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Use the model's chat template.", show_default="if it has one"),
+    ] = None,
+    stock: Annotated[bool, typer.Option("--stock", help="Leave KvLLM out, to compare.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Answer one prompt, and show what the KV cache took.
+
+    vLLM's engine flags pass through: --dtype, --max-model-len, --block-size, --enforce-eager and all others.
+    """
+    from kvllm.generate import Sampling
+    from kvllm.generate import generate as run
+
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("give the prompt with either --prompt or --prompt-file.")
+    if stock and options:
+        raise ValueError(f"--stock leaves KvLLM out, so {', '.join(map(flag, options))} would have no effect.")
+    text = prompt_file.read_text() if prompt_file else prompt or ""
+    sampling = Sampling(max_tokens, temperature, top_p, top_k, repetition_penalty, ignore_eos)
+    generation = run(context.args, None if stock else options, text, sampling, chat, progress_console)
+    console.print(generation.text, markup=False, highlight=False)
+    console.print(generation.table())
+    if json_file:
+        json_file.write_text(generation.to_json())
+
+
+@app.command(context_settings=PASS_THROUGH, options_metavar="MODEL [OPTIONS] [vLLM'S SERVE FLAGS]")
+@with_config
+def serve(
+    context: typer.Context,
+    options: dict,  # type: ignore[type-arg]
+) -> None:
+    """Start vLLM's OpenAI-compatible server with compression on.
+
+    All flags of `vllm serve` pass through (`vllm serve --help=all` lists them); what --additional-config holds
+    for other plugins is kept.
+    """
+    from kvllm.vllm_args import serve_arguments
+
+    arguments = serve_arguments(context.args, options)
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    sys.argv = ["vllm", *arguments]
+    vllm_main()
+
+
+@app.command()
+@with_config
+def plan(
+    options: dict,  # type: ignore[type-arg]
+    model: Annotated[str, typer.Argument(help="A folder with config.json, or a name on the model hub.")],
+    memory: Annotated[str, typer.Option(help="The device's memory, such as 80GiB.")],
+    length: Annotated[str, typer.Option(help="Total lengths, prompt included.")] = "2048,8192,32768",
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt, never compressed.", min=1)] = 256,
+    block_size: Annotated[int, typer.Option(help="Tokens in one KV block.", min=1)] = 16,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8 for one byte a number.")] = "auto",
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share that vLLM may use, as in vLLM.")] = 0.92,
+    reserve: Annotated[str, typer.Option(help="For activations, CUDA graphs and the query bank.")] = "3GiB",
+    weights: Annotated[str | None, typer.Option(help="Size of the weights.", show_default="from the config")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """How many requests of which length fit, stock against compressed, from the model's config alone."""
+    from transformers import AutoConfig
+
+    from kvllm import plan as planning
+    from kvllm.config import KvConfig
+    from kvllm.layout import Geometry
+
+    geometry = Geometry.from_config(KvConfig.from_dict(options), block_size)
+    size = planning.parse_bytes(weights, "--weights") if weights else None
+    footprint = planning.footprint(AutoConfig.from_pretrained(model), kv_cache_dtype, size)
+    pool = planning.pool_bytes(
+        planning.parse_bytes(memory), gpu_memory_utilization, planning.parse_bytes(reserve, "--reserve"), footprint
+    )
+    made = planning.plan(footprint, pool, geometry, block_size, prompt_tokens, planning.parse_lengths(length))
+    console.print(planning.summary(made), highlight=False)
+    console.print(planning.table(made))
+    if json_file:
+        json_file.write_text(json.dumps(made.to_dict(), indent=2) + "\n")
+
+
+@app.command()
+@with_config
+def demo(
+    options: dict,  # type: ignore[type-arg]
+    model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="smollm2-135m, fetched")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Length of the answer.", min=1)] = 1536,
+    dtype: Annotated[str, typer.Option(help="As in vLLM.")] = "float32",
+) -> None:
+    """One long answer from stock vLLM and from KvLLM, side by side."""
+    from kvllm.demo import demo as run
+    from kvllm.fetch import fetch as fetch_model
+
+    folder = model or fetch_model("smollm2-135m")[0]
+    run(folder, max_tokens, dtype, options, console)
+
+
+@app.command()
+def methods() -> None:
+    """List the compression methods and their options."""
+    from dataclasses import fields
+
+    from kvllm.methods import SHARED_OPTIONS
+    from kvllm.methods import methods as registry
+
+    table = Table("method", "what it keeps", "--method-options")
+    for name, cls in registry().items():
+        own = [f.name for f in fields(cls) if f.name not in SHARED_OPTIONS]  # type: ignore[arg-type]
+        table.add_row(name, (cls.__doc__ or "").strip().splitlines()[0], ", ".join(own))
+    console.print(table)
 
 
 @app.command()
@@ -39,7 +181,15 @@ def fetch(
     from kvllm.fetch import fetch as fetch_model
 
     made, found = fetch_model(name, folder)
-    console.print(f"{name}: {'found' if found else 'made'} in {made}, weights match their SHA-256")
+    console.print(f"{name}: {'found' if found else 'made'} in {made}, weights match their SHA-256", highlight=False)
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether our code refused something, rather than failed in what it called."""
+    traceback = error.__traceback__
+    while traceback and traceback.tb_next:
+        traceback = traceback.tb_next
+    return traceback is not None and Path(__file__).parent in Path(traceback.tb_frame.f_code.co_filename).parents
 
 
 if __name__ == "__main__":

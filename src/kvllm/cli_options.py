@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any
 
@@ -15,10 +15,13 @@ from kvllm.config import KvConfig
 
 PANEL = "Compression"
 TYPES = {"str": str, "int": int, "float": float}
+# vLLM has flags of these names, and they mean something else.
+PREFIXED = ("seed",)
 
 
 def flag(field_name: str) -> str:
-    return "--" + field_name.replace("_", "-")
+    """The flag of a KvConfig field, such as --retention-ratio."""
+    return "--" + ("kv-" if field_name in PREFIXED else "") + field_name.replace("_", "-")
 
 
 def default_of(field: Field[Any]) -> Any:
@@ -26,42 +29,43 @@ def default_of(field: Field[Any]) -> Any:
 
 
 def with_config(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a typer command a flag for every KvConfig field, and pass what was set as its `config` argument.
+    """Give a typer command a flag for every KvConfig field.
 
-    `config` is a dict with the fields that differ from a flag left out: the user's choice, to be merged or checked.
+    The command takes an argument `options`, a dict of the fields that were set and no others, so that it can tell
+    the user's choice from a default. Its annotations must be evaluated: no `from __future__ import annotations` names
+    that its module does not hold.
     """
     signature = inspect.signature(command, eval_str=True)
 
     @functools.wraps(command)
     def wrapped(**arguments: Any) -> None:
         given = {f.name: arguments.pop(f.name) for f in fields(KvConfig)}
-        command(**arguments, config=parse({name: value for name, value in given.items() if value is not None}))
+        command(**arguments, options=parse({name: value for name, value in given.items() if value is not None}))
 
-    parameters = [p for p in signature.parameters.values() if p.name != "config"]
-    wrapped.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=parameters + [_parameter(f) for f in fields(KvConfig)]
-    )
-    wrapped.__annotations__ = {p.name: p.annotation for p in wrapped.__signature__.parameters.values()}  # type: ignore[attr-defined]
+    own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "options"]
+    parameters = own + [_parameter(f) for f in fields(KvConfig)]
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapped
 
 
-def parse(given: dict[str, Any]) -> dict[str, Any]:
-    """What was given on the command line as KvConfig fields: JSON where a field is a mapping."""
+def parse(given: Mapping[str, Any]) -> dict[str, Any]:
+    """KvConfig fields from the flags' values: JSON where a field is a mapping."""
+    parsed = dict(given)
     for f in fields(KvConfig):
-        if f.name in given and str(f.type) not in TYPES:
+        if f.name in parsed and str(f.type) not in TYPES:
             try:
-                given[f.name] = json.loads(given[f.name])
+                parsed[f.name] = json.loads(parsed[f.name])
             except json.JSONDecodeError as e:
-                raise ValueError(f"{flag(f.name)} {given[f.name]}: not valid JSON ({e}).") from e
-    return given
+                raise ValueError(f"{flag(f.name)} {parsed[f.name]}: not valid JSON ({e}).") from e
+    return parsed
 
 
 def _parameter(field: Field[Any]) -> inspect.Parameter:
     default = default_of(field)
-    shown = default if str(field.type) in TYPES else json.dumps(default)
+    shown = str(default) if str(field.type) in TYPES else json.dumps(default)
+    option = typer.Option(flag(field.name), help=field.metadata["help"], show_default=shown, rich_help_panel=PANEL)
     # None stands for "left out", so that a choice made elsewhere (--additional-config) is not overridden.
-    option = typer.Option(
-        flag(field.name), help=field.metadata["help"], show_default=str(shown), rich_help_panel=PANEL
-    )
-    annotation = Annotated[TYPES.get(str(field.type), str) | None, option]  # type: ignore[valid-type]
+    kind: Any = TYPES.get(str(field.type), str)
+    annotation: Any = Annotated[kind | None, option]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

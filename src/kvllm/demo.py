@@ -1,0 +1,129 @@
+"""`kvllm demo`: one long answer from stock vLLM and from KvLLM, side by side."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kvllm.cli_options import flag
+from kvllm.config import KvConfig
+from kvllm.generate import Generation
+from kvllm.layout import Geometry
+
+PROMPT = (
+    "Explain, step by step and in great detail, how a computer adds, multiplies and sorts numbers. "
+    "Give many worked examples with numbers."
+)
+BLOCK_SIZE = 32  # what vLLM's CPU attention is made for
+MAX_PROMPT = 512
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the compressed answer relates to the stock one.
+
+    num_same:         leading tokens that are the same
+    share_identical:  share of positions with the same token; after the first difference the texts go apart
+    replay_agreement: share of rows where both choose the same next token when fed the stock answer, counted from the
+                      first compression; None if nothing was compressed
+    """
+
+    num_same: int
+    share_identical: float
+    replay_agreement: float | None
+
+
+def demo(model: Path, max_tokens: int, dtype: str, options: Mapping[str, Any], console: Console) -> None:
+    """Run both engines, each in a process of its own, and print what came out."""
+    config = KvConfig.from_dict(options)
+    vllm_flags = ["--dtype", dtype, "--block-size", str(BLOCK_SIZE), "--max-model-len", str(max_tokens + MAX_PROMPT)]
+    # Eager, since compiling needs a C++ compiler; a small pool, since one request is all there is.
+    vllm_flags += ["--enforce-eager", "--kv-cache-memory-bytes", "1G"]
+    arguments = ["generate", str(model), "--max-tokens", str(max_tokens), "--ignore-eos", *vllm_flags]
+    console.print(f"Prompt: {PROMPT}\n", highlight=False)
+    console.print("Stock vLLM ...")
+    stock = run_generate([*arguments, "--prompt", PROMPT, "--stock"])
+    console.print(f"KvLLM, {config.method}, keeping {config.retention_ratio:.0%} of each window ...")
+    ours = run_generate([*arguments, "--prompt", PROMPT, *as_flags(options)])
+    console.print("Replaying the stock answer under compression ...")
+    comparison = compare(stock, ours, replay_agreement(model, stock, config))
+    console.print(table(stock, ours, comparison))
+    console.print(
+        "\nNext:\n"
+        f"  kvllm generate {model} --prompt 'Why is the sky blue?' --retention-ratio 0.5 --block-size {BLOCK_SIZE}\n"
+        f"  kvllm plan {model} --memory 8GiB\n"
+        f"  kvllm serve {model} --retention-ratio 0.3",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def run_generate(arguments: Sequence[str]) -> Generation:
+    """`kvllm generate` in a process of its own: two engines in one would share what vLLM keeps globally."""
+    with tempfile.TemporaryDirectory() as folder:
+        result, log = Path(folder, "result.json"), Path(folder, "log.txt")
+        command = [sys.executable, "-m", "kvllm.cli", *arguments, "--json", str(result)]
+        with log.open("w") as out:
+            process = subprocess.run(command, stdout=out)
+        if process.returncode:
+            tail = "\n".join(log.read_text().splitlines()[-20:])
+            raise ValueError(f"`{' '.join(command)}` failed with exit code {process.returncode}.\n{tail}")
+        return Generation(**json.loads(result.read_text()))
+
+
+def as_flags(options: Mapping[str, Any]) -> list[str]:
+    """The command line that gives these KvConfig fields."""
+    parts = ((flag(name), json.dumps(v) if isinstance(v, Mapping) else str(v)) for name, v in options.items())
+    return [word for pair in parts for word in pair]
+
+
+def replay_agreement(model: Path, stock: Generation, config: KvConfig) -> float | None:
+    """Share of rows where the compressed cache chooses the next token that the full cache chooses."""
+    from kvllm import reference
+
+    geometry = Geometry.from_config(config, BLOCK_SIZE)
+    text, num_prompt = [*stock.prompt_token_ids, *stock.token_ids], len(stock.prompt_token_ids)
+    first = geometry.event_at(num_prompt, 0) if geometry else len(text)
+    if first >= len(text) - 1:
+        return None
+    loaded = reference.load_model(model)
+    full = reference.replay(loaded, text, num_prompt, None, BLOCK_SIZE)
+    compressed = reference.replay(loaded, text, num_prompt, config, BLOCK_SIZE)
+    return float((full.argmax == compressed.argmax)[first:].float().mean())
+
+
+def compare(stock: Generation, ours: Generation, agreement: float | None) -> Comparison:
+    """Token by token, over the shorter of the two."""
+    same = [a == b for a, b in zip(stock.token_ids, ours.token_ids, strict=False)]
+    return Comparison(
+        num_same=same.index(False) if False in same else len(same),
+        share_identical=sum(same) / len(same),
+        replay_agreement=agreement,
+    )
+
+
+def table(stock: Generation, ours: Generation, comparison: Comparison) -> Table:
+    made = Table("", "stock vLLM", "KvLLM")
+    rows = (
+        ("tokens generated", len(stock.token_ids), len(ours.token_ids)),
+        (f"KV blocks at the peak, {ours.block_size} tokens each", stock.peak_kv_blocks, ours.peak_kv_blocks),
+        ("windows compressed", stock.num_windows_compressed, ours.num_windows_compressed),
+        ("tokens per second, one request", f"{stock.tokens_per_second:.1f}", f"{ours.tokens_per_second:.1f}"),
+        ("tokens before the first difference", "", comparison.num_same),
+        ("share of identical tokens", "", f"{comparison.share_identical:.1%}"),
+    )
+    for name, *cells in rows:
+        made.add_row(name, *map(str, cells))
+    if comparison.replay_agreement is not None:
+        made.add_row("same next token in teacher-forced replay", "", f"{comparison.replay_agreement:.1%}")
+    return made

@@ -1,0 +1,174 @@
+"""`kvllm plan`: how many requests of which length fit a device, from the model's config alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from kvllm.layout import Geometry, ceil_div
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+QUANTIZED_BITS = {"fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model takes of a device, in bytes."""
+
+    weights: int
+    kv_per_token: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Requests that grow to `length` tokens, prompt included: blocks each holds at its peak, and how many fit."""
+
+    length: int
+    stock_blocks: int
+    stock_requests: int
+    kvllm_blocks: int
+    kvllm_requests: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    pool_bytes: int
+    num_blocks: int
+    block_size: int
+    num_prompt_tokens: int
+    footprint: Footprint
+    rows: list[Row]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan(
+    footprint: Footprint,
+    pool_bytes: int,
+    geometry: Geometry | None,
+    block_size: int,
+    num_prompt_tokens: int,
+    lengths: Sequence[int],
+) -> Plan:
+    """How many requests fit `pool_bytes`, each counted at its peak; geometry None: no compression."""
+    num_blocks = pool_bytes // (footprint.kv_per_token * block_size)
+    usable = num_blocks - 1  # vLLM keeps one, the null block
+    rows = []
+    for length in lengths:
+        if length <= num_prompt_tokens:
+            raise ValueError(
+                f"--length {length}: this is the total, prompt included, and must be more than --prompt-tokens "
+                f"{num_prompt_tokens}."
+            )
+        stock = ceil_div(length, block_size)
+        ours = geometry.peak_blocks(num_prompt_tokens, length) if geometry else stock
+        rows.append(Row(length, stock, usable // stock, ours, usable // ours))
+    return Plan(pool_bytes, num_blocks, block_size, num_prompt_tokens, footprint, rows)
+
+
+def pool_bytes(memory: int, utilization: float, reserve: int, footprint: Footprint) -> int:
+    """What is left for the KV cache, as vLLM reckons: a share of the memory, less weights and working space."""
+    weights = footprint.weights
+    left = int(memory * utilization) - reserve - weights
+    if left <= 0:
+        raise ValueError(
+            f"--memory {memory / 2**30:.1f}GiB: the weights ({weights / 2**30:.1f} GiB) and the reserve "
+            f"({reserve / 2**30:.1f} GiB) leave nothing for the KV cache at --gpu-memory-utilization {utilization}."
+        )
+    return left
+
+
+def footprint(config: Any, kv_cache_dtype: str = "auto", weights: int | None = None) -> Footprint:
+    """Bytes of the weights (counted unless given) and of one token's KV, from a transformers config."""
+    _check_full_attention(config)
+    dtype = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    kv_bytes = 1 if kv_cache_dtype.startswith("fp8") else DTYPE_BYTES[dtype]
+    return Footprint(
+        weights=weight_bytes(config, DTYPE_BYTES[dtype]) if weights is None else weights,
+        kv_per_token=2 * config.num_hidden_layers * num_kv_heads * head_dim * kv_bytes,
+    )
+
+
+def weight_bytes(config: Any, dtype_bytes: int) -> int:
+    """Bytes of the parameters, counted on a model without storage."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    bits = quantized_bits(getattr(config, "quantization_config", None))
+    if bits:
+        del config.quantization_config  # the plain layers have the same shapes
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    dense = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    total = 0
+    for parameter in model.parameters():  # tied weights come once
+        linear = parameter.dim() > 1 and id(parameter) not in dense
+        total += parameter.numel() * (bits if bits and linear else 8 * dtype_bytes) // 8
+    return total
+
+
+def quantized_bits(quantization: Any) -> int | None:
+    """Bits of a quantized linear weight, or None where nothing is quantized."""
+    if not quantization:
+        return None
+    options = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    bits = options.get("bits") or QUANTIZED_BITS.get(str(options.get("quant_method")))
+    if bits is None:
+        raise ValueError(
+            f"quantization {options.get('quant_method')!r}: its size does not follow from the config; "
+            "pass the weights' size with --weights, such as --weights 8GiB."
+        )
+    return int(bits)
+
+
+def summary(plan: Plan) -> str:
+    """Where the memory goes, in one line."""
+    gib = 2**30
+    return (
+        f"weights {plan.footprint.weights / gib:.2f} GiB, KV pool {plan.pool_bytes / gib:.2f} GiB = "
+        f"{plan.num_blocks} blocks of {plan.block_size} tokens, "
+        f"{plan.footprint.kv_per_token / 2**10:.1f} KiB a token"
+    )
+
+
+def table(plan: Plan) -> Table:
+    """One line a length."""
+    made = Table(title=f"requests that fit at once, prompts of {plan.num_prompt_tokens} tokens")
+    for name in ("total length", "blocks, stock", "blocks, KvLLM", "requests, stock", "requests, KvLLM", "gain"):
+        made.add_column(name, justify="right")
+    for row in plan.rows:
+        gain = f"{row.kvllm_requests / row.stock_requests:.2f}x" if row.stock_requests else "-"
+        cells = (row.length, row.stock_blocks, row.kvllm_blocks, row.stock_requests, row.kvllm_requests)
+        made.add_row(*map(str, cells), gain)
+    return made
+
+
+def parse_bytes(text: str, option: str = "--memory") -> int:
+    """A number of bytes, such as 80GiB, 24G or 512MB."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?)B?\s*", text.upper())
+    if not match or match[2] not in UNITS or match[1].count(".") > 1 or match[1] == ".":
+        raise ValueError(f"{option} {text}: expected a size such as 80GiB, 24GB or 512MiB.")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Total lengths, such as 2048,8192."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--length {text}: expected numbers of tokens with commas, such as 2048,8192.") from None
+
+
+def _check_full_attention(config: Any) -> None:
+    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+    if kinds or getattr(config, "kv_lora_rank", None):
+        what = ", ".join(sorted(kinds)) or "multi-head latent attention"
+        raise ValueError(f"{config.model_type}: has {what}, and KvLLM compresses models with full attention only.")

@@ -1,0 +1,66 @@
+"""vLLM's own command-line flags: parsed by vLLM, with our options merged into --additional-config."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvllm.config import KvConfig
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+
+KEY = "kvllm"  # ours in vLLM's additional_config
+ADDITIONAL = "--additional-config"
+
+
+def merge_options(additional_config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's additional_config with our options in it, those of the command line above those already there.
+
+    Raises ValueError where the options are not a valid KvConfig, before any engine starts.
+    """
+    additional = dict(additional_config or {})
+    config = KvConfig.from_dict({**additional.get(KEY, {}), **options})
+    return {**additional, KEY: config.to_dict()}
+
+
+def serve_arguments(arguments: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """Arguments for the `vllm` command: serve, what the user passed, and one --additional-config that holds it all."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="kvllm")
+    ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+    parsed = parser.parse_args(["serve", *arguments])
+    merged = merge_options(parsed.additional_config, options)
+    return ["serve", *without_additional_config(arguments), ADDITIONAL, json.dumps(merged)]
+
+
+def engine_args(arguments: Sequence[str], options: Mapping[str, Any] | None) -> EngineArgs:
+    """vLLM's engine arguments from MODEL and any of its flags; options None: KvLLM stays out."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="kvllm generate", usage="kvllm generate MODEL --prompt TEXT [options]")
+    parser.add_argument("model_tag", metavar="MODEL")
+    EngineArgs.add_cli_args(parser)
+    parsed = parser.parse_args(list(arguments))
+    parsed.model = parsed.model_tag
+    if options is not None:
+        parsed.additional_config = merge_options(parsed.additional_config, options)
+    return EngineArgs.from_cli_args(parsed)
+
+
+def without_additional_config(arguments: Sequence[str]) -> list[str]:
+    """The arguments less --additional-config in each of the forms that vLLM takes (=, _, and dotted keys)."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if match := re.fullmatch(r"--additional[-_]config(\.[^=]*)?(=.*)?", argument, re.DOTALL):
+            if match[2] is None:
+                next(rest, None)  # its value
+        else:
+            kept.append(argument)
+    return kept

@@ -1,0 +1,98 @@
+"""The arithmetic of `kvllm plan` against numbers worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, MistralConfig, Qwen3Config
+
+from kvllm.config import KvConfig
+from kvllm.layout import Geometry
+from kvllm.plan import Footprint, footprint, parse_bytes, parse_lengths, plan, pool_bytes
+
+SHAPE: dict[str, Any] = dict(
+    vocab_size=1000, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, dtype="bfloat16",
+)  # fmt: skip
+# Embedding 1000 * 64; a layer: q and o 64 * 64, k and v 64 * 32, three matrices of 64 * 160, two norms; a last norm.
+LAYER_MATRICES = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160
+PARAMETERS = 1000 * 64 + 3 * (LAYER_MATRICES + 2 * 64) + 64
+
+
+def test_footprint_of_a_llama() -> None:
+    # A token's KV: keys and values of 3 layers, 2 heads of 16 numbers, 2 bytes each.
+    expected = Footprint(weights=2 * PARAMETERS, kv_per_token=2 * 3 * 2 * 16 * 2)
+    assert footprint(LlamaConfig(**SHAPE, tie_word_embeddings=True)) == expected
+
+
+def test_an_output_matrix_of_its_own_counts() -> None:
+    assert footprint(LlamaConfig(**SHAPE, tie_word_embeddings=False)).weights == 2 * (PARAMETERS + 1000 * 64)
+
+
+def test_head_dim_of_its_own_and_an_fp8_cache() -> None:
+    config = Qwen3Config(**SHAPE, head_dim=128, tie_word_embeddings=True)
+    assert footprint(config).kv_per_token == 2 * 3 * 2 * 128 * 2
+    assert footprint(config, "fp8").kv_per_token == 2 * 3 * 2 * 128
+
+
+def test_quantized_linear_weights_shrink_and_the_rest_does_not() -> None:
+    config = LlamaConfig(**SHAPE, tie_word_embeddings=True)
+    config.quantization_config = {"quant_method": "awq", "bits": 4}
+    assert footprint(config).weights == 2 * PARAMETERS - 3 * LAYER_MATRICES * 2 + 3 * LAYER_MATRICES // 2
+
+
+def test_an_unknown_quantization_asks_for_the_size() -> None:
+    config = LlamaConfig(**SHAPE)
+    config.quantization_config = {"quant_method": "vector"}
+    with pytest.raises(ValueError, match="--weights"):
+        footprint(config)
+    assert footprint(config, weights=123).weights == 123
+
+
+def test_layers_with_a_sliding_window_are_refused() -> None:
+    config = MistralConfig(**SHAPE)
+    config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    with pytest.raises(ValueError, match="sliding_attention"):
+        footprint(config)
+
+
+def test_pool_is_the_share_less_weights_and_reserve() -> None:
+    assert pool_bytes(1000, 0.9, 100, Footprint(weights=300, kv_per_token=1)) == 500
+
+
+def test_requests_that_fit() -> None:
+    # 16 blocks of 16 tokens protect the prompt; each window leaves 5 of 16 blocks. The fourth window closes at
+    # 256 + 4 * 256 + 64 = 1344 tokens; one token later the request still holds its raw window:
+    # 16 + 3 * 5 + 16 + 4 + 1 = 52 blocks, more than the 16 + 4 * 5 + 8 = 44 that 1408 tokens need afterwards.
+    geometry = Geometry.from_config(KvConfig(window_size=256, buffer_size=64, retention_ratio=0.3), 16)
+    made = plan(Footprint(weights=0, kv_per_token=100), 100 * 16 * 265, geometry, 16, 256, [320, 1408])
+    assert made.num_blocks == 265
+    short, long = made.rows
+    assert (short.stock_blocks, short.kvllm_blocks) == (20, 20)  # before the first window closes
+    assert (long.stock_blocks, long.kvllm_blocks) == (88, 52)
+    assert (long.stock_requests, long.kvllm_requests) == (3, 5)  # of 264 blocks: vLLM keeps one
+
+
+def test_at_ratio_one_both_are_the_same() -> None:
+    off = Geometry.from_config(KvConfig(retention_ratio=1.0), 16)
+    (row,) = plan(Footprint(0, 1), 16 * 1000, off, 16, 10, [999]).rows
+    assert (row.stock_blocks, row.stock_requests) == (row.kvllm_blocks, row.kvllm_requests) == (63, 15)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("80GiB", 80 * 2**30), ("24GB", 24 * 10**9), ("24g", 24 * 10**9), ("1.5 MiB", 3 * 2**19), ("4096", 4096)],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "1.2.3G", "80GX", "-1G", "."])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="80GiB"):
+        parse_bytes(text)
+
+
+def test_lengths() -> None:
+    assert parse_lengths("2048, 8192") == [2048, 8192]
