@@ -36,6 +36,17 @@ def test_a_bank_of_another_dtype(device):
     torch.testing.assert_close(bank, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_quantised_queries(device):
+    """With an fp8 cache vLLM may hand its backend fp8 queries; the bank holds them in the model's dtype."""
+    query = torch.randn(3, 4, 64, device=device).to(torch.float8_e4m3fn)
+    slots = torch.tensor([5, -1, 0], dtype=torch.int32, device=device)
+    bank = torch.full((2, 3, 4, 64), torch.nan, dtype=torch.bfloat16, device=device)
+    store_queries(query, bank, slots)
+    torch.testing.assert_close(bank[1, 2].float(), query[0].float(), rtol=0, atol=0)
+    torch.testing.assert_close(bank[0, 0].float(), query[2].float(), rtol=0, atol=0)
+    assert bank.isnan().all(dim=(2, 3)).sum() == 4
+
+
 def test_no_tokens(device):
     bank = torch.zeros(1, 2, 3, 16, device=device)
     store_queries(bank.new_empty(0, 3, 16), bank, torch.empty(0, dtype=torch.int32, device=device))

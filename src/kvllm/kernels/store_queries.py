@@ -18,7 +18,7 @@ def store_queries_ref(query: Tensor, bank_layer: Tensor, bank_slots: Tensor) -> 
     """
     slots = bank_slots[: len(query)]
     stored = (slots >= 0).nonzero().squeeze(1)
-    bank_layer.view(-1, *query.shape[1:])[slots[stored].long()] = query[stored].to(bank_layer.dtype)
+    bank_layer.view(-1, *query.shape[1:])[slots[stored].long()] = query.to(bank_layer.dtype)[stored]
 
 
 def store_queries(query: Tensor, bank_layer: Tensor, bank_slots: Tensor) -> None:
