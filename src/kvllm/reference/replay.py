@@ -45,19 +45,26 @@ def replay(
             f"num_prompt_tokens={num_prompt_tokens}: a text of {len(token_ids)} tokens has a prompt of 1 to "
             f"{len(token_ids) - 1}."
         )
-    request = Request(model, num_prompt_tokens, config, block_size)
-    targets = torch.tensor(list(token_ids[1:]), device=model.device)
+    return feed(Request(model, num_prompt_tokens, config, block_size), token_ids, keep_full=keep_full)
+
+
+def feed(request: Request, token_ids: Sequence[int], end: int | None = None, keep_full: bool = False) -> Replay:
+    """Replay from where the request is to token `end` (default: all but the last); the rows are those in between."""
+    targets = torch.tensor(list(token_ids[1:]), device=request.model.device)
+    end = len(targets) if end is None else min(end, len(targets))
     logprobs: list[Tensor] = []
     argmax: list[Tensor] = []
     full: list[Tensor] = []
-    while request.num_computed_tokens < len(targets):
+    while request.num_computed_tokens < end:
         first = request.num_computed_tokens
-        last = min(first + min(request.max_step() or MAX_STEP, MAX_STEP), len(targets))
+        last = min(first + min(request.max_step() or MAX_STEP, MAX_STEP), end)
         rows = request.step(token_ids[first:last]).float().log_softmax(dim=-1)
         logprobs.append(rows.gather(1, targets[first:last, None])[:, 0])
         argmax.append(rows.argmax(dim=-1))
         if keep_full:
             full.append(rows)
+    if not logprobs:
+        raise ValueError(f"nothing to replay: the request is at token {request.num_computed_tokens}, the end is {end}.")
     return Replay(torch.cat(logprobs), torch.cat(argmax), torch.cat(full) if full else None, request.kept)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,13 +24,18 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: s
 
 
 class Request:
-    """The state of a request, batch size 1. `config=None` compresses nothing.
+    """The state of a request, batch size 1. `config=None` compresses nothing, and keeps `max_queries` for a fork.
 
     kept: for each compression so far, the indices that survived, [num_layers, num_kv_heads, num_kept]
     """
 
     def __init__(
-        self, model: PreTrainedModel, num_prompt_tokens: int, config: KvConfig | None = None, block_size: int = 16
+        self,
+        model: PreTrainedModel,
+        num_prompt_tokens: int,
+        config: KvConfig | None = None,
+        block_size: int = 16,
+        max_queries: int = 0,
     ) -> None:
         check_model(model)
         if num_prompt_tokens < 1:
@@ -44,7 +50,22 @@ class Request:
             check_queries(config, self.geometry)
             self.method = make_method(config)
         num_layers = model.config.get_text_config().num_hidden_layers
-        self.layers = [LayerCache(max_queries=config.window_size if config else 0) for _ in range(num_layers)]
+        self.layers = [LayerCache(config.window_size if config else max_queries) for _ in range(num_layers)]
+
+    @classmethod
+    def fork(cls, full: Request, config: KvConfig, block_size: int = 16) -> Request:
+        """A compressed request that goes on where `full`, which compresses nothing, is: its text is not computed again.
+
+        Raises ValueError where `full` is past the first event, or keeps too few queries (`max_queries`).
+        """
+        forked = cls(full.model, full.num_prompt_tokens, config, block_size)
+        if full.geometry is not None or full.num_computed_tokens > (forked.max_step() or full.num_computed_tokens):
+            raise ValueError(f"{full.num_computed_tokens} tokens are computed: past the first event, or compressed.")
+        if any(layer.max_queries < config.window_size for layer in full.layers):
+            raise ValueError(f"the request keeps {full.layers[0].max_queries} queries, not {config.window_size}.")
+        forked.num_computed_tokens = full.num_computed_tokens
+        forked.layers = [copy.copy(layer) for layer in full.layers]  # their tensors are replaced, never written into
+        return forked
 
     @property
     def physical_len(self) -> int:

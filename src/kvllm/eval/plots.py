@@ -1,0 +1,55 @@
+"""Plots of results. Random and recent are always in: what does not beat them is worth nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from kvllm.eval.stats import Estimate
+from kvllm.eval.sweep import BASELINES
+
+if TYPE_CHECKING:
+    from kvllm.eval.fidelity import Result
+
+
+def plot_fidelity(results: Sequence[Result], path: Path) -> None:
+    """KL and top-1 agreement against the share kept, one line a method; the full cache dashed."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    for axis, name, title, full in (
+        (axes[0], "kl", "KL from the full cache, nats", 0.0),
+        (axes[1], "agreed", "same most likely token, share", 1.0),
+    ):
+        curves: dict[str, list[tuple[float, Estimate]]] = {}
+        for result in results:
+            curves.setdefault(result.case.name, []).append((result.case.config.retention_ratio, result.estimate(name)))
+        draw_curves(axis, curves, full)
+        axis.set_ylabel(title)
+    save(figure, path)
+
+
+def draw_curves(axis: Any, curves: dict[str, list[tuple[float, Estimate]]], full: float | None) -> None:
+    """Value and interval by retention ratio, one line a name."""
+    for name, points in curves.items():
+        points = sorted(points, key=lambda point: point[0])
+        ratios = [ratio for ratio, _ in points]
+        values = [e.value for _, e in points]
+        errors = [[e.value - e.low for _, e in points], [e.high - e.value for _, e in points]]
+        grey = {"color": "0.55", "linestyle": ":" if name == "recent" else "-."} if name in BASELINES else {}
+        axis.errorbar(ratios, values, yerr=errors, label=name, marker="o", markersize=4, capsize=2, **grey)
+    if full is not None:
+        axis.axhline(full, color="black", linestyle="--", linewidth=1, label="full cache")
+    axis.set_xlabel("retention ratio (share of a window kept)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

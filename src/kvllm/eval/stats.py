@@ -1,0 +1,56 @@
+"""Intervals: bootstrap over what was drawn at random (traces, problems), Wilson for plain shares."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+NUM_RESAMPLES = 2000
+Z = 1.959963984540054  # 97.5th percentile of the normal distribution
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def bootstrap_ratio(numerators: npt.ArrayLike, denominators: npt.ArrayLike, seed: int = 0) -> Estimate:
+    """The ratio of two sums over the same units, whole units resampled with replacement.
+
+    With row counts as denominators this is a mean over rows whose units are traces; with another method's sums, the
+    paired ratio of two methods.
+
+    numerators, denominators: [num_units]
+    """
+    top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    if top.shape != bottom.shape or top.ndim != 1 or not len(top):
+        raise ValueError(f"one numerator and one denominator a unit, not {top.shape} and {bottom.shape}.")
+    drawn = np.random.default_rng(seed).integers(len(top), size=(NUM_RESAMPLES, len(top)))
+    ratio = _divide(top[drawn].sum(axis=1), bottom[drawn].sum(axis=1))
+    low, high = np.nanquantile(ratio, (0.025, 0.975)) if not np.isnan(ratio).all() else (math.nan, math.nan)
+    return Estimate(float(_divide(top.sum(), bottom.sum())), float(low), float(high))
+
+
+def wilson(successes: int, trials: int) -> Estimate:
+    """A share of independent trials."""
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(f"{successes} successes in {trials} trials.")
+    share, z2 = successes / trials, Z * Z / trials
+    middle = (share + z2 / 2) / (1 + z2)
+    half = math.sqrt(share * (1 - share) * z2 + z2 * z2 / 4) / (1 + z2)
+    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def _divide(top: npt.NDArray[np.float64], bottom: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(bottom == 0, np.nan, top / bottom)

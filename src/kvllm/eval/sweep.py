@@ -1,0 +1,111 @@
+"""Which configurations to measure: JSON with lists where several values are wanted.
+
+[{"method": "kara", "retention_ratio": [0.2, 0.3], "method_options": {"moment": ["mean", "rms"]}}, ...]
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kvllm.config import KvConfig
+
+# A claim that does not beat these is worth nothing, so they are always measured.
+BASELINES = ("random", "recent")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration and what it is called in tables: the method and the options that the sweep varies."""
+
+    name: str
+    config: KvConfig
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} r={self.config.retention_ratio:g}"
+
+
+def cases(entries: Iterable[Mapping[str, Any]], common: Mapping[str, Any] | None = None) -> list[Case]:
+    """Every combination of every entry, `common` below each; the baselines are added at each ratio and size.
+
+    An entry's key "name" takes the place of the name made from its options. Equal configurations are measured once.
+    """
+    common = common or {}
+    found: dict[str, Case] = {}
+
+    def add(case: Case) -> None:
+        found.setdefault(json.dumps(case.config.to_dict(), sort_keys=True), case)
+
+    for entry in entries:
+        for options in combinations({**common, **entry}):
+            given = options.pop("name", None)
+            config = KvConfig.from_dict(options)
+            if config.method in BASELINES:
+                add(Case(given or config.method, baseline_of(config, config.method)))
+            else:
+                add(Case(given or name_of(options, common), config))
+    for case in list(found.values()):
+        sizes = {k: v for k, v in case.config.to_dict().items() if k not in ("query_stride", "max_chunk_size")}
+        for method in BASELINES:
+            if case.config.enabled:
+                name = name_of({**sizes, "method": method, "method_options": {}}, common)
+                add(Case(name, baseline_of(case.config, method)))
+    return list(found.values())
+
+
+def baseline_of(config: KvConfig, method: str = "random") -> KvConfig:
+    """A baseline of the same policy, ratio and sizes; it looks at no query and fills no chunk."""
+    return replace(config, method=method, method_options={}, query_stride=1, max_chunk_size=1)
+
+
+def combinations(entry: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """One dict for each choice from the entry's lists; lists inside mappings count as well."""
+    choices = []
+    for key, value in entry.items():
+        if isinstance(value, Mapping):
+            choices.append([(key, chosen) for chosen in combinations(value)])
+        else:
+            choices.append([(key, chosen) for chosen in (value if isinstance(value, list) else [value])])
+    for chosen in itertools.product(*choices):
+        yield dict(chosen)
+
+
+def name_of(options: Mapping[str, Any], common: Mapping[str, Any]) -> str:
+    """The method, and what differs from the defaults and from `common`; the ratio is shown beside it."""
+    defaults = KvConfig()
+    parts = [str(options.get("method", defaults.method))]
+    for key, value in options.items():
+        if key in ("method", "method_options", "retention_ratio") or value == getattr(defaults, key, None):
+            continue
+        if key not in common or common[key] != value:
+            parts.append(f"{key}={value}")
+    parts += [f"{key}={value}" for key, value in options.get("method_options", {}).items()]
+    return " ".join(parts)
+
+
+def parse_cases(
+    configs: Sequence[str], methods: str | None, ratios: str | None, common: Mapping[str, Any] | None = None
+) -> list[Case]:
+    """From the command line: JSON texts or files of entries, and a grid of methods by ratios."""
+    entries: list[Mapping[str, Any]] = []
+    shared = dict(common or {})
+    if ratios:
+        shared["retention_ratio"] = [float(ratio) for ratio in ratios.split(",")]
+    for text in configs:
+        if not text.lstrip().startswith(("[", "{")):
+            text = Path(text).read_text()
+        try:
+            parsed = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"--configs: not valid JSON ({e}): {text[:80]}") from e
+        entries += parsed if isinstance(parsed, list) else [parsed]
+    if methods:
+        entries.append({"method": methods.split(",")})
+    if not entries:
+        raise ValueError("nothing to measure: give --methods or --configs.")
+    return cases(entries, shared)

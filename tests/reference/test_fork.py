@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvllm.config import KvConfig
+from kvllm.reference import Request, feed, replay
+from tests.reference.models import text, tiny_model
+
+CONFIG = KvConfig(window_size=32, buffer_size=12, query_stride=4, retention_ratio=0.5)
+
+
+def test_a_fork_goes_on_as_a_request_of_its_own_and_leaves_the_first_alone():
+    model, token_ids = tiny_model("qwen3"), text(150)
+    expected, full = replay(model, token_ids, 21, CONFIG), replay(model, token_ids, 21)
+    request = Request(model, 21, max_queries=40)
+    feed(request, token_ids, end=70)
+    forks = [Request.fork(request, CONFIG), Request.fork(request, replace(CONFIG, method="recent"))]
+    results = [feed(fork, token_ids) for fork in forks]
+    for mine, theirs in zip(results[0].kept, expected.kept, strict=True):
+        assert torch.equal(mine, theirs)
+    # Matmuls of other shapes.
+    torch.testing.assert_close(results[0].logprobs, expected.logprobs[70:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(feed(request, token_ids).logprobs, full.logprobs[70:], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(results[1].logprobs, results[0].logprobs, atol=1e-4)
+
+
+def test_what_cannot_be_forked_is_refused():
+    model, token_ids = tiny_model("llama"), text(100)
+    request = Request(model, 21, max_queries=16)
+    feed(request, token_ids, end=60)
+    with pytest.raises(ValueError, match="keeps 16 queries, not 32"):
+        Request.fork(request, CONFIG)
+    feed(request, token_ids, end=80)
+    with pytest.raises(ValueError, match="80 tokens are computed: past the first event"):
+        Request.fork(request, CONFIG)
+    with pytest.raises(ValueError, match="nothing to replay: the request is at token 80"):
+        feed(request, token_ids, end=80)
