@@ -177,11 +177,12 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
 
 def store_case(shape: Shape, bank: Tensor) -> Case:
     """256 decoded tokens, of which every 8th is kept; one launch a layer, all layers timed together."""
-    num_tokens, stored = 256, 32
+    num_tokens = 256
     query = torch.randn(num_tokens, shape.num_heads, shape.head_dim, device=DEVICE).to(bank.dtype)
     slots = torch.full((num_tokens,), -1, dtype=torch.int32, device=DEVICE)
-    places = torch.randperm(bank.shape[1] * shape.num_queries, device=DEVICE)
-    slots[:: num_tokens // stored] = places[:stored].int()
+    places = torch.randperm(bank.shape[1] * shape.num_queries, device=DEVICE)[: num_tokens // 8]
+    stored = len(places)
+    slots[: 8 * stored : 8] = places.int()
     layers = bank.unbind(0)
 
     def run() -> None:

@@ -112,7 +112,7 @@ def _copy_tile(
     if SCATTER:
         x = tl.load(dense, mask=mask)
         if HAS_SCALE:
-            x = tl.fdiv(x.to(tl.float32), tl.load(scale + layer))
+            x = tl.div_rn(x.to(tl.float32), tl.load(scale + layer))  # rounded as PyTorch does
             x = tl.minimum(tl.maximum(x, -FP8_MAX), FP8_MAX)
         tl.store(paged, x.to(KV_DTYPE), mask=mask)
     else:
