@@ -1,0 +1,39 @@
+"""docs/methods.md: its table names what is registered, and its example works as printed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import kvllm.methods
+from kvllm.config import KvConfig
+from kvllm.methods import make_method, methods
+from tests.methods.windows import random_window
+
+TEXT = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+EXAMPLE, EXAMPLES_TEST = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def test_the_table_has_every_method():
+    assert sorted(re.findall(r"^\| `(\w+)` \|", TEXT, flags=re.MULTILINE)) == list(methods())
+
+
+def test_the_example_works(monkeypatch):
+    assert len((EXAMPLE + EXAMPLES_TEST).splitlines()) < 60
+    monkeypatch.setattr(kvllm.methods, "_REGISTRY", dict(methods()))
+    module = ModuleType("knorm")
+    monkeypatch.setitem(sys.modules, "knorm", module)  # where dataclasses look for it
+    names = vars(module)
+    names.update(random_window=random_window, pytest=pytest)
+    exec(compile(EXAMPLE + EXAMPLES_TEST, "docs/methods.md", "exec", dont_inherit=True), names)
+    tests = [f for name, f in names.items() if name.startswith("test_")]
+    assert len(tests) == 2
+    for test in tests:
+        test()
+    assert make_method(KvConfig(method="knorm")) == names["KNorm"]()
+    with pytest.raises(ValueError, match="order=0: must be a number from 1 to 100"):
+        KvConfig(method="knorm", method_options={"order": 0})
