@@ -25,7 +25,7 @@ class ChunkKV(Method):
     Same: any base score, summed over heads, averaged in fixed chunks, a short last chunk competing as one; one choice
     for all heads of a layer.
     Differs: exactly K tokens stay, so the last chunk to fit is cut to its best tokens, where kvpress keeps whole
-    chunks only and so another number. Layers do not share a choice (the paper reuses one for its neighbours, to save time).
+    chunks only and so another number. Layers do not share a choice (the paper reuses one for its neighbours).
 
     base, base_options: the method that scores
     """
