@@ -16,10 +16,11 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from kvllm.engine import cpu_cache
 from kvllm.engine.attention import capture_queries, shortening_backend
+from kvllm.engine.positions import candidate_positions, kept_rows
 from kvllm.engine.settings import Geometries, kv_config
 from kvllm.layout import Geometry, IntArray
 from kvllm.methods import make_method
-from kvllm.methods.base import Kept, Window
+from kvllm.methods.base import Window
 from kvllm.query_ring import is_stored, query_positions, slot_of
 
 logger = init_logger(__name__)
@@ -50,6 +51,7 @@ class CompressorV1:
         self.free_rows = list(range(runner.max_num_reqs))
         self.rows: dict[str, int] = {}  # request -> row of the query bank
         self.events: dict[str, int] = {}  # request -> events done
+        self.survivors: dict[str, Tensor] = {}  # request -> text positions of what its last cut kept; budget policy
         self.reader: cpu_cache.PackedReader | None = None
         # What the current step stores: tokens of the batch, and their places in the flattened bank.
         self.stored_tokens: Tensor | None = None
@@ -102,6 +104,7 @@ class CompressorV1:
             self.free_rows.append(self.rows.pop(req_id))
         for req_id in [r for r in self.events if r not in self.runner.requests]:
             del self.events[req_id]
+            self.survivors.pop(req_id, None)
 
     def _plan_capture(
         self, req_ids: list[str], geometries: list[Geometry | None], prompts: IntArray, scheduled: dict[str, int]
@@ -186,9 +189,8 @@ class CompressorV1:
 
     def _compress_request(self, req_id: str, geometry: Geometry, prompt: int, event: int, block_ids: Tensor) -> None:
         keys, values = self._read(block_ids)
-        num_layers, num_tokens, num_kv_heads, _ = keys.shape
-        start = geometry.protected_len(prompt) + event * geometry.interval
-        positions = torch.arange(start, start + num_tokens).expand(num_layers, num_kv_heads, -1)
+        num_layers, _, num_kv_heads, _ = keys.shape
+        survivors = self.survivors.get(req_id, torch.empty(num_layers, num_kv_heads, 0, dtype=torch.int64))
         window = Window(
             queries=self.query_bank[:, self.rows[req_id]],
             query_positions=torch.from_numpy(
@@ -196,10 +198,13 @@ class CompressorV1:
             ),
             keys=keys,
             values=values,
-            positions=positions,
+            positions=candidate_positions(geometry, prompt, event, survivors),
             layers=self.layer_indices,
         )
-        self._write(block_ids, window, self.method.compress(window, geometry.num_kept))
+        kept = self.method.compress(window, geometry.num_kept)
+        self._write(block_ids, *kept_rows(window, kept))
+        if geometry.policy == "budget":
+            self.survivors[req_id] = window.positions.gather(-1, kept.indices)
 
     def _read(self, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [num_layers, num_tokens, num_kv_heads, head_dim] of whole blocks, in text order."""
@@ -208,11 +213,8 @@ class CompressorV1:
         pairs = [self.reader.read(layer.kv_cache, block_ids) for layer in self.layers]
         return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
-    def _write(self, block_ids: Tensor, window: Window, kept: Kept) -> None:
+    def _write(self, block_ids: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store the survivors [num_layers, num_kept, num_kv_heads, head_dim] in the first slots of the blocks."""
-        index = kept.indices.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, window.keys.shape[-1])
-        keys = window.keys.gather(1, index) if kept.keys is None else kept.keys
-        values = window.values.gather(1, index) if kept.values is None else kept.values
         block_size = self.geometries.block_size
         slots = (block_ids[:, None] * block_size + torch.arange(block_size)).flatten()[: keys.shape[1]]
         for layer, k, v in zip(self.layers, keys, values, strict=True):

@@ -22,6 +22,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from kvllm.engine.attention import capture_queries
+from kvllm.engine.positions import candidate_positions, kept_rows
 from kvllm.engine.settings import Geometries, kv_config
 from kvllm.kernels.block_tables import shorten_block_tables
 from kvllm.kernels.compact import compact
@@ -103,6 +104,13 @@ class KvModelState(DefaultModelState):
             len(self.layers), self.max_num_reqs, self.num_queries, layer.num_heads, layer.head_size,
             dtype=self.dtype, device=device,
         )  # fmt: skip
+        # Text positions of what the last cut kept, [max_num_reqs, num_layers, num_kv_heads, budget]; int32 holds them.
+        self.survivors: Tensor | None = None
+        if config.policy == "budget" and not self._fused:
+            self.survivors = torch.zeros(
+                self.max_num_reqs, len(self.layers), layer.num_kv_heads, config.budget_size,
+                dtype=torch.int32, device=device,
+            )  # fmt: skip
         self.bank_slots = torch.full((self.max_num_tokens,), -1, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self.plan = torch.zeros(_NUM_ROWS, self.max_num_reqs, dtype=torch.int32, device=device)
@@ -134,6 +142,17 @@ class KvModelState(DefaultModelState):
             v_scale = [layer._v_scale_float for layer in self.layers]
             scales = (torch.tensor(k_scale, device=self.device), torch.tensor(v_scale, device=self.device))
         self.cache = PagedCache.from_layers([k for k, _ in pairs], [v for _, v in pairs], *scales)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Compile the kernels of the engine's own ratio now, not in the step that first needs them."""
+        geometry = Geometry.from_config(self.config, self.block_size)
+        if geometry is not None:
+            # All candidates in the null block, which nobody reads.
+            blocks = torch.zeros(1, geometry.num_candidates // self.block_size, dtype=torch.int32, device=self.device)
+            row = torch.zeros(1, dtype=torch.int32, device=self.device)
+            start = np.zeros(1, np.int64)
+            self._compress_group(geometry, start + 1, start, row, blocks)
 
     @staticmethod
     def _query_scale(layer: Any) -> float:
@@ -237,10 +256,15 @@ class KvModelState(DefaultModelState):
             index = async_tensor_h2d(np.concatenate([batch[:, None], blocks], axis=1), device=self.device)
             candidates = block_table[index[:, :1], index[:, 1:]]
             req_slots = async_tensor_h2d(slots[batch].astype(np.int32), device=self.device)
-            if isinstance(self.method, Kara) and self.method.bidirectional:
-                self._compress_kara(self.method, geometry, req_slots, candidates)
-            else:
-                self._compress_generic(geometry, prompts, done, req_slots, candidates)
+            self._compress_group(geometry, prompts, done, req_slots, candidates)
+
+    def _compress_group(
+        self, geometry: Geometry, prompts: IntArray, done: IntArray, req_slots: Tensor, candidates: Tensor
+    ) -> None:
+        if self._fused:
+            self._compress_kara(geometry, req_slots, candidates)
+        else:
+            self._compress_generic(geometry, prompts, done, req_slots, candidates)
 
     @staticmethod
     def _candidate_blocks(geometry: Geometry, prompts: IntArray, done: IntArray) -> IntArray:
@@ -251,8 +275,14 @@ class KvModelState(DefaultModelState):
         logical = geometry.block_map(prompts, done, max(first) + count)
         return np.stack([row[f : f + count] for row, f in zip(logical, first, strict=True)])
 
-    def _compress_kara(self, method: Kara, geometry: Geometry, req_slots: Tensor, candidates: Tensor) -> None:
-        assert self.cache is not None
+    @property
+    def _fused(self) -> bool:
+        """Whether the kernels do exactly what the method does."""
+        return isinstance(self.method, Kara) and self.method.bidirectional
+
+    def _compress_kara(self, geometry: Geometry, req_slots: Tensor, candidates: Tensor) -> None:
+        assert self.cache is not None and isinstance(self.method, Kara)
+        method = self.method
         scores = window_scores(self.query_bank, req_slots, candidates, self.cache, method.value_norm)
         kept = select_chunks(scores.flatten(0, 2), geometry.num_kept, method.max_chunk_size, method.chunk_fill)
         compact(kept.view(*scores.shape[:3], -1), candidates, self.cache)
@@ -272,11 +302,14 @@ class KvModelState(DefaultModelState):
                 blocks, slots = candidates[part], req_slots[part].long()
                 window = self._window(geometry, prompts[part], done[part], blocks, slots, places[part[0]])
                 kept = self.method.compress(window, geometry.num_kept)
-                if kept.keys is not None and kept.values is not None:
-                    scatter_window(kept.keys, kept.values, blocks, self.cache)
-                else:
+                if kept.keys is None and kept.values is None:
                     indices = kept.indices.int().unflatten(0, (len(part), len(self.layers))).contiguous()
                     compact(indices, blocks, self.cache)
+                else:
+                    scatter_window(*kept_rows(window, kept), blocks, self.cache)
+                if self.survivors is not None:
+                    positions = window.positions.gather(-1, kept.indices).to(self.survivors.dtype)
+                    self.survivors[slots] = positions.unflatten(0, (len(part), len(self.layers)))
 
     def _window(
         self, geometry: Geometry, prompts: IntArray, done: IntArray, blocks: Tensor, slots: Tensor, places: IntArray
@@ -284,14 +317,20 @@ class KvModelState(DefaultModelState):
         """What a method sees of the requests `slots`; the batch is (request, layer)."""
         assert self.cache is not None
         keys, values = gather_window(blocks, self.cache, self.dtype)
-        num_due, num_layers = len(slots), len(self.layers)
-        starts = -(-prompts // self.block_size) * self.block_size + done * geometry.interval
-        positions = torch.from_numpy(starts[:, None] + np.arange(geometry.num_candidates)).to(self.device)
+        survivors = self.survivors
+        if survivors is None:
+            survivors = torch.empty(1, len(self.layers), keys.shape[2], 0, device=self.device).expand(
+                self.max_num_reqs, -1, -1, -1
+            )
+        positions = [
+            candidate_positions(geometry, prompt, event, survivors[slot])
+            for prompt, event, slot in zip(prompts.tolist(), done.tolist(), slots, strict=True)
+        ]
         return Window(
             queries=self.query_bank[:, slots].transpose(0, 1).flatten(0, 1),
             query_positions=torch.from_numpy(places).to(self.device),
             keys=keys,
             values=values,
-            positions=positions.repeat_interleave(num_layers, 0)[:, None].expand(-1, keys.shape[2], -1),
-            layers=self.layer_indices.repeat(num_due),
+            positions=torch.cat(positions),
+            layers=self.layer_indices.repeat(len(slots)),
         )

@@ -1,0 +1,99 @@
+"""Requests that are preempted, resumed, aborted: all correct, and the pool whole (invariants 2 and 5)."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+
+from kvllm.engine.stats import engine_stats
+from tests.engine.conftest import CONFIG, assert_equals_reference, assert_pool_whole, engine, scheduler_of, words
+
+NUM_REQUESTS = 64
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["sync", "async"])
+def llm(request: pytest.FixtureRequest, model_dir: Path) -> Any:
+    # 22 blocks: two or three of the requests below, of the eight that may run.
+    with engine(
+        model_dir,
+        num_gpu_blocks_override=23,
+        max_num_seqs=8,
+        max_num_batched_tokens=128,
+        async_scheduling=request.param,
+    ) as made:
+        assert scheduler_of(made).vllm_config.scheduler_config.async_scheduling == request.param
+        yield made
+
+
+def test_random_traffic(llm: Any, reference_model: Any) -> None:
+    """64 requests with random arrival, lengths and aborts, in a pool so small that they preempt each other."""
+    rng = random.Random(0)
+    prompts = {str(i): words(rng.choice([1, 15, 16, 17, 33, 60]), seed=i) for i in range(NUM_REQUESTS)}
+    lengths = {i: rng.choice([5, 40, 130, 180]) for i in prompts}
+    outputs: dict[str, list[int]] = {}
+    waiting = list(prompts)
+    running: set[str] = set()
+    aborted: set[str] = set()
+    core = llm.llm_engine
+    while waiting or core.has_unfinished_requests():
+        if waiting and (rng.random() < 0.2 or not running):
+            for _ in range(min(len(waiting), 4)):
+                i = waiting.pop()
+                params = SamplingParams(temperature=0, max_tokens=lengths[i], ignore_eos=True)
+                core.add_request(i, {"prompt_token_ids": prompts[i]}, params)
+                running.add(i)
+        if running and rng.random() < 0.02:
+            i = rng.choice(sorted(running))
+            core.abort_request([i])
+            aborted.add(i)
+            running.discard(i)
+        for output in core.step():
+            if output.finished:
+                running.discard(output.request_id)
+                outputs[output.request_id] = list(output.outputs[0].token_ids)
+    stats = engine_stats(llm)
+    assert stats["num_preemptions"] > 0 and aborted
+    assert_pool_whole(llm)
+    finished = sorted(set(outputs) - aborted)
+    assert len(finished) + len(aborted) == NUM_REQUESTS
+    assert all(len(outputs[i]) == lengths[i] for i in finished)
+    # The long ones were compressed, and are the ones that were preempted; every one of them is checked.
+    for i in (i for i in finished if lengths[i] >= 130):
+        assert_equals_reference(reference_model, prompts[i], outputs[i], CONFIG)
+
+
+def test_preempted_requests_never_need_their_uncompressed_length(llm: Any, reference_model: Any) -> None:
+    """One request of 800 tokens needs 25 blocks uncompressed and has 22; two of them preempt each other."""
+    prompts = [words(20, seed=90), words(20, seed=91)]
+    before = engine_stats(llm)["num_preemptions"]
+    params = SamplingParams(temperature=0, max_tokens=780, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    assert engine_stats(llm)["num_preemptions"] > before
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert_equals_reference(reference_model, prompt, list(output.outputs[0].token_ids))
+    assert_pool_whole(llm)
+
+
+def test_a_request_that_can_never_fit_is_refused(llm: Any) -> None:
+    """Uncompressed, 800 tokens do not fit the pool: refused when it arrives, with the remedy, and nothing is lost."""
+    params = SamplingParams(temperature=0, max_tokens=780, ignore_eos=True, extra_args={"kv_retention_ratio": 1.0})
+    with pytest.raises(VLLMValidationError, match=r"max_tokens=780.*needs 25 KV blocks.*has 22.*at most 684"):
+        llm.generate([{"prompt_token_ids": words(20)}], params, use_tqdm=False)
+    assert_pool_whole(llm)
+
+
+def test_parallel_samples_share_a_prompt(llm: Any, reference_model: Any) -> None:
+    """n=3: the samples share prompt blocks, which none of them writes."""
+    prompt = words(70, seed=4)
+    params = SamplingParams(n=3, temperature=0, max_tokens=200, ignore_eos=True)
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    samples = [list(o.token_ids) for o in output.outputs]
+    assert len(samples) == 3
+    for sample in samples:
+        assert_equals_reference(reference_model, prompt, sample)
+    assert_pool_whole(llm)

@@ -1,0 +1,71 @@
+"""Start-up: what is refused, by name and with the remedy; and what stays vLLM's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from kvllm.config import KvConfig
+
+
+def vllm_config(model_dir: Path, kvllm: Any = None, **options: Any) -> Any:
+    additional = {} if kvllm is None else {"kvllm": kvllm}
+    return EngineArgs(
+        str(model_dir), dtype="float32", max_model_len=1024, enforce_eager=True, additional_config=additional, **options
+    ).create_engine_config()
+
+
+def test_off_changes_nothing(model_dir: Path) -> None:
+    config = vllm_config(model_dir)
+    assert config.scheduler_config.scheduler_cls is None
+    assert config.cache_config.block_size == 128
+
+
+def test_on_chooses_scheduler_and_block_size(model_dir: Path) -> None:
+    config = vllm_config(model_dir, {})
+    assert config.scheduler_config.scheduler_cls == "kvllm.engine.scheduler.KvScheduler"
+    assert config.cache_config.block_size == 32
+    config = vllm_config(model_dir, {}, async_scheduling=True, block_size=64)
+    assert config.scheduler_config.scheduler_cls == "kvllm.engine.scheduler.KvAsyncScheduler"
+    assert config.cache_config.block_size == 64
+
+
+@pytest.mark.parametrize(
+    "kvllm, options, message",
+    [
+        ({"retention_ration": 0.3}, {}, r"no option 'retention_ration'; did you mean 'retention_ratio'"),
+        ({"retention_ratio": 0}, {}, r"retention_ratio=0: .*in \(0, 1\]"),
+        ({"method": "kaar"}, {}, r"no method named 'kaar'; did you mean 'kara'"),
+        ({"window_size": 80}, {"block_size": 64}, r"window_size=80: must be a multiple of the KV block size, 64"),
+        ({"retention_ratio": 0.05}, {}, r"retention_ratio=0.05: .*keeps no block"),
+        ({"retention_ratio": 0.97}, {}, r"retention_ratio=0.97: .*keeps every block"),
+        ("0.3", {}, r"kvllm='0.3': expected a mapping"),
+        ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, r"speculative_config=ngram"),
+        ({}, {"kv_cache_dtype": "fp8"}, r"kv_cache_dtype=fp8.*: use one of auto"),
+        ({}, {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, r"scheduler_cls="),
+    ],
+)
+def test_refused_by_name(model_dir: Path, kvllm: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        vllm_config(model_dir, kvllm, **options)
+
+
+def test_sliding_window_models_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 128}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((model_dir / name).read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"sliding_window=128: all layers must be full attention"):
+        vllm_config(tmp_path, {})
+
+
+def test_every_option_reaches_the_engine(model_dir: Path) -> None:
+    from kvllm.engine.settings import kv_config
+
+    wanted = KvConfig(method="snapkv", retention_ratio=0.5, window_size=128, buffer_size=32, query_stride=4, seed=3)
+    assert kv_config(vllm_config(model_dir, wanted.to_dict())) == wanted
