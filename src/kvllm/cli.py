@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 import kvllm
+from kvllm.bench.cli import app as bench_app
 from kvllm.cli_options import flag, with_config
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=kvllm.__doc__)
+app.add_typer(bench_app, name="bench")
 console = Console()
 progress_console = Console(stderr=True)  # stdout holds the answer
 
@@ -58,6 +60,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 = all.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: avoid tokens that were there.")] = 1.0,
+    sampling_seed: Annotated[int | None, typer.Option(help="Draw the same tokens each time.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")] = False,
     chat: Annotated[
         bool | None,
@@ -78,7 +81,7 @@ def generate(
     if stock and options:
         raise ValueError(f"--stock leaves KvLLM out, so {', '.join(map(flag, options))} would have no effect.")
     text = prompt_file.read_text() if prompt_file else prompt or ""
-    sampling = Sampling(max_tokens, temperature, top_p, top_k, repetition_penalty, ignore_eos)
+    sampling = Sampling(max_tokens, temperature, top_p, top_k, repetition_penalty, sampling_seed, ignore_eos)
     generation = run(context.args, None if stock else options, text, sampling, chat, progress_console)
     console.print(generation.text, markup=False, highlight=False)
     console.print(generation.table())

@@ -1,0 +1,63 @@
+"""Models by their shape alone: a folder with a config.json, which vLLM fills with random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+QWEN3: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "torch_dtype": "bfloat16",
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "torch_dtype": "bfloat16",
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-1.7b": QWEN3 | _sizes(2048, 6144, 28, 16) | {"tie_word_embeddings": True},
+    "qwen3-8b": QWEN3 | _sizes(4096, 12288, 36, 32),
+    "qwen3-14b": QWEN3 | _sizes(5120, 17408, 40, 40),
+    "qwen3-32b": QWEN3 | _sizes(5120, 25600, 64, 64),
+    "smollm2-135m": LLAMA | _sizes(576, 1536, 30, 9) | {"vocab_size": 49152, "num_key_value_heads": 3},
+    "tiny": LLAMA | _sizes(128, 256, 2, 4) | {"vocab_size": 512, "num_key_value_heads": 2},
+}
+
+
+def write_shape(name: str, folder: Path) -> Path:
+    """Write `SHAPES[name]` as a model folder without weights or tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(SHAPES[name], indent=2))
+    return folder
