@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,12 +20,13 @@ import numpy as np
 import torch
 
 from kvllm.eval.environment import environment
+from kvllm.eval.forks import fork_all
 from kvllm.eval.report import Progress, interval, markdown
 from kvllm.eval.stats import Estimate, bootstrap_ratio
 from kvllm.eval.sweep import Case, baseline_of, parse_cases
 from kvllm.eval.traces import HALVES, Trace, half_of, read_traces
-from kvllm.layout import Geometry, IntArray
-from kvllm.reference import Replay, Request, feed, kl_by_row, load_model
+from kvllm.layout import IntArray
+from kvllm.reference import Replay, feed, kl_by_row, load_model
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -129,26 +129,19 @@ def measure(
 
 def measure_trace(model: PreTrainedModel, trace: Trace, cases: Sequence[Case], block_size: int) -> list[Rows | None]:
     """The rows of each case; None where the trace ends before the first compression."""
-    firsts = [first_event(case, trace, block_size) for case in cases]
-    starts = sorted({first for first in firsts if first < len(trace.token_ids) - 1})
-    if not starts:
-        return [None] * len(cases)
-    full = Request(model, trace.num_prompt_tokens, max_queries=max(case.config.window_size for case in cases))
-    forks: dict[int, Request] = {}
-    parts: list[Replay] = []
-    for start in starts:
-        # The rows before the first of all compressions are compared with nothing.
-        parts.append(feed(full, trace.token_ids, start, keep_full=bool(parts)))
-        for i in (i for i, first in enumerate(firsts) if first == start):
-            forks[i] = Request.fork(full, cases[i].config, block_size)
+    configs = [case.config for case in cases]
+    full, parts, forks = fork_all(model, trace.token_ids, trace.num_prompt_tokens, configs, block_size)
+    measured: list[Rows | None] = [None] * len(cases)
+    if not forks:
+        return measured
     parts.append(feed(full, trace.token_ids, keep_full=True))
     logprobs = torch.cat([part.logprobs for part in parts])
     argmax = torch.cat([part.argmax for part in parts])
     full_logprobs = torch.cat([part.full_logprobs for part in parts if part.full_logprobs is not None])
-    measured: list[Rows | None] = [None] * len(cases)
+    before = len(logprobs) - len(full_logprobs)
     for i, request in forks.items():
-        first = firsts[i]
-        expected = Replay(logprobs[first:], argmax[first:], full_logprobs[first - starts[0] :], [])
+        first = request.num_computed_tokens
+        expected = Replay(logprobs[first:], argmax[first:], full_logprobs[first - before :], [])
         measured[i] = rows_of(expected, feed(request, trace.token_ids, keep_full=True))
         request.layers.clear()  # its cache is not needed any more
     return measured
@@ -162,12 +155,6 @@ def rows_of(full: Replay, compressed: Replay) -> Rows:
         delta_nll=(full.logprobs - compressed.logprobs).double().cpu().numpy(),
         distance=np.arange(len(full.logprobs)),
     )
-
-
-def first_event(case: Case, trace: Trace, block_size: int) -> int:
-    """The row of the first compression; past every row where nothing is compressed."""
-    geometry = Geometry.from_config(case.config, block_size)
-    return geometry.event_at(trace.num_prompt_tokens, 0) if geometry else sys.maxsize
 
 
 def random_like(result: Result, results: Sequence[Result]) -> Result | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from kvllm.eval.sweep import BASELINES
 
 if TYPE_CHECKING:
     from kvllm.eval.fidelity import Result
+    from kvllm.eval.recall import Answer
 
 
 def plot_fidelity(results: Sequence[Result], path: Path) -> None:
@@ -31,6 +32,29 @@ def plot_fidelity(results: Sequence[Result], path: Path) -> None:
         draw_curves(axis, curves, full)
         axis.set_ylabel(title)
     save(figure, path)
+
+
+def plot_recall(answers: Mapping[str, Sequence[Answer]], path: Path) -> None:
+    """A heat map a method: distance across, depth down."""
+    from kvllm.eval.recall import accuracy, grid
+
+    figure, axes = plt.subplots(1, len(answers), figsize=(1 + 2.6 * len(answers), 3.4), sharey=True, squeeze=False)
+    for axis, (label, given) in zip(axes[0], answers.items(), strict=True):
+        cells = grid(given)
+        distances, depths = sorted({d for d, _ in cells}), sorted({x for _, x in cells})
+        shares = [[cells[d, x] for d in distances] for x in depths]
+        image = axis.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axis.set_xticks(range(len(distances)), [str(d) for d in distances])
+        axis.set_yticks(range(len(depths)), [f"{x:g}" for x in depths])
+        axis.set_title(f"{label}: {accuracy(given).value:.0%}", fontsize=9)
+        for i, row in enumerate(shares):
+            for j, share in enumerate(row):
+                axis.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=7)
+    axes[0][0].set_ylabel("depth of the fact")
+    figure.supxlabel("tokens between prompt and question", fontsize=9)
+    figure.colorbar(image, ax=axes[0].tolist(), label="recalled")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
 
 
 def draw_curves(axis: Any, curves: dict[str, list[tuple[float, Estimate]]], full: float | None) -> None:

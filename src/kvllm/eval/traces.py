@@ -53,7 +53,13 @@ def half_of(traces: Sequence[Trace], half: str | None) -> list[Trace]:
 
 
 def make_traces(
-    llm: LLM, task: str, num_problems: int | None, max_tokens: int, min_tokens: int, temperature: float, seed: int
+    llm: LLM,
+    task: str,
+    num_problems: int | None,
+    max_tokens: int,
+    min_tokens: int,
+    temperature: float,
+    seed: int | None,
 ) -> list[Trace]:
     """Let stock vLLM answer the problems; answers shorter than `min_tokens` are left out."""
     from vllm import SamplingParams
@@ -62,9 +68,8 @@ def make_traces(
 
     problems = spread(load_problems(task), num_problems)
     prompts = [encode(llm.get_tokenizer(), problem.prompt, None) for problem in problems]
-    sampling = [
-        SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed + i) for i in range(len(prompts))
-    ]
+    seeds = [None if seed is None else seed + i for i in range(len(prompts))]
+    sampling = [SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=s) for s in seeds]
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
     answers = [list(output.outputs[0].token_ids) for output in outputs]
     return [
@@ -88,7 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=1024, help="longest answer")
     parser.add_argument("--min-tokens", type=int, default=0, help="leave shorter answers out")
     parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--sampling-seed", type=int, default=0)
+    parser.add_argument(
+        "--sampling-seed",
+        type=int,
+        help="a seed a request, so that batching does not matter (vLLM's CPU sampler cannot do it in chunked prefills)",
+    )
     options, engine_flags = parser.parse_known_args(arguments)
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
