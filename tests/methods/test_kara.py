@@ -9,16 +9,19 @@ from hypothesis import strategies as st
 
 from kvllm.config import KvConfig
 from kvllm.methods import make_method
-from kvllm.methods.kara import Kara, token2chunk
+from kvllm.methods.kara import Kara, rank, token2chunk
+from kvllm.methods.keydiff import KeyDiff
+from kvllm.methods.rkv import redundancy
 from tests.methods.windows import random_window
 
 
-def scores_by_loops(window, bidirectional, value_norm):
+def scores_by_loops(window, bidirectional, value_norm, moment="mean"):
     """The definition, one query, one head and one key at a time, in Python floats."""
     batch, num_tokens, num_kv_heads, head_dim = window.keys.shape
     num_queries, num_heads = window.queries.shape[1:3]
     group_size = num_heads // num_kv_heads
     result = torch.zeros(batch, num_kv_heads, num_tokens, dtype=torch.float64)
+    highest = torch.zeros(batch, num_heads, num_tokens, dtype=torch.float64)
     for b in range(batch):
         for head in range(num_heads):
             kv_head = head // group_size
@@ -31,19 +34,25 @@ def scores_by_loops(window, bidirectional, value_norm):
                 }
                 for t in seen:
                     judges = num_queries if bidirectional else sum(int(p) >= t for p in window.query_positions)
-                    norm = float(window.values[b, t, kv_head].double().norm()) if value_norm else 1.0
-                    share = weights[t] / sum(weights.values()) / judges / group_size
-                    result[b, kv_head, t] += share * norm
-    return result
+                    weight = weights[t] / sum(weights.values())
+                    power = 2 if moment == "rms" else 1
+                    result[b, kv_head, t] += weight**power / judges / group_size
+                    highest[b, head, t] = max(float(highest[b, head, t]), weight)
+    if moment == "rms":
+        result = result.sqrt()
+    if moment == "max":
+        result = highest.unflatten(1, (num_kv_heads, group_size)).mean(dim=2)
+    return result * window.values.double().norm(dim=-1).transpose(1, 2) if value_norm else result
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("value_norm", [True, False])
+@pytest.mark.parametrize("moment", ["mean", "rms", "max"])
 @pytest.mark.parametrize("num_kv_heads, group_size", [(1, 1), (3, 1), (1, 4), (2, 3)])
-def test_scores_equal_the_definition(bidirectional, value_norm, num_kv_heads, group_size):
+def test_scores_equal_the_definition(bidirectional, value_norm, moment, num_kv_heads, group_size):
     window = random_window(num_kv_heads=num_kv_heads, group_size=group_size)
-    actual = Kara(bidirectional=bidirectional, value_norm=value_norm).score(window)
-    expected = scores_by_loops(window, bidirectional, value_norm)
+    actual = Kara(bidirectional=bidirectional, value_norm=value_norm, moment=moment).score(window)
+    expected = scores_by_loops(window, bidirectional, value_norm, moment)
     # Sums of a few dozen terms in float32 against the same in float64.
     torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-6)
 
@@ -63,6 +72,43 @@ def test_a_query_before_the_window_sees_nothing_in_the_causal_ablation():
     window.query_positions.copy_(torch.tensor([-3, -2, -1, -1, 4]))
     scores = Kara(bidirectional=False).score(window)
     assert (scores[..., :5] > 0).all() and (scores[..., 5:] == 0).all()
+
+
+def rank_by_loops(row):
+    order = sorted(range(len(row)), key=lambda t: (-row[t], t))
+    return [1 - order.index(t) / (len(row) - 1) for t in range(len(row))]
+
+
+def test_the_rank_is_the_place_in_the_row():
+    scores = torch.tensor([[[3.0, 1.0, 2.0, 2.0, -1.0]], [[0.0, 0.0, 0.0, 0.0, 5.0]]])
+    expected = [[rank_by_loops(row.tolist()) for row in rows] for rows in scores]
+    torch.testing.assert_close(rank(scores), torch.tensor(expected))
+    assert rank(scores)[0, 0].tolist() == pytest.approx([1.0, 0.25, 0.75, 0.5, 0.0])
+    assert rank(torch.ones(1, 1, 1)).tolist() == [[[1.0]]]
+
+
+@pytest.mark.parametrize("keydiff_weight, redundancy_weight", [(0.5, 0.0), (0.0, 0.3), (2.0, 1.0)])
+def test_ranks_of_other_scores_are_added(keydiff_weight, redundancy_weight):
+    window = random_window()
+    kara = Kara(moment="rms", keydiff_weight=keydiff_weight, redundancy_weight=redundancy_weight)
+    alone = Kara(moment="rms").score(window)
+    repeats = torch.stack([redundancy(keys, 0.5) for keys in window.keys])
+    expected = rank(alone) + keydiff_weight * rank(KeyDiff().score(window)) + redundancy_weight * rank(-repeats)
+    torch.testing.assert_close(kara.score(window), expected)
+    assert (kara.score(window) >= 0).all()  # what Token2Chunk asks for
+
+
+def test_the_paper_form_is_plain_and_keeps_its_chunks():
+    window = random_window()
+    paper = Kara(variant="paper", moment="max", keydiff_weight=1.0, max_chunk_size=5)
+    assert paper == Kara(variant="paper", max_chunk_size=5) and paper.fused
+    torch.testing.assert_close(paper.score(window), scores_by_loops(window, True, False).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_fused_is_what_the_kernels_compute():
+    assert Kara().fused and Kara(value_norm=False, max_chunk_size=1).fused
+    for options in ({"bidirectional": False}, {"moment": "rms"}, {"keydiff_weight": 0.5}, {"redundancy_weight": 0.5}):
+        assert not Kara(**options).fused
 
 
 def token2chunk_by_loops(scores, num_kept, max_chunk_size, chunk_fill):
@@ -140,5 +186,11 @@ def test_options():
     assert make_method(KvConfig(method_options={"chunk_fill": 0.25})) == Kara(chunk_fill=0.25)
     with pytest.raises(ValueError, match=r"chunk_fill=1.0: a share in \[0, 1\)"):
         KvConfig(method_options={"chunk_fill": 1.0})
+    with pytest.raises(ValueError, match="moment='median': must be one of mean, rms, max"):
+        KvConfig(method_options={"moment": "median"})
+    with pytest.raises(ValueError, match="variant='papre': must be one of tuned, paper"):
+        KvConfig(method_options={"variant": "papre"})
+    with pytest.raises(ValueError, match="keydiff_weight=-1: must be a number from 0"):
+        KvConfig(method_options={"keydiff_weight": -1})
     with pytest.raises(ValueError, match="max_chunk_size=0: must be positive"):
         KvConfig(method_options={"max_chunk_size": 0})

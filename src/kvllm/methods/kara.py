@@ -9,6 +9,17 @@ from torch import Tensor
 
 from kvllm.methods import register
 from kvllm.methods.base import Method, Window, top_k
+from kvllm.methods.checks import check_between
+from kvllm.methods.keydiff import KeyDiff
+from kvllm.methods.rkv import redundancy
+
+SIMILARITY = 0.5  # R-KV's threshold: of keys more alike than this, the newest is not counted as redundant
+
+
+MOMENTS = ("mean", "rms", "max")
+# What is published of the method, and nothing of ours.
+PAPER = {"bidirectional": True, "value_norm": False, "moment": "mean", "keydiff_weight": 0.0, "redundancy_weight": 0.0}
+VARIANTS = ("tuned", "paper")
 
 
 @register("kara")
@@ -16,16 +27,27 @@ from kvllm.methods.base import Method, Window, top_k
 class Kara(Method):
     """Keep what the window's and the buffer's queries look at, those before a key included.
 
-    bidirectional:  False is the causal ablation: a query sees only the keys up to its own place
-    value_norm:     weight a key's attention by the length of the value that it brings
-    max_chunk_size: longest chunk, its two picks included, that Token2Chunk fills; 1 or 2 fill nothing
-    chunk_fill:     a filler is worth this share of the weaker of its two picks
+    bidirectional:     False is the causal ablation: a query sees only the keys up to its own place
+    value_norm:        weight a key's attention by the length of the value that it brings
+    max_chunk_size:    longest chunk, its two picks included, that Token2Chunk fills; 1 or 2 fill nothing
+    chunk_fill:        a filler is worth this share of the weaker of its two picks
+    moment:            how the weights that a key gets are summed up: their mean, root mean square, or the maximum over
+                       the queries (mean over the heads of a group)
+    keydiff_weight:    > 0: the rank of the score, plus this times the rank by KeyDiff (keys unlike the others first)
+    redundancy_weight: > 0: the same with the rank by R-KV's redundancy (keys that repeat no other first)
+    variant:           "paper" sets the plain form of the paper, whatever the options above it say
+
+    Ranks lie in [0, 1], so with them a filler, worth less than any pick, only counts where `chunk_fill` is near 1.
     """
 
     bidirectional: bool = True
     value_norm: bool = True
     max_chunk_size: int = 8
     chunk_fill: float = 0.5
+    moment: str = "mean"
+    keydiff_weight: float = 0.0
+    redundancy_weight: float = 0.0
+    variant: str = "tuned"
 
     def __post_init__(self) -> None:
         if self.max_chunk_size < 1:
@@ -33,34 +55,70 @@ class Kara(Method):
         if not 0 <= self.chunk_fill < 1:
             # At 1 a filler could push out the very pick that it was filled for.
             raise ValueError(f"chunk_fill={self.chunk_fill}: a share in [0, 1); 0 turns Token2Chunk off.")
+        check_between("keydiff_weight", self.keydiff_weight, 0, 100)
+        check_between("redundancy_weight", self.redundancy_weight, 0, 100)
+        for name, known in (("moment", MOMENTS), ("variant", VARIANTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(known)}.")
+        if self.variant == "paper":
+            for name, value in PAPER.items():
+                object.__setattr__(self, name, value)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the Triton kernels compute exactly this: bidirectional, mean, and no ranks."""
+        return self.bidirectional and self.moment == "mean" and not self.ranked
+
+    @property
+    def ranked(self) -> bool:
+        return self.keydiff_weight > 0 or self.redundancy_weight > 0
 
     def score(self, window: Window) -> Tensor:
-        weights = bidirectional_weights(window) if self.bidirectional else causal_weights(window)
-        if not self.value_norm:
-            return weights
-        return weights * window.values.float().norm(dim=-1).transpose(1, 2)
+        scores = attention_moment(window, self.moment, self.bidirectional)
+        if self.value_norm:
+            scores = scores * window.values.float().norm(dim=-1).transpose(1, 2)
+        if not self.ranked:
+            return scores
+        total = rank(scores)
+        if self.keydiff_weight > 0:
+            total = total + self.keydiff_weight * rank(KeyDiff().score(window))
+        if self.redundancy_weight > 0:
+            # One request and layer at a time: the cosines take num_kv_heads * num_tokens**2 numbers.
+            redundant = torch.stack([redundancy(keys, SIMILARITY) for keys in window.keys.float()])
+            total = total + self.redundancy_weight * rank(-redundant)
+        return total
 
     def select(self, scores: Tensor, num_kept: int) -> Tensor:
         return token2chunk(scores, num_kept, self.max_chunk_size, self.chunk_fill)
 
 
-def bidirectional_weights(window: Window) -> Tensor:
-    """[batch, num_kv_heads, num_tokens]: mean attention over the queries and the heads of a group; no mask."""
-    return window.logits().softmax(dim=-1).mean(dim=(2, 3))
+def attention_moment(window: Window, moment: str, bidirectional: bool = True) -> Tensor:
+    """[batch, num_kv_heads, num_tokens]: what a key gets of the queries' attention, none of them masked.
 
-
-def causal_weights(window: Window) -> Tensor:
-    """[batch, num_kv_heads, num_tokens]: the same, a key judged only by the queries at and after it.
-
-    The mean is over the queries that see the key; over all of them, old keys would win by being seen more often.
-    A key that no query sees gets 0.
+    In the causal ablation a key is judged only by the queries at and after it, and by these alone: over all of them
+    old keys would win by being seen more often. A key that no query sees gets 0.
     """
-    places = torch.arange(window.num_tokens, device=window.keys.device)
-    sees = places <= window.query_positions[:, None]  # [num_queries, num_tokens]
-    # A finite floor, not -inf: a query that sees nothing then has weights to mask, and not NaN.
-    weights = window.logits().masked_fill(~sees, torch.finfo(torch.float32).min).softmax(dim=-1)
-    weights = weights.masked_fill(~sees, 0.0).mean(dim=2).sum(dim=2)
-    return weights / sees.sum(dim=0).clamp(min=1)
+    logits = window.logits()  # [batch, num_kv_heads, group_size, num_queries, num_tokens]
+    judges: Tensor | int = logits.shape[3]
+    if bidirectional:
+        weights = logits.softmax(dim=-1)
+    else:
+        places = torch.arange(window.num_tokens, device=window.keys.device)
+        sees = places <= window.query_positions[:, None]  # [num_queries, num_tokens]
+        # A finite floor, not -inf: a query that sees nothing then has weights to mask, and not NaN.
+        weights = logits.masked_fill(~sees, torch.finfo(torch.float32).min).softmax(dim=-1).masked_fill(~sees, 0.0)
+        judges = sees.sum(dim=0).clamp(min=1)
+    if moment == "mean":
+        return weights.mean(dim=2).sum(dim=2) / judges
+    if moment == "rms":
+        return (weights.square().mean(dim=2).sum(dim=2) / judges).sqrt()
+    return weights.amax(dim=3).mean(dim=2)
+
+
+def rank(scores: Tensor) -> Tensor:
+    """Each score's place among those of its row, from 0 (lowest) to 1; of equals the earlier is the higher."""
+    places = scores.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
+    return 1 - places / max(scores.shape[-1] - 1, 1)
 
 
 def token2chunk(scores: Tensor, num_kept: int, max_chunk_size: int, chunk_fill: float) -> Tensor:
