@@ -25,6 +25,7 @@ class Sampling:
     top_p: float
     top_k: int
     repetition_penalty: float
+    seed: int | None
     ignore_eos: bool
 
 
