@@ -16,9 +16,11 @@ from rich.table import Table
 import kvllm
 from kvllm.bench.cli import app as bench_app
 from kvllm.cli_options import flag, with_config
+from kvllm.eval.cli import app as eval_app
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=kvllm.__doc__)
 app.add_typer(bench_app, name="bench")
+app.add_typer(eval_app, name="eval")
 console = Console()
 progress_console = Console(stderr=True)  # stdout holds the answer
 

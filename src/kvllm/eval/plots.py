@@ -15,6 +15,7 @@ from kvllm.eval.stats import Estimate
 from kvllm.eval.sweep import BASELINES
 
 if TYPE_CHECKING:
+    from kvllm.eval.accuracy import Summary
     from kvllm.eval.fidelity import Result
     from kvllm.eval.recall import Answer
 
@@ -30,6 +31,22 @@ def plot_fidelity(results: Sequence[Result], path: Path) -> None:
         for result in results:
             curves.setdefault(result.case.name, []).append((result.case.config.retention_ratio, result.estimate(name)))
         draw_curves(axis, curves, full)
+        axis.set_ylabel(title)
+    save(figure, path)
+
+
+def plot_accuracy(summaries: Sequence[Summary], path: Path) -> None:
+    """Accuracy and length of the answers against the share kept; the full cache dashed."""
+    from kvllm.eval.samples import FULL
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    full = next((s for s in summaries if s.name == FULL), None)
+    for axis, name, title in ((axes[0], "accuracy", "accuracy"), (axes[1], "mean_tokens", "mean tokens an answer")):
+        curves: dict[str, list[tuple[float, Estimate]]] = {}
+        for s in summaries:
+            if s is not full and s.ratio is not None:
+                curves.setdefault(s.name, []).append((s.ratio, getattr(s, name)))
+        draw_curves(axis, curves, getattr(full, name).value if full else None)
         axis.set_ylabel(title)
     save(figure, path)
 

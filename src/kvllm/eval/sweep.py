@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,11 @@ class Case:
         return f"{self.name} r={self.config.retention_ratio:g}"
 
 
-def cases(entries: Iterable[Mapping[str, Any]], common: Mapping[str, Any] | None = None) -> list[Case]:
+def cases(
+    entries: Iterable[Mapping[str, Any]],
+    common: Mapping[str, Any] | None = None,
+    baselines: Sequence[str] = BASELINES,
+) -> list[Case]:
     """Every combination of every entry, `common` below each; the baselines are added at each ratio and size.
 
     An entry's key "name" takes the place of the name made from its options. Equal configurations are measured once.
@@ -51,7 +56,7 @@ def cases(entries: Iterable[Mapping[str, Any]], common: Mapping[str, Any] | None
                 add(Case(given or name_of(options, common), config))
     for case in list(found.values()):
         sizes = {k: v for k, v in case.config.to_dict().items() if k not in ("query_stride", "max_chunk_size")}
-        for method in BASELINES:
+        for method in baselines:
             if case.config.enabled:
                 name = name_of({**sizes, "method": method, "method_options": {}}, common)
                 add(Case(name, baseline_of(case.config, method)))
@@ -59,8 +64,11 @@ def cases(entries: Iterable[Mapping[str, Any]], common: Mapping[str, Any] | None
 
 
 def baseline_of(config: KvConfig, method: str = "random") -> KvConfig:
-    """A baseline of the same policy, ratio and sizes; it looks at no query and fills no chunk."""
-    return replace(config, method=method, method_options={}, query_stride=1, max_chunk_size=1)
+    """A baseline of the same policy, ratio and sizes; it fills no chunk, and looks at no query, so it keeps few."""
+    sizes = [config.window_size, config.buffer_size]
+    if config.policy == "budget":
+        sizes += [config.budget_size, config.budget_interval]
+    return replace(config, method=method, method_options={}, query_stride=math.gcd(*sizes), max_chunk_size=1)
 
 
 def combinations(entry: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -89,7 +97,11 @@ def name_of(options: Mapping[str, Any], common: Mapping[str, Any]) -> str:
 
 
 def parse_cases(
-    configs: Sequence[str], methods: str | None, ratios: str | None, common: Mapping[str, Any] | None = None
+    configs: Sequence[str],
+    methods: str | None,
+    ratios: str | None,
+    common: Mapping[str, Any] | None = None,
+    baselines: Sequence[str] = BASELINES,
 ) -> list[Case]:
     """From the command line: JSON texts or files of entries, and a grid of methods by ratios."""
     entries: list[Mapping[str, Any]] = []
@@ -108,4 +120,4 @@ def parse_cases(
         entries.append({"method": methods.split(",")})
     if not entries:
         raise ValueError("nothing to measure: give --methods or --configs.")
-    return cases(entries, shared)
+    return cases(entries, shared, baselines)
