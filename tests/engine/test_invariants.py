@@ -100,7 +100,7 @@ def test_evicted_blocks_return_to_the_pool_while_the_request_runs(llm: Any) -> N
     # The step that begins at an event still holds what the event empties.
     assert all(expected <= held <= expected + 1 for held, expected in used)
     assert sum(held != expected for held, expected in used) <= 4
-    assert max(held for held, _ in used) == 6 and -(-320 // BLOCK_SIZE) == 10
+    assert max(held for held, _ in used) == 7  # peak_blocks(20, 320); uncompressed 10
     assert_pool_whole(llm)
 
 

@@ -10,6 +10,7 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from kvllm.config import KvConfig
+from kvllm.engine.settings import prepare
 
 
 def vllm_config(model_dir: Path, kvllm: Any = None, **options: Any) -> Any:
@@ -29,9 +30,16 @@ def test_on_chooses_scheduler_and_block_size(model_dir: Path) -> None:
     config = vllm_config(model_dir, {})
     assert config.scheduler_config.scheduler_cls == "kvllm.engine.scheduler.KvScheduler"
     assert config.cache_config.block_size == 32
-    config = vllm_config(model_dir, {}, async_scheduling=True, block_size=64)
+    assert vllm_config(model_dir, {}, block_size=64).cache_config.block_size == 64
+
+
+def test_asynchronous_scheduling_gets_its_own_scheduler(model_dir: Path) -> None:
+    """vLLM's CPU platform turns asynchronous scheduling off, so `prepare` is asked directly."""
+    config = vllm_config(model_dir)
+    config.additional_config = {"kvllm": {"window_size": 512}}
+    config.scheduler_config.async_scheduling = True
+    prepare(config)
     assert config.scheduler_config.scheduler_cls == "kvllm.engine.scheduler.KvAsyncScheduler"
-    assert config.cache_config.block_size == 64
 
 
 @pytest.mark.parametrize(
