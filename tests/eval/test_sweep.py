@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kvllm.config import KvConfig
-from kvllm.eval.sweep import BASELINES, cases, combinations, parse_cases
+from kvllm.eval.sweep import BASELINES, SWEEPS, cases, combinations, parse_cases
 
 
 def test_lists_are_multiplied_also_inside_mappings():
@@ -49,3 +49,9 @@ def test_from_the_command_line(tmp_path):
         parse_cases([], None, "0.3")
     with pytest.raises(ValueError, match="not valid JSON"):
         parse_cases(["{"], None, None)
+
+
+def test_what_ships_names_known_methods_and_options():
+    for path in SWEEPS.glob("*.json"):
+        made = parse_cases([path.stem], None, "0.3")
+        assert len(made) == len({case.label for case in made}) > 10

@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the log and the results")
     parser.add_argument("--methods", help="comma-separated, each at every ratio")
     parser.add_argument("--ratios", help="comma-separated retention ratios (default: 0.3); the full cache is always in")
-    parser.add_argument("--configs", nargs="*", default=[], help="JSON, or files of it: entries as in kvllm.eval.sweep")
+    parser.add_argument("--configs", nargs="*", default=[], help="shipped sweeps (methods, kara), files, or JSON")
     parser.add_argument("--common", type=json.loads, default={}, help="JSON: options that all configurations share")
     parser.add_argument("--baselines", default=",".join(BASELINES), help="methods measured beside; '' for none")
     parser.add_argument("--problems", type=int, help="only so many, evenly spaced over the task")

@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder of the model that wrote them")
     parser.add_argument("--methods", help="comma-separated, each at every ratio")
     parser.add_argument("--ratios", help="comma-separated retention ratios (default: 0.3)")
-    parser.add_argument("--configs", nargs="*", default=[], help="JSON, or files of it: entries as in kvllm.eval.sweep")
+    parser.add_argument("--configs", nargs="*", default=[], help="shipped sweeps (methods, kara), files, or JSON")
     parser.add_argument("--common", type=json.loads, default={}, help="JSON: options that all configurations share")
     parser.add_argument("--half", choices=HALVES, help="tune on train, report on test: every other trace")
     parser.add_argument("--limit", type=int, help="only the first traces (of the half)")

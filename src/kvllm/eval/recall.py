@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--methods", help="comma-separated, each at every ratio")
     parser.add_argument("--ratios", help="comma-separated retention ratios (default: 0.3)")
-    parser.add_argument("--configs", nargs="*", default=[], help="JSON, or files of it: entries as in kvllm.eval.sweep")
+    parser.add_argument("--configs", nargs="*", default=[], help="shipped sweeps (methods, kara), files, or JSON")
     parser.add_argument("--common", type=json.loads, default={}, help="JSON: options that all configurations share")
     parser.add_argument("--distances", default="512,1024", help="tokens between the prompt and the question")
     parser.add_argument("--depths", default="0.1,0.3,0.5,0.7,0.9", help="place of the needle in them, 0 to 1")

@@ -17,6 +17,7 @@ from kvllm.config import KvConfig
 
 # A claim that does not beat these is worth nothing, so they are always measured.
 BASELINES = ("random", "recent")
+SWEEPS = Path(__file__).parent / "sweeps"  # those that ship, by their names
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,15 @@ def parse_cases(
     common: Mapping[str, Any] | None = None,
     baselines: Sequence[str] = BASELINES,
 ) -> list[Case]:
-    """From the command line: JSON texts or files of entries, and a grid of methods by ratios."""
+    """From the command line: JSON of entries, files of it or shipped sweeps, and a grid of methods by ratios."""
     entries: list[Mapping[str, Any]] = []
     shared = dict(common or {})
     if ratios:
         shared["retention_ratio"] = [float(ratio) for ratio in ratios.split(",")]
     for text in configs:
         if not text.lstrip().startswith(("[", "{")):
-            text = Path(text).read_text()
+            shipped = SWEEPS / f"{text}.json"
+            text = (shipped if shipped.exists() else Path(text)).read_text()
         try:
             parsed = json.loads(text)
         except json.JSONDecodeError as e:
