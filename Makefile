@@ -29,6 +29,7 @@ $(INSTALLED): pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	test -x $(UV) || .venv/bin/python -m pip install --quiet uv
 	$(UV) pip install --python .venv/bin/python --editable '.[cpu,dev]'
+	$(UV) pip install --python .venv/bin/python --no-deps kvpress==0.5.5
 	touch $@
 
 $(MODEL)/config.json: | $(INSTALLED)
