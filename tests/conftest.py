@@ -6,12 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 DEFAULT_MODEL = Path(__file__).parent.parent / ".models" / "smollm2-135m"
 
 # Before anything imports Hugging Face libraries: tests read local folders only.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+if not torch.cuda.is_available():
+    # The kernels' tests need Triton's interpreter, and Triton decides when it is imported, which vLLM does.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
