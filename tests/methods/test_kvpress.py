@@ -1,7 +1,6 @@
 """Agreement with kvpress on the scores of the methods that both have, on a Llama attention layer.
 
-kvpress pins an older transformers, so it is installed beside ours without its dependencies:
-pip install --no-deps kvpress && pip install accelerate cachetools datasets fire peft
+kvpress pins an older transformers, so `make setup` installs it beside ours without its dependencies.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import LlamaConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from kvllm.methods.base import Window
@@ -20,7 +20,10 @@ from kvllm.methods.keydiff import KeyDiff
 from kvllm.methods.streaming_llm import StreamingLLM
 from kvllm.methods.tova import TOVA
 
+# Importing kvpress wraps every attention function of transformers for the whole process; other tests want them back.
+_attention_functions = dict(ALL_ATTENTION_FUNCTIONS.items())
 kvpress = pytest.importorskip("kvpress", reason="install kvpress to compare with it (see this file's head)")
+ALL_ATTENTION_FUNCTIONS.update(_attention_functions)
 
 THETA, TOKENS, HEADS, KV_HEADS, DIM = 1000.0, 90, 6, 2, 16
 
