@@ -278,7 +278,7 @@ class KvModelState(DefaultModelState):
     @property
     def _fused(self) -> bool:
         """Whether the kernels do exactly what the method does."""
-        return isinstance(self.method, Kara) and self.method.bidirectional
+        return isinstance(self.method, Kara) and self.method.fused
 
     def _compress_kara(self, geometry: Geometry, req_slots: Tensor, candidates: Tensor) -> None:
         assert self.cache is not None and isinstance(self.method, Kara)
