@@ -29,10 +29,10 @@ def test_ratios_are_to_stock_at_the_same_concurrency() -> None:
 def test_the_reason_of_a_crash_is_found_in_the_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(
-        "INFO starting\nValueError: window_size=100: must be a multiple\n  at x\n"
+        "INFO starting\nValueError: window_size=104: must be a multiple\n  at x\n"
         "RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
-    assert why(log) == "ValueError: window_size=100: must be a multiple"
+    assert why(log) == "ValueError: window_size=104: must be a multiple"
     log.write_text("killed\n\n")
     assert why(log) == "killed"
 
@@ -42,7 +42,7 @@ def test_stock_and_compressed_with_a_short_pool(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     spec = BenchSpec(
         model="tiny",
-        config=["stock", "kara:0.5:window_size=64,buffer_size=32", "kara:0.5:window_size=100"],
+        config=["stock", "kara:0.5:window_size=64,buffer_size=32", "kara:0.5:window_size=104"],
         concurrency=[6],
         num_requests=8,
         prompt_len=20,
@@ -67,5 +67,5 @@ def test_stock_and_compressed_with_a_short_pool(tmp_path: Path) -> None:
     # The windows due at 128 and 192 of 250 tokens, less what was preempted and done again.
     assert kara["kvllm"]["num_windows_compressed"] >= 2 * 8
     assert kara["kvllm"]["free_kv_blocks"] == 24
-    assert "window_size=100" in refused["error"]
+    assert "window_size=104" in refused["error"]
     assert [e["num_kv_blocks"] if e else None for e in written["engines"]] == [24, 24, None]
