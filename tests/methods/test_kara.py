@@ -100,7 +100,7 @@ def test_ranks_of_other_scores_are_added(keydiff_weight, redundancy_weight):
 
 def test_the_paper_form_is_plain_and_keeps_its_chunks():
     window = random_window()
-    paper = Kara(variant="paper", moment="max", keydiff_weight=1.0, max_chunk_size=5)
+    paper = Kara(variant="paper", moment="max", keydiff_weight=1.0, key_ridge=1.0, max_chunk_size=5)
     assert paper == Kara(variant="paper", max_chunk_size=5) and paper.fused
     torch.testing.assert_close(paper.score(window), scores_by_loops(window, True, False).float(), rtol=1e-5, atol=1e-6)
 
@@ -109,6 +109,24 @@ def test_fused_is_what_the_kernels_compute():
     assert Kara().fused and Kara(value_norm=False, max_chunk_size=1).fused
     for options in ({"bidirectional": False}, {"moment": "rms"}, {"keydiff_weight": 0.5}, {"redundancy_weight": 0.5}):
         assert not Kara(**options).fused
+    assert not Kara(key_ridge=1.0).fused and not Kara(value_ridge=1.0).fused
+
+
+def test_refitting_changes_no_choice():
+    window = random_window(dtype=torch.bfloat16)
+    plain = Kara().compress(window, 6)
+    assert plain.keys is None and plain.values is None
+    rows = plain.indices.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, 8)
+    keys, values = window.keys.gather(1, rows), window.values.gather(1, rows)
+    for kara, same_keys, same_values in (
+        (Kara(key_ridge=1.0), False, True),
+        (Kara(value_ridge=1.0), True, False),
+        (Kara(key_ridge=1.0, value_ridge=1.0), False, False),
+    ):
+        kept = kara.compress(window, 6)
+        assert torch.equal(kept.indices, plain.indices)
+        assert kept.keys is not None and kept.values is not None and kept.keys.dtype == torch.bfloat16
+        assert torch.equal(kept.keys, keys) == same_keys and torch.equal(kept.values, values) == same_values
 
 
 def token2chunk_by_loops(scores, num_kept, max_chunk_size, chunk_fill):

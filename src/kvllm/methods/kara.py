@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from kvllm.methods import register
-from kvllm.methods.base import Method, Window, top_k
+from kvllm.methods.base import Kept, Method, Window, top_k
 from kvllm.methods.checks import check_between
 from kvllm.methods.keydiff import KeyDiff
+from kvllm.methods.refit import gather_tokens, refit_values, shift_keys
 from kvllm.methods.rkv import redundancy
 
 SIMILARITY = 0.5  # R-KV's threshold: of keys more alike than this, the newest is not counted as redundant
@@ -18,7 +19,15 @@ SIMILARITY = 0.5  # R-KV's threshold: of keys more alike than this, the newest i
 
 MOMENTS = ("mean", "rms", "max")
 # What is published of the method, and nothing of ours.
-PAPER = {"bidirectional": True, "value_norm": False, "moment": "mean", "keydiff_weight": 0.0, "redundancy_weight": 0.0}
+PAPER = {
+    "bidirectional": True,
+    "value_norm": False,
+    "moment": "mean",
+    "keydiff_weight": 0.0,
+    "redundancy_weight": 0.0,
+    "key_ridge": 0.0,
+    "value_ridge": 0.0,
+}
 VARIANTS = ("tuned", "paper")
 
 
@@ -35,6 +44,10 @@ class Kara(Method):
                        the queries (mean over the heads of a group)
     keydiff_weight:    > 0: the rank of the score, plus this times the rank by KeyDiff (keys unlike the others first)
     redundancy_weight: > 0: the same with the rank by R-KV's redundancy (keys that repeat no other first)
+    key_ridge:         > 0: shift the kept keys so that they win back the evicted ones' attention; the smaller the
+                       stronger (`kvllm.methods.refit.shift_keys`)
+    value_ridge:       > 0: change the kept values so that they bring what the whole window brought
+                       (`kvllm.methods.refit.refit_values`)
     variant:           "paper" sets the plain form of the paper, whatever the options above it say
 
     Ranks lie in [0, 1], so with them a filler, worth less than any pick, only counts where `chunk_fill` is near 1.
@@ -47,6 +60,8 @@ class Kara(Method):
     moment: str = "mean"
     keydiff_weight: float = 0.0
     redundancy_weight: float = 0.0
+    key_ridge: float = 0.0
+    value_ridge: float = 0.0
     variant: str = "tuned"
 
     def __post_init__(self) -> None:
@@ -57,6 +72,8 @@ class Kara(Method):
             raise ValueError(f"chunk_fill={self.chunk_fill}: a share in [0, 1); 0 turns Token2Chunk off.")
         check_between("keydiff_weight", self.keydiff_weight, 0, 100)
         check_between("redundancy_weight", self.redundancy_weight, 0, 100)
+        check_between("key_ridge", self.key_ridge, 0, 1e6)
+        check_between("value_ridge", self.value_ridge, 0, 1e6)
         for name, known in (("moment", MOMENTS), ("variant", VARIANTS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(known)}.")
@@ -66,12 +83,16 @@ class Kara(Method):
 
     @property
     def fused(self) -> bool:
-        """Whether the Triton kernels compute exactly this: bidirectional, mean, and no ranks."""
-        return self.bidirectional and self.moment == "mean" and not self.ranked
+        """Whether the Triton kernels compute exactly this: bidirectional, mean, no ranks, nothing refitted."""
+        return self.bidirectional and self.moment == "mean" and not self.ranked and not self.refits
 
     @property
     def ranked(self) -> bool:
         return self.keydiff_weight > 0 or self.redundancy_weight > 0
+
+    @property
+    def refits(self) -> bool:
+        return self.key_ridge > 0 or self.value_ridge > 0
 
     def score(self, window: Window) -> Tensor:
         scores = attention_moment(window, self.moment, self.bidirectional)
@@ -90,6 +111,17 @@ class Kara(Method):
 
     def select(self, scores: Tensor, num_kept: int) -> Tensor:
         return token2chunk(scores, num_kept, self.max_chunk_size, self.chunk_fill)
+
+    def compress(self, window: Window, num_kept: int) -> Kept:
+        kept = self.select(self.score(window), num_kept)
+        if not self.refits:
+            return Kept(kept)
+        keys, values = gather_tokens(window.keys, kept), gather_tokens(window.values, kept)
+        if self.key_ridge > 0:
+            keys = keys + shift_keys(window, kept, self.key_ridge)
+        if self.value_ridge > 0:
+            values = refit_values(window, kept, keys, self.value_ridge)
+        return Kept(kept, keys.transpose(1, 2).to(window.keys.dtype), values.transpose(1, 2).to(window.values.dtype))
 
 
 def attention_moment(window: Window, moment: str, bidirectional: bool = True) -> Tensor:
