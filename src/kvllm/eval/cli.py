@@ -15,6 +15,7 @@ COMMANDS = {
     "recall": "State a fact in the reasoning and ask for it later.",
     "accuracy": "Answer problems in the engine or at an endpoint, and grade the answers.",
     "grade": "Grade the log of `accuracy` again.",
+    "calibrate": "Take the query statistics that the method triattention needs.",
 }
 # The parsers know the options, --help included.
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
