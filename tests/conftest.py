@@ -13,6 +13,8 @@ DEFAULT_MODEL = Path(__file__).parent.parent / ".models" / "smollm2-135m"
 # Before anything imports Hugging Face libraries: tests read local folders only.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# Bound to a core, an engine stands still while another process has that core.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 if not torch.cuda.is_available():
     # The kernels' tests need Triton's interpreter, and Triton decides when it is imported, which vLLM does.
     os.environ["TRITON_INTERPRET"] = "1"
