@@ -62,15 +62,15 @@ def test_pool_is_the_share_less_weights_and_reserve() -> None:
 
 
 def test_requests_that_fit() -> None:
-    # 16 blocks of 16 tokens protect the prompt; each window leaves 5 of 16 blocks. The fourth window closes at
-    # 256 + 4 * 256 + 64 = 1344 tokens; one token later the request still holds its raw window:
-    # 16 + 3 * 5 + 16 + 4 + 1 = 52 blocks, more than the 16 + 4 * 5 + 8 = 44 that 1408 tokens need afterwards.
-    geometry = Geometry.from_config(KvConfig(window_size=256, buffer_size=64, retention_ratio=0.3), 16)
+    # 16 blocks of 16 tokens protect the prompt, and of a window's 16 blocks 5 stay. The fourth window closes at
+    # 256 + 4 * 256 + 56 = 1336 tokens, when the request holds three compressed windows and one raw one:
+    # 16 + 3 * 5 + 16 + 3.5 = 51 blocks, more than the 16 + 4 * 5 + 8 = 44 that 1408 tokens take afterwards.
+    geometry = Geometry.from_config(KvConfig(window_size=256, buffer_size=56, retention_ratio=0.3), 16)
     made = plan(Footprint(weights=0, kv_per_token=100), 100 * 16 * 265, geometry, 16, 256, [320, 1408])
     assert made.num_blocks == 265
     short, long = made.rows
     assert (short.stock_blocks, short.kvllm_blocks) == (20, 20)  # before the first window closes
-    assert (long.stock_blocks, long.kvllm_blocks) == (88, 52)
+    assert (long.stock_blocks, long.kvllm_blocks) == (88, 51)
     assert (long.stock_requests, long.kvllm_requests) == (3, 5)  # of 264 blocks: vLLM keeps one
 
 
