@@ -39,7 +39,6 @@ class Simulation:
     geometry: Geometry
     num_prompt_tokens: int
     table: list[int] = field(default_factory=list)
-    held: list[int] = field(default_factory=list)  # the blocks the pool has lent: freed one step after their event
     cache: list[int | None] = field(default_factory=list)
     computed: int = 0
     events: list[dict] = field(default_factory=list)
@@ -60,15 +59,13 @@ class Simulation:
 
     def step(self, num_new: int) -> bool:
         """Compute `num_new` tokens; returns whether the step began with a compression."""
-        self.held = list(self.table)  # what the last step's event emptied comes back now, not before
         compressed = self.compress_if_due()
         for position in range(self.computed, self.computed + num_new):
             self.cache.append(position)
             if position % self.geometry.block_size == 0:
                 self.table.append(position // self.geometry.block_size)
-                self.held.append(position // self.geometry.block_size)
         self.computed += num_new
-        self.peak = max(self.peak, len(self.held))
+        self.peak = max(self.peak, len(self.table))
         return compressed
 
 

@@ -98,26 +98,18 @@ class Geometry:
         return num_computed_tokens - self.num_events(num_prompt_tokens, num_computed_tokens) * self.num_freed
 
     def max_chunk(self, num_prompt_tokens: int, num_computed_tokens: int) -> int:
-        """Most tokens the next step may compute, so that a resumed request sees what it saw the first time.
+        """Most tokens the next step may compute: none runs past an event.
 
-        A step never runs past an event. The step that starts at an event stays inside its last block: the blocks
-        freed by the event come back only with the step after, and so a resumed request needs no more than it did.
+        So a request that is prefilled again sees what it saw the first time, and needs no more blocks than it did.
         """
         events = self.num_events(num_prompt_tokens, num_computed_tokens)
-        to_event = self.event_at(num_prompt_tokens, events) - num_computed_tokens
-        if events and num_computed_tokens == self.event_at(num_prompt_tokens, events - 1):
-            return min(to_event, self.block_size - num_computed_tokens % self.block_size)
-        return to_event
+        return self.event_at(num_prompt_tokens, events) - num_computed_tokens
 
     def peak_blocks(self, num_prompt_tokens: int, num_tokens: int) -> int:
-        """Most blocks a request ever holds while it grows to `num_tokens`.
-
-        An event's blocks are freed one step after it, so just before that the request holds one token more than
-        its event asked for.
-        """
+        """Most blocks a request ever holds while it grows to `num_tokens`: now, or just before its last event."""
         events = self.num_events(num_prompt_tokens, num_tokens - 1)
         now = num_tokens - events * self.num_freed
-        before = self.event_at(num_prompt_tokens, events - 1) + 1 - (events - 1) * self.num_freed if events else 0
+        before = self.event_at(num_prompt_tokens, events - 1) - (events - 1) * self.num_freed if events else 0
         return ceil_div(max(now, before), self.block_size)
 
     def freed_blocks(self, num_prompt_tokens: int, event: int) -> range:

@@ -91,7 +91,10 @@ def check(model: Any, prompt_ids: list[int], output: list[int], config: KvConfig
     chosen = torch.tensor(output, device=rows.device)
     loss = rows.max(dim=-1).values - rows.gather(1, chosen[:, None])[:, 0]
     wrong = (loss > NEAR_TIE).nonzero().flatten().tolist()
-    assert not wrong, f"prompt of {len(prompt_ids)}: {len(wrong)} of {len(output)} differ, first {wrong[:5]}: {loss[wrong[:5]].tolist()}"
+    assert not wrong, (
+        f"prompt of {len(prompt_ids)}: {len(wrong)} of {len(output)} differ, "
+        f"first {wrong[:5]} by {loss[wrong[:5]].tolist()} nats"
+    )
     return int((loss > 0).sum())
 
 

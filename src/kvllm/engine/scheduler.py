@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from kvllm.engine.admission import blocks_ahead
 from kvllm.engine.settings import Geometries, kv_config
 from kvllm.engine.spec import KvManager
 from kvllm.engine.stats import EngineStats
+from kvllm.layout import ceil_div
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -35,6 +38,7 @@ class CompressionMixin(Base):
         for manager in self.kv_managers:
             manager.bind(self._compressed)
         self.peak_used_blocks = 0
+        self.own_watermark_blocks = self.kv_cache_manager.watermark_blocks
         # Route every chunk through `_mamba_block_aligned_split`, where upstream itself clips prefills, resumed ones
         # included; the name is theirs, hybrid models are refused at start-up.
         self.need_mamba_block_aligned_split = True
@@ -68,9 +72,29 @@ class CompressionMixin(Base):
         return min(num_new_tokens, geometry.max_chunk(request.num_prompt_tokens, start))
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        if self.waiting:
+            # vLLM's own headroom for admissions: blocks left free unless nothing else runs.
+            self.kv_cache_manager.watermark_blocks = max(self.own_watermark_blocks, self._blocks_ahead())
         output = super().schedule(*args, **kwargs)
         self.peak_used_blocks = max(self.peak_used_blocks, self._num_used_blocks())
         return output
+
+    def _blocks_ahead(self) -> int:
+        """Blocks that running requests will need over the next interval."""
+        rows, widest = [], 0
+        for request in self.running:
+            geometry = self.geometries.of(request.sampling_params)
+            if geometry is None:
+                continue
+            widest = max(widest, geometry.interval)
+            prompt, computed = request.num_prompt_tokens, request.num_computed_tokens
+            held = ceil_div(geometry.physical_len(prompt, computed), self.block_size)
+            to_event = geometry.max_chunk(prompt, computed)
+            rows.append((held, to_event, prompt + request.max_tokens - computed, geometry.num_freed // self.block_size))
+        if not rows:
+            return 0
+        held, to_event, to_end, freed = np.array(rows, np.int64).T
+        return blocks_ahead(held, to_event, to_end, freed, widest, self.block_size)
 
     def _num_used_blocks(self) -> int:
         pool = self.kv_cache_manager.block_pool

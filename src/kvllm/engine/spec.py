@@ -59,22 +59,22 @@ class KvManager(FullAttentionManager):
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
-        """Free the blocks of every event that an earlier step has begun with.
+        """Free the blocks of every event up to the one that the step being scheduled begins with.
 
-        An event happens before the forward pass of the step that starts at it. Steps run in order on the worker, so
-        a step scheduled from now on comes after it even if that earlier step is still in flight: whoever gets these
-        blocks writes them later. (Upstream waits for processed tokens because of KV connectors, refused here.)
+        The worker compacts before that step's forward pass, and runs steps in order: whoever gets these blocks, in
+        this step or a later one, writes them after the event, even if earlier steps are still in flight. A request
+        whose blocks do not suffice all the same is preempted, so it never misses an event that freed its blocks.
+        (Upstream waits for processed tokens because of KV connectors and zeroed blocks; both are refused here.)
         """
         found = self._lookup(request_id)
-        if found is None or request_id not in self.req_to_blocks:
-            return
-        geometry, request = found
-        self._free_events(geometry, request)
+        if found is not None and request_id in self.req_to_blocks:
+            geometry, request = found
+            self._free_events(geometry, request, request.num_computed_tokens)
 
-    def _free_events(self, geometry: Geometry, request: Request) -> None:
+    def _free_events(self, geometry: Geometry, request: Request, num_computed_tokens: int) -> None:
         request_id = request.request_id
         done = self._num_events.get(request_id, 0)
-        begun = geometry.num_events(request.num_prompt_tokens, request.num_computed_tokens - 1)
+        begun = geometry.num_events(request.num_prompt_tokens, num_computed_tokens)
         for event in range(done, begun):
             blocks = geometry.freed_blocks(request.num_prompt_tokens, event)
             self._remove_blocks_in_range(request_id, blocks.start, blocks.stop)
@@ -85,7 +85,9 @@ class KvManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if (found := self._lookup(request_id)) is not None and request_id in self.req_to_blocks:
-            self._free_events(*found)
+            geometry, request = found
+            # Counts an event of the last step; the step that would begin at the present length was never scheduled.
+            self._free_events(geometry, request, request.num_computed_tokens - 1)
         self._num_events.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 

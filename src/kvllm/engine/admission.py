@@ -1,0 +1,28 @@
+"""How many free blocks admission leaves to the requests that run.
+
+Compressed requests hold less after an event and more before the next. Requests that started together have their
+events together, and admitting others into the trough would preempt them at the crest: each preemption computes a whole
+answer again. So a request is admitted only into what the running ones leave free over the next interval.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvllm.layout import IntArray
+
+
+def blocks_ahead(
+    held: IntArray, to_event: IntArray, to_end: IntArray, freed: IntArray, interval: int, block_size: int
+) -> int:
+    """Most blocks that requests will hold beyond today's, at any time in the next `interval` steps.
+
+    held:     [num_reqs], blocks held now
+    to_event: [num_reqs], steps to the next event; to_end: steps until the request must end
+    freed:    [num_reqs], blocks that an event frees
+    """
+    steps = np.arange(block_size, interval + 1, block_size)[:, None]  # [num_times, 1]
+    grown = np.minimum(steps, to_end) // block_size
+    happened = freed * (to_event < steps)
+    gone = np.where(to_end < steps, held + grown - happened, 0)
+    return max(0, int((grown - happened - gone).sum(axis=1).max(initial=0)))

@@ -1,0 +1,38 @@
+"""The headroom of admission equals a walk through the steps to come."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvllm.engine.admission import blocks_ahead
+
+BLOCK, INTERVAL, FREED = 4, 32, 5
+REQUEST = st.tuples(st.integers(1, 40), st.integers(0, INTERVAL), st.integers(1, 100))
+
+
+@given(st.lists(REQUEST, min_size=1, max_size=6))
+def test_equals_a_walk(requests: list[tuple[int, int, int]]) -> None:
+    held, to_event, to_end = np.array(requests, np.int64).T
+    most = 0
+    for time in range(BLOCK, INTERVAL + 1, BLOCK):
+        now = 0
+        for blocks, event, end in requests:
+            if end >= time:
+                now += time // BLOCK - (FREED if event < time else 0)
+            else:
+                now -= blocks
+        most = max(most, now)
+    actual = blocks_ahead(held, to_event, to_end, np.full(len(held), FREED), INTERVAL, BLOCK)
+    assert actual == most
+
+
+def test_requests_in_step_need_a_whole_interval_and_spread_ones_little() -> None:
+    count = INTERVAL // BLOCK
+    same = np.full(count, INTERVAL)
+    spread = np.arange(0, INTERVAL, BLOCK)
+    held, end, freed = np.full(count, 20), np.full(count, 10_000), np.full(count, FREED)
+    assert blocks_ahead(held, same, end, freed, INTERVAL, BLOCK) == count * INTERVAL // BLOCK
+    assert blocks_ahead(held, spread, end, freed, INTERVAL, BLOCK) <= count * (INTERVAL // BLOCK - FREED)
+    assert blocks_ahead(held[:0], same[:0], end[:0], freed[:0], INTERVAL, BLOCK) == 0
