@@ -39,8 +39,9 @@ lint: $(INSTALLED)
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
+# Two workers with one thread each: engines that spin with two threads each starve one another.
 test: lint $(MODEL)/config.json
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 demo: $(INSTALLED) $(MODEL)/config.json
 	.venv/bin/kvllm demo --model $(MODEL)
