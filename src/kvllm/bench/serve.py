@@ -51,7 +51,12 @@ COLUMNS: Sequence[tuple[str, str, str]] = (
 
 def bench_serve(spec: BenchSpec, json_path: Path | None = None, plot_path: Path | None = None) -> dict[str, Any]:
     """Measure, print a line for each run as it ends and the whole table last; returns what the JSON file holds."""
-    result: dict[str, Any] = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "commit": commit(), "spec": spec.to_dict(), "engines": []}
+    result: dict[str, Any] = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": commit(),
+        "spec": spec.to_dict(),
+        "engines": [],
+    }
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="kvllm-bench-") as folder:
         model_dir = write_shape(spec.model, Path(folder) / "model") if spec.model in SHAPES else Path(spec.model)
