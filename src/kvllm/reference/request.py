@@ -47,7 +47,6 @@ class Request:
         self.kept: list[Tensor] = []
         self.num_computed_tokens = 0
         if config and self.geometry:
-            check_queries(config, self.geometry)
             self.method = make_method(config)
         num_layers = model.config.get_text_config().num_hidden_layers
         self.layers = [LayerCache(config.window_size if config else max_queries) for _ in range(num_layers)]
@@ -139,14 +138,4 @@ def check_model(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{type(model).__name__} has layers of kind {', '.join(sorted(others))}; only models whose layers are all "
             "full attention can be compressed."
-        )
-
-
-def check_queries(config: KvConfig, geometry: Geometry) -> None:
-    """Raise ValueError where the queries asked for begin before the first event's candidates."""
-    most = geometry.num_candidates + geometry.buffer_size
-    if config.window_size > most:
-        raise ValueError(
-            f"window_size={config.window_size}: at the first event only {most} generated tokens have queries; use "
-            f"{most} or less."
         )
