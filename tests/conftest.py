@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,12 @@ def model_dir() -> Path:
     if not (folder / "config.json").exists():
         pytest.fail(f"no model in {folder}: run `kvllm fetch smollm2-135m {DEFAULT_MODEL}`, or set KVLLM_TEST_MODEL.")
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tiny models and windows: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

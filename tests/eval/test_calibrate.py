@@ -11,15 +11,9 @@ from kvllm.methods.triattention import load_statistics
 from kvllm.reference import replay
 from tests.reference.models import text, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRACES = [Trace("a", text(120), 21), Trace("b", text(70, seed=1), 30)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_queries_are_those_before_rope():

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from kvllm.eval import fidelity
 from kvllm.eval.fidelity import measure, random_like, table
@@ -14,16 +13,10 @@ from kvllm.eval.traces import Trace, write_traces
 from kvllm.reference import compare, kl_by_row, replay
 from tests.reference.models import text, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COMMON = {"window_size": 32, "buffer_size": 16, "query_stride": 4, "retention_ratio": 0.5}
 TRACES = [Trace("a", text(150), 21), Trace("b", text(200, seed=1), 30), Trace("short", text(60, seed=2), 20)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_rows_are_those_of_two_plain_replays():

@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import pytest
-import torch
 
 from kvllm.config import KvConfig
 from kvllm.eval import recall
@@ -12,6 +11,8 @@ from kvllm.eval.recall import FULL, Answer, Item, Needle, accuracy, grid, make_i
 from kvllm.eval.sweep import cases
 from kvllm.reference import generate
 from tests.reference.models import VOCAB_SIZE, text, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 COMMON = {"window_size": 32, "buffer_size": 16, "query_stride": 4, "retention_ratio": 0.5}
 
@@ -26,14 +27,6 @@ class Characters:
 
     def decode(self, token_ids: list[int]) -> str:
         return " ".join(str(i) for i in token_ids)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_needle_stands_at_its_depth_and_the_question_at_its_distance():

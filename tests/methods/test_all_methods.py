@@ -13,17 +13,10 @@ from kvllm.methods.base import Window
 from kvllm.methods.triattention import save_statistics
 from tests.methods.windows import one_of, random_window
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # What random_window makes by default.
 NUM_HEADS, HEAD_DIM, NUM_LAYERS = 6, 8, 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are tiny: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

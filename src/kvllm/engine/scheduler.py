@@ -38,6 +38,7 @@ class CompressionMixin(Base):
         for manager in self.kv_managers:
             manager.bind(self._compressed)
         self.peak_used_blocks = 0
+        self.num_preemptions = 0
         self.own_watermark_blocks = self.kv_cache_manager.watermark_blocks
         # Route every chunk through `_mamba_block_aligned_split`, where upstream itself clips prefills, resumed ones
         # included; the name is theirs, hybrid models are refused at start-up.
@@ -116,8 +117,6 @@ class CompressionMixin(Base):
         if reset_peak:
             self.peak_used_blocks = self._num_used_blocks()
         return stats
-
-    num_preemptions = 0
 
     def _preempt_request(self, *args: Any, **kwargs: Any) -> None:
         self.num_preemptions += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -33,9 +34,14 @@ def register(name: str) -> Callable[[M], M]:
 
 def methods() -> dict[str, type[Method]]:
     """Every method by name, sorted."""
+    _import_modules()
+    return dict(sorted(_REGISTRY.items()))
+
+
+@functools.cache  # a server builds a configuration for each request that it checks
+def _import_modules() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return dict(sorted(_REGISTRY.items()))
 
 
 def make_method(config: KvConfig) -> Method:
