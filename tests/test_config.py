@@ -45,7 +45,26 @@ def test_sizes_must_be_positive(name, value):
     assert f"{name}={value}: must be positive" in refusal({name: value})
 
 
-@pytest.mark.parametrize("name", (*SIZES, "seed"))
+def test_history_size_is_a_number_of_tokens_or_0():
+    assert "history_size=-1: must be a number of tokens, or 0 for no limit" in refusal({"history_size": -1})
+    assert KvConfig(method="recent", history_size=0).history_size == 0
+
+
+def test_history_size_is_refused_under_the_budget_policy():
+    message = refusal({"history_size": 2048, "policy": "budget"})
+    assert "history_size=2048: only for policy=window" in message and "bounded by budget_size" in message
+
+
+def test_a_history_that_holds_no_window_is_refused_with_a_remedy_that_works():
+    config = KvConfig(method="recent", history_size=79)
+    with pytest.raises(ValueError, match=r"history_size=79: one window alone leaves 80 .*at least 80"):
+        Geometry.from_config(config, block_size=16)
+    assert Geometry.from_config(dataclasses.replace(config, history_size=80), block_size=16) is not None
+    with pytest.raises(ValueError, match=r"history_size=100: one window alone leaves 128 survivors"):
+        Geometry.from_config(dataclasses.replace(config, history_size=100), block_size=16, retention_ratio=0.5)
+
+
+@pytest.mark.parametrize("name", (*SIZES, "history_size", "seed"))
 @pytest.mark.parametrize("value", [64.0, "64", True, None])
 def test_sizes_must_be_integers(name, value):
     assert refusal({name: value}).startswith(f"{name}={value!r}: expected int")
@@ -163,6 +182,7 @@ FULL: dict[str, Any] = {
     "buffer_size": 32,
     "max_chunk_size": 4,
     "query_stride": 4,
+    "history_size": 0,
     "budget_size": 1024,
     "budget_interval": 64,
     "seed": 7,

@@ -23,7 +23,10 @@ def geometries(draw) -> Geometry:
     if draw(st.booleans()):
         blocks = draw(st.integers(2, 6))
         kept = draw(st.integers(1, blocks - 1))
-        return Geometry(block, "window", blocks * block, kept * block, blocks * block, buffer)
+        limit = draw(st.integers(0, 5))  # groups; 0: none
+        stay = draw(st.integers(1, limit)) if limit else 0
+        history = (limit * kept * block, stay * kept * block)
+        return Geometry(block, "window", blocks * block, kept * block, blocks * block, buffer, *history)
     kept, interval = draw(st.integers(1, 5)), draw(st.integers(1, 4))
     return Geometry(block, "budget", (kept + interval) * block, kept * block, interval * block, buffer)
 
@@ -47,13 +50,18 @@ class Simulation:
     def compress_if_due(self) -> bool:
         g = self.geometry
         protected = ceil_div(self.num_prompt_tokens, g.block_size) * g.block_size
+        history = self.cache[protected:].count(None)
         # The candidates are the first tokens that may be touched: all but the prompt's blocks and old windows.
-        start = protected + (len(self.events) * g.num_kept if g.policy == "window" else 0)
+        start = protected + (history if g.policy == "window" else 0)
         if len(self.cache) - start < g.num_candidates + g.buffer_size:
             return False
-        first, last = (start + g.num_kept) // g.block_size, (start + g.num_candidates) // g.block_size
-        self.events.append({"at": self.computed, "start": start, "freed": self.table[first:last]})
-        self.cache[start : start + g.num_candidates] = [None] * g.num_kept
+        candidates, kept = g.num_candidates, g.num_kept
+        if g.history_limit and history + kept > g.history_limit:
+            start, candidates, kept = protected, history + candidates, g.history_kept
+        first, last = (start + kept) // g.block_size, (start + candidates) // g.block_size
+        event = {"at": self.computed, "start": start, "shape": (candidates, kept), "freed": self.table[first:last]}
+        self.events.append(event)
+        self.cache[start : start + candidates] = [None] * kept
         del self.table[first:last]
         return True
 
@@ -80,9 +88,11 @@ def decode(geometry: Geometry, num_prompt_tokens: int, num_tokens: int):
 
 
 def enough_tokens(geometry: Geometry, num_prompt_tokens: int) -> int:
-    """A length with at least three events behind it and some tokens after."""
+    """A length with at least three events behind it (with a history limit: two of its compressions) and some more."""
     protected = ceil_div(num_prompt_tokens, geometry.block_size) * geometry.block_size
-    return protected + geometry.num_candidates + 2 * geometry.interval + geometry.buffer_size + geometry.block_size + 2
+    last = geometry.history_limit // geometry.num_kept + geometry.cycle if geometry.history_limit else 0
+    first = protected + geometry.num_candidates + geometry.buffer_size
+    return first + max(last, 2) * geometry.interval + geometry.block_size + 2
 
 
 @SIMULATIONS
@@ -105,7 +115,10 @@ def test_layout_equals_the_simulation(geometry, num_prompt_tokens):
     for number, event in enumerate(sim.events):
         assert geometry.event_at(num_prompt_tokens, number) == event["at"]
         assert geometry.candidate_start(num_prompt_tokens, number) == event["start"]
-        assert list(geometry.freed_blocks(num_prompt_tokens, number)) == event["freed"]
+        assert geometry.shape(number) == event["shape"]
+        runs = geometry.freed_blocks(num_prompt_tokens, number)
+        assert [block for run in runs for block in run] == event["freed"] and all(map(len, runs))
+        assert geometry.num_freed(number) == len(event["freed"]) * geometry.block_size
 
 
 @SIMULATIONS
@@ -146,15 +159,19 @@ def test_sizes_and_monotone_growth(geometry, num_prompt_tokens, num_computed):
     assert 0 <= protected - num_prompt_tokens < geometry.block_size and protected % geometry.block_size == 0
     now, after = (geometry.num_events(num_prompt_tokens, n) for n in (num_computed, num_computed + 1))
     assert after - now == (num_computed + 1 == geometry.event_at(num_prompt_tokens, now))
-    raw = geometry.physical_len(num_prompt_tokens, num_computed) - geometry.candidate_start(num_prompt_tokens, now)
-    assert raw < geometry.num_candidates + geometry.buffer_size  # nothing due is left
+    held = geometry.physical_len(num_prompt_tokens, num_computed)
+    raw = held - geometry.candidate_start(num_prompt_tokens, now)
+    assert raw < geometry.shape(now).num_candidates + geometry.buffer_size  # nothing due is left
     if now and geometry.policy == "window":
         assert raw >= geometry.buffer_size  # the newest tokens are never compressed
     if now and geometry.policy == "budget":
         assert raw >= geometry.num_kept + geometry.buffer_size
-        held = geometry.physical_len(num_prompt_tokens, num_computed)
         assert held < protected + geometry.num_candidates + geometry.buffer_size  # bounded for ever
-    assert 0 < geometry.num_kept < geometry.num_candidates and geometry.num_freed % geometry.block_size == 0
+    if geometry.history_limit:
+        assert held < protected + geometry.history_limit + geometry.num_candidates + geometry.buffer_size
+    shape = geometry.shape(now)
+    assert 0 < shape.num_kept < shape.num_candidates and geometry.num_freed(now) % geometry.block_size == 0
+    assert shape in [geometry.shape(event) for event in geometry.first_of_each_shape]
 
 
 @ARITHMETIC
@@ -165,8 +182,8 @@ def test_max_tokens_that_fit_is_the_inverse_of_peak_blocks(geometry, num_prompt_
         assert geometry.peak_blocks(num_prompt_tokens, num_prompt_tokens + 1) > num_blocks
         return
     assert geometry.peak_blocks(num_prompt_tokens, most) <= num_blocks
-    if most >= 1 << 39:  # the budget policy's memory is bounded: any length fits
-        assert geometry.policy == "budget"
+    if most >= 1 << 39:  # any length fits
+        assert geometry.policy == "budget" or geometry.history_limit
         assert geometry.peak_blocks(num_prompt_tokens, 1 << 50) <= num_blocks
     else:
         assert geometry.peak_blocks(num_prompt_tokens, most + 1) > num_blocks
@@ -174,7 +191,7 @@ def test_max_tokens_that_fit_is_the_inverse_of_peak_blocks(geometry, num_prompt_
 
 @given(st.integers(1, 100), st.integers(0, 8))
 def test_block_map_of_a_batch_is_the_rows_of_each(num_prompt_tokens, events):
-    geometry = Geometry(16, "window", 64, 32, 64, 20)
+    geometry = Geometry(16, "window", 64, 32, 64, 20, 96, 32)
     batch = geometry.block_map(np.array([num_prompt_tokens, 5]), np.array([events, 2]), 12)
     for row, (prompt, count) in enumerate(((num_prompt_tokens, events), (5, 2))):
         np.testing.assert_array_equal(batch[row], geometry.block_map(np.array([prompt]), np.array([count]), 12)[0])
@@ -183,7 +200,7 @@ def test_block_map_of_a_batch_is_the_rows_of_each(num_prompt_tokens, events):
 def test_the_designs_formulas():
     """num_compressed_windows and physical_len as docs/design.md, section 2, states them."""
     geometry = Geometry.from_config(KvConfig(method="recent"), block_size=16)
-    assert geometry is not None and (geometry.num_kept, geometry.num_freed) == (80, 176)
+    assert geometry is not None and (geometry.num_kept, geometry.num_freed(0)) == (80, 176)
     for prompt in (1, 15, 16, 17, 500):
         for computed in range(prompt, prompt + 1500):
             windows = max(0, (computed - ceil_div(prompt, 16) * 16 - 64) // 256)
@@ -194,6 +211,46 @@ def test_the_designs_formulas():
 def test_geometry_of_the_budget_policy():
     config = KvConfig(method="recent", policy="budget", budget_size=512, budget_interval=128)
     assert Geometry.from_config(config, block_size=32) == Geometry(32, "budget", 640, 512, 128, 64)
+
+
+@ARITHMETIC
+@given(st.integers(80, 10_000), st.integers(1, 1000), st.integers(1, 100_000))
+def test_a_history_limit_changes_nothing_before_it_is_reached(history_size, num_prompt_tokens, num_tokens):
+    free, limited = (
+        Geometry.from_config(KvConfig(method="recent", history_size=size), block_size=16) for size in (0, history_size)
+    )
+    assert free is not None and limited is not None and history_size - 80 < limited.history_limit <= history_size
+    total = num_prompt_tokens + num_tokens
+    ours, theirs = (g.peak_blocks(num_prompt_tokens, total) for g in (limited, free))
+    assert ours <= theirs
+    if free.num_events(num_prompt_tokens, total) * free.num_kept <= history_size:
+        assert ours == theirs
+        assert limited.physical_len(num_prompt_tokens, total) == free.physical_len(num_prompt_tokens, total)
+
+
+def test_an_answer_of_32k_tokens_fits_in_a_few_hundred_blocks():
+    """Prompt, limit, a window and the buffer, and never more: 256 + 2,000 + 256 + 64 tokens in blocks of 16."""
+    free, limited = (
+        Geometry.from_config(KvConfig(method="recent", history_size=size), block_size=16) for size in (0, 2048)
+    )
+    assert free is not None and limited is not None
+    # 25 windows leave 80 survivors each; of them 0.3, rounded to windows, outlive the compression of the history.
+    assert (limited.history_limit, limited.history_kept, limited.cycle) == (2000, 640, 18)
+    assert limited.peak_blocks(256, 256 + 32768) == (256 + 2000 + 256 + 64) // 16 == 161
+    assert free.peak_blocks(256, 256 + 32768) == 667 and ceil_div(256 + 32768, 16) == 2064
+
+
+@pytest.mark.parametrize(
+    "history_size, ratio, limit, kept",
+    [(80, 0.3, 80, 80), (200, 0.3, 160, 80), (1000, 0.3, 960, 320), (1000, 0.9, 896, 896), (0, 0.3, 0, 0)],
+)
+def test_history_is_whole_groups(history_size, ratio, limit, kept):
+    config = KvConfig(method="recent", retention_ratio=ratio, history_size=history_size)
+    geometry = Geometry.from_config(config, block_size=16)
+    assert geometry is not None and (geometry.history_limit, geometry.history_kept) == (limit, kept)
+    assert geometry.shape(0) == (256, geometry.num_kept)
+    if limit:
+        assert geometry.shape(limit // geometry.num_kept) == (limit + 256, kept)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,13 @@ def configs(draw):
             budget_interval=8 * draw(st.integers(1, 4)),
         )
     window_size = 8 * draw(st.integers(2, 8))
-    return KvConfig(window_size=window_size, buffer_size=buffer_size, query_stride=stride, retention_ratio=0.5)
+    return KvConfig(
+        window_size=window_size,
+        buffer_size=buffer_size,
+        query_stride=stride,
+        retention_ratio=0.5,
+        history_size=draw(st.sampled_from([0, window_size, 2 * window_size])),
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -52,7 +58,8 @@ def test_query_positions_equal_a_simulated_ring(config, num_prompt_tokens):
             assert actual.dtype == np.int64 and actual.tolist() == expected
             assert max(ring) == position - 1 and position - min(ring) <= config.window_size
             # Any survivors will do: here the first ones. What follows the candidates moves up.
-            del cache[first + geometry.num_kept : first + geometry.num_candidates]
+            num_candidates, num_kept = geometry.shape(event)
+            del cache[first + num_kept : first + num_candidates]
             event += 1
         cache.append(position)
         if is_stored(position - protected_len, config.query_stride):

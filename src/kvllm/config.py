@@ -38,6 +38,12 @@ class KvConfig:
     buffer_size: int = field(default=64, metadata={"help": "Newest tokens, never compressed."})
     max_chunk_size: int = field(default=8, metadata={"help": "Longest chunk that Token2Chunk grows; 1 = none."})
     query_stride: int = field(default=8, metadata={"help": "Keep the queries of every n-th token for scoring."})
+    history_size: int = field(
+        default=0,
+        metadata={
+            "help": "policy=window: most survivors kept of old windows; then they are compressed again. 0 = no limit."
+        },
+    )
     budget_size: int = field(
         default=2048, metadata={"help": "policy=budget: generated tokens kept; a multiple of the block size."}
     )
@@ -54,6 +60,13 @@ class KvConfig:
         for name in ("window_size", "buffer_size", "max_chunk_size", "query_stride", "budget_size", "budget_interval"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive, a number of tokens.")
+        if self.history_size < 0:
+            raise ValueError(f"history_size={self.history_size}: must be a number of tokens, or 0 for no limit.")
+        if self.history_size and self.policy != "window":
+            raise ValueError(
+                f"history_size={self.history_size}: only for policy=window; with policy={self.policy} the memory is "
+                "bounded by budget_size. Leave history_size at 0, or use policy=window."
+            )
         for name in self._aligned_to_stride():
             if getattr(self, name) % self.query_stride:
                 raise ValueError(

@@ -7,6 +7,7 @@ from the prompt length and the number of computed tokens alone, so scheduler and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +15,18 @@ import numpy.typing as npt
 from kvllm.config import KvConfig, check_retention_ratio
 
 IntArray = npt.NDArray[np.int64]
+Int = TypeVar("Int", int, IntArray)
 
 
-def ceil_div(a: int, b: int) -> int:
+def ceil_div(a: Int, b: int) -> Int:
     return -(-a // b)
+
+
+class Shape(NamedTuple):
+    """What one event does to a request: tokens that it looks at, tokens that it leaves."""
+
+    num_candidates: int
+    num_kept: int
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,11 @@ class Geometry:
 
     window policy: num_candidates = interval = W, and event k takes window k.
     budget policy: num_candidates = B + D, interval = D, and every event takes all generated tokens but the buffer.
+
+    The survivors so far are the history, `num_kept` of them a group. With a `history_limit` (window policy only, whole
+    groups) an event that would take the history past it has the whole history among its candidates, besides its window.
+    It keeps `history_kept` tokens, whole groups again, in the space of the first groups. So the history is at its limit
+    again exactly `cycle` events later, and events have two shapes.
     """
 
     block_size: int
@@ -38,6 +52,8 @@ class Geometry:
     num_kept: int
     interval: int
     buffer_size: int
+    history_limit: int = 0  # 0: no limit
+    history_kept: int = 0
 
     @classmethod
     def from_config(cls, config: KvConfig, block_size: int, retention_ratio: float | None = None) -> Geometry | None:
@@ -66,19 +82,64 @@ class Geometry:
                 buffer_size=config.buffer_size,
             )
         _check_multiple("window_size", config.window_size, block_size)
+        kept = num_kept(ratio, config.window_size, block_size)
+        groups, kept_groups = history_groups(config.history_size, ratio, kept)
         return cls(
             block_size=block_size,
             policy="window",
             num_candidates=config.window_size,
-            num_kept=num_kept(ratio, config.window_size, block_size),
+            num_kept=kept,
             interval=config.window_size,
             buffer_size=config.buffer_size,
+            history_limit=groups * kept,
+            history_kept=kept_groups * kept,
         )
 
     @property
-    def num_freed(self) -> int:
-        """Tokens that one event frees."""
-        return self.num_candidates - self.num_kept
+    def cycle(self) -> int:
+        """Events from one compression of the history to the next."""
+        return (self.history_limit - self.history_kept) // self.num_kept + 1
+
+    @property
+    def first_of_each_shape(self) -> tuple[int, ...]:
+        """The first event of each shape that events have."""
+        return (0, self.history_limit // self.num_kept) if self.history_limit else (0,)
+
+    @property
+    def tracks_survivors(self) -> bool:
+        """Whether survivors become candidates again, so that their places in the text must be remembered."""
+        return self.policy == "budget" or self.history_limit > 0
+
+    def shape(self, event: int) -> Shape:
+        """What event number `event` does."""
+        if self._compresses_history(event):
+            return Shape(self.history_limit + self.num_candidates, self.history_kept)
+        return Shape(self.num_candidates, self.num_kept)
+
+    def _compresses_history(self, event: int) -> bool:
+        return self.num_dropped_groups(event + 1) > self.num_dropped_groups(event)
+
+    def num_dropped_groups(self, num_events: Int) -> Int:
+        """Groups that a history limit has cost a request after `num_events` events; whole cycles."""
+        if not self.history_limit:
+            return 0 * num_events
+        excess = num_events - self.history_limit // self.num_kept
+        return ceil_div(excess * (excess > 0), self.cycle) * self.cycle
+
+    def num_groups(self, num_events: Int) -> Int:
+        """Groups in the history after `num_events` events."""
+        if self.policy == "budget":
+            return 1 * (num_events > 0)
+        return num_events - self.num_dropped_groups(num_events)
+
+    def num_removed(self, num_events: Int) -> Int:
+        """Tokens that `num_events` events have taken out of the cache."""
+        dropped = self.num_dropped_groups(num_events) * self.num_kept
+        return num_events * (self.num_candidates - self.num_kept) + dropped
+
+    def num_freed(self, event: int) -> int:
+        """Tokens that event number `event` frees."""
+        return self.num_removed(event + 1) - self.num_removed(event)
 
     def protected_len(self, num_prompt_tokens: int) -> int:
         """P': the prompt, rounded up to whole blocks; never compressed."""
@@ -95,7 +156,7 @@ class Geometry:
 
     def physical_len(self, num_prompt_tokens: int, num_computed_tokens: int) -> int:
         """Tokens that a request holds in the cache."""
-        return num_computed_tokens - self.num_events(num_prompt_tokens, num_computed_tokens) * self.num_freed
+        return num_computed_tokens - self.num_removed(self.num_events(num_prompt_tokens, num_computed_tokens))
 
     def max_chunk(self, num_prompt_tokens: int, num_computed_tokens: int) -> int:
         """Most tokens the next step may compute: none runs past an event.
@@ -106,21 +167,37 @@ class Geometry:
         return self.event_at(num_prompt_tokens, events) - num_computed_tokens
 
     def peak_blocks(self, num_prompt_tokens: int, num_tokens: int) -> int:
-        """Most blocks a request ever holds while it grows to `num_tokens`: now, or just before its last event."""
+        """Most blocks a request ever holds while it grows to `num_tokens`: now, or just before an event.
+
+        The event is the last one, or the first that compressed the history: none finds more than that one.
+        """
         events = self.num_events(num_prompt_tokens, num_tokens - 1)
-        now = num_tokens - events * self.num_freed
-        before = self.event_at(num_prompt_tokens, events - 1) - (events - 1) * self.num_freed if events else 0
+        now = num_tokens - self.num_removed(events)
+        if not events:
+            return ceil_div(now, self.block_size)
+        largest = min(events - 1, self.history_limit // self.num_kept) if self.history_limit else events - 1
+        before = self.event_at(num_prompt_tokens, largest) - self.num_removed(largest)
         return ceil_div(max(now, before), self.block_size)
 
-    def freed_blocks(self, num_prompt_tokens: int, event: int) -> range:
-        """Logical blocks that event number `event` empties."""
-        first = self.protected_len(num_prompt_tokens) + self.num_kept + event * self.interval
-        return range(first // self.block_size, (first + self.num_freed) // self.block_size)
+    def freed_blocks(self, num_prompt_tokens: int, event: int) -> list[range]:
+        """Logical blocks that event number `event` empties, all of them in use until then: ascending runs."""
+        start = self.protected_len(num_prompt_tokens)
+        own = range(start + event * self.interval, start + event * self.interval + self.num_candidates)
+        if not self._compresses_history(event):
+            runs = [own[self.num_kept :]]
+        else:
+            windows = (start + w * self.interval for w in range(event - self.cycle + 1, event))
+            runs = [*(range(first, first + self.num_kept) for first in windows), own]
+        return [range(run.start // self.block_size, run.stop // self.block_size) for run in runs]
+
+    def candidate_offset(self, event: int) -> int:
+        """Survivors in front of the first candidate of event number `event`."""
+        takes_all = self.policy == "budget" or self._compresses_history(event)
+        return 0 if takes_all else self.num_groups(event) * self.num_kept
 
     def candidate_start(self, num_prompt_tokens: int, event: int) -> int:
         """Physical index, just before event number `event`, of its first candidate."""
-        survivors = event * self.num_kept if self.policy == "window" else 0
-        return self.protected_len(num_prompt_tokens) + survivors
+        return self.protected_len(num_prompt_tokens) + self.candidate_offset(event)
 
     def block_map(self, num_prompt_tokens: IntArray, num_events: IntArray, num_blocks: int) -> IntArray:
         """Logical block behind each physical block.
@@ -132,8 +209,11 @@ class Geometry:
         protected = -(-num_prompt_tokens[:, None] // self.block_size)
         events = num_events[:, None]
         physical = np.arange(num_blocks, dtype=np.int64)[None, :] - protected
-        groups = events if self.policy == "window" else np.minimum(events, 1)
-        survivor = physical // kept * step + physical % kept
+        groups = self.num_groups(events)
+        group = physical // kept
+        # The first groups never move; those that came after the history was compressed stand behind what it dropped.
+        window = group + np.where(group < self.history_kept // self.num_kept, 0, self.num_dropped_groups(events))
+        survivor = window * step + physical % kept
         raw = physical - groups * kept + np.where(events > 0, candidates + (events - 1) * step, 0)
         generated = np.where(physical < groups * kept, survivor, raw)
         return protected + np.where(physical < 0, physical, generated)
@@ -171,6 +251,22 @@ def num_kept(retention_ratio: float, window_size: int, block_size: int) -> int:
             "a smaller --block-size; 1.0 turns compression off."
         )
     return blocks * block_size
+
+
+def history_groups(history_size: int, retention_ratio: float, num_kept: int) -> tuple[int, int]:
+    """Groups of `num_kept` survivors that the history may hold, and that stay when it is compressed; (0, 0): no limit.
+
+    Raises ValueError where not even one window's survivors fit.
+    """
+    if not history_size:
+        return 0, 0
+    groups = history_size // num_kept
+    if not groups:
+        raise ValueError(
+            f"history_size={history_size}: one window alone leaves {num_kept} survivors. Use at least {num_kept}, a "
+            "lower retention_ratio, or 0 for no limit."
+        )
+    return groups, max(1, int(retention_ratio * groups + 0.5))
 
 
 def _check_multiple(name: str, value: int, block_size: int) -> None:

@@ -6,13 +6,9 @@ vLLM does not keep queries. The ring holds those of the newest `window_size` tok
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import numpy as np
 
-from kvllm.layout import Geometry, IntArray
-
-Int = TypeVar("Int", int, IntArray)
+from kvllm.layout import Geometry, Int, IntArray
 
 
 def is_stored(offset: Int, query_stride: int) -> Int:
@@ -34,7 +30,7 @@ def query_positions(geometry: Geometry, event: int, query_stride: int, num_queri
     newest = np.arange(end - num_queries * query_stride, end, dtype=np.int64)
     stored = newest[is_stored(newest, query_stride).astype(bool)]
     # Seen from the end the text is dense: what was evicted lies before the candidates, or among the survivors.
-    places = stored - end + geometry.num_candidates + geometry.buffer_size
+    places = stored - end + geometry.shape(event).num_candidates + geometry.buffer_size
     in_slot_order = np.empty_like(places)
     in_slot_order[slot_of(stored, query_stride, num_queries)] = places
     return in_slot_order

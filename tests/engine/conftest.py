@@ -91,6 +91,39 @@ def scheduler_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
+def compressor_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.kv_compressor
+
+
+def watch_blocks(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """From now on every step checks invariant 3: the blocks that attention reads are the scheduler's live ones.
+
+    returns a list that gets an entry for each request of each step: its id, and the events that it has behind it
+    """
+    compressor, scheduler = compressor_of(llm), scheduler_of(llm)
+    manager = scheduler.kv_managers[0]
+    original = compressor.begin_step
+    seen: list[tuple[str, int]] = []
+
+    def begin_step(scheduled: dict[str, int]) -> None:
+        original(scheduled)
+        batch = compressor.runner.input_batch
+        for i, req_id in enumerate(batch.req_ids):
+            geometry, request = scheduler._compressed(req_id)
+            computed, prompt = int(batch.num_computed_tokens_cpu[i]), request.num_prompt_tokens
+            length = geometry.physical_len(prompt, computed) + scheduled[req_id]
+            row = batch.block_table[0].get_numpy_array()[i]
+            if compressor.block_index is not None:
+                row = row[compressor.block_index[i].numpy()]
+            read = row[: -(-length // BLOCK_SIZE)].tolist()
+            live = [b.block_id for b in manager.req_to_blocks[req_id] if not b.is_null]
+            assert sorted(read) == sorted(live)
+            seen.append((req_id, geometry.num_events(prompt, computed)))
+
+    monkeypatch.setattr(compressor, "begin_step", begin_step)
+    return seen
+
+
 def assert_pool_whole(llm: Any) -> None:
     """Every block but the null block is free again."""
     pool = scheduler_of(llm).kv_cache_manager.block_pool

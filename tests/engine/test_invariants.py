@@ -17,8 +17,10 @@ from tests.engine.conftest import (
     BLOCK_SIZE,
     assert_equals_reference,
     assert_pool_whole,
+    compressor_of,
     engine,
     scheduler_of,
+    watch_blocks,
     words,
 )
 
@@ -48,35 +50,14 @@ def run(
     return outputs
 
 
-def compressor_of(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.kv_compressor
-
-
 def test_scheduler_and_worker_agree_at_every_step(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 3: the blocks that attention reads are the scheduler's live ones."""
-    compressor, scheduler = compressor_of(llm), scheduler_of(llm)
-    manager = scheduler.kv_managers[0]
-    original, seen = compressor.begin_step, []
-
-    def begin_step(scheduled: dict[str, int]) -> None:
-        original(scheduled)
-        batch = compressor.runner.input_batch
-        for i, req_id in enumerate(batch.req_ids):
-            geometry, request = scheduler._compressed(req_id)
-            computed, prompt = int(batch.num_computed_tokens_cpu[i]), request.num_prompt_tokens
-            length = geometry.physical_len(prompt, computed) + scheduled[req_id]
-            row = batch.block_table[0].get_numpy_array()[i]
-            if compressor.block_index is not None:
-                row = row[compressor.block_index[i].numpy()]
-            read = row[: -(-length // BLOCK_SIZE)].tolist()
-            live = [b.block_id for b in manager.req_to_blocks[req_id] if not b.is_null]
-            assert sorted(read) == sorted(live)
-            seen.append(geometry.num_events(prompt, computed))
-
-    monkeypatch.setattr(compressor, "begin_step", begin_step)
+    seen = watch_blocks(llm, monkeypatch)
     requests = {f"agree-{n}": (words(n, seed=n), params(200)) for n in (5, 32, 100)}
     run(llm, requests, lambda: None)
-    assert len(seen) == 601 and max(seen) == 2  # 200 steps each, and one more chunk of the longest prompt
+    assert (
+        len(seen) == 601 and max(events for _, events in seen) == 2
+    )  # 200 steps each, and one more chunk of the longest prompt
 
 
 def test_evicted_blocks_return_to_the_pool_while_the_request_runs(llm: Any) -> None:

@@ -1,4 +1,4 @@
-"""Other methods, merging among them, and the budget policy: the engine equals the reference with all of them."""
+"""Other methods, merging among them, and bounded memory: the engine equals the reference with all of them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from kvllm.engine.stats import engine_stats
 from tests.engine.conftest import assert_equals_reference, assert_pool_whole, engine, words
 
 WINDOW: dict[str, Any] = {"window_size": 64, "buffer_size": 32, "retention_ratio": 0.5}
+# Two windows are kept as they were; the third is compressed together with what is left of them.
+HISTORY: dict[str, Any] = {**WINDOW, "history_size": 64}
 BUDGET: dict[str, Any] = {**WINDOW, "policy": "budget", "budget_size": 64, "budget_interval": 32}
 
 
 @pytest.mark.parametrize(
     "config, num_events",
     [
-        (KvConfig(method="cask", **WINDOW), 2),
-        (KvConfig(method="kara", **BUDGET), 3),
-        (KvConfig(method="random", **BUDGET), 3),  # draws by text position, which survivors keep through every cut
+        (KvConfig(method="cask", **HISTORY), 3),
+        (KvConfig(method="kara", **BUDGET), 4),
+        (KvConfig(method="random", **BUDGET), 4),  # draws by text position, which survivors keep through every cut
     ],
     ids=lambda value: f"{value.method}-{value.policy}" if isinstance(value, KvConfig) else str(value),
 )
 def test_equals_reference(config: KvConfig, num_events: int, model_dir: Path, reference_model: Any) -> None:
     prompts = [words(20, seed=21), words(32, seed=22)]
-    params = SamplingParams(temperature=0, max_tokens=210, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=240, ignore_eos=True)
     with engine(model_dir, config) as llm:
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         for prompt, output in zip(prompts, outputs, strict=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,18 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from kvllm.engine.stats import engine_stats
-from tests.engine.conftest import CONFIG, assert_equals_reference, assert_pool_whole, engine, words
+from tests.engine.conftest import CONFIG as WINDOWS
+from tests.engine.conftest import assert_equals_reference, assert_pool_whole, engine, watch_blocks, words
 
+# Only requests of more than four windows notice the limit: at events 4, 7, 10, ... their history is compressed too.
+CONFIG = replace(WINDOWS, history_size=128)
 NUM_REQUESTS = 64
 
 
 @pytest.fixture(scope="module")
 def llm(model_dir: Path) -> Any:
     # 22 blocks: two or three of the requests below, of the eight that may run.
-    with engine(model_dir, num_gpu_blocks_override=23, max_num_seqs=8, max_num_batched_tokens=128) as made:
+    with engine(model_dir, CONFIG, num_gpu_blocks_override=23, max_num_seqs=8, max_num_batched_tokens=128) as made:
         yield made
 
 
@@ -60,15 +65,25 @@ def test_random_traffic(llm: Any, reference_model: Any) -> None:
         assert_equals_reference(reference_model, prompts[i], outputs[i], CONFIG)
 
 
-def test_preempted_requests_never_need_their_uncompressed_length(llm: Any, reference_model: Any) -> None:
-    """One request of 800 tokens needs 25 blocks uncompressed and has 22; two of them preempt each other."""
-    prompts = [words(20, seed=90), words(20, seed=91)]
-    before = engine_stats(llm)["num_preemptions"]
+def test_preempted_requests_never_need_their_uncompressed_length(
+    llm: Any, reference_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request of 800 tokens needs 25 blocks uncompressed and has 22; three of them preempt each other.
+
+    Their histories are compressed again and again, and once more when a preempted one is resumed.
+    """
+    prompts = [words(20, seed=seed) for seed in (90, 91, 92)]
+    seen = watch_blocks(llm, monkeypatch)
     params = SamplingParams(temperature=0, max_tokens=780, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    assert engine_stats(llm)["num_preemptions"] > before
+    events: dict[str, list[int]] = {}
+    for req_id, count in seen:
+        events.setdefault(req_id, []).append(count)
+    assert len(events) == 3 and all(max(counts) == 11 for counts in events.values())
+    # A request that was preempted starts anew. After event 4 its history had been compressed, and will be again.
+    assert any(now < before > 4 for counts in events.values() for before, now in pairwise(counts))
     for prompt, output in zip(prompts, outputs, strict=True):
-        assert_equals_reference(reference_model, prompt, list(output.outputs[0].token_ids))
+        assert_equals_reference(reference_model, prompt, list(output.outputs[0].token_ids), CONFIG)
     assert_pool_whole(llm)
 
 
@@ -89,5 +104,5 @@ def test_parallel_samples_share_a_prompt(llm: Any, reference_model: Any) -> None
     samples = [list(o.token_ids) for o in output.outputs]
     assert len(samples) == 3
     for sample in samples:
-        assert_equals_reference(reference_model, prompt, sample)
+        assert_equals_reference(reference_model, prompt, sample, CONFIG)
     assert_pool_whole(llm)

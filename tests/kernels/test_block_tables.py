@@ -7,7 +7,7 @@ from kvllm.layout import Geometry
 
 
 def make(policy, device, *, block_size=16, num_reqs=9, max_blocks=1400, seed=0):
-    """Requests of all lengths, with window policy each with its own retention ratio.
+    """Requests of all lengths, with window policy each with its own retention ratio; "history": and a history limit.
 
     returns the arguments of the kernel, and per request (geometry, prompt, computed)
     """
@@ -16,13 +16,16 @@ def make(policy, device, *, block_size=16, num_reqs=9, max_blocks=1400, seed=0):
     requests = []
     for i in range(num_reqs):
         kept, candidates, interval = (8, 11, 3) if policy == "budget" else ([1, 5, 15][i % 3], 16, 16)
+        limit, stay = ([3, 40, 5][i % 3], [1, 12, 5][i % 3]) if policy == "history" else (0, 0)
         geometry = Geometry(
             block_size=block_size,
-            policy=policy,
+            policy="budget" if policy == "budget" else "window",
             num_candidates=candidates * block_size,
             num_kept=kept * block_size,
             interval=interval * block_size,
             buffer_size=64,
+            history_limit=limit * kept * block_size,
+            history_kept=stay * kept * block_size,
         )
         prompt = int(rng.integers(1, 600))
         computed = prompt if i == 0 else int(rng.integers(prompt, block_size * max_blocks - 1))
@@ -38,16 +41,19 @@ def make(policy, device, *, block_size=16, num_reqs=9, max_blocks=1400, seed=0):
         column(-(-p // block_size) for _, p, _ in requests),
         column(g.num_events(p, c) for g, p, c in requests),
         column(g.num_kept // block_size for g, _, _ in requests),
+        column(g.num_dropped_groups(g.num_events(p, c)) for g, p, c in requests),
+        column(g.history_kept // g.num_kept for g, _, _ in requests),
     )
-    constants = (g.num_candidates // block_size for g in (requests[0][0],))
-    return (*tensors, *constants, requests[0][0].interval // block_size, block_size, policy), requests
+    first = requests[0][0]
+    constants = (first.num_candidates // block_size, first.interval // block_size, block_size, first.policy)
+    return (*tensors, *constants), requests
 
 
 def clone(arguments):
     return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
 
 
-@pytest.mark.parametrize("policy", ["window", "budget"])
+@pytest.mark.parametrize("policy", ["window", "history", "budget"])
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_shorten_block_tables(policy, block_size, device):
     actual, _ = make(policy, device, block_size=block_size)
@@ -60,9 +66,10 @@ def test_shorten_block_tables(policy, block_size, device):
     assert (actual[0] != before).any() and (actual[0][0] == before[0]).all()
 
 
-@pytest.mark.parametrize("policy", ["window", "budget"])
+@pytest.mark.parametrize("policy", ["window", "history", "budget"])
 def test_reference_is_the_geometry(policy, device):
     arguments, requests = make(policy, device)
+    assert any(int(dropped) for dropped in arguments[6]) == (policy == "history")
     before = arguments[0].cpu().numpy()
     before = before.copy()
     shorten_block_tables_ref(*arguments)

@@ -51,10 +51,13 @@ def masked_replay(
     query_span: int,
     query_stride: int,
     bounded: bool,
+    history_limit: int = 0,
+    history_kept: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
     """Logits of the text under compression, and the kept indices of each.
 
     bounded: False: each window of `num_candidates` tokens once; True: all generated tokens but the buffer, each time
+    history_limit: > 0: where old windows would leave more than this, they and the new one shrink to `history_kept`
     """
     config = model.config
     heads, num_tokens = config.num_key_value_heads, len(token_ids)
@@ -63,6 +66,10 @@ def masked_replay(
     for event, now in enumerate(range(protected_len + num_candidates + buffer_size, num_tokens, interval)):
         _, layers = masked_pass(model, token_ids[:now], visible[..., :now, :now])
         first = protected_len if bounded else protected_len + event * num_candidates
+        expected, num_survivors = num_candidates, num_kept
+        history = int(visible[0, 0, now - 1, protected_len:first].sum())
+        if history_limit and history + num_kept > history_limit:
+            first, expected, num_survivors = protected_len, history + num_candidates, history_kept
         # Slot i of the ring has the newest token whose query was the (i, i + n, i + 2n, ...)-th to be stored.
         stored = [p for p in range(protected_len, now) if (p - protected_len) % query_stride == query_stride - 1]
         num_queries = query_span // query_stride
@@ -72,8 +79,8 @@ def masked_replay(
         for layer, (query, key, value) in enumerate(layers):
             alive = visible[layer, :, now - 1, first : now - buffer_size].clone()  # [num_kv_heads, candidates' range]
             positions = torch.stack([row.nonzero()[:, 0] + first for row in alive])
-            assert positions.shape[1] == num_candidates
-            places = torch.tensor(ring) - (now - buffer_size - num_candidates)
+            assert positions.shape[1] == expected
+            places = torch.tensor(ring) - (now - buffer_size - expected)
             window = Window(
                 queries=query[:, ring].transpose(0, 1)[None],
                 query_positions=places,
@@ -82,7 +89,7 @@ def masked_replay(
                 positions=positions[None],
                 layers=torch.tensor([layer]),
             )
-            kept = method.compress(window, num_kept).indices[0]
+            kept = method.compress(window, num_survivors).indices[0]
             for h in range(heads):
                 evicted = sorted(set(positions[h].tolist()) - set(positions[h, kept[h]].tolist()))
                 visible[layer, h, now:, evicted] = False

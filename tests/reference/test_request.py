@@ -72,7 +72,22 @@ def test_a_budget_equals_the_text_with_evicted_tokens_masked(method):
     check_against_masked("qwen3", replace(BUDGET, method=method), 8, 21, 161, num_events=6)
 
 
-def check_against_masked(family, config, block_size, num_prompt_tokens, num_tokens, num_events):
+@pytest.mark.parametrize("method, method_options", [("kara", {}), ("kara", {"bidirectional": False}), ("random", {})])
+@pytest.mark.parametrize("history_size, history_kept", [(55, 32), (16, 16)])
+def test_a_history_compressed_again_equals_the_text_with_evicted_tokens_masked(
+    method, method_options, history_size, history_kept
+):
+    """Windows leave 16 tokens each. Of three (two of them stay) every other event, of one every event compresses it."""
+    config = replace(WINDOW, method=method, method_options=method_options, history_size=history_size)
+    request = check_against_masked(
+        "qwen3", config, 8, 21, 24 + 12 + 32 * 8 + 1, num_events=8, history_kept=history_kept
+    )
+    shapes = [k.shape[-1] for k in request.kept]
+    assert shapes == ([16, 16, 16, 32, 16, 32, 16, 32] if history_size == 55 else [16] * 8)
+    assert request.physical_len == 24 + (32 if history_size == 55 else 16) + 12 + 1
+
+
+def check_against_masked(family, config, block_size, num_prompt_tokens, num_tokens, num_events, history_kept=0):
     model, token_ids = tiny_model(family), text(num_tokens)
     bounded = config.policy == "budget"
     num_candidates = config.budget_size + config.budget_interval if bounded else config.window_size
@@ -88,6 +103,8 @@ def check_against_masked(family, config, block_size, num_prompt_tokens, num_toke
         query_span=config.window_size,
         query_stride=config.query_stride,
         bounded=bounded,
+        history_limit=config.history_size,
+        history_kept=history_kept,
     )
     request = Request(model, num_prompt_tokens, config, block_size)
     actual = feed(request, token_ids, [37, 1, 1])
@@ -95,7 +112,9 @@ def check_against_masked(family, config, block_size, num_prompt_tokens, num_toke
     for mine, theirs in zip(request.kept, kept, strict=True):
         assert torch.equal(mine, theirs)
     torch.testing.assert_close(actual, logits, rtol=CLOSE, atol=CLOSE)
-    assert request.physical_len == num_tokens - sum(num_candidates - k.shape[-1] for k in request.kept)
+    if not config.history_size:
+        assert request.physical_len == num_tokens - sum(num_candidates - k.shape[-1] for k in request.kept)
+    return request
 
 
 def test_positions_follow_the_survivors():

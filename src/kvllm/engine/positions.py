@@ -1,4 +1,4 @@
-"""Where in the text the candidates of a compression stand; under the budget policy survivors differ by head."""
+"""Where in the text the candidates of a compression stand; those that survived an earlier one differ by head."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from kvllm.methods.base import Kept, Window
 def candidate_positions(geometry: Geometry, num_prompt_tokens: int, event: int, survivors: Tensor) -> Tensor:
     """[num_layers, num_kv_heads, num_candidates] (int64): text position of each candidate of event number `event`.
 
-    survivors: [num_layers, num_kv_heads, num_kept], positions of what the event before kept; only its shape and
-               device count at event 0 and under the window policy, whose events share no candidates
+    survivors: [num_layers, num_kv_heads, at least as many as there are], positions of the survivors so far; where the
+               event takes none of them, only its shape and device count
     """
     end = geometry.event_at(num_prompt_tokens, event) - geometry.buffer_size
-    carried = event > 0 and geometry.policy == "budget"
-    num_new = geometry.interval if carried else geometry.num_candidates
+    num_survivors = geometry.num_groups(event) * geometry.num_kept
+    carried = survivors[..., geometry.candidate_offset(event) : num_survivors].long()
+    num_new = geometry.shape(event).num_candidates - carried.shape[-1]
     new = torch.arange(end - num_new, end, device=survivors.device).expand(*survivors.shape[:2], -1)
-    return torch.cat([survivors.long(), new], dim=-1) if carried else new
+    return torch.cat([carried, new], dim=-1)
 
 
 def kept_rows(window: Window, kept: Kept) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ class CompressorV1:
         self.free_rows = list(range(runner.max_num_reqs))
         self.rows: dict[str, int] = {}  # request -> row of the query bank
         self.events: dict[str, int] = {}  # request -> events done
-        self.survivors: dict[str, Tensor] = {}  # request -> text positions of what its last cut kept; budget policy
+        self.survivors: dict[str, Tensor] = {}  # request -> text positions of its survivors, if they can be candidates
         self.reader: cpu_cache.PackedReader | None = None
         # What the current step stores: tokens of the batch, and their places in the flattened bank.
         self.stored_tokens: Tensor | None = None
@@ -143,7 +143,7 @@ class CompressorV1:
             if geometry is not None:
                 rows = np.array([g == geometry for g in geometries])
                 index[rows] = geometry.block_map(prompts[rows], events[rows], width)
-                removed[rows] = events[rows] * geometry.num_freed
+                removed[rows] = geometry.num_removed(events[rows])
         # Past a request's end the map counts on beyond the table; nothing reads there.
         self.block_index = torch.from_numpy(np.minimum(index, width - 1))
         self.num_removed = torch.from_numpy(removed.astype(np.int32))
@@ -184,7 +184,8 @@ class CompressorV1:
             event, prompt = int(events[i]) - 1, int(prompts[i])
             blocks = geometry.block_map(prompts[i : i + 1], events[i : i + 1] - 1, table.shape[1])[0]
             first = geometry.candidate_start(prompt, event) // geometry.block_size
-            block_ids = table[i, blocks[first : first + geometry.num_candidates // geometry.block_size]]
+            count = geometry.shape(event).num_candidates // geometry.block_size
+            block_ids = table[i, blocks[first : first + count]]
             self._compress_request(req_ids[i], geometry, prompt, event, torch.from_numpy(block_ids.astype(np.int64)))
 
     def _compress_request(self, req_id: str, geometry: Geometry, prompt: int, event: int, block_ids: Tensor) -> None:
@@ -201,10 +202,11 @@ class CompressorV1:
             positions=candidate_positions(geometry, prompt, event, survivors),
             layers=self.layer_indices,
         )
-        kept = self.method.compress(window, geometry.num_kept)
+        kept = self.method.compress(window, geometry.shape(event).num_kept)
         self._write(block_ids, *kept_rows(window, kept))
-        if geometry.policy == "budget":
-            self.survivors[req_id] = window.positions.gather(-1, kept.indices)
+        if geometry.tracks_survivors:
+            before = survivors[..., : geometry.candidate_offset(event)]
+            self.survivors[req_id] = torch.cat([before, window.positions.gather(-1, kept.indices)], dim=-1)
 
     def _read(self, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [num_layers, num_tokens, num_kv_heads, head_dim] of whole blocks, in text order."""

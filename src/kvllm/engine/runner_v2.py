@@ -31,7 +31,7 @@ from kvllm.kernels.select_chunks import select_chunks
 from kvllm.kernels.store_queries import store_queries
 from kvllm.kernels.window_scores import window_scores
 from kvllm.kernels.windows import gather_window, scatter_window
-from kvllm.layout import Geometry, IntArray
+from kvllm.layout import Geometry, IntArray, Shape
 from kvllm.methods import make_method
 from kvllm.methods.base import Window
 from kvllm.methods.kara import Kara
@@ -40,7 +40,7 @@ from kvllm.query_ring import is_stored, query_positions, slot_of
 logger = init_logger(__name__)
 
 # Rows of a step's plan, one int32 a request of the batch.
-_PROTECTED, _EVENTS, _KEPT, _NUM_ROWS = 0, 1, 2, 3
+_PROTECTED, _EVENTS, _KEPT, _DROPPED, _FIXED, _NUM_ROWS = range(6)
 # Windows that a method without kernels of its own sees at once: dense copies of all layers are large.
 _GENERIC_BATCH = 4
 
@@ -62,11 +62,13 @@ class RequestRows:
     protected: IntArray  # P', tokens
     first_event: IntArray  # computed tokens at event 0; past every length where the request is not compressed
     num_kept: IntArray  # K, tokens; 0 where the request is not compressed
+    fixed_groups: IntArray  # groups that stay when the history is compressed
     events: IntArray  # done
+    dropped_groups: IntArray  # by those events
 
     @classmethod
     def empty(cls, max_num_reqs: int) -> RequestRows:
-        return cls([None] * max_num_reqs, *(np.zeros(max_num_reqs, np.int64) for _ in range(5)))
+        return cls([None] * max_num_reqs, *(np.zeros(max_num_reqs, np.int64) for _ in range(7)))
 
     def set(self, row: int, geometry: Geometry | None, num_prompt_tokens: int) -> None:
         self.geometries[row] = geometry
@@ -74,7 +76,8 @@ class RequestRows:
         self.protected[row] = geometry.protected_len(num_prompt_tokens) if geometry else 0
         self.first_event[row] = geometry.event_at(num_prompt_tokens, 0) if geometry else np.iinfo(np.int64).max // 2
         self.num_kept[row] = geometry.num_kept if geometry else 0
-        self.events[row] = 0
+        self.fixed_groups[row] = geometry.history_kept // geometry.num_kept if geometry else 0
+        self.events[row] = self.dropped_groups[row] = 0
 
 
 class KvModelState(DefaultModelState):
@@ -104,11 +107,13 @@ class KvModelState(DefaultModelState):
             len(self.layers), self.max_num_reqs, self.num_queries, layer.num_heads, layer.head_size,
             dtype=self.dtype, device=device,
         )  # fmt: skip
-        # Text positions of what the last cut kept, [max_num_reqs, num_layers, num_kv_heads, budget]; int32 holds them.
+        # Text positions of survivors that will be candidates again, [max_num_reqs, num_layers, num_kv_heads, most of
+        # them]; int32 holds them.
         self.survivors: Tensor | None = None
-        if config.policy == "budget" and not self._fused:
+        most_survivors = config.budget_size if config.policy == "budget" else config.history_size
+        if most_survivors and not self._fused:
             self.survivors = torch.zeros(
-                self.max_num_reqs, len(self.layers), layer.num_kv_heads, config.budget_size,
+                self.max_num_reqs, len(self.layers), layer.num_kv_heads, most_survivors,
                 dtype=torch.int32, device=device,
             )  # fmt: skip
         self.bank_slots = torch.full((self.max_num_tokens,), -1, dtype=torch.int32, device=device)
@@ -147,12 +152,14 @@ class KvModelState(DefaultModelState):
     def _warm_up(self) -> None:
         """Compile the kernels of the engine's own ratio now, not in the step that first needs them."""
         geometry = Geometry.from_config(self.config, self.block_size)
-        if geometry is not None:
+        if geometry is None:
+            return
+        for event in geometry.first_of_each_shape:
             # All candidates in the null block, which nobody reads.
-            blocks = torch.zeros(1, geometry.num_candidates // self.block_size, dtype=torch.int32, device=self.device)
+            num_blocks = geometry.shape(event).num_candidates // self.block_size
+            blocks = torch.zeros(1, num_blocks, dtype=torch.int32, device=self.device)
             row = torch.zeros(1, dtype=torch.int32, device=self.device)
-            start = np.zeros(1, np.int64)
-            self._compress_group(geometry, start + 1, start, row, blocks)
+            self._compress_group(geometry, np.ones(1, np.int64), np.full(1, event, np.int64), row, blocks)
 
     @staticmethod
     def _query_scale(layer: Any) -> float:
@@ -209,6 +216,8 @@ class KvModelState(DefaultModelState):
         plan[_EVENTS, :num_reqs] = events
         plan[_KEPT, :num_reqs] = np.maximum(self.rows.num_kept[slots] // self.block_size, 1)
         plan[_KEPT, num_reqs:] = 1
+        plan[_DROPPED, :num_reqs] = self.rows.dropped_groups[slots]
+        plan[_FIXED, :num_reqs] = self.rows.fixed_groups[slots]
         async_tensor_h2d(plan, out=self.plan)
         num_padded = input_batch.seq_lens.shape[0]
         shorten_block_tables(
@@ -218,12 +227,15 @@ class KvModelState(DefaultModelState):
             self.plan[_PROTECTED],
             self.plan[_EVENTS],
             self.plan[_KEPT],
+            self.plan[_DROPPED],
+            self.plan[_FIXED],
             self.num_candidates // self.block_size,
             self.interval // self.block_size,
             self.block_size,
             self.config.policy,
         )
-        self.num_removed = events * (self.num_candidates - self.rows.num_kept[slots]) * (events > 0)
+        kept = self.rows.num_kept[slots]
+        self.num_removed = events * (self.num_candidates - kept) + self.rows.dropped_groups[slots] * kept
 
     def prepare_attn(
         self, input_batch: InputBatch, cudagraph_mode: Any, block_tables: tuple[Tensor, ...], *args: Any, **kwargs: Any
@@ -243,13 +255,14 @@ class KvModelState(DefaultModelState):
     # ------------------------------------------------------------------ compression
 
     def _compress(self, due: IntArray, slots: IntArray, events: IntArray, block_table: Tensor) -> None:
-        """Score, select and compact the due windows of the batch's rows `due`, a launch for each ratio among them."""
-        by_geometry: dict[Geometry, list[int]] = {}
+        """Compress what is due in the batch's rows `due`, a launch for each ratio and shape of event among them."""
+        groups: dict[tuple[Geometry, Shape], list[int]] = {}
         for i in due:
-            geometry = self.rows.geometries[slots[i]]
+            geometry, event = self.rows.geometries[slots[i]], int(events[i]) - 1
             assert geometry is not None
-            by_geometry.setdefault(geometry, []).append(int(i))
-        for geometry, rows in by_geometry.items():
+            groups.setdefault((geometry, geometry.shape(event)), []).append(int(i))
+            self.rows.dropped_groups[slots[i]] = geometry.num_dropped_groups(event + 1)
+        for (geometry, _), rows in groups.items():
             batch = np.array(rows)
             prompts, done = self.rows.num_prompt_tokens[slots[batch]], events[batch] - 1
             blocks = self._candidate_blocks(geometry, prompts, done)
@@ -262,16 +275,16 @@ class KvModelState(DefaultModelState):
         self, geometry: Geometry, prompts: IntArray, done: IntArray, req_slots: Tensor, candidates: Tensor
     ) -> None:
         if self._fused:
-            self._compress_kara(geometry, req_slots, candidates)
+            self._compress_kara(geometry.shape(int(done[0])).num_kept, req_slots, candidates)
         else:
             self._compress_generic(geometry, prompts, done, req_slots, candidates)
 
     @staticmethod
     def _candidate_blocks(geometry: Geometry, prompts: IntArray, done: IntArray) -> IntArray:
-        """Logical blocks [num_due, num_candidates / block_size] that hold the candidates of event number `done`."""
+        """Logical blocks [num_due, num_candidates / block_size] of the events `done`, which have one shape."""
         pairs = zip(prompts.tolist(), done.tolist(), strict=True)
         first = [geometry.candidate_start(prompt, event) // geometry.block_size for prompt, event in pairs]
-        count = geometry.num_candidates // geometry.block_size
+        count = geometry.shape(int(done[0])).num_candidates // geometry.block_size
         logical = geometry.block_map(prompts, done, max(first) + count)
         return np.stack([row[f : f + count] for row, f in zip(logical, first, strict=True)])
 
@@ -280,11 +293,11 @@ class KvModelState(DefaultModelState):
         """Whether the kernels do exactly what the method does."""
         return isinstance(self.method, Kara) and self.method.fused
 
-    def _compress_kara(self, geometry: Geometry, req_slots: Tensor, candidates: Tensor) -> None:
+    def _compress_kara(self, num_kept: int, req_slots: Tensor, candidates: Tensor) -> None:
         assert self.cache is not None and isinstance(self.method, Kara)
         method = self.method
         scores = window_scores(self.query_bank, req_slots, candidates, self.cache, method.value_norm)
-        kept = select_chunks(scores.flatten(0, 2), geometry.num_kept, method.max_chunk_size, method.chunk_fill)
+        kept = select_chunks(scores.flatten(0, 2), num_kept, method.max_chunk_size, method.chunk_fill)
         compact(kept.view(*scores.shape[:3], -1), candidates, self.cache)
 
     def _compress_generic(
@@ -296,12 +309,15 @@ class KvModelState(DefaultModelState):
         groups: dict[bytes, list[int]] = {}  # windows that see their queries at the same places
         for i, place in enumerate(places):
             groups.setdefault(place.tobytes(), []).append(i)
+        shape = geometry.shape(int(done[0]))
+        # A history with its window is as many tokens as many windows.
+        size = max(1, _GENERIC_BATCH * geometry.num_candidates // shape.num_candidates)
         for rows in groups.values():
-            for start in range(0, len(rows), _GENERIC_BATCH):
-                part = rows[start : start + _GENERIC_BATCH]
+            for start in range(0, len(rows), size):
+                part = rows[start : start + size]
                 blocks, slots = candidates[part], req_slots[part].long()
                 window = self._window(geometry, prompts[part], done[part], blocks, slots, places[part[0]])
-                kept = self.method.compress(window, geometry.num_kept)
+                kept = self.method.compress(window, shape.num_kept)
                 if kept.keys is None and kept.values is None:
                     indices = kept.indices.int().unflatten(0, (len(part), len(self.layers))).contiguous()
                     compact(indices, blocks, self.cache)
@@ -309,7 +325,11 @@ class KvModelState(DefaultModelState):
                     scatter_window(*kept_rows(window, kept), blocks, self.cache)
                 if self.survivors is not None:
                     positions = window.positions.gather(-1, kept.indices).to(self.survivors.dtype)
-                    self.survivors[slots] = positions.unflatten(0, (len(part), len(self.layers)))
+                    positions = positions.unflatten(0, (len(part), len(self.layers)))
+                    offsets = np.array([geometry.candidate_offset(event) for event in done[part].tolist()])
+                    for offset in np.unique(offsets):
+                        same = np.nonzero(offsets == offset)[0].tolist()
+                        self.survivors[slots[same], ..., offset : offset + shape.num_kept] = positions[same]
 
     def _window(
         self, geometry: Geometry, prompts: IntArray, done: IntArray, blocks: Tensor, slots: Tensor, places: IntArray

@@ -91,7 +91,8 @@ class CompressionMixin(Base):
             prompt, computed = request.num_prompt_tokens, request.num_computed_tokens
             held = ceil_div(geometry.physical_len(prompt, computed), self.block_size)
             to_event = geometry.max_chunk(prompt, computed)
-            rows.append((held, to_event, prompt + request.max_tokens - computed, geometry.num_freed // self.block_size))
+            freed = geometry.num_freed(geometry.num_events(prompt, computed)) // self.block_size
+            rows.append((held, to_event, prompt + request.max_tokens - computed, freed))
         if not rows:
             return 0
         held, to_event, to_end, freed = np.array(rows, np.int64).T

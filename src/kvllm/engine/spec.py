@@ -76,9 +76,9 @@ class KvManager(FullAttentionManager):
         done = self._num_events.get(request_id, 0)
         begun = geometry.num_events(request.num_prompt_tokens, num_computed_tokens)
         for event in range(done, begun):
-            blocks = geometry.freed_blocks(request.num_prompt_tokens, event)
-            self._remove_blocks_in_range(request_id, blocks.start, blocks.stop)
-            self.total_blocks_freed += len(blocks)
+            for blocks in geometry.freed_blocks(request.num_prompt_tokens, event):
+                self._remove_blocks_in_range(request_id, blocks.start, blocks.stop)
+                self.total_blocks_freed += len(blocks)
         if begun > done:
             self._num_events[request_id] = begun
             self.total_events += begun - done

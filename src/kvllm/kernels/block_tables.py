@@ -17,6 +17,8 @@ def shorten_block_tables_ref(
     protected_blocks: Tensor,
     num_events: Tensor,
     kept_blocks: Tensor,
+    dropped_groups: Tensor,
+    fixed_groups: Tensor,
     candidate_blocks: int,
     interval_blocks: int,
     block_size: int,
@@ -31,15 +33,20 @@ def shorten_block_tables_ref(
     protected_blocks: [num_reqs] int32, blocks of the prompt
     num_events:       [num_reqs] int32; 0 leaves the request alone
     kept_blocks:      [num_reqs] int32, blocks that survive an event; each request has its own retention ratio
+    dropped_groups:   [num_reqs] int32, `Geometry.num_dropped_groups`; 0 without a history limit
+    fixed_groups:     [num_reqs] int32, groups whose space the history keeps when it is compressed; 1 or more where
+                      groups were dropped, and without meaning elsewhere
     """
+    columns = (protected_blocks, num_events, kept_blocks, dropped_groups, fixed_groups)
     for i in range(len(seq_lens)):
-        protected, events, kept = (int(t[i]) for t in (protected_blocks, num_events, kept_blocks))
+        protected, events, kept, dropped, fixed = (int(t[i]) for t in columns)
         length = int(seq_lens[i])
         if events:
-            length -= events * (candidate_blocks - kept) * block_size
+            length -= (events * (candidate_blocks - kept) + dropped * kept) * block_size
             physical = torch.arange(protected, -(-length // block_size), device=block_table.device) - protected
-            groups = events if policy == "window" else 1
-            survivor = physical // kept * interval_blocks + physical % kept
+            groups = events - dropped if policy == "window" else 1
+            window = physical // kept + torch.where(physical // kept < fixed, 0, dropped)
+            survivor = window * interval_blocks + physical % kept
             raw = physical - groups * kept + candidate_blocks + (events - 1) * interval_blocks
             logical = protected + torch.where(physical < groups * kept, survivor, raw)
             block_table[i, protected + physical] = block_table[i, logical]
@@ -53,6 +60,8 @@ def shorten_block_tables(
     protected_blocks: Tensor,
     num_events: Tensor,
     kept_blocks: Tensor,
+    dropped_groups: Tensor,
+    fixed_groups: Tensor,
     candidate_blocks: int,
     interval_blocks: int,
     block_size: int,
@@ -68,6 +77,8 @@ def shorten_block_tables(
             protected_blocks,
             num_events,
             kept_blocks,
+            dropped_groups,
+            fixed_groups,
             block_table.stride(0),
             CANDIDATE_BLOCKS=candidate_blocks,
             INTERVAL_BLOCKS=interval_blocks,
@@ -80,7 +91,8 @@ def shorten_block_tables(
 
 @triton.jit
 def _shorten_kernel(
-    block_table, seq_lens, seq_lens_out, protected_blocks, num_events, kept_blocks, stride_row,
+    block_table, seq_lens, seq_lens_out, protected_blocks, num_events, kept_blocks, dropped_groups, fixed_groups,
+    stride_row,
     CANDIDATE_BLOCKS: tl.constexpr, INTERVAL_BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW_POLICY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -89,19 +101,21 @@ def _shorten_kernel(
     events = tl.load(num_events + req)
     if events > 0:
         protected, kept = tl.load(protected_blocks + req), tl.load(kept_blocks + req)
-        length -= events * (CANDIDATE_BLOCKS - kept) * BLOCK_SIZE
+        dropped, fixed = tl.load(dropped_groups + req), tl.load(fixed_groups + req)
+        length -= (events * (CANDIDATE_BLOCKS - kept) + dropped * kept) * BLOCK_SIZE
         num_blocks = tl.cdiv(length, BLOCK_SIZE) - protected
         survivors = kept
         if WINDOW_POLICY:
-            survivors = events * kept
+            survivors = (events - dropped) * kept
         to_raw = CANDIDATE_BLOCKS + (events - 1) * INTERVAL_BLOCKS - survivors
         row = block_table + req * stride_row + protected
         start = kept  # the first survivors are in place already
         while start < num_blocks:
             physical = start + tl.arange(0, TILE)
-            logical = tl.where(
-                physical < survivors, physical // kept * INTERVAL_BLOCKS + physical % kept, physical + to_raw
-            )
+            group = physical // kept
+            window = group + tl.where(group < fixed, 0, dropped)
+            survivor = window * INTERVAL_BLOCKS + physical % kept
+            logical = tl.where(physical < survivors, survivor, physical + to_raw)
             blocks = tl.load(row + logical, mask=physical < num_blocks)
             # The map ascends and logical >= physical, so a tile reads nothing that an earlier one wrote: in place
             # needs order only between the reads and the writes of one tile.

@@ -109,12 +109,13 @@ class Request:
             return
         num_queries = config.window_size // config.query_stride
         places = query_positions(geometry, event, config.query_stride, num_queries)
+        shape = geometry.shape(event)
         kept = compress(
             self.layers,
             self.method,
             start=geometry.candidate_start(self.num_prompt_tokens, event),
-            num_candidates=geometry.num_candidates,
-            num_kept=geometry.num_kept,
+            num_candidates=shape.num_candidates,
+            num_kept=shape.num_kept,
             places=torch.from_numpy(places).to(self.model.device),
         )
         self.kept.append(kept.indices)
