@@ -1,0 +1,170 @@
+"""The V2 runner's steps on a cache made here leave in it what the reference's do. Needs no engine.
+
+Here and not beside the engine's tests, since the kernels run: on a GPU, or in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kvllm.config import KvConfig
+from kvllm.engine import runner_v2
+from kvllm.engine.runner_v2 import KvModelState, RequestRows
+from kvllm.engine.settings import Geometries
+from kvllm.kernels.paged import PagedCache
+from kvllm.layout import Geometry
+from kvllm.methods import make_method
+from kvllm.query_ring import query_positions
+from kvllm.reference.cache import LayerCache, compress
+from tests.kernels.paged_caches import random_cache
+
+NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 2, 4, 2, 16, 8
+MAX_REQS, MAX_BLOCKS = 3, 26
+SIZES: dict[str, Any] = {"window_size": 16, "buffer_size": 8, "retention_ratio": 0.5, "query_stride": 4}
+
+
+def model_state(config: KvConfig, cache: PagedCache, device: str) -> Any:
+    """What compression needs of a KvModelState, which vLLM alone can build."""
+    state: Any = object.__new__(KvModelState)
+    state.config, state.method, state.geometries = config, make_method(config), Geometries(config, BLOCK_SIZE)
+    state.block_size, state.cache, state.device, state.dtype = BLOCK_SIZE, cache, torch.device(device), torch.float32
+    state.max_num_reqs, state.max_num_tokens, state.num_queries = (
+        MAX_REQS,
+        64,
+        config.window_size // config.query_stride,
+    )
+    bounded = config.policy == "budget"
+    state.interval = config.budget_interval if bounded else config.window_size
+    state.num_candidates = config.budget_size + config.budget_interval if bounded else config.window_size
+    state.layers, state.layer_indices = [None] * NUM_LAYERS, torch.arange(NUM_LAYERS, device=device)
+    state.rows = RequestRows.empty(MAX_REQS)
+    state.query_bank = torch.zeros(NUM_LAYERS, MAX_REQS, state.num_queries, NUM_HEADS, HEAD_DIM, device=device)
+    most_survivors = config.budget_size if bounded else config.history_size
+    shape = (MAX_REQS, NUM_LAYERS, NUM_KV_HEADS, most_survivors)
+    state.survivors = torch.zeros(shape, dtype=torch.int32, device=device) if not state._fused else None
+    state.bank_slots = torch.full((state.max_num_tokens,), -1, dtype=torch.int32, device=device)
+    state.plan = torch.zeros(runner_v2._NUM_ROWS, MAX_REQS, dtype=torch.int32, device=device)
+    state.seq_lens = torch.zeros(MAX_REQS, dtype=torch.int32, device=device)
+    return state
+
+
+@dataclass
+class Running:
+    """A request in a slot of the runner: its text, drawn anew, and the reference's cache of it."""
+
+    slot: int
+    num_prompt_tokens: int
+    block_ids: Tensor  # [MAX_BLOCKS]
+    layers: list[LayerCache]
+    computed: int = 0
+    num_events: int = 0
+    new: tuple[Tensor, Tensor, Tensor] = field(init=False)  # queries, keys, values [num_layers, num_new, heads, dim]
+
+    def draw(self, generator: torch.Generator) -> None:
+        num_new = 1 if self.computed else self.num_prompt_tokens
+        self.new = tuple(  # type: ignore[assignment]
+            torch.randn(NUM_LAYERS, num_new, heads, HEAD_DIM, generator=generator)
+            for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
+        )
+
+    def compress_if_due(self, config: KvConfig, geometry: Geometry) -> None:
+        event = self.num_events
+        if geometry.num_events(self.num_prompt_tokens, self.computed) == event:
+            return
+        num_queries = config.window_size // config.query_stride
+        shape = geometry.shape(event)
+        compress(
+            self.layers,
+            make_method(config),
+            start=geometry.candidate_start(self.num_prompt_tokens, event),
+            num_candidates=shape.num_candidates,
+            num_kept=shape.num_kept,
+            places=torch.from_numpy(query_positions(geometry, event, config.query_stride, num_queries)),
+        )
+        self.num_events += 1
+
+
+def begin_step(state: Any, running: list[Running], device: str) -> Tensor:
+    """What the V2 runner does before a step's forward pass; returns the batch's shortened block tables."""
+    counts = np.array([r.new[0].shape[1] for r in running])
+    computed = np.array([r.computed for r in running])
+    seq_lens = torch.from_numpy(computed + counts).int().to(device)
+    batch = SimpleNamespace(
+        num_reqs=len(running),
+        req_ids=[str(r.slot) for r in running],
+        idx_mapping_np=np.array([r.slot for r in running]),
+        num_computed_tokens_np=computed,
+        num_scheduled_tokens=counts,
+        num_tokens_after_padding=int(counts.sum()),
+        seq_lens=seq_lens,
+    )
+    tables = torch.stack([r.block_ids for r in running])
+    state.preprocess_state(batch, (tables,), None, None)
+    return tables
+
+
+@pytest.mark.parametrize(
+    "config, num_events",
+    [
+        (KvConfig(method="kara", **SIZES), 7),
+        (KvConfig(method="kara", history_size=24, **SIZES), 7),
+        (KvConfig(method="random", history_size=24, **SIZES), 7),
+        (KvConfig(method="cask", history_size=8, **SIZES), 7),
+        (KvConfig(method="random", policy="budget", budget_size=16, budget_interval=8, **SIZES), 13),
+    ],
+    ids=["windows", "history", "history-random", "history-merged", "budget"],
+)
+def test_equals_reference(config: KvConfig, num_events: int, device: str) -> None:
+    """Two requests, the second three windows behind: events of both shapes, and with histories of two lengths, meet."""
+    generator = torch.Generator().manual_seed(0)
+    cache = random_cache(
+        num_layers=NUM_LAYERS, num_blocks=MAX_REQS * MAX_BLOCKS, block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM, dtype=torch.float32, device=device,
+    )  # fmt: skip
+    state = model_state(config, cache, device)
+    geometry = state.geometries.of(None)
+    block_ids = torch.randperm(MAX_REQS * MAX_BLOCKS, generator=generator).int().view(MAX_REQS, MAX_BLOCKS).to(device)
+    running: list[Running] = []
+    last = geometry.event_at(20, num_events - 1) + 2
+    while len(running) < 2 or running[0].computed < last:
+        if not running or (len(running) == 1 and running[0].computed == 20 + 3 * config.window_size - 1):
+            request = Running(
+                slot=2 - len(running),
+                num_prompt_tokens=20,
+                block_ids=block_ids[len(running)],
+                layers=[LayerCache(config.window_size) for _ in range(NUM_LAYERS)],
+            )
+            state.rows.set(request.slot, geometry, request.num_prompt_tokens)
+            running.insert(0, request)
+        for request in running:
+            request.draw(generator)
+        tables = begin_step(state, running, device)
+        for i, request in enumerate(running):
+            request.compress_if_due(config, geometry)
+            num_new = request.new[0].shape[1]
+            length = len(request.layers[0].keys) if request.computed else 0
+            assert int(state.seq_lens[i]) == length + num_new
+            assert request.computed - state.num_removed[i] == length
+            tokens = torch.arange(length, device=device)
+            at = (tables[i, tokens // BLOCK_SIZE].long(), tokens % BLOCK_SIZE)
+            for layer in range(NUM_LAYERS if length else 0):
+                torch.testing.assert_close(cache.keys[layer][at].cpu(), request.layers[layer].keys, rtol=0, atol=0)
+                values = cache.values[layer][at].cpu()
+                torch.testing.assert_close(values, request.layers[layer].values, rtol=1e-6, atol=1e-6)  # cask's means
+        for layer in range(NUM_LAYERS):
+            state._capture(layer, torch.cat([r.new[0][layer] for r in running]).to(device))
+        for request in running:
+            tokens = torch.arange(request.computed, request.computed + request.new[0].shape[1], device=device)
+            at = (request.block_ids[tokens // BLOCK_SIZE].long(), tokens % BLOCK_SIZE)
+            for layer, (queries, keys, values) in enumerate(zip(*request.new, strict=True)):
+                request.layers[layer].append(queries, keys, values)
+                cache.keys[layer][at], cache.values[layer][at] = keys.to(device), values.to(device)
+            request.computed += len(tokens)
+    assert running[0].num_events == num_events
