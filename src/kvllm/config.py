@@ -41,7 +41,7 @@ class KvConfig:
     history_size: int = field(
         default=0,
         metadata={
-            "help": "policy=window: most survivors kept of old windows; then they are compressed again. 0 = no limit."
+            "help": "policy=window: tokens kept of old windows, at most; then they are compressed again. 0 = no limit."
         },
     )
     budget_size: int = field(

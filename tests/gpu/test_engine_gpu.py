@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,4 +165,23 @@ def test_generic_methods(method: str, model_dir: Path, reference_model: Any) -> 
     prompts = [prompt(n, n) for n in (5, 70)]
     for p, output in zip(prompts, greedy(llm, prompts, 300), strict=True):
         check(reference_model, p, output, config)
+    llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.mark.parametrize("method", ["kara", "random"])
+def test_history_is_compressed_again(method: str, model_dir: Path, reference_model: Any) -> None:
+    """Under CUDA graphs: after four windows every third event takes the history too; other ratios have other cycles."""
+    config = replace(CONFIG, method=method, history_size=128)
+    llm = start(model_dir, config)
+    prompts = [prompt(n, n) for n in (5, 64, 300)]
+    for p, output in zip(prompts, greedy(llm, prompts, 700), strict=True):
+        check(reference_model, p, output, config)
+    stats = engine_stats(llm)
+    assert stats["num_windows_compressed"] == 10 * len(prompts)
+    # Prompts of 1, 4 and 19 blocks, history, window and buffer behind each, and a block for the step that is ahead.
+    assert stats["peak_kv_blocks"] <= 1 + 4 + 19 + 3 * ((128 + 64 + 32) // BLOCK_SIZE + 1)
+    assert stats["free_kv_blocks"] == stats["num_kv_blocks"]
+    for ratio in (0.25, 0.75):
+        (output,) = greedy(llm, prompts[:1], 700, ratio)
+        check(reference_model, prompts[0], output, replace(config, retention_ratio=ratio))
     llm.llm_engine.engine_core.shutdown()
