@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -16,42 +12,13 @@ from typing import Any
 import openai
 import pytest
 
-START_SECONDS = 240
+from tests.server import kvllm_serve
 
 
 @pytest.fixture(scope="module")
 def base_url(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "kvllm.cli", "serve", str(model_dir), "--retention-ratio", "0.5", "--window-size", "64",
-        "--buffer-size", "32", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--block-size", "32",
-        "--max-model-len", "1024", "--max-num-seqs", "16", "--served-model-name", "small",
-    ]  # fmt: skip
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            deadline = time.monotonic() + START_SECONDS
-            while not _answers(f"{url}/health"):
-                if server.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(f"the server did not start:\n{log.read_text()[-4000:]}")
-                time.sleep(1)
-            yield url
-        finally:
-            server.terminate()
-            server.wait(30)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False
+    with kvllm_serve(model_dir, tmp_path_factory.mktemp("server") / "log") as url:
+        yield url
 
 
 @pytest.fixture

@@ -1,0 +1,54 @@
+"""A real `kvllm serve`, in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+START_SECONDS = 240
+MODEL = "small"  # what the server calls it
+
+
+@contextmanager
+def kvllm_serve(model_dir: Path, log: Path, *flags: str) -> Iterator[str]:
+    """The URL of a server that keeps half of each 64 tokens; it is stopped at the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "kvllm.cli", "serve", str(model_dir), "--retention-ratio", "0.5", "--window-size", "64",
+        "--buffer-size", "32", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--block-size", "32",
+        "--max-model-len", "1024", "--max-num-seqs", "16", "--served-model-name", MODEL, *flags,
+    ]  # fmt: skip
+    small = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    environment = small | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while not _answers(f"{url}/health"):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail(f"the server did not start:\n{log.read_text()[-4000:]}")
+                time.sleep(1)
+            yield url
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False
