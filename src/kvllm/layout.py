@@ -83,7 +83,7 @@ class Geometry:
             )
         _check_multiple("window_size", config.window_size, block_size)
         kept = num_kept(ratio, config.window_size, block_size)
-        groups, kept_groups = history_groups(config.history_size, ratio, kept)
+        groups, kept_groups = history_groups(config.history_size, kept)
         return cls(
             block_size=block_size,
             policy="window",
@@ -253,9 +253,10 @@ def num_kept(retention_ratio: float, window_size: int, block_size: int) -> int:
     return blocks * block_size
 
 
-def history_groups(history_size: int, retention_ratio: float, num_kept: int) -> tuple[int, int]:
+def history_groups(history_size: int, num_kept: int) -> tuple[int, int]:
     """Groups of `num_kept` survivors that the history may hold, and that stay when it is compressed; (0, 0): no limit.
 
+    Three quarters stay, rounded down: of a limit of two groups or more at least one is free for the next window.
     Raises ValueError where not even one window's survivors fit.
     """
     if not history_size:
@@ -266,7 +267,7 @@ def history_groups(history_size: int, retention_ratio: float, num_kept: int) -> 
             f"history_size={history_size}: one window alone leaves {num_kept} survivors. Use at least {num_kept}, a "
             "lower retention_ratio, or 0 for no limit."
         )
-    return groups, max(1, int(retention_ratio * groups + 0.5))
+    return groups, max(1, 3 * groups // 4)
 
 
 def _check_multiple(name: str, value: int, block_size: int) -> None:

@@ -16,7 +16,7 @@ from kvllm.engine.stats import engine_stats
 from tests.engine.conftest import CONFIG as WINDOWS
 from tests.engine.conftest import assert_equals_reference, assert_pool_whole, engine, watch_blocks, words
 
-# Only requests of more than four windows notice the limit: at events 4, 7, 10, ... their history is compressed too.
+# Only requests of more than four windows notice the limit: at events 4, 6, 8, ... their history is compressed too.
 CONFIG = replace(WINDOWS, history_size=128)
 NUM_REQUESTS = 64
 

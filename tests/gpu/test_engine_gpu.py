@@ -170,7 +170,7 @@ def test_generic_methods(method: str, model_dir: Path, reference_model: Any) -> 
 
 @pytest.mark.parametrize("method", ["kara", "random"])
 def test_history_is_compressed_again(method: str, model_dir: Path, reference_model: Any) -> None:
-    """Under CUDA graphs: after four windows every third event takes the history too; other ratios have other cycles."""
+    """Under CUDA graphs: after four windows every other event takes the history too; other ratios, other cycles."""
     config = replace(CONFIG, method=method, history_size=128)
     llm = start(model_dir, config)
     prompts = [prompt(n, n) for n in (5, 64, 300)]
