@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry
-from kvllm.query_ring import is_stored, query_positions, slot_of
+from kvllm.query_ring import is_stored, query_positions, query_shifts, slot_of
 
 
 @st.composite
@@ -37,13 +37,16 @@ def configs(draw):
 
 
 @settings(max_examples=100, deadline=None)
-@given(configs(), st.integers(1, 40))
-def test_query_positions_equal_a_simulated_ring(config, num_prompt_tokens):
+@given(configs(), st.integers(1, 40), st.integers(1, 9))
+def test_query_positions_equal_simulated_rings(config, num_prompt_tokens, group_size):
+    """A ring for each head of a group: where the queries of one stand, and by how much the others' are older."""
     geometry = Geometry.from_config(config, block_size=8)
     assert geometry is not None
     protected_len = -(-num_prompt_tokens // 8) * 8
     num_queries = config.window_size // config.query_stride
-    ring = [-1] * num_queries  # the place in the text of each slot's query
+    shifts = query_shifts(config.query_stride, group_size)
+    # The place in the text of each slot's query, for each head of the group.
+    rings = [[-1] * num_queries for _ in range(group_size)]
     cache: list[int] = []  # the place in the text of each token in the cache
     event = 0
     for position in range(protected_len + 300):
@@ -52,18 +55,23 @@ def test_query_positions_equal_a_simulated_ring(config, num_prompt_tokens):
             # Tokens that were candidates before (budget policy) may be gone, their queries are not: they count on
             # backwards as if nothing were.
             length, raw = len(cache) - first, geometry.interval + geometry.buffer_size
+            ring = rings[0]
             fresh = [p for p in ring if event == 0 or position - p <= raw]
             expected = [cache.index(p) - first if p in fresh else length - (position - p) for p in ring]
             actual = query_positions(geometry, event, config.query_stride, num_queries)
             assert actual.dtype == np.int64 and actual.tolist() == expected
-            assert max(ring) == position - 1 and position - min(ring) <= config.window_size
+            assert max(ring) == position - 1 and position - min(map(min, rings)) <= config.window_size
+            for other, shift in zip(rings, shifts, strict=True):
+                assert [p - shift for p in ring] == other
             # Any survivors will do: here the first ones. What follows the candidates moves up.
             num_candidates, num_kept = geometry.shape(event)
             del cache[first + num_kept : first + num_candidates]
             event += 1
         cache.append(position)
-        if is_stored(position - protected_len, config.query_stride):
-            ring[slot_of(position - protected_len, config.query_stride, num_queries)] = position
+        offset = position - protected_len
+        for ring, shift in zip(rings, shifts, strict=True):
+            if is_stored(offset, config.query_stride, shift):
+                ring[slot_of(offset, config.query_stride, num_queries, shift)] = position
     assert event > 0
 
 
@@ -75,10 +83,35 @@ def test_one_by_hand():
     assert query_positions(geometry, 5, 4, 4).tolist() == [19, 23, 11, 15]
 
 
-@pytest.mark.parametrize("offset, stored, slot", [(-1, False, None), (0, False, None), (3, True, 0), (19, True, 0)])
-def test_what_is_stored_where(offset, stored, slot):
-    assert is_stored(offset, 4) == stored
-    assert is_stored(np.array([offset]), 4).tolist() == [stored]
+@pytest.mark.parametrize(
+    "query_stride, group_size, shifts",
+    [(1, 3, [0, 0, 0]), (4, 1, [0]), (4, 2, [0, 2]), (4, 3, [0, 1, 2]), (4, 4, [0, 1, 2, 3]), (8, 3, [0, 2, 5])]
+    + [(4, 8, [0, 0, 1, 1, 2, 2, 3, 3]), (2, 5, [0, 0, 0, 1, 1])],
+)
+def test_shifts_by_hand(query_stride, group_size, shifts):
+    assert query_shifts(query_stride, group_size).tolist() == shifts
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 16), st.integers(1, 16))
+def test_heads_share_the_tokens_out_evenly(query_stride, group_size):
+    """Every head keeps one token of each stride, and no token is kept by two more heads than another."""
+    shifts = query_shifts(query_stride, group_size)
+    tokens = np.arange(5 * query_stride, 6 * query_stride)
+    stored = np.stack([is_stored(tokens, query_stride, int(shift)) for shift in shifts])
+    assert (stored.sum(axis=1) == 1).all()
+    counts = stored.sum(axis=0)
+    assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize(
+    "offset, shift, stored, slot",
+    [(-1, 0, False, None), (0, 0, False, None), (3, 0, True, 0), (19, 0, True, 0)]
+    + [(0, 3, True, 0), (-1, 3, False, None), (3, 3, False, None), (4, 3, True, 1), (13, 2, True, 3), (17, 2, True, 0)],
+)
+def test_what_is_stored_where(offset, shift, stored, slot):
+    assert is_stored(offset, 4, shift) == stored
+    assert is_stored(np.array([offset]), 4, shift).tolist() == [stored]
     if stored:
-        assert slot_of(offset, 4, 4) == slot
-        assert slot_of(np.array([offset]), 4, 4).tolist() == [slot]
+        assert slot_of(offset, 4, 4, shift) == slot
+        assert slot_of(np.array([offset]), 4, 4, shift).tolist() == [slot]

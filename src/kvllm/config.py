@@ -37,7 +37,9 @@ class KvConfig:
     )
     buffer_size: int = field(default=64, metadata={"help": "Newest tokens, never compressed."})
     max_chunk_size: int = field(default=8, metadata={"help": "Longest chunk that Token2Chunk grows; 1 = none."})
-    query_stride: int = field(default=8, metadata={"help": "Keep the queries of every n-th token for scoring."})
+    query_stride: int = field(
+        default=4, metadata={"help": "Each head keeps the query of every n-th token for scoring."}
+    )
     history_size: int = field(
         default=0,
         metadata={

@@ -1,7 +1,9 @@
 """Which tokens' queries are kept, and where: a ring per request that both engines compute alike.
 
 vLLM does not keep queries. The ring holds those of the newest `window_size` tokens after the prompt, every
-`query_stride`-th, so it has `window_size // query_stride` slots. Functions take integers or integer arrays.
+`query_stride`-th of each head, so it has `window_size // query_stride` slots. The heads that share a KV head take
+turns: each keeps the queries of tokens of its own, so that together they see more of the text. Functions take integers
+or integer arrays.
 """
 
 from __future__ import annotations
@@ -11,18 +13,23 @@ import numpy as np
 from kvllm.layout import Geometry, Int, IntArray
 
 
-def is_stored(offset: Int, query_stride: int) -> Int:
-    """Whether the query of the token `offset` places after the protected prompt (0 = first) is kept."""
-    return (offset >= 0) & (offset % query_stride == query_stride - 1)  # type: ignore[return-value]
+def query_shifts(query_stride: int, group_size: int) -> IntArray:
+    """[group_size]: by how many tokens a head's query in a slot is older than that of the first head of its group."""
+    return np.arange(group_size, dtype=np.int64) * query_stride // group_size
 
 
-def slot_of(offset: Int, query_stride: int, num_queries: int) -> Int:
+def is_stored(offset: Int, query_stride: int, shift: int = 0) -> Int:
+    """Whether a head with this shift keeps the query of the token `offset` places after the protected prompt."""
+    return (offset >= 0) & ((offset + shift) % query_stride == query_stride - 1)  # type: ignore[return-value]
+
+
+def slot_of(offset: Int, query_stride: int, num_queries: int, shift: int = 0) -> Int:
     """Slot of the ring for the token `offset` places after the protected prompt."""
-    return offset // query_stride % num_queries
+    return (offset + shift) // query_stride % num_queries
 
 
 def query_positions(geometry: Geometry, event: int, query_stride: int, num_queries: int) -> IntArray:
-    """Place of each slot's query at event number `event`, counted from the event's first candidate.
+    """Place of each slot's query (of a head with shift 0) at event number `event`, from the event's first candidate.
 
     returns [num_queries]: in slot order, so not ascending; places past the last candidate lie in the buffer
     """

@@ -48,8 +48,8 @@ def reference_model(model_dir: Path) -> Any:
     return load_model(model_dir, device="cuda")
 
 
-def start(model_dir: Path, config: KvConfig = CONFIG, **options: Any) -> LLM:
-    settings: dict[str, Any] = {
+def settings(config: KvConfig = CONFIG) -> dict[str, Any]:
+    return {
         "dtype": "float32",
         "attention_backend": "TRITON_ATTN",
         "max_model_len": 2048,
@@ -62,7 +62,10 @@ def start(model_dir: Path, config: KvConfig = CONFIG, **options: Any) -> LLM:
         "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]},
         "additional_config": {"kvllm": config.to_dict()},
     }
-    return LLM(str(model_dir), **(settings | options))
+
+
+def start(model_dir: Path, config: KvConfig = CONFIG, **options: Any) -> LLM:
+    return LLM(str(model_dir), **(settings(config) | options))
 
 
 @pytest.fixture(scope="module")

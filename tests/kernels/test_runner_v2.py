@@ -21,13 +21,19 @@ from kvllm.engine.settings import Geometries
 from kvllm.kernels.paged import PagedCache
 from kvllm.layout import Geometry
 from kvllm.methods import make_method
-from kvllm.query_ring import query_positions
+from kvllm.methods.rope import Rope, frequencies
+from kvllm.query_bank import QueryBank
+from kvllm.query_ring import query_positions, query_shifts
 from kvllm.reference.cache import LayerCache, compress
 from tests.kernels.paged_caches import random_cache
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 2, 4, 2, 16, 8
 MAX_REQS, MAX_BLOCKS = 3, 26
 SIZES: dict[str, Any] = {"window_size": 16, "buffer_size": 8, "retention_ratio": 0.5, "query_stride": 4}
+
+
+def rope_on(device: str) -> Rope:
+    return Rope(frequencies(1000.0, HEAD_DIM, torch.device(device)))
 
 
 def model_state(config: KvConfig, cache: PagedCache, device: str) -> Any:
@@ -45,11 +51,15 @@ def model_state(config: KvConfig, cache: PagedCache, device: str) -> Any:
     state.num_candidates = config.budget_size + config.budget_interval if bounded else config.window_size
     state.layers, state.layer_indices = [None] * NUM_LAYERS, torch.arange(NUM_LAYERS, device=device)
     state.rows = RequestRows.empty(MAX_REQS)
-    state.query_bank = torch.zeros(NUM_LAYERS, MAX_REQS, state.num_queries, NUM_HEADS, HEAD_DIM, device=device)
+    state.query_bank = QueryBank.allocate(
+        NUM_LAYERS, MAX_REQS, state.num_queries, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, config.query_stride, device
+    )
+    state.rope, state.turns = rope_on(device) if state.method.uses_rope else None, {}
     most_survivors = config.budget_size if bounded else config.history_size
     shape = (MAX_REQS, NUM_LAYERS, NUM_KV_HEADS, most_survivors)
-    state.survivors = torch.zeros(shape, dtype=torch.int32, device=device) if not state._fused else None
-    state.bank_slots = torch.full((state.max_num_tokens,), -1, dtype=torch.int32, device=device)
+    needed = most_survivors and not state._fused
+    state.survivors = torch.zeros(shape, dtype=torch.int32, device=device) if needed else None
+    state.bank_codes = torch.full((state.max_num_tokens,), -1, dtype=torch.int32, device=device)
     state.plan = torch.zeros(runner_v2._NUM_ROWS, MAX_REQS, dtype=torch.int32, device=device)
     state.seq_lens = torch.zeros(MAX_REQS, dtype=torch.int32, device=device)
     return state
@@ -79,14 +89,16 @@ class Running:
         if geometry.num_events(self.num_prompt_tokens, self.computed) == event:
             return
         num_queries = config.window_size // config.query_stride
-        shape = geometry.shape(event)
+        shape, method = geometry.shape(event), make_method(config)
         compress(
             self.layers,
-            make_method(config),
+            method,
             start=geometry.candidate_start(self.num_prompt_tokens, event),
             num_candidates=shape.num_candidates,
             num_kept=shape.num_kept,
             places=torch.from_numpy(query_positions(geometry, event, config.query_stride, num_queries)),
+            shifts=torch.from_numpy(query_shifts(config.query_stride, NUM_HEADS // NUM_KV_HEADS)),
+            rope=rope_on("cpu") if method.uses_rope else None,
         )
         self.num_events += 1
 
@@ -114,12 +126,15 @@ def begin_step(state: Any, running: list[Running], device: str) -> Tensor:
     "config, num_events",
     [
         (KvConfig(method="kara", **SIZES), 7),
+        (KvConfig(method="kara", method_options={"lookahead": 0, "keydiff_power": 0.5}, **SIZES), 4),
+        (KvConfig(method="kara", method_options={"moment": "rms"}, **SIZES), 4),
         (KvConfig(method="kara", history_size=24, **SIZES), 7),
         (KvConfig(method="random", history_size=24, **SIZES), 7),
         (KvConfig(method="cask", history_size=8, **SIZES), 7),
+        (KvConfig(method="kara", policy="budget", budget_size=16, budget_interval=8, **SIZES), 13),
         (KvConfig(method="random", policy="budget", budget_size=16, budget_interval=8, **SIZES), 13),
     ],
-    ids=["windows", "history", "history-random", "history-merged", "budget"],
+    ids=["windows", "still", "generic", "history", "history-random", "history-merged", "budget", "budget-random"],
 )
 def test_equals_reference(config: KvConfig, num_events: int, device: str) -> None:
     """Two requests, the second three windows behind: events of both shapes, and with histories of two lengths, meet."""

@@ -1,53 +1,61 @@
+import numpy as np
 import pytest
 import torch
 
 from kvllm.kernels.store_queries import store_queries, store_queries_ref
+from kvllm.query_bank import QueryBank
+
+
+def bank_of(num_heads, num_kv_heads, head_dim, stride, device, max_num_reqs=3, num_queries=4):
+    bank = QueryBank.allocate(2, max_num_reqs, num_queries, num_heads, num_kv_heads, head_dim, stride, device)
+    bank.queries.fill_(77)
+    bank.scales.fill_(-1.0)
+    return bank
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("num_tokens, num_heads, head_dim", [(1, 1, 64), (7, 32, 128), (5, 9, 80), (4, 20, 256)])
-def test_store_queries(num_tokens, num_heads, head_dim, dtype, device):
+@pytest.mark.parametrize(
+    "num_tokens, num_heads, num_kv_heads, head_dim, stride",
+    [(1, 1, 1, 64, 1), (7, 32, 8, 128, 4), (5, 9, 3, 80, 4), (4, 20, 4, 256, 2), (9, 12, 2, 16, 8)],
+)
+def test_store_queries(num_tokens, num_heads, num_kv_heads, head_dim, stride, dtype, device):
     torch.manual_seed(0)
-    max_num_reqs, num_queries = 3, 4
     # A slice of the projection of queries, keys and values together: rows are strided.
     qkv = torch.randn(num_tokens, (num_heads + 2) * head_dim, device=device).to(dtype)
     query = qkv[:, : num_heads * head_dim].view(num_tokens, num_heads, head_dim)
-    slots = torch.randperm(max_num_reqs * num_queries)[: num_tokens + 2].int().to(device)
-    slots[1::2] = -1
-    bank = torch.full((max_num_reqs, num_queries, num_heads, head_dim), torch.nan, dtype=dtype, device=device)
-    expected = bank.clone()
+    bank = bank_of(num_heads, num_kv_heads, head_dim, stride, device)
+    expected = bank_of(num_heads, num_kv_heads, head_dim, stride, device)
+    rows, offsets = np.arange(num_tokens) % 3, 5 + np.arange(num_tokens) * 7
+    codes = torch.from_numpy(bank.codes(rows, offsets)).int().to(device)
+    codes[2::3] = -1
+    codes = torch.cat([codes, codes])  # padded
 
-    store_queries(query, bank, slots)
-    store_queries_ref(query, expected, slots)
+    store_queries(query, bank, 1, codes)
+    store_queries_ref(query, expected, 1, codes)
 
-    assert not expected.isnan().all()
-    torch.testing.assert_close(bank, expected, rtol=0, atol=0, equal_nan=True)  # a copy: exact
+    assert (expected.scales[1] > 0).any()
+    assert torch.equal(bank.queries, expected.queries) and torch.equal(bank.scales, expected.scales)
+    assert (bank.scales[0] == -1).all() and (bank.queries[0] == 77).all()
 
 
-def test_a_bank_of_another_dtype(device):
-    query = torch.randn(3, 4, 64, device=device)
-    if device == "cpu":  # the interpreter truncates where a GPU rounds
-        query = query.bfloat16().float()
-    slots = torch.tensor([5, -1, 0], dtype=torch.int32, device=device)
-    bank = torch.full((2, 3, 4, 64), torch.nan, dtype=torch.bfloat16, device=device)
-    expected = bank.clone()
-    store_queries(query, bank, slots)
-    store_queries_ref(query, expected, slots)
-    torch.testing.assert_close(bank, expected, rtol=0, atol=0, equal_nan=True)
+def test_halves_are_rounded_to_even(device):
+    query = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 0.0] * 2, device=device).view(1, 1, 16)
+    bank = bank_of(1, 1, 16, 1, device)
+    store_queries(query, bank, 0, torch.zeros(1, dtype=torch.int32, device=device))
+    assert bank.queries[0, 0, 0, 0].tolist() == [127, 0, 2, 2, 0, -2, -126, 0] * 2
+    assert bank.scales[0, 0, 0, 0] == 1
 
 
 def test_quantised_queries(device):
-    """With an fp8 cache vLLM may hand its backend fp8 queries; the bank holds them in the model's dtype."""
-    query = torch.randn(3, 4, 64, device=device).to(torch.float8_e4m3fn)
-    slots = torch.tensor([5, -1, 0], dtype=torch.int32, device=device)
-    bank = torch.full((2, 3, 4, 64), torch.nan, dtype=torch.bfloat16, device=device)
-    store_queries(query, bank, slots)
-    torch.testing.assert_close(bank[1, 2].float(), query[0].float(), rtol=0, atol=0)
-    torch.testing.assert_close(bank[0, 0].float(), query[2].float(), rtol=0, atol=0)
-    assert bank.isnan().all(dim=(2, 3)).sum() == 4
+    """With an fp8 cache vLLM may hand its backend fp8 queries."""
+    query = torch.randn(1, 4, 64, device=device).to(torch.float8_e4m3fn)
+    bank = bank_of(4, 4, 64, 1, device)
+    store_queries(query, bank, 0, torch.zeros(1, dtype=torch.int32, device=device))
+    error = (bank.of(0)[0, 0] - query[0].float()).abs() / query[0].float().abs().amax(dim=-1, keepdim=True)
+    assert error.max() < 0.5 / 127 + 1e-6
 
 
 def test_no_tokens(device):
-    bank = torch.zeros(1, 2, 3, 16, device=device)
-    store_queries(bank.new_empty(0, 3, 16), bank, torch.empty(0, dtype=torch.int32, device=device))
-    assert not bank.any()
+    bank = bank_of(3, 1, 16, 1, device)
+    store_queries(torch.empty(0, 3, 16, device=device), bank, 0, torch.empty(0, dtype=torch.int32, device=device))
+    assert (bank.scales == -1).all()

@@ -1,21 +1,26 @@
 import pytest
 import torch
 
-from kvllm.kernels.window_scores import tile_sizes, window_scores, window_scores_ref
+from kvllm.kernels.window_scores import Turn, tile_sizes, window_scores, window_scores_ref
 from kvllm.kernels.windows import gather_window_ref
 from kvllm.methods.base import Window
-from kvllm.methods.kara import Kara
+from kvllm.methods.kara import Kara, turn_distances
+from kvllm.methods.rope import Rope, frequencies
+from kvllm.query_bank import QueryBank, quantize
 from tests.kernels.paged_caches import random_blocks, random_cache
 
 
-def assert_scores_close(actual, expected):
-    # Rounding of the operands is the same on both sides; what is left is float32 against float64: sums of a few hundred
-    # exponentials of logits up to about 5, each within a few units of 2^-24 (exp2 on the GPU: 2 ulp).
-    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-8)
+def assert_scores_close(actual, expected, turned_in=None):
+    # Without a turn the operands are exact on both sides; what is left is float32 against float64: sums of a few hundred
+    # exponentials of logits up to about 5, each within a few units of 2^-24 (exp2 on the GPU: 2 ulp). A turned query is
+    # rounded to the dtype that the GPU multiplies in, `turned_in`: a logit of 5 is then off by up to 5 * 2^-9 in
+    # bfloat16, and 2^-12 in float16; the interpreter multiplies in float32.
+    rounding = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(turned_in, 0.0) if actual.is_cuda else 0.0
+    torch.testing.assert_close(actual, expected, rtol=2e-5 + rounding, atol=1e-8)
 
 
 def make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, *, block_size=16, num_queries=5, **kwargs):
-    """query_bank, req_slots, candidate_blocks, cache of 2 due requests; rows of other requests are NaN."""
+    """bank, req_slots, candidate_blocks, cache of 2 due requests; rows of other requests are NaN."""
     torch.manual_seed(1)
     blocks_each = num_candidates // block_size
     cache = random_cache(
@@ -27,11 +32,12 @@ def make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, *, bl
         device=device,
         **kwargs,
     )
-    # One row of padding a layer, so that the bank's strides are its own.
-    bank = torch.randn(cache.num_layers, 4, num_queries + 1, num_heads, head_dim, device=device).to(dtype)
-    bank = bank[:, :, :num_queries]
+    bank = QueryBank.allocate(cache.num_layers, 4, num_queries, num_heads, num_kv_heads, head_dim, 4, device)
+    numbers, scales = quantize(torch.randn(bank.queries.shape, device=device))
+    bank.queries.copy_(numbers)
+    bank.scales.copy_(scales)
     slots = torch.tensor([3, 1], device=device)
-    bank[:, [0, 2]] = torch.nan
+    bank.scales[:, [0, 2]] = torch.nan
     return bank, slots, random_blocks(2, blocks_each, 2 * blocks_each + 3, device), cache
 
 
@@ -73,22 +79,65 @@ def test_fp8_cache(num_candidates, token_major, device):
     assert_scores_close(window_scores(*arguments), window_scores_ref(*arguments))
 
 
+def turn_of(bank, head_dim, device, interleaved=False, num_pairs=None):
+    num_pairs = num_pairs or head_dim // 2
+    rope = Rope(100.0 ** -(torch.arange(num_pairs, dtype=torch.float64, device=device) / num_pairs), interleaved)
+    distances = torch.randint(0, 500, (bank.num_queries, bank.group_size), device=device)
+    return Turn.by(distances, rope, head_dim)
+
+
+@pytest.mark.parametrize("keydiff_power", [0.0, 1.5, 2.0])
+@pytest.mark.parametrize(
+    "num_candidates, num_heads, num_kv_heads, head_dim, dtype, options",
+    [
+        (64, 6, 3, 64, torch.bfloat16, {}),
+        (256, 32, 8, 128, torch.bfloat16, {}),
+        (48, 6, 3, 80, torch.float16, {"num_pairs": 20}),
+        (64, 9, 3, 64, torch.float32, {"interleaved": True}),
+        (544, 14, 2, 128, torch.bfloat16, {}),
+        (160, 8, 2, 80, torch.float32, {"interleaved": True, "num_pairs": 16}),
+    ],
+)
+def test_turned_queries_and_distinct_keys(
+    num_candidates, num_heads, num_kv_heads, head_dim, dtype, options, keydiff_power, device
+):
+    arguments = make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, num_queries=10)
+    turn = turn_of(arguments[0], head_dim, device, **options)
+    actual = window_scores(*arguments, True, keydiff_power, turn)
+    expected = window_scores_ref(*arguments, True, keydiff_power, turn)
+    assert_scores_close(actual, expected, turned_in=dtype)
+    assert not torch.allclose(expected, window_scores_ref(*arguments, True, keydiff_power), rtol=0.1)
+
+
 def test_large_logits_do_not_overflow(device):
     bank, slots, blocks, cache = make(64, 4, 2, 64, torch.bfloat16, device)
-    scores = window_scores(bank * 100, slots, blocks, cache)
+    bank.scales.mul_(100)
+    scores = window_scores(bank, slots, blocks, cache)
     # Logits in the hundreds lose as many digits after the point.
-    torch.testing.assert_close(scores, window_scores_ref(bank * 100, slots, blocks, cache), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(scores, window_scores_ref(bank, slots, blocks, cache), rtol=1e-3, atol=1e-7)
 
 
-def test_reference_is_kara(device):
+@pytest.mark.parametrize("method", [Kara(), Kara(keydiff_power=0.0), Kara(lookahead=0, value_norm=False)])
+def test_reference_is_kara(method, device):
     bank, slots, blocks, cache = make(64, 6, 3, 80, torch.float32, device)
     keys, values = gather_window_ref(blocks, cache, torch.float32)
-    layers = torch.arange(cache.num_layers, device=device).repeat(2)
-    queries = bank[:, slots].transpose(0, 1).flatten(0, 1)
-    positions = torch.arange(64, device=device).expand(4, 3, 64)
-    window = Window(queries, torch.arange(5, device=device), keys, values, positions, layers)
-    expected = Kara().score(window).unflatten(0, (2, cache.num_layers))
-    assert_scores_close(window_scores_ref(bank, slots, blocks, cache), expected)
+    window = Window(
+        queries=bank.of(slots).transpose(0, 1).flatten(0, 1),
+        query_positions=torch.tensor([75, 79, 63, 67, 71], device=device),
+        keys=keys,
+        values=values,
+        positions=torch.arange(64, device=device).expand(4, 3, 64),
+        layers=torch.arange(cache.num_layers, device=device).repeat(2),
+        query_shifts=bank.shifts,
+        rope=Rope(frequencies(10000.0, 80, device)),
+    )
+    expected = method.score(window).unflatten(0, (2, cache.num_layers))
+    turn = None
+    if method.uses_rope:
+        distances = turn_distances(window.query_positions, window.query_shifts, method.lookahead)
+        turn = Turn.by(distances, window.rope, 80)
+    actual = window_scores_ref(bank, slots, blocks, cache, method.value_norm, method.keydiff_power, turn)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-8)
 
 
 def test_nothing_due(device):

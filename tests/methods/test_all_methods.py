@@ -10,8 +10,9 @@ import torch
 from kvllm.config import KvConfig
 from kvllm.methods import make_method, methods
 from kvllm.methods.base import Window
+from kvllm.methods.rope import Rope, frequencies
 from kvllm.methods.triattention import save_statistics
-from tests.methods.windows import one_of, random_window
+from tests.methods.windows import one_of, random_window, tensors_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,6 +51,8 @@ def windows() -> dict[str, Window]:
         "bfloat16": random_window(batch=3, dtype=torch.bfloat16),
         "num_kv_heads 1": random_window(num_kv_heads=1, group_size=6, head_dim=HEAD_DIM),
         "group_size 1": random_window(num_kv_heads=6, group_size=1, head_dim=HEAD_DIM),
+        "no RoPE and no turns": replace(window, query_shifts=None, rope=None),
+        "interleaved RoPE of half the dimensions": replace(window, rope=Rope(frequencies(50.0, 4), interleaved=True)),
         "some queries before the window": replace(window, query_positions=torch.tensor([26, -9, 4, -1, 20])),
         "equal tokens": replace(window, keys=torch.ones_like(window.keys), values=torch.ones_like(window.values)),
         "zeros": replace(
@@ -112,10 +115,10 @@ def test_the_order_of_the_query_ring_does_not_matter(method, name):
 
 def test_the_input_is_left_alone(method):
     window = random_window(head_dim=HEAD_DIM)
-    before = {f.name: getattr(window, f.name).clone() for f in fields(Window)}
+    before = tensors_of(window)
     method.compress(window, 5)
-    for name, tensor in before.items():
-        assert torch.equal(getattr(window, name), tensor), name
+    for name, tensor in tensors_of(window).items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_a_method_is_frozen_and_its_options_have_defaults(method):

@@ -33,7 +33,8 @@ def by_loops(window, method):
             queries = window.queries[b, :, h * group_size(window) + g].double()
             average = torch.eye(dim, dtype=torch.float64)
             if method.rope_theta is not None:
-                places = int(window.positions[b, h, -1]) + window.query_positions - (window.num_tokens - 1)
+                shift = 0 if window.query_shifts is None else int(window.query_shifts[g])
+                places = int(window.positions[b, h, -1]) + window.query_positions - (window.num_tokens - 1) - shift
                 turns = [rotation(-int(p), method.rope_theta, dim) for p in places]
                 queries = torch.stack([turn @ q for turn, q in zip(turns, queries, strict=True)])
                 future = range(newest + 1, newest + 1 + method.num_future_tokens)
@@ -54,7 +55,7 @@ def by_loops(window, method):
     return per_head(window, score)
 
 
-@pytest.mark.parametrize("name", ["window", "budget", "num_kv_heads 1"])
+@pytest.mark.parametrize("name", ["window", "budget", "num_kv_heads 1", "no RoPE and no turns"])
 @pytest.mark.parametrize(
     "method",
     [
@@ -70,14 +71,23 @@ def test_scores_equal_the_definition(name, method):
     torch.testing.assert_close(method.score(window), by_loops(window, method), rtol=2e-4, atol=1e-6)
 
 
+def test_a_head_s_queries_stand_where_its_turn_was():
+    """What its shifts say of a group makes a difference with the rotation undone, and none without."""
+    window = WINDOWS["window"]
+    for method, same in ((ExpectedAttention(), True), (ExpectedAttention(rope_theta=100.0), False)):
+        scores, unshifted = method.score(window), method.score(replace(window, query_shifts=None))
+        assert torch.allclose(scores, unshifted, rtol=1e-3) == same
+
+
 def test_with_rope_theta_only_the_place_before_rope_counts():
     """Queries that are one vector before RoPE, wherever they stand: the future's rotation of it, without variance."""
     window = WINDOWS["window"]
     last = torch.full_like(window.query_positions, int(window.query_positions.max()))
     method = ExpectedAttention(rope_theta=100.0, num_future_tokens=4)
     one = window.queries[:, :1].expand_as(window.queries)
-    places = 160 + window.query_positions.view(1, -1, 1)
-    at_last = replace(window, queries=one, query_positions=last)
+    members = window.query_shifts.repeat(window.num_kv_heads)  # of each head
+    places = 160 + window.query_positions.view(1, -1, 1) - members
+    at_last = replace(window, queries=one, query_positions=last, query_shifts=None)
     shifted = unrotate(one, (160 + last).view(1, -1, 1) - places, 100.0)  # turned back from the last place to each
     spread = replace(window, queries=shifted)
     torch.testing.assert_close(method.score(spread), method.score(at_last), rtol=1e-4, atol=1e-6)

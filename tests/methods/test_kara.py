@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import cmath
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,17 +11,60 @@ from hypothesis import strategies as st
 
 from kvllm.config import KvConfig
 from kvllm.methods import make_method
-from kvllm.methods.kara import Kara, rank, token2chunk
+from kvllm.methods.kara import Kara, rank, token2chunk, turn_distances
 from kvllm.methods.keydiff import KeyDiff
 from kvllm.methods.rkv import redundancy
+from kvllm.methods.rope import Rope, frequencies
 from tests.methods.windows import random_window
 
 
-def scores_by_loops(window, bidirectional, value_norm, moment="mean"):
+def turned_by_hand(vector, distance, rope):
+    """RoPE over this many tokens, one complex number for each pair of dimensions."""
+    result = [float(x) for x in vector]
+    for i, frequency in enumerate(rope.frequencies.tolist()):
+        first, second = (2 * i, 2 * i + 1) if rope.interleaved else (i, i + len(rope.frequencies))
+        pair = complex(result[first], result[second]) * cmath.exp(1j * distance * frequency)
+        result[first], result[second] = pair.real, pair.imag
+    return torch.tensor(result, dtype=torch.float64)
+
+
+def queries_by_loops(window, lookahead):
+    """[batch, num_queries, num_heads, head_dim] in float64: the i-th oldest query stands i golden ratios ahead."""
+    result = window.queries.double()
+    if not lookahead or window.rope is None:
+        return result
+    batch, num_queries, num_heads, _ = result.shape
+    places = window.query_positions.tolist()
+    for q in range(num_queries):
+        share = sorted(places).index(places[q]) * (math.sqrt(5) - 1) / 2 % 1
+        target = max(places) + 1 + math.floor(share * lookahead)
+        for head in range(num_heads):
+            shifts = [0] * num_heads if window.query_shifts is None else window.query_shifts.tolist()
+            stands = places[q] - shifts[head % (num_heads // window.num_kv_heads)]
+            for b in range(batch):
+                result[b, q, head] = turned_by_hand(result[b, q, head], target - stands, window.rope)
+    return result
+
+
+def distinctness_by_loops(window):
+    """[batch, num_kv_heads, num_tokens] in float64: 1 - cosine of each key to the mean of all keys of length 1."""
+    batch, num_tokens, num_kv_heads, _ = window.keys.shape
+    result = torch.zeros(batch, num_kv_heads, num_tokens, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(num_kv_heads):
+            unit = [key / key.norm() for key in window.keys[b, :, h].double()]
+            mean = sum(unit) / num_tokens
+            for t in range(num_tokens):
+                result[b, h, t] = 1 - float(unit[t] @ mean) / float(mean.norm())
+    return result
+
+
+def scores_by_loops(window, bidirectional, value_norm, moment="mean", lookahead=0, keydiff_power=0.0):
     """The definition, one query, one head and one key at a time, in Python floats."""
     batch, num_tokens, num_kv_heads, head_dim = window.keys.shape
     num_queries, num_heads = window.queries.shape[1:3]
     group_size = num_heads // num_kv_heads
+    queries = queries_by_loops(window, lookahead)
     result = torch.zeros(batch, num_kv_heads, num_tokens, dtype=torch.float64)
     highest = torch.zeros(batch, num_heads, num_tokens, dtype=torch.float64)
     for b in range(batch):
@@ -28,7 +73,7 @@ def scores_by_loops(window, bidirectional, value_norm, moment="mean"):
             for q in range(num_queries):
                 place = int(window.query_positions[q])
                 seen = [t for t in range(num_tokens) if bidirectional or t <= place]
-                query = window.queries[b, q, head].double()
+                query = queries[b, q, head]
                 weights = {
                     t: math.exp(float(query @ window.keys[b, t, kv_head].double()) / head_dim**0.5) for t in seen
                 }
@@ -42,7 +87,14 @@ def scores_by_loops(window, bidirectional, value_norm, moment="mean"):
         result = result.sqrt()
     if moment == "max":
         result = highest.unflatten(1, (num_kv_heads, group_size)).mean(dim=2)
-    return result * window.values.double().norm(dim=-1).transpose(1, 2) if value_norm else result
+    if value_norm:
+        result = result * window.values.double().norm(dim=-1).transpose(1, 2)
+    return result * distinctness_by_loops(window) ** keydiff_power if keydiff_power else result
+
+
+def assert_scores_close(actual, expected):
+    # Sums of a few dozen terms in float32 against the same in float64.
+    torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -51,10 +103,84 @@ def scores_by_loops(window, bidirectional, value_norm, moment="mean"):
 @pytest.mark.parametrize("num_kv_heads, group_size", [(1, 1), (3, 1), (1, 4), (2, 3)])
 def test_scores_equal_the_definition(bidirectional, value_norm, moment, num_kv_heads, group_size):
     window = random_window(num_kv_heads=num_kv_heads, group_size=group_size)
-    actual = Kara(bidirectional=bidirectional, value_norm=value_norm, moment=moment).score(window)
-    expected = scores_by_loops(window, bidirectional, value_norm, moment)
-    # Sums of a few dozen terms in float32 against the same in float64.
-    torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-6)
+    options = {"bidirectional": bidirectional, "value_norm": value_norm, "moment": moment}
+    actual = Kara(lookahead=0, keydiff_power=0.0, **options).score(window)
+    assert_scores_close(actual, scores_by_loops(window, **options))
+
+
+@pytest.mark.parametrize("lookahead", [1, 7, 300])
+@pytest.mark.parametrize("shifts", [None, [0, 1, 2], [0, 0, 5]])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        Rope(frequencies(10000.0, 8)),
+        Rope(frequencies(10000.0, 8), interleaved=True),
+        Rope(frequencies(100.0, 4)),  # the second half of the dimensions does not turn
+        Rope(torch.tensor([1.0, 0.3, 0.01], dtype=torch.float64), interleaved=True),
+    ],
+    ids=["halves", "interleaved", "partial", "partial interleaved"],
+)
+def test_queries_are_turned_to_where_those_to_come_will_stand(rope, shifts, lookahead):
+    shifts = None if shifts is None else torch.tensor(shifts)
+    window = replace(random_window(), rope=rope, query_shifts=shifts)
+    kara = Kara(lookahead=lookahead, keydiff_power=0.0)
+    # float32 sines and cosines, on numbers up to about 7.
+    ahead = kara.ahead(window).queries.double()
+    torch.testing.assert_close(ahead, queries_by_loops(window, lookahead), rtol=1e-5, atol=2e-6)
+    assert_scores_close(kara.score(window), scores_by_loops(window, True, True, lookahead=lookahead))
+    assert not torch.allclose(kara.score(window), Kara(lookahead=0, keydiff_power=0.0).score(window), rtol=0.01)
+
+
+def test_distances_by_hand():
+    """The newest query stands at 40. Of five, the oldest goes to 41, the next 0.618 of the range on, then 0.236, ..."""
+    positions = torch.tensor([36, 40, 24, 28, 32])
+    ahead = {24: 1, 28: 1 + 61, 32: 1 + 23, 36: 1 + 85, 40: 1 + 47}
+    expected = [[40 - p + ahead[p], 40 - p + ahead[p] + 2] for p in positions.tolist()]
+    assert turn_distances(positions, torch.tensor([0, 2]), 100).tolist() == expected
+    assert turn_distances(positions, None, 100).tolist() == [[first] for first, _ in expected]
+    assert turn_distances(positions, None, 1).flatten().tolist() == [5, 1, 17, 13, 9]
+
+
+def test_places_ahead_cover_the_range_evenly():
+    positions = torch.randperm(64, generator=torch.Generator().manual_seed(0)) * 4
+    ahead = (turn_distances(positions, None, 300)[:, 0] - (positions.max() - positions)).sort().values
+    assert ahead.min() == 1 and ahead.max() <= 300
+    assert ahead.diff().min() >= 2 and ahead.diff().max() <= 8  # 300 / 64 is 4.7
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("keydiff_power", [0.5, 2.0])
+def test_keys_unlike_the_others_count_more(bidirectional, keydiff_power):
+    window = random_window()
+    kara = Kara(bidirectional=bidirectional, lookahead=0, keydiff_power=keydiff_power)
+    expected = scores_by_loops(window, bidirectional, True, keydiff_power=keydiff_power)
+    assert_scores_close(kara.score(window), expected)
+
+
+@pytest.mark.parametrize("moment", ["mean", "rms", "max"])
+def test_the_defaults_equal_the_definition(moment):
+    window = random_window()
+    expected = scores_by_loops(window, True, True, moment, lookahead=300, keydiff_power=2.0)
+    assert_scores_close(Kara(moment=moment).score(window), expected)
+
+
+def test_of_keys_all_alike_none_is_distinct():
+    window = random_window()
+    alike = replace(window, keys=window.keys[:, :1].expand_as(window.keys))
+    scores = Kara().score(alike)
+    assert (scores >= 0).all() and (scores < 1e-6).all()  # and not NaN: a cosine may round to above 1
+
+
+def test_nothing_turns_without_rope_or_in_the_causal_ablation():
+    window = random_window()
+    still, turning = Kara(lookahead=0), Kara(lookahead=300)
+    without = replace(window, rope=None)
+    assert torch.equal(turning.score(without), still.score(window))
+    assert not torch.allclose(turning.score(window), still.score(window), rtol=0.01)
+    causal = replace(turning, bidirectional=False)
+    assert torch.equal(causal.score(window), replace(still, bidirectional=False).score(window))
+    assert turning.ahead(without) is without and still.ahead(window) is window and causal.ahead(window) is window
+    assert turning.uses_rope and not still.uses_rope and not causal.uses_rope
 
 
 def test_a_key_is_judged_by_the_queries_before_it_only_when_bidirectional():
@@ -100,13 +226,16 @@ def test_ranks_of_other_scores_are_added(keydiff_weight, redundancy_weight):
 
 def test_the_paper_form_is_plain_and_keeps_its_chunks():
     window = random_window()
-    paper = Kara(variant="paper", moment="max", keydiff_weight=1.0, key_ridge=1.0, max_chunk_size=5)
+    ours = {"moment": "max", "lookahead": 50, "keydiff_power": 1.0, "keydiff_weight": 1.0, "key_ridge": 1.0}
+    paper = Kara(variant="paper", max_chunk_size=5, **ours)
     assert paper == Kara(variant="paper", max_chunk_size=5) and paper.fused
-    torch.testing.assert_close(paper.score(window), scores_by_loops(window, True, False).float(), rtol=1e-5, atol=1e-6)
+    assert paper.lookahead == 0 and paper.keydiff_power == 0 and not paper.uses_rope
+    assert_scores_close(paper.score(window), scores_by_loops(window, True, False))
 
 
 def test_fused_is_what_the_kernels_compute():
     assert Kara().fused and Kara(value_norm=False, max_chunk_size=1).fused
+    assert Kara(lookahead=0).fused and Kara(keydiff_power=0.5).fused
     for options in ({"bidirectional": False}, {"moment": "rms"}, {"keydiff_weight": 0.5}, {"redundancy_weight": 0.5}):
         assert not Kara(**options).fused
     assert not Kara(key_ridge=1.0).fused and not Kara(value_ridge=1.0).fused
@@ -210,5 +339,10 @@ def test_options():
         KvConfig(method_options={"variant": "papre"})
     with pytest.raises(ValueError, match="keydiff_weight=-1: must be a number from 0"):
         KvConfig(method_options={"keydiff_weight": -1})
+    for lookahead in (-1, 1.5, True):
+        with pytest.raises(ValueError, match=f"lookahead={lookahead}: must be a whole number"):
+            KvConfig(method_options={"lookahead": lookahead})
+    with pytest.raises(ValueError, match="keydiff_power=-0.5: must be a number from 0 to 16"):
+        KvConfig(method_options={"keydiff_power": -0.5})
     with pytest.raises(ValueError, match="max_chunk_size=0: must be positive"):
         KvConfig(method_options={"max_chunk_size": 0})

@@ -137,4 +137,4 @@ def test_kara(layer):
     keys = layer.keys.repeat_interleave(HEADS // KV_HEADS, dim=1)
     attend = kvpress.NonCausalAttnPress.non_causal_chunked_attn
     sums = attend(layer.queries * DIM**-0.5, keys, TOKENS).unflatten(1, (KV_HEADS, -1)).mean(dim=2)
-    assert_agree(Kara(value_norm=False).score(layer.window()), sums / TOKENS)
+    assert_agree(Kara(variant="paper").score(layer.window()), sums / TOKENS)

@@ -1,7 +1,7 @@
 """The reference once more without a cache: stock attention over the whole text, with evicted tokens masked.
 
 Every layer and head gets its own mask of what was still there when a token was computed, and each compression is
-worked out from the text positions alone. Nothing of `kvllm.layout` or `kvllm.query_ring` is used.
+worked out from the text positions alone. Nothing of `kvllm.layout`, `kvllm.query_ring` or `kvllm.query_bank` is used.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from kvllm.methods.base import Method, Window
+from kvllm.methods.rope import Rope
 
 
 def masked_pass(model: PreTrainedModel, token_ids: list[int], visible: Tensor) -> tuple[Tensor, list[tuple]]:
@@ -39,6 +40,15 @@ def masked_pass(model: PreTrainedModel, token_ids: list[int], visible: Tensor) -
     return logits, seen
 
 
+def eight_bits(queries: Tensor) -> Tensor:
+    """Each vector in whole steps of a 127th of its largest number."""
+    result = queries.float().clone()
+    for vector in result.view(-1, queries.shape[-1]):
+        step = vector.abs().max() / 127
+        vector.copy_(torch.round(vector / step) * step)
+    return result
+
+
 def masked_replay(
     model: PreTrainedModel,
     token_ids: list[int],
@@ -61,6 +71,14 @@ def masked_replay(
     """
     config = model.config
     heads, num_tokens = config.num_key_value_heads, len(token_ids)
+    group_size, num_queries = config.num_attention_heads // heads, query_span // query_stride
+
+    def ring_of(older: int, now: int) -> list[int]:
+        """The token whose query each slot has, for a head that takes that many tokens before every stride's last."""
+        stored = range(protected_len + query_stride - 1 - older, now, query_stride)
+        # Slot i has the newest of the i-th, (i + n)-th, (i + 2n)-th, ... to be stored.
+        return [max(p for i, p in enumerate(stored) if i % num_queries == slot) for slot in range(num_queries)]
+
     visible = torch.ones(config.num_hidden_layers, heads, num_tokens, num_tokens, dtype=torch.bool).tril()
     everything: list[Tensor] = []
     for event, now in enumerate(range(protected_len + num_candidates + buffer_size, num_tokens, interval)):
@@ -70,24 +88,23 @@ def masked_replay(
         history = int(visible[0, 0, now - 1, protected_len:first].sum())
         if history_limit and history + num_kept > history_limit:
             first, expected, num_survivors = protected_len, history + num_candidates, history_kept
-        # Slot i of the ring has the newest token whose query was the (i, i + n, i + 2n, ...)-th to be stored.
-        stored = [p for p in range(protected_len, now) if (p - protected_len) % query_stride == query_stride - 1]
-        num_queries = query_span // query_stride
-        ring = [max(p for i, p in enumerate(stored) if i % num_queries == slot) for slot in range(num_queries)]
-        assert min(ring) >= now - query_span
+        rings = torch.tensor([ring_of(m * query_stride // group_size, now) for m in range(group_size)])
+        assert rings.min() >= now - query_span and rings.max() == now - 1
         kept_of_layers = []
         for layer, (query, key, value) in enumerate(layers):
             alive = visible[layer, :, now - 1, first : now - buffer_size].clone()  # [num_kv_heads, candidates' range]
             positions = torch.stack([row.nonzero()[:, 0] + first for row in alive])
             assert positions.shape[1] == expected
-            places = torch.tensor(ring) - (now - buffer_size - expected)
+            queries = torch.stack([query[head, rings[head % group_size]] for head in range(len(query))], dim=1)
             window = Window(
-                queries=query[:, ring].transpose(0, 1)[None],
-                query_positions=places,
+                queries=eight_bits(queries)[None],
+                query_positions=rings[0] - (now - buffer_size - expected),
                 keys=torch.stack([key[h, positions[h]] for h in range(heads)], dim=1)[None],
                 values=torch.stack([value[h, positions[h]] for h in range(heads)], dim=1)[None],
                 positions=positions[None],
                 layers=torch.tensor([layer]),
+                query_shifts=rings[0, 0] - rings[:, 0],
+                rope=Rope(model.model.rotary_emb.inv_freq.double()),
             )
             kept = method.compress(window, num_survivors).indices[0]
             for h in range(heads):

@@ -17,11 +17,13 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from kvllm.engine import cpu_cache
 from kvllm.engine.attention import capture_queries, shortening_backend
 from kvllm.engine.positions import candidate_positions, kept_rows
+from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, kv_config
 from kvllm.layout import Geometry, IntArray
 from kvllm.methods import make_method
 from kvllm.methods.base import Window
-from kvllm.query_ring import is_stored, query_positions, slot_of
+from kvllm.query_bank import QueryBank
+from kvllm.query_ring import query_positions
 
 logger = init_logger(__name__)
 
@@ -44,27 +46,26 @@ class CompressorV1:
         self.layer_indices = torch.tensor([extract_layer_index(name) for name in named_layers])
         self.num_queries = config.window_size // config.query_stride
         layer = self.layers[0]
-        self.query_bank = torch.empty(
-            len(self.layers), runner.max_num_reqs, self.num_queries, layer.num_heads, layer.head_size,
-            dtype=runner.model_config.dtype,
+        self.query_bank = QueryBank.allocate(
+            len(self.layers), runner.max_num_reqs, self.num_queries, layer.num_heads, layer.num_kv_heads,
+            layer.head_size, config.query_stride,
         )  # fmt: skip
+        self.rope = rope_of(runner.model) if self.method.uses_rope else None
         self.free_rows = list(range(runner.max_num_reqs))
         self.rows: dict[str, int] = {}  # request -> row of the query bank
         self.events: dict[str, int] = {}  # request -> events done
         self.survivors: dict[str, Tensor] = {}  # request -> text positions of its survivors, if they can be candidates
         self.reader: cpu_cache.PackedReader | None = None
-        # What the current step stores: tokens of the batch, and their places in the flattened bank.
+        # What the current step stores: tokens of the batch, and what the bank is told of each.
         self.stored_tokens: Tensor | None = None
-        self.stored_at: Tensor | None = None
+        self.codes: Tensor | None = None
         # What the current step's attention leaves out; None where nothing is shortened.
         self.block_index: Tensor | None = None
         self.num_removed: Tensor | None = None
         capture_queries(self.layers, self._capture, "cpu")
         for each in self.layers:
             each.attn_backend = shortening_backend(each.attn_backend, self._shorten)
-        logger.info(
-            "KvLLM: %s, query bank of %.0f MiB", config, self.query_bank.numel() * self.query_bank.itemsize / 2**20
-        )
+        logger.info("KvLLM: %s, query bank of %.0f MiB", config, self.query_bank.num_bytes / 2**20)
 
     def skip_step(self) -> None:
         """Prepare a step that is not a real batch."""
@@ -109,30 +110,30 @@ class CompressorV1:
     def _plan_capture(
         self, req_ids: list[str], geometries: list[Geometry | None], prompts: IntArray, scheduled: dict[str, int]
     ) -> None:
-        tokens, places, start = [], [], 0
+        tokens, codes, start = [], [], 0
         for i, req_id in enumerate(req_ids):
             count = scheduled[req_id]
             geometry = geometries[i]
             computed = int(self.runner.input_batch.num_computed_tokens_cpu[i])
             if geometry is not None and computed + count > prompts[i]:
-                offsets = np.arange(computed, computed + count) - geometry.protected_len(int(prompts[i]))
-                (stored,) = np.nonzero(is_stored(offsets, self.config.query_stride))
-                if len(stored):
+                end = computed + count
+                # A chunk may be longer than the ring: of tokens for one slot only the newest counts.
+                first = max(computed, geometry.protected_len(int(prompts[i])), end - self.query_bank.period)
+                if first < end:
                     if req_id not in self.rows:
                         self.rows[req_id] = self.free_rows.pop()
-                    slots = slot_of(offsets[stored], self.config.query_stride, self.num_queries)
-                    # A chunk may be longer than the ring: of tokens for one slot only the newest counts.
-                    keep = slice(max(0, len(stored) - self.num_queries), None)
-                    tokens.append(start + stored[keep])
-                    places.append(self.rows[req_id] * self.num_queries + slots[keep])
+                    stored = np.arange(first, end)
+                    offsets = stored - geometry.protected_len(int(prompts[i]))
+                    tokens.append(start + stored - computed)
+                    codes.append(self.query_bank.codes(self.rows[req_id], offsets))
             start += count
         if tokens:
             self.stored_tokens = torch.from_numpy(np.concatenate(tokens))
-            self.stored_at = torch.from_numpy(np.concatenate(places))
+            self.codes = torch.from_numpy(np.concatenate(codes))
 
     def _capture(self, layer: int, query: Tensor) -> None:
-        if self.stored_tokens is not None:
-            self.query_bank[layer].flatten(0, 1)[self.stored_at] = query[self.stored_tokens]
+        if self.stored_tokens is not None and self.codes is not None:
+            self.query_bank.store(layer, query[self.stored_tokens], self.codes)
 
     def _plan_attention(self, geometries: list[Geometry | None], prompts: IntArray, events: IntArray) -> None:
         block_table = self.runner.input_batch.block_table[0]
@@ -193,7 +194,7 @@ class CompressorV1:
         num_layers, _, num_kv_heads, _ = keys.shape
         survivors = self.survivors.get(req_id, torch.empty(num_layers, num_kv_heads, 0, dtype=torch.int64))
         window = Window(
-            queries=self.query_bank[:, self.rows[req_id]],
+            queries=self.query_bank.of(self.rows[req_id]),
             query_positions=torch.from_numpy(
                 query_positions(geometry, event, self.config.query_stride, self.num_queries)
             ),
@@ -201,6 +202,8 @@ class CompressorV1:
             values=values,
             positions=candidate_positions(geometry, prompt, event, survivors),
             layers=self.layer_indices,
+            query_shifts=self.query_bank.shifts,
+            rope=self.rope,
         )
         kept = self.method.compress(window, geometry.shape(event).num_kept)
         self._write(block_ids, *kept_rows(window, kept))

@@ -23,19 +23,21 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from kvllm.engine.attention import capture_queries
 from kvllm.engine.positions import candidate_positions, kept_rows
+from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, kv_config
 from kvllm.kernels.block_tables import shorten_block_tables
 from kvllm.kernels.compact import compact
 from kvllm.kernels.paged import PagedCache
 from kvllm.kernels.select_chunks import select_chunks
 from kvllm.kernels.store_queries import store_queries
-from kvllm.kernels.window_scores import window_scores
+from kvllm.kernels.window_scores import Turn, window_scores
 from kvllm.kernels.windows import gather_window, scatter_window
 from kvllm.layout import Geometry, IntArray, Shape
 from kvllm.methods import make_method
 from kvllm.methods.base import Window
-from kvllm.methods.kara import Kara
-from kvllm.query_ring import is_stored, query_positions, slot_of
+from kvllm.methods.kara import Kara, turn_distances
+from kvllm.query_bank import QueryBank
+from kvllm.query_ring import query_positions
 
 logger = init_logger(__name__)
 
@@ -103,10 +105,12 @@ class KvModelState(DefaultModelState):
         layer = self.layers[0]
         self.rows = RequestRows.empty(self.max_num_reqs)
         # Allocated with the model, so before vLLM profiles its memory and sizes the KV pool.
-        self.query_bank = torch.zeros(
-            len(self.layers), self.max_num_reqs, self.num_queries, layer.num_heads, layer.head_size,
-            dtype=self.dtype, device=device,
+        self.query_bank = QueryBank.allocate(
+            len(self.layers), self.max_num_reqs, self.num_queries, layer.num_heads, layer.num_kv_heads,
+            layer.head_size, config.query_stride, device,
         )  # fmt: skip
+        self.rope = rope_of(model) if self.method.uses_rope else None
+        self.turns: dict[bytes, Turn] = {}
         # Text positions of survivors that will be candidates again, [max_num_reqs, num_layers, num_kv_heads, most of
         # them]; int32 holds them.
         self.survivors: Tensor | None = None
@@ -116,15 +120,14 @@ class KvModelState(DefaultModelState):
                 self.max_num_reqs, len(self.layers), layer.num_kv_heads, most_survivors,
                 dtype=torch.int32, device=device,
             )  # fmt: skip
-        self.bank_slots = torch.full((self.max_num_tokens,), -1, dtype=torch.int32, device=device)
+        self.bank_codes = torch.full((self.max_num_tokens,), -1, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self.plan = torch.zeros(_NUM_ROWS, self.max_num_reqs, dtype=torch.int32, device=device)
         self.cache: PagedCache | None = None
         self.prepared: InputBatch | None = None  # the real batch that preprocess_state has planned
         self.num_removed = np.zeros(0, np.int64)
         capture_queries(self.layers, self._capture, "cuda")
-        size = self.query_bank.numel() * self.query_bank.itemsize
-        logger.info("KvLLM: %s, query bank of %.2f GiB", config, size / 2**30)
+        logger.info("KvLLM: %s, query bank of %.2f GiB", config, self.query_bank.num_bytes / 2**30)
 
     # ------------------------------------------------------------------ requests
 
@@ -159,7 +162,8 @@ class KvModelState(DefaultModelState):
             num_blocks = geometry.shape(event).num_candidates // self.block_size
             blocks = torch.zeros(1, num_blocks, dtype=torch.int32, device=self.device)
             row = torch.zeros(1, dtype=torch.int32, device=self.device)
-            self._compress_group(geometry, np.ones(1, np.int64), np.full(1, event, np.int64), row, blocks)
+            places = query_positions(geometry, event, self.config.query_stride, self.num_queries)
+            self._compress_group(geometry, np.ones(1, np.int64), np.full(1, event, np.int64), places, row, blocks)
 
     @staticmethod
     def _query_scale(layer: Any) -> float:
@@ -169,7 +173,7 @@ class KvModelState(DefaultModelState):
 
     def _capture(self, layer: int, query: Tensor) -> None:
         if query.shape[0] <= self.max_num_tokens:
-            store_queries(query.view(-1, *self.query_bank.shape[3:]), self.query_bank[layer], self.bank_slots)
+            store_queries(query.view(-1, *self.query_bank.queries.shape[3:]), self.query_bank, layer, self.bank_codes)
 
     def preprocess_state(
         self,
@@ -195,7 +199,6 @@ class KvModelState(DefaultModelState):
         self.prepared = input_batch
 
     def _plan_capture(self, input_batch: InputBatch, slots: IntArray, computed: IntArray) -> None:
-        stride, ring = self.config.query_stride, self.num_queries
         counts = input_batch.num_scheduled_tokens[: len(slots)].astype(np.int64)
         offsets, owners, ends = computed - self.rows.protected[slots], slots, computed + counts
         if (counts != 1).any():
@@ -203,11 +206,11 @@ class KvModelState(DefaultModelState):
             within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
             offsets, owners, ends = offsets[row] + within, slots[row], ends[row]
         # A chunk may be longer than the ring: of tokens for one slot only the newest counts.
-        newest = offsets >= ends - self.rows.protected[owners] - ring * stride
-        stored = is_stored(offsets, stride).astype(bool) & newest & (self.rows.num_kept[owners] > 0)
+        newest = offsets >= ends - self.rows.protected[owners] - self.query_bank.period
+        stored = newest & (offsets >= 0) & (self.rows.num_kept[owners] > 0)
         plan = np.full(input_batch.num_tokens_after_padding, -1, np.int32)
-        plan[: len(stored)][stored] = (owners * ring + slot_of(offsets, stride, ring))[stored]
-        async_tensor_h2d(plan, out=self.bank_slots[: len(plan)])
+        plan[: len(stored)][stored] = self.query_bank.codes(owners, offsets)[stored]
+        async_tensor_h2d(plan, out=self.bank_codes[: len(plan)])
 
     def _shorten(self, input_batch: InputBatch, slots: IntArray, events: IntArray, block_table: Tensor) -> None:
         num_reqs = len(slots)
@@ -247,7 +250,7 @@ class KvModelState(DefaultModelState):
             upper_bound[: len(self.num_removed)] -= torch.from_numpy(self.num_removed).to(upper_bound.dtype)
         else:
             self.seq_lens[:num_padded].copy_(input_batch.seq_lens)
-            self.bank_slots.fill_(-1)
+            self.bank_codes.fill_(-1)
         self.prepared = None
         physical = replace(input_batch, seq_lens=self.seq_lens[:num_padded], seq_lens_cpu_upper_bound=upper_bound)
         return super().prepare_attn(physical, cudagraph_mode, block_tables, *args, **kwargs)
@@ -255,29 +258,37 @@ class KvModelState(DefaultModelState):
     # ------------------------------------------------------------------ compression
 
     def _compress(self, due: IntArray, slots: IntArray, events: IntArray, block_table: Tensor) -> None:
-        """Compress what is due in the batch's rows `due`, a launch for each ratio and shape of event among them."""
-        groups: dict[tuple[Geometry, Shape], list[int]] = {}
+        """Compress what is due in the batch's rows `due`: at once what has one ratio, shape, and places of queries."""
+        groups: dict[tuple[Geometry, Shape, bytes], list[int]] = {}
         for i in due:
             geometry, event = self.rows.geometries[slots[i]], int(events[i]) - 1
             assert geometry is not None
-            groups.setdefault((geometry, geometry.shape(event)), []).append(int(i))
+            places = query_positions(geometry, event, self.config.query_stride, self.num_queries)
+            groups.setdefault((geometry, geometry.shape(event), places.tobytes()), []).append(int(i))
             self.rows.dropped_groups[slots[i]] = geometry.num_dropped_groups(event + 1)
-        for (geometry, _), rows in groups.items():
+        for (geometry, _, places_bytes), rows in groups.items():
             batch = np.array(rows)
             prompts, done = self.rows.num_prompt_tokens[slots[batch]], events[batch] - 1
             blocks = self._candidate_blocks(geometry, prompts, done)
             index = async_tensor_h2d(np.concatenate([batch[:, None], blocks], axis=1), device=self.device)
             candidates = block_table[index[:, :1], index[:, 1:]]
             req_slots = async_tensor_h2d(slots[batch].astype(np.int32), device=self.device)
-            self._compress_group(geometry, prompts, done, req_slots, candidates)
+            places = np.frombuffer(places_bytes, np.int64)
+            self._compress_group(geometry, prompts, done, places, req_slots, candidates)
 
     def _compress_group(
-        self, geometry: Geometry, prompts: IntArray, done: IntArray, req_slots: Tensor, candidates: Tensor
+        self,
+        geometry: Geometry,
+        prompts: IntArray,
+        done: IntArray,
+        places: IntArray,
+        req_slots: Tensor,
+        candidates: Tensor,
     ) -> None:
         if self._fused:
-            self._compress_kara(geometry.shape(int(done[0])).num_kept, req_slots, candidates)
+            self._compress_kara(geometry.shape(int(done[0])).num_kept, places, req_slots, candidates)
         else:
-            self._compress_generic(geometry, prompts, done, req_slots, candidates)
+            self._compress_generic(geometry, prompts, done, places, req_slots, candidates)
 
     @staticmethod
     def _candidate_blocks(geometry: Geometry, prompts: IntArray, done: IntArray) -> IntArray:
@@ -293,43 +304,59 @@ class KvModelState(DefaultModelState):
         """Whether the kernels do exactly what the method does."""
         return isinstance(self.method, Kara) and self.method.fused
 
-    def _compress_kara(self, num_kept: int, req_slots: Tensor, candidates: Tensor) -> None:
+    def _compress_kara(self, num_kept: int, places: IntArray, req_slots: Tensor, candidates: Tensor) -> None:
         assert self.cache is not None and isinstance(self.method, Kara)
         method = self.method
-        scores = window_scores(self.query_bank, req_slots, candidates, self.cache, method.value_norm)
+        scores = window_scores(
+            self.query_bank, req_slots, candidates, self.cache, method.value_norm, method.keydiff_power,
+            self._turn(places),
+        )  # fmt: skip
         kept = select_chunks(scores.flatten(0, 2), num_kept, method.max_chunk_size, method.chunk_fill)
         compact(kept.view(*scores.shape[:3], -1), candidates, self.cache)
 
+    def _turn(self, places: IntArray) -> Turn | None:
+        """Of queries at these places, which are the same at every event, or at every few (budget policy)."""
+        assert isinstance(self.method, Kara)
+        if self.rope is None:
+            return None
+        key = places.tobytes()
+        if key not in self.turns:
+            positions = torch.from_numpy(places.copy()).to(self.device)
+            distances = turn_distances(positions, self.query_bank.shifts, self.method.lookahead)
+            self.turns[key] = Turn.by(distances, self.rope, self.query_bank.queries.shape[-1])
+        return self.turns[key]
+
     def _compress_generic(
-        self, geometry: Geometry, prompts: IntArray, done: IntArray, req_slots: Tensor, candidates: Tensor
+        self,
+        geometry: Geometry,
+        prompts: IntArray,
+        done: IntArray,
+        places: IntArray,
+        req_slots: Tensor,
+        candidates: Tensor,
     ) -> None:
         """Any method, through dense copies of a few windows at a time."""
         assert self.cache is not None
-        places = [query_positions(geometry, int(e), self.config.query_stride, self.num_queries) for e in done]
-        groups: dict[bytes, list[int]] = {}  # windows that see their queries at the same places
-        for i, place in enumerate(places):
-            groups.setdefault(place.tobytes(), []).append(i)
         shape = geometry.shape(int(done[0]))
         # A history with its window is as many tokens as many windows.
         size = max(1, _GENERIC_BATCH * geometry.num_candidates // shape.num_candidates)
-        for rows in groups.values():
-            for start in range(0, len(rows), size):
-                part = rows[start : start + size]
-                blocks, slots = candidates[part], req_slots[part].long()
-                window = self._window(geometry, prompts[part], done[part], blocks, slots, places[part[0]])
-                kept = self.method.compress(window, shape.num_kept)
-                if kept.keys is None and kept.values is None:
-                    indices = kept.indices.int().unflatten(0, (len(part), len(self.layers))).contiguous()
-                    compact(indices, blocks, self.cache)
-                else:
-                    scatter_window(*kept_rows(window, kept), blocks, self.cache)
-                if self.survivors is not None:
-                    positions = window.positions.gather(-1, kept.indices).to(self.survivors.dtype)
-                    positions = positions.unflatten(0, (len(part), len(self.layers)))
-                    offsets = np.array([geometry.candidate_offset(event) for event in done[part].tolist()])
-                    for offset in np.unique(offsets):
-                        same = np.nonzero(offsets == offset)[0].tolist()
-                        self.survivors[slots[same], ..., offset : offset + shape.num_kept] = positions[same]
+        for start in range(0, len(done), size):
+            part = slice(start, start + size)
+            blocks, slots = candidates[part], req_slots[part].long()
+            window = self._window(geometry, prompts[part], done[part], blocks, slots, places)
+            kept = self.method.compress(window, shape.num_kept)
+            if kept.keys is None and kept.values is None:
+                indices = kept.indices.int().unflatten(0, (len(blocks), len(self.layers))).contiguous()
+                compact(indices, blocks, self.cache)
+            else:
+                scatter_window(*kept_rows(window, kept), blocks, self.cache)
+            if self.survivors is not None:
+                positions = window.positions.gather(-1, kept.indices).to(self.survivors.dtype)
+                positions = positions.unflatten(0, (len(blocks), len(self.layers)))
+                offsets = np.array([geometry.candidate_offset(event) for event in done[part].tolist()])
+                for offset in np.unique(offsets):
+                    same = np.nonzero(offsets == offset)[0].tolist()
+                    self.survivors[slots[same], ..., offset : offset + shape.num_kept] = positions[same]
 
     def _window(
         self, geometry: Geometry, prompts: IntArray, done: IntArray, blocks: Tensor, slots: Tensor, places: IntArray
@@ -347,10 +374,12 @@ class KvModelState(DefaultModelState):
             for prompt, event, slot in zip(prompts.tolist(), done.tolist(), slots, strict=True)
         ]
         return Window(
-            queries=self.query_bank[:, slots].transpose(0, 1).flatten(0, 1),
-            query_positions=torch.from_numpy(places).to(self.device),
+            queries=self.query_bank.of(slots).transpose(0, 1).flatten(0, 1),
+            query_positions=torch.from_numpy(places.copy()).to(self.device),
             keys=keys,
             values=values,
             positions=torch.cat(positions),
             layers=self.layer_indices.repeat(len(slots)),
+            query_shifts=self.query_bank.shifts,
+            rope=self.rope,
         )

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from kvllm.eval.environment import environment
-from kvllm.eval.forks import fork_all
+from kvllm.eval.forks import first_event, fork_all
 from kvllm.eval.report import Progress, interval, markdown
 from kvllm.eval.stats import Estimate, bootstrap_ratio
 from kvllm.eval.sweep import Case, baseline_of, parse_cases
@@ -116,14 +116,16 @@ def measure(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Result]:
     """Every case on every trace; progress is told after each of the len(traces) * len(cases) replays."""
+    # Before the first of many replays, not after the last.
+    lengths = [(trace.num_prompt_tokens, len(trace.token_ids) - 1) for trace in traces]
+    if short := [c.label for c in cases if all(first_event(c.config, p, block_size) >= n for p, n in lengths)]:
+        raise ValueError(f"no trace is long enough to be compressed by {', '.join(short)}; use longer traces.")
     results = [Result(case) for case in cases]
     for i, trace in enumerate(traces):
         for j, rows in enumerate(measure_trace(model, trace, cases, block_size)):
             if rows is not None:
                 results[j].rows[trace.id] = rows
             progress(i * len(cases) + j + 1, len(traces) * len(cases))
-    if empty := [r.case.label for r in results if not r.rows]:
-        raise ValueError(f"no trace is long enough to be compressed by {', '.join(empty)}; use longer traces.")
     return results
 
 

@@ -8,47 +8,65 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-def store_queries_ref(query: Tensor, bank_layer: Tensor, bank_slots: Tensor) -> None:
-    """bank_layer[req, slot] = query[token], for every token that has a slot.
-
-    query:      [num_tokens, num_heads, head_dim], after RoPE; rows may be strided
-    bank_layer: [max_num_reqs, num_queries, num_heads, head_dim], written, in its own dtype
-    bank_slots: [>= num_tokens] int32, req * num_queries + slot, or -1: not stored; no slot twice
-    """
-    slots = bank_slots[: len(query)]
-    stored = (slots >= 0).nonzero().squeeze(1)
-    bank_layer.view(-1, *query.shape[1:])[slots[stored].long()] = query.to(bank_layer.dtype)[stored]
+from kvllm.query_bank import LEVELS, SMALLEST, QueryBank
 
 
-def store_queries(query: Tensor, bank_layer: Tensor, bank_slots: Tensor) -> None:
-    """`store_queries_ref` as a Triton kernel, one program per token.
+def store_queries_ref(query: Tensor, bank: QueryBank, layer: int, codes: Tensor) -> None:
+    """`QueryBank.store`; `codes` may be longer than the tokens."""
+    bank.store(layer, query, codes[: len(query)])
+
+
+def store_queries(query: Tensor, bank: QueryBank, layer: int, codes: Tensor) -> None:
+    """`store_queries_ref` as a Triton kernel, one program per token. `codes` is int32.
 
     Safe inside CUDA graphs: it allocates nothing, and its grid depends on the padded number of tokens only.
     """
     num_tokens, num_heads, head_dim = query.shape
-    assert query.stride(2) == 1 and query.stride(1) == head_dim and bank_layer.is_contiguous()
-    row_size = num_heads * head_dim
+    assert query.stride(2) == 1 and query.stride(1) == head_dim
+    assert bank.queries.is_contiguous() and bank.scales.is_contiguous()
     if num_tokens:
         _store_queries_kernel[(num_tokens,)](
             query,
-            bank_layer,
-            bank_slots,
+            bank.queries[layer],
+            bank.scales[layer],
+            codes,
             query.stride(0),
-            ROW_SIZE=row_size,
-            BLOCK=min(4096, triton.next_power_of_2(row_size)),
+            NUM_QUERIES=bank.num_queries,
+            NUM_HEADS=num_heads,
+            GROUP_SIZE=bank.group_size,
+            HEAD_DIM=head_dim,
+            STRIDE=bank.query_stride,
+            LEVELS=LEVELS,
+            SMALLEST=SMALLEST,
+            BLOCK_H=min(16, triton.next_power_of_2(num_heads)),
+            BLOCK_D=triton.next_power_of_2(head_dim),
             num_warps=4,
         )
 
 
 @triton.jit
-def _store_queries_kernel(query, bank_layer, bank_slots, stride_query, ROW_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _store_queries_kernel(
+    query, numbers, scales, codes, stride_query,
+    NUM_QUERIES: tl.constexpr, NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    STRIDE: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(bank_slots + token).to(tl.int64)
-    if slot < 0:
+    code = tl.load(codes + token)
+    if code < 0:
         return
-    for start in range(0, ROW_SIZE, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        row = tl.load(query + token * stride_query + columns, mask=columns < ROW_SIZE)
-        row = row.to(bank_layer.dtype.element_ty)
-        tl.store(bank_layer + slot * ROW_SIZE + columns, row, mask=columns < ROW_SIZE)
+    period: tl.constexpr = NUM_QUERIES * STRIDE
+    row, place = (code // period).to(tl.int64), code % period
+    dims = tl.arange(0, BLOCK_D)
+    for start in range(0, NUM_HEADS, BLOCK_H):
+        heads = start + tl.arange(0, BLOCK_H)
+        at = (place + heads % GROUP_SIZE * STRIDE // GROUP_SIZE) % period
+        stored = (at % STRIDE == STRIDE - 1) & (heads < NUM_HEADS)
+        mask = stored[:, None] & (dims < HEAD_DIM)[None, :]
+        x = tl.load(query + token * stride_query + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        x = x.to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST) * (1.0 / LEVELS)
+        # Adding and taking away 1.5 * 2^23 rounds to the nearest whole number, halves to even, as PyTorch does.
+        x = (tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + 12582912.0) - 12582912.0
+        target = (row * NUM_QUERIES + at // STRIDE) * NUM_HEADS + heads
+        tl.store(numbers + target[:, None] * HEAD_DIM + dims[None, :], x.to(tl.int8), mask=mask)
+        tl.store(scales + target, scale, mask=stored)

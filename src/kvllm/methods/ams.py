@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,14 +11,14 @@ from torch import Tensor
 
 from kvllm.methods import register
 from kvllm.methods.attention import observed_attention, pool
-from kvllm.methods.base import Method, Window
-from kvllm.methods.bases import base_method
+from kvllm.methods.base import Window
+from kvllm.methods.bases import OnBase
 from kvllm.methods.checks import check_between, check_count, check_kernel
 
 
 @register("ams")
 @dataclass(frozen=True)
-class AMS(Method):
+class AMS(OnBase):
     """Cut the window where attention mass adds up, give each segment a quota, fill it by a base score.
 
     Same: mass is the newest queries' attention, pooled over 5 tokens, mean over the group, for each KV head; a segment
@@ -49,10 +48,6 @@ class AMS(Method):
         check_count("max_segment", self.max_segment, lowest=self.min_segment)
         check_count("min_quota", self.min_quota, lowest=0)
         _ = self.scorer  # refuses what it cannot build
-
-    @cached_property
-    def scorer(self) -> Method:
-        return base_method(self.base, self.base_options)
 
     def score(self, window: Window) -> Tensor:
         """The order in which slots are given out, so that the K best fill every quota."""

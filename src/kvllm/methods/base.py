@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvllm.methods.rope import Rope
+
 
 @dataclass(frozen=True)
 class Window:
@@ -17,9 +19,11 @@ class Window:
                      `query_stride`-th of them
     query_positions: [num_queries], counted from the first candidate; may lie past the last one (the buffer) and
                      need not ascend
+    query_shifts:    [group_size], by how many tokens the queries of each head of a group are older; None: by none
     keys, values:    [batch, num_tokens, num_kv_heads, head_dim], keys after RoPE
     positions:       [batch, num_kv_heads, num_tokens], place in the text of each candidate (int64)
     layers:          [batch], index of the layer (int64)
+    rope:            how the model turns queries and keys; None: it does not
     """
 
     queries: Tensor
@@ -28,6 +32,8 @@ class Window:
     values: Tensor
     positions: Tensor
     layers: Tensor
+    query_shifts: Tensor | None = None
+    rope: Rope | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -68,6 +74,11 @@ class Kept:
 
 class Method(ABC):
     """A frozen dataclass whose fields are its `method_options`; state that a request needs is not kept here."""
+
+    @property
+    def uses_rope(self) -> bool:
+        """Whether the method needs `Window.rope`, without which it would take the model for one that has none."""
+        return False
 
     @abstractmethod
     def score(self, window: Window) -> Tensor:

@@ -5,10 +5,26 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cached_property
 from typing import Any
 
 from kvllm.methods import methods
 from kvllm.methods.base import Method
+
+
+class OnBase(Method):
+    """A method with the fields `base` and `base_options`, which name the method that scores."""
+
+    base: str
+    base_options: Mapping[str, Any]
+
+    @cached_property
+    def scorer(self) -> Method:
+        return base_method(self.base, self.base_options)
+
+    @property
+    def uses_rope(self) -> bool:
+        return self.scorer.uses_rope
 
 
 def base_method(base: str, base_options: Mapping[str, Any]) -> Method:

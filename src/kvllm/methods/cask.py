@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,15 +11,15 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad, softplus
 
 from kvllm.methods import register
-from kvllm.methods.base import Kept, Method, Window, top_k
-from kvllm.methods.bases import base_method
+from kvllm.methods.base import Kept, Window, top_k
+from kvllm.methods.bases import OnBase
 from kvllm.methods.checks import check_between, check_count, check_rope_theta
 from kvllm.methods.rope import unrotate
 
 
 @register("cask")
 @dataclass(frozen=True)
-class CASK(Method):
+class CASK(OnBase):
     """Keep the best half of K as they are; merge neighbours among the rest until K entries are left.
 
     Same: core and scratch; runs of scratch never cross a core token; merges prefer a gap of at most `max_gap` and a
@@ -53,10 +52,6 @@ class CASK(Method):
         check_between("min_similarity", self.min_similarity, -1, 1)
         check_rope_theta(self.rope_theta)
         _ = self.scorer  # refuses what it cannot build
-
-    @cached_property
-    def scorer(self) -> Method:
-        return base_method(self.base, self.base_options)
 
     def score(self, window: Window) -> Tensor:
         return self.scorer.score(window)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,14 +11,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvllm.methods import register
-from kvllm.methods.base import Method, Window
-from kvllm.methods.bases import base_method
+from kvllm.methods.base import Window
+from kvllm.methods.bases import OnBase
 from kvllm.methods.checks import check_count
 
 
 @register("chunkkv")
 @dataclass(frozen=True)
-class ChunkKV(Method):
+class ChunkKV(OnBase):
     """Cut the window into chunks of `chunk_length` tokens and keep those with the best mean score.
 
     Same: any base score, summed over heads, averaged in fixed chunks, a short last chunk competing as one; one choice
@@ -37,10 +36,6 @@ class ChunkKV(Method):
     def __post_init__(self) -> None:
         check_count("chunk_length", self.chunk_length)
         _ = self.scorer  # refuses what it cannot build
-
-    @cached_property
-    def scorer(self) -> Method:
-        return base_method(self.base, self.base_options)
 
     def score(self, window: Window) -> Tensor:
         """Whole numbers: every token of a better chunk above every token of a worse one."""

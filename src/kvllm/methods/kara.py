@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvllm.methods import register
 from kvllm.methods.base import Kept, Method, Window, top_k
-from kvllm.methods.checks import check_between
+from kvllm.methods.checks import check_between, check_count
 from kvllm.methods.keydiff import KeyDiff
 from kvllm.methods.refit import gather_tokens, refit_values, shift_keys
 from kvllm.methods.rkv import redundancy
 
+GOLDEN = (5**0.5 - 1) / 2
 SIMILARITY = 0.5  # R-KV's threshold: of keys more alike than this, the newest is not counted as redundant
 
 
@@ -21,7 +22,9 @@ MOMENTS = ("mean", "rms", "max")
 # What is published of the method, and nothing of ours.
 PAPER = {
     "bidirectional": True,
+    "lookahead": 0,
     "value_norm": False,
+    "keydiff_power": 0.0,
     "moment": "mean",
     "keydiff_weight": 0.0,
     "redundancy_weight": 0.0,
@@ -37,7 +40,12 @@ class Kara(Method):
     """Keep what the window's and the buffer's queries look at, those before a key included.
 
     bidirectional:     False is the causal ablation: a query sees only the keys up to its own place
+    lookahead:         > 0: RoPE turns each query on to a place up to this many tokens after the newest, where the
+                       queries to come will stand; so no key is judged from before it, nor from too near (ours). Without
+                       RoPE, and in the causal ablation, nothing turns
     value_norm:        weight a key's attention by the length of the value that it brings
+    keydiff_power:     > 0: weight it too by this power of 1 - cosine of the key to the mean key of the window
+                       (KeyDiff), since of many keys alike a few will do
     max_chunk_size:    longest chunk, its two picks included, that Token2Chunk fills; 1 or 2 fill nothing
     chunk_fill:        a filler is worth this share of the weaker of its two picks
     moment:            how the weights that a key gets are summed up: their mean, root mean square, or the maximum over
@@ -54,7 +62,9 @@ class Kara(Method):
     """
 
     bidirectional: bool = True
+    lookahead: int = 300
     value_norm: bool = True
+    keydiff_power: float = 2.0
     max_chunk_size: int = 8
     chunk_fill: float = 0.5
     moment: str = "mean"
@@ -70,6 +80,8 @@ class Kara(Method):
         if not 0 <= self.chunk_fill < 1:
             # At 1 a filler could push out the very pick that it was filled for.
             raise ValueError(f"chunk_fill={self.chunk_fill}: a share in [0, 1); 0 turns Token2Chunk off.")
+        check_count("lookahead", self.lookahead, 0)
+        check_between("keydiff_power", self.keydiff_power, 0, 16)
         check_between("keydiff_weight", self.keydiff_weight, 0, 100)
         check_between("redundancy_weight", self.redundancy_weight, 0, 100)
         check_between("key_ridge", self.key_ridge, 0, 1e6)
@@ -87,6 +99,10 @@ class Kara(Method):
         return self.bidirectional and self.moment == "mean" and not self.ranked and not self.refits
 
     @property
+    def uses_rope(self) -> bool:
+        return self.bidirectional and self.lookahead > 0
+
+    @property
     def ranked(self) -> bool:
         return self.keydiff_weight > 0 or self.redundancy_weight > 0
 
@@ -95,9 +111,11 @@ class Kara(Method):
         return self.key_ridge > 0 or self.value_ridge > 0
 
     def score(self, window: Window) -> Tensor:
-        scores = attention_moment(window, self.moment, self.bidirectional)
+        scores = attention_moment(self.ahead(window), self.moment, self.bidirectional)
         if self.value_norm:
             scores = scores * window.values.float().norm(dim=-1).transpose(1, 2)
+        if self.keydiff_power > 0:
+            scores = scores * (1 + KeyDiff().score(window)).clamp(min=0) ** self.keydiff_power
         if not self.ranked:
             return scores
         total = rank(scores)
@@ -109,6 +127,16 @@ class Kara(Method):
             total = total + self.redundancy_weight * rank(-redundant)
         return total
 
+    def ahead(self, window: Window) -> Window:
+        """The window with its queries turned to where those to come will stand."""
+        if not self.uses_rope or window.rope is None:
+            return window
+        distances = turn_distances(window.query_positions, window.query_shifts, self.lookahead)
+        cos, sin, partner = window.rope.tables(distances, window.keys.shape[-1])  # [num_queries, group_size, head_dim]
+        queries = window.queries.float().unflatten(2, (window.num_kv_heads, -1))
+        queries = queries * cos.unsqueeze(1) + queries[..., partner] * sin.unsqueeze(1)
+        return replace(window, queries=queries.flatten(2, 3))
+
     def select(self, scores: Tensor, num_kept: int) -> Tensor:
         return token2chunk(scores, num_kept, self.max_chunk_size, self.chunk_fill)
 
@@ -116,12 +144,25 @@ class Kara(Method):
         kept = self.select(self.score(window), num_kept)
         if not self.refits:
             return Kept(kept)
+        window = self.ahead(window)
         keys, values = gather_tokens(window.keys, kept), gather_tokens(window.values, kept)
         if self.key_ridge > 0:
             keys = keys + shift_keys(window, kept, self.key_ridge)
         if self.value_ridge > 0:
             values = refit_values(window, kept, keys, self.value_ridge)
         return Kept(kept, keys.transpose(1, 2).to(window.keys.dtype), values.transpose(1, 2).to(window.values.dtype))
+
+
+def turn_distances(query_positions: Tensor, query_shifts: Tensor | None, lookahead: int) -> Tensor:
+    """[num_queries, group_size], tokens from where each query stands to where it is taken to stand.
+
+    That is 1 to `lookahead` tokens after the newest one: from the oldest query to the newest in steps of the golden
+    ratio around that range, which spread any number of them evenly.
+    """
+    age = (query_positions < query_positions[:, None]).sum(dim=1).double()  # 0 is the oldest
+    ahead = 1 + ((age * GOLDEN) % 1 * lookahead).floor()
+    shifts = torch.zeros_like(query_positions[:1]) if query_shifts is None else query_shifts
+    return (query_positions.max() - query_positions + ahead)[:, None] + shifts
 
 
 def attention_moment(window: Window, moment: str, bidirectional: bool = True) -> Tensor:

@@ -2,8 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How a model's rotary position embedding turns its queries and keys.
+
+    frequencies: [num_pairs] in float64, radians that a token turns each pair; dimensions past the pairs do not turn
+    interleaved: pairs are (2 i, 2 i + 1), as in GPT-J; else (i, i + num_pairs), as in Llama and Qwen
+    """
+
+    frequencies: Tensor
+    interleaved: bool = False
+
+    def tables(self, distances: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What turns vectors by these distances: `vectors * cos + vectors[..., partner] * sin`.
+
+        distances: [...], tokens; head_dim: dimensions of a vector
+        returns cos and sin [..., head_dim] in float32, and partner [head_dim] (int64), the other one of each pair
+        """
+        num_pairs = len(self.frequencies)
+        first = torch.arange(num_pairs, device=self.frequencies.device)
+        first, second = (2 * first, 2 * first + 1) if self.interleaved else (first, first + num_pairs)
+        # float64: thousands of tokens ahead a float32 angle would be off by more than bfloat16 rounds.
+        angles = distances.to(self.frequencies).unsqueeze(-1) * self.frequencies
+        cos = torch.ones(*distances.shape, head_dim, device=angles.device)
+        sin = torch.zeros_like(cos)
+        cos[..., first] = cos[..., second] = angles.cos().float()
+        sin[..., second] = angles.sin().float()
+        sin[..., first] = -sin[..., second]
+        partner = torch.arange(head_dim, device=angles.device)
+        partner[first], partner[second] = second, first
+        return cos, sin, partner
 
 
 def frequencies(rope_theta: float, head_dim: int, device: torch.device | None = None) -> Tensor:

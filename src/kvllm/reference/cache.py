@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from kvllm.methods.base import Kept, Method, Window
+from kvllm.methods.rope import Rope
+from kvllm.query_bank import dequantize, quantize
 
 
 class LayerCache:
@@ -40,22 +42,32 @@ class LayerCache:
 
 
 def compress(
-    layers: Sequence[LayerCache], method: Method, start: int, num_candidates: int, num_kept: int, places: Tensor
+    layers: Sequence[LayerCache],
+    method: Method,
+    start: int,
+    num_candidates: int,
+    num_kept: int,
+    places: Tensor,
+    shifts: Tensor,
+    rope: Rope | None = None,
 ) -> Kept:
     """Let the candidates [start, start + num_candidates) of every layer shrink to `num_kept`; the rest moves up.
 
     places: [num_queries], the queries to judge by, in this order, as indices from the first candidate; what lies
             after the candidates is counted on
+    shifts: [group_size], by how many tokens the queries of each head of a group are older than that
     """
     end = start + num_candidates
     behind = places - (len(layers[0].keys) - start)  # from the newest token back: -1 is the newest
     window = Window(
-        queries=torch.stack([layer.queries[behind] for layer in layers]),
+        queries=torch.stack([stored_queries(layer, behind, shifts) for layer in layers]),
         query_positions=places,
         keys=torch.stack([layer.keys[start:end] for layer in layers]),
         values=torch.stack([layer.values[start:end] for layer in layers]),
         positions=torch.stack([layer.positions[:, start:end] for layer in layers]),
         layers=torch.arange(len(layers), device=places.device),
+        query_shifts=shifts,
+        rope=rope,
     )
     kept = method.compress(window, num_kept)
     keys = rows(window.keys, kept.indices) if kept.keys is None else kept.keys.to(window.keys)
@@ -66,6 +78,14 @@ def compress(
         layer.values = torch.cat([layer.values[:start], values[i], layer.values[end:]])
         layer.positions = torch.cat([layer.positions[:, :start], positions[i], layer.positions[:, end:]], dim=1)
     return kept
+
+
+def stored_queries(layer: LayerCache, behind: Tensor, shifts: Tensor) -> Tensor:
+    """[num_queries, num_heads, head_dim] in float32: what the engines' query bank holds of the tokens `behind`."""
+    members = torch.arange(len(shifts), device=shifts.device)
+    grouped = layer.queries.unflatten(1, (-1, len(shifts)))  # [num_tokens, num_kv_heads, group_size, head_dim]
+    chosen = grouped[behind[:, None] - shifts, :, members]  # [num_queries, group_size, num_kv_heads, head_dim]
+    return dequantize(*quantize(chosen.transpose(1, 2).flatten(1, 2)))
 
 
 def rows(tokens: Tensor, indices: Tensor) -> Tensor:

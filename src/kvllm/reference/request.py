@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry
 from kvllm.methods import make_method
-from kvllm.query_ring import query_positions
+from kvllm.query_ring import query_positions, query_shifts
 from kvllm.reference.attention import attention_through
 from kvllm.reference.cache import LayerCache, compress
+from kvllm.reference.rope import rope_of
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
@@ -48,6 +49,7 @@ class Request:
         self.num_computed_tokens = 0
         if config and self.geometry:
             self.method = make_method(config)
+            self.rope = rope_of(model) if self.method.uses_rope else None
         num_layers = model.config.get_text_config().num_hidden_layers
         self.layers = [LayerCache(config.window_size if config else max_queries) for _ in range(num_layers)]
 
@@ -109,6 +111,8 @@ class Request:
             return
         num_queries = config.window_size // config.query_stride
         places = query_positions(geometry, event, config.query_stride, num_queries)
+        layer = self.layers[0]
+        shifts = query_shifts(config.query_stride, layer.queries.shape[1] // layer.keys.shape[1])
         shape = geometry.shape(event)
         kept = compress(
             self.layers,
@@ -117,6 +121,8 @@ class Request:
             num_candidates=shape.num_candidates,
             num_kept=shape.num_kept,
             places=torch.from_numpy(places).to(self.model.device),
+            shifts=torch.from_numpy(shifts).to(self.model.device),
+            rope=self.rope,
         )
         self.kept.append(kept.indices)
 

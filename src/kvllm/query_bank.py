@@ -1,0 +1,104 @@
+"""The queries that the engines keep for scoring: a ring for each request and layer, eight bits a number.
+
+One token's queries weigh more than its KV pairs (four times as many heads as KV heads, at 8B scale), so the bank holds
+every `query_stride`-th query of a head (`kvllm.query_ring`) in int8, with one scale for each vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvllm.layout import IntArray
+from kvllm.query_ring import query_shifts
+
+LEVELS = 127
+SMALLEST = 1e-30  # so that a query of zeros has a scale to divide by
+
+
+@dataclass(frozen=True)
+class QueryBank:
+    """queries: [num_layers, max_num_reqs, num_queries, num_heads, head_dim] int8, after RoPE
+    scales:  [num_layers, max_num_reqs, num_queries, num_heads] float32; a query is its numbers times its scale
+    """
+
+    queries: Tensor
+    scales: Tensor
+    num_kv_heads: int
+    query_stride: int
+    shifts: Tensor  # [group_size], of `kvllm.query_ring.query_shifts`
+
+    @classmethod
+    def allocate(
+        cls,
+        num_layers: int,
+        max_num_reqs: int,
+        num_queries: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        query_stride: int,
+        device: torch.device | str = "cpu",
+    ) -> QueryBank:
+        shape = (num_layers, max_num_reqs, num_queries, num_heads)
+        queries = torch.zeros(*shape, head_dim, dtype=torch.int8, device=device)
+        shifts = torch.from_numpy(query_shifts(query_stride, num_heads // num_kv_heads)).to(device)
+        return cls(queries, torch.zeros(shape, device=device), num_kv_heads, query_stride, shifts)
+
+    @property
+    def num_queries(self) -> int:
+        return self.queries.shape[2]
+
+    @property
+    def group_size(self) -> int:
+        return self.queries.shape[3] // self.num_kv_heads
+
+    @property
+    def period(self) -> int:
+        """Tokens from one use of a slot to the next."""
+        return self.num_queries * self.query_stride
+
+    @property
+    def num_bytes(self) -> int:
+        return self.queries.numel() + 4 * self.scales.numel()
+
+    def codes(self, rows: IntArray | int, offsets: IntArray) -> IntArray:
+        """What `store` is told of a token: its request's row in the bank, and where in the ring's period it falls.
+
+        offsets: places after the protected prompt, not negative
+        """
+        return rows * self.period + offsets % self.period
+
+    def store(self, layer: int, query: Tensor, codes: Tensor) -> None:
+        """Keep the queries of those heads whose turn it is.
+
+        query: [num_tokens, num_heads, head_dim], after RoPE
+        codes: [num_tokens], of `codes`, or -1: nothing is stored; no two tokens of a row a whole period apart
+        """
+        at = (codes[:, None] % self.period + self.shifts) % self.period  # [num_tokens, group_size]
+        stored = (at % self.query_stride == self.query_stride - 1) & (codes >= 0)[:, None]
+        token, member = stored.nonzero(as_tuple=True)
+        row, slot = codes[token] // self.period, at[token, member] // self.query_stride
+        grouped = query.unflatten(1, (self.num_kv_heads, self.group_size))[token, :, member]
+        numbers, scales = quantize(grouped)
+        shape = (self.num_kv_heads, self.group_size)
+        self.queries[layer].unflatten(2, shape)[row, slot, :, member] = numbers
+        self.scales[layer].unflatten(2, shape)[row, slot, :, member] = scales
+
+    def of(self, rows: Tensor | int) -> Tensor:
+        """[num_layers, *rows, num_queries, num_heads, head_dim] in float32, slots in their own order."""
+        return dequantize(self.queries[:, rows], self.scales[:, rows])
+
+
+def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 numbers of the same shape, and a float32 scale for each vector (the last axis)."""
+    vectors = vectors.float()
+    # Not divided by LEVELS: on a GPU PyTorch would multiply by the reciprocal, on a CPU not.
+    scales = vectors.abs().amax(dim=-1).clamp(min=SMALLEST) * (1 / LEVELS)
+    return (vectors / scales.unsqueeze(-1)).round().to(torch.int8), scales
+
+
+def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
+    return numbers.float() * scales.unsqueeze(-1)

@@ -1,0 +1,53 @@
+"""Two GPUs: tensor, pipeline and data parallelism are vLLM's own, and give the reference's tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if torch.cuda.device_count() < 2:
+    pytest.skip("fewer than two GPUs", allow_module_level=True)
+
+from tests.gpu.test_engine_gpu import check, greedy, model_dir, prompt, reference_model, settings, start  # noqa: F401
+
+PROMPTS = [prompt(n, n) for n in (5, 33, 150, 300)]
+NUM_TOKENS = 400
+
+
+@pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_model_over_two_devices(split: str, model_dir: Path, reference_model: Any) -> None:  # noqa: F811
+    llm = start(model_dir, **{split: 2}, distributed_executor_backend="mp")
+    for p, output in zip(PROMPTS, greedy(llm, PROMPTS, NUM_TOKENS), strict=True):
+        check(reference_model, p, output)
+    llm.llm_engine.engine_core.shutdown()
+
+
+def test_two_engines_behind_one_client(model_dir: Path, reference_model: Any) -> None:  # noqa: F811
+    for p, output in zip(PROMPTS, asyncio.run(serve_data_parallel(model_dir)), strict=True):
+        check(reference_model, p, output)
+
+
+async def serve_data_parallel(model_dir: Path) -> list[list[int]]:  # noqa: F811
+    """The answers, every other from the second engine."""
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(str(model_dir), data_parallel_size=2, **settings()))
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False)
+
+    async def answer(i: int) -> list[int]:
+        made: list[int] = []
+        stream = llm.generate({"prompt_token_ids": PROMPTS[i]}, params, f"request-{i}", data_parallel_rank=i % 2)
+        async for output in stream:
+            made = list(output.outputs[0].token_ids)
+        return made
+
+    try:
+        return list(await asyncio.gather(*map(answer, range(len(PROMPTS)))))
+    finally:
+        llm.shutdown()

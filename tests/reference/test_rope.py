@@ -1,0 +1,118 @@
+"""What the reference knows of a model's rotary embedding, against what the model does."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    CohereConfig,
+    DeepseekV2Config,
+    GlmConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedModel,
+    StableLmConfig,
+)
+from transformers.models.auto import AutoModelForCausalLM
+
+from kvllm.methods.kara import Kara
+from kvllm.methods.rope import frequencies
+from kvllm.reference.rope import rope_of
+from tests.reference.models import FAMILIES, tiny_model
+
+HEAD_DIM = 16
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 4096,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
+HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+
+
+def model_of(config: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(config)
+
+
+def turned_by_the_model(model: PreTrainedModel, vectors: torch.Tensor, place: int) -> torch.Tensor:
+    """The vectors [num_vectors, HEAD_DIM] as queries of the text's token number `place`, after the model's RoPE."""
+    cos, sin = model.base_model.rotary_emb(vectors, torch.tensor([[place]]))
+    apply = sys.modules[type(model).__module__].apply_rotary_pos_emb
+    turning, still = vectors.split([cos.shape[-1], vectors.shape[-1] - cos.shape[-1]], dim=-1)
+    queries = turning[None, :, None]  # [batch, num_heads, num_tokens, head_dim]
+    return torch.cat([apply(queries, queries, cos, sin)[0][0, :, 0], still], dim=-1)
+
+
+@pytest.mark.parametrize(
+    "config, interleaved, num_pairs",
+    [
+        (LlamaConfig(**SIZES), False, 8),
+        (LlamaConfig(**SIZES, rope_parameters=LLAMA3), False, 8),
+        (LlamaConfig(**SIZES, rope_parameters=YARN), False, 8),
+        (CohereConfig(**SIZES), True, 8),
+        (GlmConfig(**SIZES, head_dim=HEAD_DIM, rope_parameters=HALF), True, 4),
+        (PhiConfig(**SIZES, rope_parameters=HALF), False, 4),
+        (StableLmConfig(**SIZES, rope_parameters=HALF | {"partial_rotary_factor": 0.25}), False, 2),
+    ],
+    ids=["llama", "llama3", "yarn", "cohere", "glm", "phi", "stablelm"],
+)
+def test_turning_on_equals_the_model_s_rotation_at_a_later_place(config, interleaved, num_pairs):
+    model = model_of(config)
+    rope = rope_of(model)
+    assert rope is not None and rope.interleaved == interleaved
+    assert rope.frequencies.shape == (num_pairs,) and rope.frequencies.dtype == torch.float64
+    vectors = torch.randn(5, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    for place, distance in ((0, 1), (7, 0), (30, 300), (500, -100)):
+        cos, sin, partner = rope.tables(torch.tensor(distance), HEAD_DIM)
+        before, expected = (turned_by_the_model(model, vectors, p) for p in (place, place + distance))
+        if "yarn" in str(config.rope_parameters):
+            assert not torch.allclose(before.norm(dim=-1), vectors.norm(dim=-1))  # it also stretches, once
+        # transformers computes angles of hundreds of radians in float32.
+        torch.testing.assert_close(before * cos + before[..., partner] * sin, expected, rtol=0, atol=3e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_families_of_the_reference_have_plain_rope(family):
+    model = tiny_model(family)
+    rope = rope_of(model)
+    assert rope is not None and not rope.interleaved
+    # transformers holds them in float32.
+    expected = frequencies(model.config.rope_parameters["rope_theta"], HEAD_DIM)
+    torch.testing.assert_close(rope.frequencies, expected, rtol=1e-6, atol=0)
+
+
+def test_models_without_rope_have_none():
+    opt = OPTConfig(
+        vocab_size=97, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    for config in (opt, GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2)):
+        assert rope_of(model_of(config)) is None
+
+
+def test_a_rope_of_unknown_pairs_is_refused():
+    """DeepSeek-V2 multiplies complex numbers, and has no function that could be asked."""
+    model = model_of(
+        DeepseekV2Config(
+            **SIZES, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+            kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=1,
+        )  # fmt: skip
+    )
+    with pytest.raises(ValueError, match="DeepseekV2ForCausalLM: which dimensions .* method_options lookahead=0"):
+        rope_of(model)
+    assert not Kara(lookahead=0).uses_rope  # so that the advice helps
