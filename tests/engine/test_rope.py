@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CohereConfig, GlmConfig, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import CohereConfig, GlmConfig, LlamaConfig, PretrainedConfig, Qwen3Config, SmolLM3Config
 from transformers.models.auto import AutoModelForCausalLM
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import Phi3LongRoPEScaledRotaryEmbedding
 
 from kvllm.engine.rope import rope_of
 from kvllm.reference.rope import rope_of as reference_rope_of
@@ -61,3 +62,24 @@ def test_layers_may_share_a_rope_or_have_equal_ones_but_no_others():
     for second in (rotary_of(other), rotary_of(one, neox=False), rotary_of(GlmConfig(**WIDE, rope_parameters=HALF))):
         with pytest.raises(ValueError, match="layers of ModuleList have different rotary embeddings; .* lookahead=0"):
             rope_of(torch.nn.ModuleList([equal[0], second]))
+
+
+def test_an_unknown_kind_is_refused():
+    """Phi-3's long RoPE chooses its frequencies by the length of the text; only its class matters here."""
+    long = object.__new__(Phi3LongRoPEScaledRotaryEmbedding)
+    torch.nn.Module.__init__(long)
+    with pytest.raises(ValueError, match="Phi3LongRoPE.* is not known; use method_options lookahead=0"):
+        rope_of(torch.nn.ModuleList([long]))
+
+
+def test_layers_without_rope_are_refused():
+    config = LlamaConfig(**WIDE)
+    model = torch.nn.ModuleList([rotary_of(config)])
+    partial = SmolLM3Config(**WIDE, no_rope_layers=[1, 0])
+    model.config = partial  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="some layers of ModuleList have no RoPE .*lookahead=0"):
+        rope_of(model)
+    with pytest.raises(ValueError, match="some layers of SmolLM3ForCausalLM have no RoPE"):
+        reference_rope_of(AutoModelForCausalLM.from_config(partial))
+    partial.no_rope_layers = [1, 1]
+    assert rope_of(model) is not None

@@ -20,7 +20,8 @@ NUM_TOKENS = 400
 
 @pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_model_over_two_devices(split: str, model_dir: Path, reference_model: Any) -> None:  # noqa: F811
-    llm = start(model_dir, **{split: 2}, distributed_executor_backend="mp")
+    options: dict[str, Any] = {split: 2, "distributed_executor_backend": "mp"}
+    llm = start(model_dir, **options)
     for p, output in zip(PROMPTS, greedy(llm, PROMPTS, NUM_TOKENS), strict=True):
         check(reference_model, p, output)
     llm.llm_engine.engine_core.shutdown()

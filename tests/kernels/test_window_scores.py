@@ -11,10 +11,10 @@ from tests.kernels.paged_caches import random_blocks, random_cache
 
 
 def assert_scores_close(actual, expected, turned_in=None):
-    # Without a turn the operands are exact on both sides; what is left is float32 against float64: sums of a few hundred
-    # exponentials of logits up to about 5, each within a few units of 2^-24 (exp2 on the GPU: 2 ulp). A turned query is
-    # rounded to the dtype that the GPU multiplies in, `turned_in`: a logit of 5 is then off by up to 5 * 2^-9 in
-    # bfloat16, and 2^-12 in float16; the interpreter multiplies in float32.
+    # Without a turn the operands are exact on both sides; what is left is float32 against float64: sums of a few
+    # hundred exponentials of logits up to about 5, each within a few units of 2^-24 (exp2 on the GPU: 2 ulp). A turned
+    # query is rounded to the dtype that the GPU multiplies in, `turned_in`: a logit of 5 is then off by up to 5 * 2^-9
+    # in bfloat16, and 2^-12 in float16; the interpreter multiplies in float32.
     rounding = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(turned_in, 0.0) if actual.is_cuda else 0.0
     torch.testing.assert_close(actual, expected, rtol=2e-5 + rounding, atol=1e-8)
 
@@ -101,12 +101,14 @@ def turn_of(bank, head_dim, device, interleaved=False, num_pairs=None):
 def test_turned_queries_and_distinct_keys(
     num_candidates, num_heads, num_kv_heads, head_dim, dtype, options, keydiff_power, device
 ):
-    arguments = make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, num_queries=10)
-    turn = turn_of(arguments[0], head_dim, device, **options)
-    actual = window_scores(*arguments, True, keydiff_power, turn)
-    expected = window_scores_ref(*arguments, True, keydiff_power, turn)
+    bank, slots, blocks, cache = make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, num_queries=10)
+    turn = turn_of(bank, head_dim, device, **options)
+    actual = window_scores(bank, slots, blocks, cache, keydiff_power=keydiff_power, turn=turn)
+    expected = window_scores_ref(bank, slots, blocks, cache, keydiff_power=keydiff_power, turn=turn)
     assert_scores_close(actual, expected, turned_in=dtype)
-    assert not torch.allclose(expected, window_scores_ref(*arguments, True, keydiff_power), rtol=0.1)
+    assert not torch.allclose(
+        expected, window_scores_ref(bank, slots, blocks, cache, keydiff_power=keydiff_power), rtol=0.1
+    )
 
 
 def test_large_logits_do_not_overflow(device):
@@ -134,6 +136,7 @@ def test_reference_is_kara(method, device):
     expected = method.score(window).unflatten(0, (2, cache.num_layers))
     turn = None
     if method.uses_rope:
+        assert window.rope is not None
         distances = turn_distances(window.query_positions, window.query_shifts, method.lookahead)
         turn = Turn.by(distances, window.rope, 80)
     actual = window_scores_ref(bank, slots, blocks, cache, method.value_norm, method.keydiff_power, turn)

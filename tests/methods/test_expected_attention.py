@@ -85,6 +85,7 @@ def test_with_rope_theta_only_the_place_before_rope_counts():
     last = torch.full_like(window.query_positions, int(window.query_positions.max()))
     method = ExpectedAttention(rope_theta=100.0, num_future_tokens=4)
     one = window.queries[:, :1].expand_as(window.queries)
+    assert window.query_shifts is not None
     members = window.query_shifts.repeat(window.num_kv_heads)  # of each head
     places = 160 + window.query_positions.view(1, -1, 1) - members
     at_last = replace(window, queries=one, query_positions=last, query_shifts=None)

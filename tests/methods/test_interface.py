@@ -69,3 +69,11 @@ def test_top_k_gives_equals_to_the_earlier():
     assert top_k(scores, 2).tolist() == [[[1, 2]]]
     assert top_k(scores, 4).tolist() == [[[0, 1, 2, 3]]]
     assert top_k(torch.zeros(1, 1, 300), 40).tolist() == [[list(range(40))]]
+
+
+@pytest.mark.parametrize("name", ["ams", "cask", "chunkkv"])
+def test_a_method_on_a_base_needs_what_its_base_needs(name):
+    """Without the model's RoPE, kara would score as for a model that has none."""
+    for base, options, needed in (("kara", {}, True), ("kara", {"lookahead": 0}, False), ("keydiff", {}, False)):
+        on_base = make_method(KvConfig(method=name, method_options={"base": base, "base_options": options}))
+        assert on_base.uses_rope == needed

@@ -103,9 +103,8 @@ def assert_scores_close(actual, expected):
 @pytest.mark.parametrize("num_kv_heads, group_size", [(1, 1), (3, 1), (1, 4), (2, 3)])
 def test_scores_equal_the_definition(bidirectional, value_norm, moment, num_kv_heads, group_size):
     window = random_window(num_kv_heads=num_kv_heads, group_size=group_size)
-    options = {"bidirectional": bidirectional, "value_norm": value_norm, "moment": moment}
-    actual = Kara(lookahead=0, keydiff_power=0.0, **options).score(window)
-    assert_scores_close(actual, scores_by_loops(window, **options))
+    kara = Kara(bidirectional=bidirectional, value_norm=value_norm, moment=moment, lookahead=0, keydiff_power=0.0)
+    assert_scores_close(kara.score(window), scores_by_loops(window, bidirectional, value_norm, moment))
 
 
 @pytest.mark.parametrize("lookahead", [1, 7, 300])
@@ -226,8 +225,8 @@ def test_ranks_of_other_scores_are_added(keydiff_weight, redundancy_weight):
 
 def test_the_paper_form_is_plain_and_keeps_its_chunks():
     window = random_window()
-    ours = {"moment": "max", "lookahead": 50, "keydiff_power": 1.0, "keydiff_weight": 1.0, "key_ridge": 1.0}
-    paper = Kara(variant="paper", max_chunk_size=5, **ours)
+    ours = Kara(max_chunk_size=5, moment="max", lookahead=50, keydiff_power=1.0, keydiff_weight=1.0, key_ridge=1.0)
+    paper = replace(ours, variant="paper")
     assert paper == Kara(variant="paper", max_chunk_size=5) and paper.fused
     assert paper.lookahead == 0 and paper.keydiff_power == 0 and not paper.uses_rope
     assert_scores_close(paper.score(window), scores_by_loops(window, True, False))

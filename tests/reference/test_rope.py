@@ -107,12 +107,12 @@ def test_models_without_rope_have_none():
 
 def test_a_rope_of_unknown_pairs_is_refused():
     """DeepSeek-V2 multiplies complex numbers, and has no function that could be asked."""
-    model = model_of(
-        DeepseekV2Config(
-            **SIZES, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
-            kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=1,
-        )  # fmt: skip
-    )
+    config = DeepseekV2Config(
+        **SIZES, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+        first_k_dense_replace=1,
+    )  # fmt: skip
+    model = model_of(config)
     with pytest.raises(ValueError, match="DeepseekV2ForCausalLM: which dimensions .* method_options lookahead=0"):
         rope_of(model)
     assert not Kara(lookahead=0).uses_rope  # so that the advice helps

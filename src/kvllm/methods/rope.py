@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,15 @@ class Rope:
         partner = torch.arange(head_dim, device=angles.device)
         partner[first], partner[second] = second, first
         return cos, sin, partner
+
+
+def check_same_in_every_layer(config: Any, model: str) -> None:
+    """Raise ValueError where a model's config says that some of its layers have no RoPE (SmolLM3, Llama 4)."""
+    if not all(getattr(config, "no_rope_layers", None) or [1]):
+        raise ValueError(
+            f"KvLLM: some layers of {model} have no RoPE (no_rope_layers); use method_options lookahead=0, or another "
+            "method."
+        )
 
 
 def frequencies(rope_theta: float, head_dim: int, device: torch.device | None = None) -> Tensor:

@@ -7,7 +7,7 @@ import sys
 import torch
 from transformers import PreTrainedModel
 
-from kvllm.methods.rope import Rope
+from kvllm.methods.rope import Rope, check_same_in_every_layer
 
 
 def rope_of(model: PreTrainedModel) -> Rope | None:
@@ -15,6 +15,7 @@ def rope_of(model: PreTrainedModel) -> Rope | None:
     rotary = getattr(model.base_model, "rotary_emb", None)
     if rotary is None:
         return None
+    check_same_in_every_layer(model.config.get_text_config(), type(model).__name__)
     # Every model of transformers has its own copy of this function, so it is asked and not looked up.
     rotate_half = getattr(sys.modules[type(model).__module__], "rotate_half", None)
     turned = rotate_half(torch.arange(4)).tolist() if rotate_half else None
