@@ -203,7 +203,7 @@ def kara_weights(shape: Shape) -> tuple[bool, float, Turn]:
     positions = torch.arange(shape.num_queries, device=DEVICE) * shape.query_stride
     shifts = torch.from_numpy(query_shifts(shape.query_stride, shape.num_heads // shape.num_kv_heads)).to(DEVICE)
     rope = Rope(frequencies(1e6, shape.head_dim, torch.device(DEVICE)))
-    turn = Turn.by(turn_distances(positions, shifts, kara.lookahead), rope, shape.head_dim)
+    turn = Turn.by(turn_distances(positions, shifts, kara.lookahead), rope, shape.head_dim, torch.bfloat16)
     return kara.value_norm, kara.keydiff_power, turn
 
 

@@ -176,7 +176,9 @@ class Load:
         steady_from: float | None = None
         sampled = printed = 0.0
         while finished < self.num_requests:
-            while sent < self.num_requests and sent - finished < self.concurrency:
+            # Until lengths are mixed, only as many as will run at once: more would start together, and grow together.
+            limit = wave_size if wave_size and not wave_done_s else self.concurrency
+            while sent < self.num_requests and sent - finished < limit:
                 name = engine.add(lengths[sent], self.extra_args, generator)
                 if sent < wave_size:
                     wave.add(name)

@@ -323,7 +323,9 @@ class KvModelState(DefaultModelState):
         if key not in self.turns:
             positions = torch.from_numpy(places.copy()).to(self.device)
             distances = turn_distances(positions, self.query_bank.shifts, self.method.lookahead)
-            self.turns[key] = Turn.by(distances, self.rope, self.query_bank.queries.shape[-1])
+            # Tables as exact as the products: the kernel reads them for every head of every layer.
+            dtype = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
+            self.turns[key] = Turn.by(distances, self.rope, self.query_bank.queries.shape[-1], dtype)
         return self.turns[key]
 
     def _compress_generic(

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kvllm.query_bank import LEVELS, SMALLEST, QueryBank
 
+_HEADS = 8  # a program's
+
 
 def store_queries_ref(query: Tensor, bank: QueryBank, layer: int, codes: Tensor) -> None:
     """`QueryBank.store`; `codes` may be longer than the tokens."""
@@ -17,15 +19,16 @@ def store_queries_ref(query: Tensor, bank: QueryBank, layer: int, codes: Tensor)
 
 
 def store_queries(query: Tensor, bank: QueryBank, layer: int, codes: Tensor) -> None:
-    """`store_queries_ref` as a Triton kernel, one program per token. `codes` is int32.
+    """`store_queries_ref` as a Triton kernel, a program for each token and some heads. `codes` is int32.
 
     Safe inside CUDA graphs: it allocates nothing, and its grid depends on the padded number of tokens only.
     """
     num_tokens, num_heads, head_dim = query.shape
     assert query.stride(2) == 1 and query.stride(1) == head_dim
     assert bank.queries.is_contiguous() and bank.scales.is_contiguous()
+    block_h = min(_HEADS, triton.next_power_of_2(num_heads))
     if num_tokens:
-        _store_queries_kernel[(num_tokens,)](
+        _store_queries_kernel[(num_tokens, triton.cdiv(num_heads, block_h))](
             query,
             bank.queries[layer],
             bank.scales[layer],
@@ -38,9 +41,9 @@ def store_queries(query: Tensor, bank: QueryBank, layer: int, codes: Tensor) -> 
             STRIDE=bank.query_stride,
             LEVELS=LEVELS,
             SMALLEST=SMALLEST,
-            BLOCK_H=min(16, triton.next_power_of_2(num_heads)),
+            BLOCK_H=block_h,
             BLOCK_D=triton.next_power_of_2(head_dim),
-            num_warps=4,
+            num_warps=2,
         )
 
 
@@ -51,22 +54,22 @@ def _store_queries_kernel(
     STRIDE: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    dims = tl.arange(0, BLOCK_D)
+    inside = (heads < NUM_HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
+    # Read before it is known which of these are stored, so that the two loads do not wait for each other.
+    x = tl.load(query + token * stride_query + heads[:, None] * HEAD_DIM + dims[None, :], mask=inside, other=0.0)
     code = tl.load(codes + token)
     if code < 0:
         return
     period: tl.constexpr = NUM_QUERIES * STRIDE
     row, place = (code // period).to(tl.int64), code % period
-    dims = tl.arange(0, BLOCK_D)
-    for start in range(0, NUM_HEADS, BLOCK_H):
-        heads = start + tl.arange(0, BLOCK_H)
-        at = (place + heads % GROUP_SIZE * STRIDE // GROUP_SIZE) % period
-        stored = (at % STRIDE == STRIDE - 1) & (heads < NUM_HEADS)
-        mask = stored[:, None] & (dims < HEAD_DIM)[None, :]
-        x = tl.load(query + token * stride_query + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
-        x = x.to(tl.float32)
-        scale = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST) * (1.0 / LEVELS)
-        # Adding and taking away 1.5 * 2^23 rounds to the nearest whole number, halves to even, as PyTorch does.
-        x = (tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + 12582912.0) - 12582912.0
-        target = (row * NUM_QUERIES + at // STRIDE) * NUM_HEADS + heads
-        tl.store(numbers + target[:, None] * HEAD_DIM + dims[None, :], x.to(tl.int8), mask=mask)
-        tl.store(scales + target, scale, mask=stored)
+    at = (place + heads % GROUP_SIZE * STRIDE // GROUP_SIZE) % period
+    stored = (at % STRIDE == STRIDE - 1) & (heads < NUM_HEADS)
+    x = x.to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST) * (1.0 / LEVELS)
+    # Adding and taking away 1.5 * 2^23 rounds to the nearest whole number, halves to even, as PyTorch does.
+    x = (tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + 12582912.0) - 12582912.0
+    target = (row * NUM_QUERIES + at // STRIDE) * NUM_HEADS + heads
+    tl.store(numbers + target[:, None] * HEAD_DIM + dims[None, :], x.to(tl.int8), mask=stored[:, None] & inside)
+    tl.store(scales + target, scale, mask=stored)
