@@ -117,8 +117,10 @@ def window_scores(
     if not batch:
         return scores
 
-    cached = (candidate_blocks, cache.key_ptrs, cache.value_ptrs, cache.k_scale, cache.v_scale)
-    cached = (*cached, candidate_blocks.stride(0), *cache.strides)
+    cached = (
+        *(candidate_blocks, cache.key_ptrs, cache.value_ptrs, cache.k_scale, cache.v_scale),
+        *(candidate_blocks.stride(0), *cache.strides),
+    )
     sizes = dict(
         NUM_LAYERS=num_layers,
         NUM_KV_HEADS=cache.num_kv_heads,
@@ -151,8 +153,8 @@ def window_scores(
     block_t, block_q, num_warps = tile_sizes(num_candidates, num_rows, 2 * block_h, float32)
     num_tiles = triton.cdiv(num_candidates, block_t)
     turns = (turn.cos, turn.sin, turn.first, turn.second) if turn else (None, None, None, None)
-    asked = (bank.queries, bank.scales, *turns, req_slots, bank.queries.shape[1])
-    asked = (*asked, head_dim**-0.5 / math.log(2))  # exp2 is cheaper than exp
+    exponent = head_dim**-0.5 / math.log(2)  # exp2 is cheaper than exp
+    asked = (bank.queries, bank.scales, *turns, req_slots, bank.queries.shape[1], exponent)
     sizes |= dict(
         NUM_HEADS=num_heads,
         GROUP_SIZE=bank.group_size,
