@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 
 from kvllm.config import KvConfig
 from kvllm.methods import make_method
-from kvllm.methods.kara import Kara, rank, token2chunk, turn_distances
-from kvllm.methods.keydiff import KeyDiff
-from kvllm.methods.rkv import redundancy
+from kvllm.methods.kara import Kara, token2chunk, turn_distances
 from kvllm.methods.rope import Rope, frequencies
 from tests.methods.windows import random_window
 
@@ -199,33 +197,9 @@ def test_a_query_before_the_window_sees_nothing_in_the_causal_ablation():
     assert (scores[..., :5] > 0).all() and (scores[..., 5:] == 0).all()
 
 
-def rank_by_loops(row):
-    order = sorted(range(len(row)), key=lambda t: (-row[t], t))
-    return [1 - order.index(t) / (len(row) - 1) for t in range(len(row))]
-
-
-def test_the_rank_is_the_place_in_the_row():
-    scores = torch.tensor([[[3.0, 1.0, 2.0, 2.0, -1.0]], [[0.0, 0.0, 0.0, 0.0, 5.0]]])
-    expected = [[rank_by_loops(row.tolist()) for row in rows] for rows in scores]
-    torch.testing.assert_close(rank(scores), torch.tensor(expected))
-    assert rank(scores)[0, 0].tolist() == pytest.approx([1.0, 0.25, 0.75, 0.5, 0.0])
-    assert rank(torch.ones(1, 1, 1)).tolist() == [[[1.0]]]
-
-
-@pytest.mark.parametrize("keydiff_weight, redundancy_weight", [(0.5, 0.0), (0.0, 0.3), (2.0, 1.0)])
-def test_ranks_of_other_scores_are_added(keydiff_weight, redundancy_weight):
-    window = random_window()
-    kara = Kara(moment="rms", keydiff_weight=keydiff_weight, redundancy_weight=redundancy_weight)
-    alone = Kara(moment="rms").score(window)
-    repeats = torch.stack([redundancy(keys, 0.5) for keys in window.keys])
-    expected = rank(alone) + keydiff_weight * rank(KeyDiff().score(window)) + redundancy_weight * rank(-repeats)
-    torch.testing.assert_close(kara.score(window), expected)
-    assert (kara.score(window) >= 0).all()  # what Token2Chunk asks for
-
-
 def test_the_paper_form_is_plain_and_keeps_its_chunks():
     window = random_window()
-    ours = Kara(max_chunk_size=5, moment="max", lookahead=50, keydiff_power=1.0, keydiff_weight=1.0, key_ridge=1.0)
+    ours = Kara(max_chunk_size=5, moment="max", lookahead=50, keydiff_power=1.0, key_ridge=1.0)
     paper = replace(ours, variant="paper")
     assert paper == Kara(variant="paper", max_chunk_size=5) and paper.fused
     assert paper.lookahead == 0 and paper.keydiff_power == 0 and not paper.uses_rope
@@ -235,7 +209,7 @@ def test_the_paper_form_is_plain_and_keeps_its_chunks():
 def test_fused_is_what_the_kernels_compute():
     assert Kara().fused and Kara(value_norm=False, max_chunk_size=1).fused
     assert Kara(lookahead=0).fused and Kara(keydiff_power=0.5).fused
-    for options in ({"bidirectional": False}, {"moment": "rms"}, {"keydiff_weight": 0.5}, {"redundancy_weight": 0.5}):
+    for options in ({"bidirectional": False}, {"moment": "rms"}):
         assert not Kara(**options).fused
     assert not Kara(key_ridge=1.0).fused and not Kara(value_ridge=1.0).fused
 
@@ -336,8 +310,6 @@ def test_options():
         KvConfig(method_options={"moment": "median"})
     with pytest.raises(ValueError, match="variant='papre': must be one of tuned, paper"):
         KvConfig(method_options={"variant": "papre"})
-    with pytest.raises(ValueError, match="keydiff_weight=-1: must be a number from 0"):
-        KvConfig(method_options={"keydiff_weight": -1})
     for lookahead in (-1, 1.5, True):
         with pytest.raises(ValueError, match=f"lookahead={lookahead}: must be a whole number"):
             KvConfig(method_options={"lookahead": lookahead})

@@ -12,10 +12,8 @@ from kvllm.methods.base import Kept, Method, Window, top_k
 from kvllm.methods.checks import check_between, check_count
 from kvllm.methods.keydiff import KeyDiff
 from kvllm.methods.refit import gather_tokens, refit_values, shift_keys
-from kvllm.methods.rkv import redundancy
 
 GOLDEN = (5**0.5 - 1) / 2
-SIMILARITY = 0.5  # R-KV's threshold: of keys more alike than this, the newest is not counted as redundant
 
 
 MOMENTS = ("mean", "rms", "max")
@@ -26,8 +24,6 @@ PAPER = {
     "value_norm": False,
     "keydiff_power": 0.0,
     "moment": "mean",
-    "keydiff_weight": 0.0,
-    "redundancy_weight": 0.0,
     "key_ridge": 0.0,
     "value_ridge": 0.0,
 }
@@ -50,15 +46,12 @@ class Kara(Method):
     chunk_fill:        a filler is worth this share of the weaker of its two picks
     moment:            how the weights that a key gets are summed up: their mean, root mean square, or the maximum over
                        the queries (mean over the heads of a group)
-    keydiff_weight:    > 0: the rank of the score, plus this times the rank by KeyDiff (keys unlike the others first)
-    redundancy_weight: > 0: the same with the rank by R-KV's redundancy (keys that repeat no other first)
     key_ridge:         > 0: shift the kept keys so that they win back the evicted ones' attention; the smaller the
                        stronger (`kvllm.methods.refit.shift_keys`)
     value_ridge:       > 0: change the kept values so that they bring what the whole window brought
                        (`kvllm.methods.refit.refit_values`)
     variant:           "paper" sets the plain form of the paper, whatever the options above it say
 
-    Ranks lie in [0, 1], so with them a filler, worth less than any pick, only counts where `chunk_fill` is near 1.
     """
 
     bidirectional: bool = True
@@ -68,8 +61,6 @@ class Kara(Method):
     max_chunk_size: int = 8
     chunk_fill: float = 0.5
     moment: str = "mean"
-    keydiff_weight: float = 0.0
-    redundancy_weight: float = 0.0
     key_ridge: float = 0.0
     value_ridge: float = 0.0
     variant: str = "tuned"
@@ -82,8 +73,6 @@ class Kara(Method):
             raise ValueError(f"chunk_fill={self.chunk_fill}: a share in [0, 1); 0 turns Token2Chunk off.")
         check_count("lookahead", self.lookahead, 0)
         check_between("keydiff_power", self.keydiff_power, 0, 16)
-        check_between("keydiff_weight", self.keydiff_weight, 0, 100)
-        check_between("redundancy_weight", self.redundancy_weight, 0, 100)
         check_between("key_ridge", self.key_ridge, 0, 1e6)
         check_between("value_ridge", self.value_ridge, 0, 1e6)
         for name, known in (("moment", MOMENTS), ("variant", VARIANTS)):
@@ -95,16 +84,12 @@ class Kara(Method):
 
     @property
     def fused(self) -> bool:
-        """Whether the Triton kernels compute exactly this: bidirectional, mean, no ranks, nothing refitted."""
-        return self.bidirectional and self.moment == "mean" and not self.ranked and not self.refits
+        """Whether the Triton kernels compute exactly this: bidirectional, mean, nothing refitted."""
+        return self.bidirectional and self.moment == "mean" and not self.refits
 
     @property
     def uses_rope(self) -> bool:
         return self.bidirectional and self.lookahead > 0
-
-    @property
-    def ranked(self) -> bool:
-        return self.keydiff_weight > 0 or self.redundancy_weight > 0
 
     @property
     def refits(self) -> bool:
@@ -116,16 +101,7 @@ class Kara(Method):
             scores = scores * window.values.float().norm(dim=-1).transpose(1, 2)
         if self.keydiff_power > 0:
             scores = scores * (1 + KeyDiff().score(window)).clamp(min=0) ** self.keydiff_power
-        if not self.ranked:
-            return scores
-        total = rank(scores)
-        if self.keydiff_weight > 0:
-            total = total + self.keydiff_weight * rank(KeyDiff().score(window))
-        if self.redundancy_weight > 0:
-            # One request and layer at a time: the cosines take num_kv_heads * num_tokens**2 numbers.
-            redundant = torch.stack([redundancy(keys, SIMILARITY) for keys in window.keys.float()])
-            total = total + self.redundancy_weight * rank(-redundant)
-        return total
+        return scores
 
     def ahead(self, window: Window) -> Window:
         """The window with its queries turned to where those to come will stand."""
@@ -186,12 +162,6 @@ def attention_moment(window: Window, moment: str, bidirectional: bool = True) ->
     if moment == "rms":
         return (weights.square().mean(dim=2).sum(dim=2) / judges).sqrt()
     return weights.amax(dim=3).mean(dim=2)
-
-
-def rank(scores: Tensor) -> Tensor:
-    """Each score's place among those of its row, from 0 (lowest) to 1; of equals the earlier is the higher."""
-    places = scores.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
-    return 1 - places / max(scores.shape[-1] - 1, 1)
 
 
 def token2chunk(scores: Tensor, num_kept: int, max_chunk_size: int, chunk_fill: float) -> Tensor:
