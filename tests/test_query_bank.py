@@ -14,7 +14,9 @@ HEAD_DIM, MAX_REQS = 8, 3
 
 def bank_of(num_queries: int, num_kv_heads: int, group_size: int, stride: int) -> QueryBank:
     """One of two layers, full of what must be overwritten."""
-    bank = QueryBank.allocate(2, MAX_REQS, num_queries, num_kv_heads * group_size, num_kv_heads, HEAD_DIM, stride)
+    bank = QueryBank.allocate(
+        2, MAX_REQS, num_queries, num_kv_heads * group_size, num_kv_heads, HEAD_DIM, stride, torch.bfloat16
+    )
     bank.queries.fill_(77)
     bank.scales.fill_(-1.0)
     return bank
@@ -98,6 +100,14 @@ def test_rows_without_a_code_and_rows_of_others_stay():
     assert (bank.queries[1, 1, 1] == 77).all() and (bank.queries[1, [0, 2]] == 77).all()
 
 
+def test_a_float32_model_has_its_queries_kept_as_they_are():
+    bank = QueryBank.allocate(1, 2, 2, 4, 2, 8, query_stride=1, dtype=torch.float32)
+    query = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    bank.store(0, query, torch.tensor([2 + 0, 2 + 1]))
+    assert torch.equal(bank.of(1)[0], query) and (bank.of(0) == 0).all()
+    assert bank.num_bytes == 2 * 2 * 4 * (4 * 8 + 4)
+
+
 def test_of_one_row_or_several():
     bank = bank_of(3, 2, 2, 1)
     bank.queries.copy_(torch.randint(-127, 128, bank.queries.shape, generator=torch.Generator().manual_seed(0)))
@@ -110,7 +120,7 @@ def test_of_one_row_or_several():
 
 
 def test_bytes():
-    bank = QueryBank.allocate(2, 3, 4, 6, 2, 8, query_stride=4)
+    bank = QueryBank.allocate(2, 3, 4, 6, 2, 8, query_stride=4, dtype=torch.float16)
     assert bank.queries.dtype == torch.int8 and bank.scales.dtype == torch.float32
     assert bank.num_bytes == 2 * 3 * 4 * 6 * (8 + 4)
     assert (bank.of(0) == 0).all()  # what vLLM's profiling run compresses by

@@ -1,7 +1,9 @@
 """The queries that the engines keep for scoring: a ring for each request and layer, eight bits a number.
 
 One token's queries weigh more than its KV pairs (four times as many heads as KV heads, at 8B scale), so the bank holds
-every `query_stride`-th query of a head (`kvllm.query_ring`) in int8, with one scale for each vector.
+every `query_stride`-th query of a head (`kvllm.query_ring`) in int8, with one scale for each vector. A float32 model,
+which is for comparing and not for serving, has its queries kept as they are: eight bits would make a rounding step of
+what is noise in the last bit, and with it now and then another choice.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ SMALLEST = 1e-30  # so that a query of zeros has a scale to divide by
 
 @dataclass(frozen=True)
 class QueryBank:
-    """queries: [num_layers, max_num_reqs, num_queries, num_heads, head_dim] int8, after RoPE
+    """queries: [num_layers, max_num_reqs, num_queries, num_heads, head_dim] int8, or float32, after RoPE
     scales:  [num_layers, max_num_reqs, num_queries, num_heads] float32; a query is its numbers times its scale
     """
 
@@ -40,10 +42,13 @@ class QueryBank:
         num_kv_heads: int,
         head_dim: int,
         query_stride: int,
+        dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> QueryBank:
+        """dtype: the model's"""
         shape = (num_layers, max_num_reqs, num_queries, num_heads)
-        queries = torch.zeros(*shape, head_dim, dtype=torch.int8, device=device)
+        stored = torch.float32 if dtype == torch.float32 else torch.int8
+        queries = torch.zeros(*shape, head_dim, dtype=stored, device=device)
         shifts = torch.from_numpy(query_shifts(query_stride, num_heads // num_kv_heads)).to(device)
         return cls(queries, torch.zeros(shape, device=device), num_kv_heads, query_stride, shifts)
 
@@ -62,7 +67,7 @@ class QueryBank:
 
     @property
     def num_bytes(self) -> int:
-        return self.queries.numel() + 4 * self.scales.numel()
+        return self.queries.nbytes + self.scales.nbytes
 
     def codes(self, rows: IntArray | int, offsets: IntArray) -> IntArray:
         """What `store` is told of a token: its request's row in the bank, and where in the ring's period it falls.
@@ -82,7 +87,7 @@ class QueryBank:
         token, member = stored.nonzero(as_tuple=True)
         row, slot = codes[token] // self.period, at[token, member] // self.query_stride
         grouped = query.unflatten(1, (self.num_kv_heads, self.group_size))[token, :, member]
-        numbers, scales = quantize(grouped)
+        numbers, scales = quantize(grouped, self.queries.dtype)
         shape = (self.num_kv_heads, self.group_size)
         self.queries[layer].unflatten(2, shape)[row, slot, :, member] = numbers
         self.scales[layer].unflatten(2, shape)[row, slot, :, member] = scales
@@ -92,9 +97,11 @@ class QueryBank:
         return dequantize(self.queries[:, rows], self.scales[:, rows])
 
 
-def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 numbers of the same shape, and a float32 scale for each vector (the last axis)."""
+def quantize(vectors: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Numbers of the same shape in `dtype`, int8 or float32, and a float32 scale for each vector (the last axis)."""
     vectors = vectors.float()
+    if dtype == torch.float32:
+        return vectors, torch.ones_like(vectors[..., 0])
     # Not divided by LEVELS: on a GPU PyTorch would multiply by the reciprocal, on a CPU not.
     scales = vectors.abs().amax(dim=-1).clamp(min=SMALLEST) * (1 / LEVELS)
     return (vectors / scales.unsqueeze(-1)).round().to(torch.int8), scales

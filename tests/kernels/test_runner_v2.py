@@ -52,7 +52,15 @@ def model_state(config: KvConfig, cache: PagedCache, device: str) -> Any:
     state.layers, state.layer_indices = [None] * NUM_LAYERS, torch.arange(NUM_LAYERS, device=device)
     state.rows = RequestRows.empty(MAX_REQS)
     state.query_bank = QueryBank.allocate(
-        NUM_LAYERS, MAX_REQS, state.num_queries, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, config.query_stride, device
+        NUM_LAYERS,
+        MAX_REQS,
+        state.num_queries,
+        NUM_HEADS,
+        NUM_KV_HEADS,
+        HEAD_DIM,
+        config.query_stride,
+        torch.float32,
+        device,
     )
     state.rope, state.turns = rope_on(device) if state.method.uses_rope else None, {}
     most_survivors = config.budget_size if bounded else config.history_size

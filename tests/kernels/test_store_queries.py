@@ -6,8 +6,8 @@ from kvllm.kernels.store_queries import store_queries, store_queries_ref
 from kvllm.query_bank import QueryBank
 
 
-def bank_of(num_heads, num_kv_heads, head_dim, stride, device, max_num_reqs=3, num_queries=4):
-    bank = QueryBank.allocate(2, max_num_reqs, num_queries, num_heads, num_kv_heads, head_dim, stride, device)
+def bank_of(num_heads, num_kv_heads, head_dim, stride, device, dtype=torch.bfloat16):
+    bank = QueryBank.allocate(2, 3, 4, num_heads, num_kv_heads, head_dim, stride, dtype, device)
     bank.queries.fill_(77)
     bank.scales.fill_(-1.0)
     return bank
@@ -23,8 +23,8 @@ def test_store_queries(num_tokens, num_heads, num_kv_heads, head_dim, stride, dt
     # A slice of the projection of queries, keys and values together: rows are strided.
     qkv = torch.randn(num_tokens, (num_heads + 2) * head_dim, device=device).to(dtype)
     query = qkv[:, : num_heads * head_dim].view(num_tokens, num_heads, head_dim)
-    bank = bank_of(num_heads, num_kv_heads, head_dim, stride, device)
-    expected = bank_of(num_heads, num_kv_heads, head_dim, stride, device)
+    bank = bank_of(num_heads, num_kv_heads, head_dim, stride, device, dtype)
+    expected = bank_of(num_heads, num_kv_heads, head_dim, stride, device, dtype)
     rows, offsets = np.arange(num_tokens) % 3, 5 + np.arange(num_tokens) * 7
     codes = torch.from_numpy(bank.codes(rows, offsets)).int().to(device)
     codes[2::3] = -1

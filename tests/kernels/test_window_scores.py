@@ -32,8 +32,8 @@ def make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, *, bl
         device=device,
         **kwargs,
     )
-    bank = QueryBank.allocate(cache.num_layers, 4, num_queries, num_heads, num_kv_heads, head_dim, 4, device)
-    numbers, scales = quantize(torch.randn(bank.queries.shape, device=device))
+    bank = QueryBank.allocate(cache.num_layers, 4, num_queries, num_heads, num_kv_heads, head_dim, 4, dtype, device)
+    numbers, scales = quantize(torch.randn(bank.queries.shape, device=device), bank.queries.dtype)
     bank.queries.copy_(numbers)
     bank.scales.copy_(scales)
     slots = torch.tensor([3, 1], device=device)

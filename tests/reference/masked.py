@@ -40,15 +40,6 @@ def masked_pass(model: PreTrainedModel, token_ids: list[int], visible: Tensor) -
     return logits, seen
 
 
-def eight_bits(queries: Tensor) -> Tensor:
-    """Each vector in whole steps of a 127th of its largest number."""
-    result = queries.float().clone()
-    for vector in result.view(-1, queries.shape[-1]):
-        step = vector.abs().max() / 127
-        vector.copy_(torch.round(vector / step) * step)
-    return result
-
-
 def masked_replay(
     model: PreTrainedModel,
     token_ids: list[int],
@@ -97,7 +88,7 @@ def masked_replay(
             assert positions.shape[1] == expected
             queries = torch.stack([query[head, rings[head % group_size]] for head in range(len(query))], dim=1)
             window = Window(
-                queries=eight_bits(queries)[None],
+                queries=queries[None],
                 query_positions=rings[0] - (now - buffer_size - expected),
                 keys=torch.stack([key[h, positions[h]] for h in range(heads)], dim=1)[None],
                 values=torch.stack([value[h, positions[h]] for h in range(heads)], dim=1)[None],

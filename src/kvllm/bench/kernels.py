@@ -189,7 +189,7 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
 def random_bank(shape: Shape, max_num_reqs: int) -> QueryBank:
     bank = QueryBank.allocate(
         shape.num_layers, max_num_reqs, shape.num_queries, shape.num_heads, shape.num_kv_heads, shape.head_dim,
-        shape.query_stride, DEVICE,
+        shape.query_stride, getattr(torch, shape.dtype), DEVICE,
     )  # fmt: skip
     numbers, scales = quantize(torch.randn(bank.queries.shape, device=DEVICE))
     bank.queries.copy_(numbers)

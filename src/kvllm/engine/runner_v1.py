@@ -48,7 +48,7 @@ class CompressorV1:
         layer = self.layers[0]
         self.query_bank = QueryBank.allocate(
             len(self.layers), runner.max_num_reqs, self.num_queries, layer.num_heads, layer.num_kv_heads,
-            layer.head_size, config.query_stride,
+            layer.head_size, config.query_stride, runner.model_config.dtype,
         )  # fmt: skip
         self.rope = rope_of(runner.model) if self.method.uses_rope else None
         self.free_rows = list(range(runner.max_num_reqs))

@@ -107,7 +107,7 @@ class KvModelState(DefaultModelState):
         # Allocated with the model, so before vLLM profiles its memory and sizes the KV pool.
         self.query_bank = QueryBank.allocate(
             len(self.layers), self.max_num_reqs, self.num_queries, layer.num_heads, layer.num_kv_heads,
-            layer.head_size, config.query_stride, device,
+            layer.head_size, config.query_stride, self.dtype, device,
         )  # fmt: skip
         self.rope = rope_of(model) if self.method.uses_rope else None
         self.turns: dict[bytes, Turn] = {}

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,6 +42,7 @@ def store_queries(query: Tensor, bank: QueryBank, layer: int, codes: Tensor) -> 
             STRIDE=bank.query_stride,
             LEVELS=LEVELS,
             SMALLEST=SMALLEST,
+            EXACT=bank.queries.dtype == torch.float32,
             BLOCK_H=block_h,
             BLOCK_D=triton.next_power_of_2(head_dim),
             num_warps=2,
@@ -51,7 +53,8 @@ def store_queries(query: Tensor, bank: QueryBank, layer: int, codes: Tensor) -> 
 def _store_queries_kernel(
     query, numbers, scales, codes, stride_query,
     NUM_QUERIES: tl.constexpr, NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    STRIDE: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    STRIDE: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -67,9 +70,12 @@ def _store_queries_kernel(
     at = (place + heads % GROUP_SIZE * STRIDE // GROUP_SIZE) % period
     stored = (at % STRIDE == STRIDE - 1) & (heads < NUM_HEADS)
     x = x.to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST) * (1.0 / LEVELS)
-    # Adding and taking away 1.5 * 2^23 rounds to the nearest whole number, halves to even, as PyTorch does.
-    x = (tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + 12582912.0) - 12582912.0
+    scale = tl.full([BLOCK_H], 1.0, tl.float32)
+    if not EXACT:
+        scale = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST) * (1.0 / LEVELS)
+        # Adding and taking away 1.5 * 2^23 rounds to the nearest whole number, halves to even, as PyTorch does.
+        x = (tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + 12582912.0) - 12582912.0
     target = (row * NUM_QUERIES + at // STRIDE) * NUM_HEADS + heads
-    tl.store(numbers + target[:, None] * HEAD_DIM + dims[None, :], x.to(tl.int8), mask=stored[:, None] & inside)
+    x = x.to(numbers.dtype.element_ty)
+    tl.store(numbers + target[:, None] * HEAD_DIM + dims[None, :], x, mask=stored[:, None] & inside)
     tl.store(scales + target, scale, mask=stored)

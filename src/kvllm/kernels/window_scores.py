@@ -21,7 +21,6 @@ from kvllm.query_bank import QueryBank
 # A key tile of this size fits twice into the shared memory of a multiprocessor of a Hopper or Ampere GPU, beside the
 # queries: two programs share one, so that one computes while the other loads.
 _TILE_BYTES = 64 * 1024
-_BLOCK_Q, _MAX_REGISTERS, _STAGES = 64, 128, 2  # with 128 registers two programs of 8 warps share a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ def window_scores(
         BLOCK_Q=block_q,
         BLOCK_H=block_h,
         num_warps=num_warps,
-        num_stages=_STAGES,
+        num_stages=2,
     )
     log_sums = None
     if num_tiles > 1:
@@ -180,7 +179,6 @@ def window_scores(
         *asked,
         WEIGHTED=weights is not None,
         SEVERAL_TILES=num_tiles > 1,
-        maxnreg=None if float32 else _MAX_REGISTERS,
         **sizes,
     )
     return scores
@@ -190,10 +188,10 @@ def tile_sizes(num_candidates: int, num_rows: int, block_d: int, float32: bool) 
     """Candidates a tile, queries a tile, warps a program."""
     if float32:  # no tensor cores: small tiles, so that the operands of the plain product fit the registers
         return 32, 32, 4
-    block_q = min(_BLOCK_Q, max(16, triton.next_power_of_2(num_rows)))
+    block_q = min(64, max(16, triton.next_power_of_2(num_rows)))
     resident = max(16, triton.next_power_of_2(num_candidates))
     if resident * block_d * 2 <= _TILE_BYTES:
-        return resident, block_q, max(4, resident // 32)
+        return resident, block_q, 4  # of 4 and 8 warps, 32 and 64 queries, with fewer registers or not: the fastest
     return 64 if block_d > 128 else 128, block_q, 4
 
 
@@ -217,9 +215,11 @@ def _pairs(first, second, NUM_PAIRS: tl.constexpr, HALVES: tl.constexpr, BLOCK_H
     """The dimensions that turn together, [BLOCK_H] each."""
     pairs = tl.arange(0, BLOCK_H)
     if HALVES:
-        return pairs, pairs + NUM_PAIRS
-    inside = pairs < NUM_PAIRS
-    return tl.load(first + pairs, mask=inside, other=0), tl.load(second + pairs, mask=inside, other=0)
+        firsts, seconds = pairs, pairs + NUM_PAIRS
+    else:
+        firsts = tl.load(first + pairs, mask=pairs < NUM_PAIRS, other=0)
+        seconds = tl.load(second + pairs, mask=pairs < NUM_PAIRS, other=0)
+    return firsts, seconds
 
 
 @triton.jit

@@ -85,7 +85,8 @@ def stored_queries(layer: LayerCache, behind: Tensor, shifts: Tensor) -> Tensor:
     members = torch.arange(len(shifts), device=shifts.device)
     grouped = layer.queries.unflatten(1, (-1, len(shifts)))  # [num_tokens, num_kv_heads, group_size, head_dim]
     chosen = grouped[behind[:, None] - shifts, :, members]  # [num_queries, group_size, num_kv_heads, head_dim]
-    return dequantize(*quantize(chosen.transpose(1, 2).flatten(1, 2)))
+    stored = torch.float32 if chosen.dtype == torch.float32 else torch.int8
+    return dequantize(*quantize(chosen.transpose(1, 2).flatten(1, 2), stored))
 
 
 def rows(tokens: Tensor, indices: Tensor) -> Tensor:
