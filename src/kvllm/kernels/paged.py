@@ -110,6 +110,12 @@ class PagedCache:
         """The integer of the same width: moves bits and never rounds or quiets a NaN."""
         return _RAW_DTYPES[self.dtype.itemsize][1]
 
+    def part(self, layers: slice) -> PagedCache:
+        """The cache of some of the layers."""
+        scales = (None if scale is None else scale[layers] for scale in (self.k_scale, self.v_scale))
+        ptrs = (self.key_ptrs[layers], self.value_ptrs[layers])
+        return PagedCache(self.keys[layers], self.values[layers], *ptrs, *scales, self.alignment)
+
     def raw(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer as integers of the same width; writing to them writes the cache."""
         dtype = _RAW_DTYPES[self.dtype.itemsize][0]
