@@ -65,13 +65,15 @@ class Simulation:
         if g.history_limit and history + kept > g.history_limit:
             start, candidates, kept = protected, history + candidates, g.history_kept
         first, last = (start + kept) // g.block_size, (start + candidates) // g.block_size
-        event = {"at": self.computed, "start": start, "shape": (candidates, kept), "freed": self.table[first:last]}
+        freed = self.table[first:last]
+        event = {"at": self.computed, "start": start, "shape": (candidates, kept), "freed": freed}
         self.cache[start : start + candidates] = [None] * kept
         del self.table[first:last]
         if not self.events and 0 < g.prompt_budget < whole:
-            event["freed"] = self.table[g.prompt_budget // g.block_size : whole // g.block_size] + event["freed"]
+            cut = slice(g.prompt_budget // g.block_size, whole // g.block_size)
+            event["freed"] = [*self.table[cut], *freed]
             self.cache[:whole] = [CUT] * g.prompt_budget
-            del self.table[g.prompt_budget // g.block_size : whole // g.block_size]
+            del self.table[cut]
         self.events.append(event)
         return True
 

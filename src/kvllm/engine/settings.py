@@ -115,9 +115,9 @@ def _check_prompt_can_be_cut(geometry: Geometry, num_prompt_tokens: int, fitting
     if fitting < due:
         raise ValueError(
             f"prefix_budget_exhausted: a prompt of {num_prompt_tokens} tokens is cut to "
-            f"prompt_budget={geometry.prompt_budget} once {due - num_prompt_tokens} tokens are generated, and until then "
-            f"this request needs {ceil_div(due, geometry.block_size)} KV blocks; the pool has {num_blocks}. Use a "
-            f"shorter prompt, or max_tokens of at most {max(fitting - num_prompt_tokens, 0)}."
+            f"prompt_budget={geometry.prompt_budget} once {due - num_prompt_tokens} tokens are generated, and takes "
+            f"{ceil_div(due, geometry.block_size)} KV blocks until then; the pool has {num_blocks}. Use a shorter "
+            f"prompt, or max_tokens of at most {max(fitting - num_prompt_tokens, 0)}."
         )
 
 

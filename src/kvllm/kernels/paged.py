@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -112,9 +112,15 @@ class PagedCache:
 
     def part(self, layers: slice) -> PagedCache:
         """The cache of some of the layers."""
-        scales = (None if scale is None else scale[layers] for scale in (self.k_scale, self.v_scale))
-        ptrs = (self.key_ptrs[layers], self.value_ptrs[layers])
-        return PagedCache(self.keys[layers], self.values[layers], *ptrs, *scales, self.alignment)
+        return replace(
+            self,
+            keys=self.keys[layers],
+            values=self.values[layers],
+            key_ptrs=self.key_ptrs[layers],
+            value_ptrs=self.value_ptrs[layers],
+            k_scale=None if self.k_scale is None else self.k_scale[layers],
+            v_scale=None if self.v_scale is None else self.v_scale[layers],
+        )
 
     def raw(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer as integers of the same width; writing to them writes the cache."""
