@@ -50,6 +50,18 @@ def test_history_size_is_a_number_of_tokens_or_0():
     assert KvConfig(method="recent", history_size=0).history_size == 0
 
 
+def test_prompt_budget_is_whole_blocks_or_0():
+    assert "prompt_budget=-16: must be a number of tokens, or 0" in refusal({"prompt_budget": -16})
+    for policy in ("window", "budget"):
+        config = KvConfig(method="recent", policy=policy, prompt_budget=100)
+        with pytest.raises(
+            ValueError, match=r"prompt_budget=100: must be a multiple of the KV block size, 16 .*use 112"
+        ):
+            Geometry.from_config(config, block_size=16)
+        geometry = Geometry.from_config(dataclasses.replace(config, prompt_budget=112), block_size=16)
+        assert geometry is not None and geometry.prompt_budget == 112
+
+
 def test_history_size_is_refused_under_the_budget_policy():
     message = refusal({"history_size": 2048, "policy": "budget"})
     assert "history_size=2048: only for policy=window" in message and "bounded by budget_size" in message
@@ -64,7 +76,7 @@ def test_a_history_that_holds_no_window_is_refused_with_a_remedy_that_works():
         Geometry.from_config(dataclasses.replace(config, history_size=100), block_size=16, retention_ratio=0.5)
 
 
-@pytest.mark.parametrize("name", (*SIZES, "history_size", "seed"))
+@pytest.mark.parametrize("name", (*SIZES, "history_size", "prompt_budget", "seed"))
 @pytest.mark.parametrize("value", [64.0, "64", True, None])
 def test_sizes_must_be_integers(name, value):
     assert refusal({name: value}).startswith(f"{name}={value!r}: expected int")
@@ -185,6 +197,7 @@ FULL: dict[str, Any] = {
     "history_size": 0,
     "budget_size": 1024,
     "budget_interval": 64,
+    "prompt_budget": 96,
     "seed": 7,
 }
 

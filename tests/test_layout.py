@@ -20,15 +20,20 @@ ARITHMETIC = settings(max_examples=200, deadline=None)
 def geometries(draw) -> Geometry:
     block = draw(st.sampled_from([1, 2, 4, 16]))
     buffer = draw(st.integers(1, 3 * block + 1))
+    prompt = draw(st.integers(0, 3)) * block
     if draw(st.booleans()):
         blocks = draw(st.integers(2, 6))
         kept = draw(st.integers(1, blocks - 1))
         limit = draw(st.integers(0, 5))  # groups; 0: none
         stay = draw(st.integers(1, limit)) if limit else 0
         history = (limit * kept * block, stay * kept * block)
-        return Geometry(block, "window", blocks * block, kept * block, blocks * block, buffer, *history)
+        return Geometry(block, "window", blocks * block, kept * block, blocks * block, buffer, *history, prompt)
     kept, interval = draw(st.integers(1, 5)), draw(st.integers(1, 4))
-    return Geometry(block, "budget", (kept + interval) * block, kept * block, interval * block, buffer)
+    sizes = ((kept + interval) * block, kept * block, interval * block, buffer)
+    return Geometry(block, "budget", *sizes, prompt_budget=prompt)
+
+
+CUT = "prompt"
 
 
 @dataclass
@@ -36,20 +41,21 @@ class Simulation:
     """One request, block by block: what the scheduler frees and the worker moves, with nothing computed ahead.
 
     `table` lists the logical blocks in the order in which attention reads them; `cache` holds one entry a cached
-    token: its position, or None for a survivor, whose position depends on the head.
+    token: its position, or None for a survivor, whose position depends on the head (CUT for one of the prompt).
     """
 
     geometry: Geometry
     num_prompt_tokens: int
     table: list[int] = field(default_factory=list)
-    cache: list[int | None] = field(default_factory=list)
+    cache: list[int | str | None] = field(default_factory=list)
     computed: int = 0
     events: list[dict] = field(default_factory=list)
     peak: int = 0
 
     def compress_if_due(self) -> bool:
         g = self.geometry
-        protected = ceil_div(self.num_prompt_tokens, g.block_size) * g.block_size
+        whole = ceil_div(self.num_prompt_tokens, g.block_size) * g.block_size
+        protected = g.prompt_budget if self.events and 0 < g.prompt_budget < whole else whole
         history = self.cache[protected:].count(None)
         # The candidates are the first tokens that may be touched: all but the prompt's blocks and old windows.
         start = protected + (history if g.policy == "window" else 0)
@@ -59,10 +65,16 @@ class Simulation:
         if g.history_limit and history + kept > g.history_limit:
             start, candidates, kept = protected, history + candidates, g.history_kept
         first, last = (start + kept) // g.block_size, (start + candidates) // g.block_size
-        event = {"at": self.computed, "start": start, "shape": (candidates, kept), "freed": self.table[first:last]}
-        self.events.append(event)
+        freed = self.table[first:last]
+        event = {"at": self.computed, "start": start, "shape": (candidates, kept), "freed": freed}
         self.cache[start : start + candidates] = [None] * kept
         del self.table[first:last]
+        if not self.events and 0 < g.prompt_budget < whole:
+            cut = slice(g.prompt_budget // g.block_size, whole // g.block_size)
+            event["freed"] = [*self.table[cut], *freed]
+            self.cache[:whole] = [CUT] * g.prompt_budget
+            del self.table[cut]
+        self.events.append(event)
         return True
 
     def step(self, num_new: int) -> bool:
@@ -118,7 +130,7 @@ def test_layout_equals_the_simulation(geometry, num_prompt_tokens):
         assert geometry.shape(number) == event["shape"]
         runs = geometry.freed_blocks(num_prompt_tokens, number)
         assert [block for run in runs for block in run] == event["freed"] and all(map(len, runs))
-        assert geometry.num_freed(number) == len(event["freed"]) * geometry.block_size
+        assert geometry.num_freed(num_prompt_tokens, number) == len(event["freed"]) * geometry.block_size
 
 
 @SIMULATIONS
@@ -164,13 +176,20 @@ def test_sizes_and_monotone_growth(geometry, num_prompt_tokens, num_computed):
     assert raw < geometry.shape(now).num_candidates + geometry.buffer_size  # nothing due is left
     if now and geometry.policy == "window":
         assert raw >= geometry.buffer_size  # the newest tokens are never compressed
+    front = protected
+    if now and (cut := geometry.prompt_shape(num_prompt_tokens)):
+        assert cut == (protected, geometry.prompt_budget) and geometry.prompt_budget < protected
+        front = geometry.prompt_budget
     if now and geometry.policy == "budget":
         assert raw >= geometry.num_kept + geometry.buffer_size
-        assert held < protected + geometry.num_candidates + geometry.buffer_size  # bounded for ever
+        assert held < front + geometry.num_candidates + geometry.buffer_size  # bounded for ever
     if geometry.history_limit:
-        assert held < protected + geometry.history_limit + geometry.num_candidates + geometry.buffer_size
+        assert held < front + geometry.history_limit + geometry.num_candidates + geometry.buffer_size
     shape = geometry.shape(now)
-    assert 0 < shape.num_kept < shape.num_candidates and geometry.num_freed(now) % geometry.block_size == 0
+    assert (
+        0 < shape.num_kept < shape.num_candidates
+        and geometry.num_freed(num_prompt_tokens, now) % geometry.block_size == 0
+    )
     assert shape in [geometry.shape(event) for event in geometry.first_of_each_shape]
 
 
@@ -200,7 +219,7 @@ def test_block_map_of_a_batch_is_the_rows_of_each(num_prompt_tokens, events):
 def test_the_designs_formulas():
     """num_compressed_windows and physical_len as docs/design.md, section 2, states them."""
     geometry = Geometry.from_config(KvConfig(method="recent"), block_size=16)
-    assert geometry is not None and (geometry.num_kept, geometry.num_freed(0)) == (80, 176)
+    assert geometry is not None and (geometry.num_kept, geometry.num_freed(500, 0)) == (80, 176)
     for prompt in (1, 15, 16, 17, 500):
         for computed in range(prompt, prompt + 1500):
             windows = max(0, (computed - ceil_div(prompt, 16) * 16 - 64) // 256)
@@ -238,6 +257,23 @@ def test_an_answer_of_32k_tokens_fits_in_a_few_hundred_blocks():
     assert (limited.history_limit, limited.history_kept, limited.cycle) == (2000, 1440, 8)
     assert limited.peak_blocks(256, 256 + 32768) == (256 + 2000 + 256 + 64) // 16 == 161
     assert free.peak_blocks(256, 256 + 32768) == 667 and ceil_div(256 + 32768, 16) == 2064
+
+
+def test_a_prompt_budget_changes_nothing_for_shorter_prompts_nor_before_event_0():
+    free, cut = (
+        Geometry.from_config(KvConfig(method="recent", prompt_budget=size), block_size=16) for size in (0, 128)
+    )
+    assert free is not None and cut is not None and free.prompt_shape(5000) is None
+    assert cut.prompt_shape(113) is cut.prompt_shape(128) is None and cut.prompt_shape(129) == (144, 128)
+    assert cut.physical_len(100, 5000) == free.physical_len(100, 5000)
+    due = cut.event_at(1000, 0)
+    assert cut.physical_len(1000, due - 1) == due - 1 and cut.peak_blocks(1000, due - 1) == free.peak_blocks(
+        1000, due - 1
+    )
+    assert cut.physical_len(1000, due) == free.physical_len(1000, due) - (1008 - 128)
+    # The whole prompt and the first window stay the peak for long: 8 blocks of the prompt's 63, and 5 a window.
+    assert cut.peak_blocks(1000, due + 1) == cut.peak_blocks(1000, due + 256 * 11) == due // 16 == 83
+    assert [len(run) for run in cut.freed_blocks(1000, 0)] == [63 - 8, 16 - 5]
 
 
 @pytest.mark.parametrize(

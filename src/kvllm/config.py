@@ -52,6 +52,13 @@ class KvConfig:
     budget_interval: int = field(
         default=128, metadata={"help": "policy=budget: tokens between two cuts; a multiple of the block size."}
     )
+    prompt_budget: int = field(
+        default=0,
+        metadata={
+            "help": "Tokens that survive of a longer prompt, cut at the request's first compression; a multiple of the "
+            "block size. 0 = prompts stay whole."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the methods that draw at random."})
 
     def __post_init__(self) -> None:
@@ -64,6 +71,10 @@ class KvConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive, a number of tokens.")
         if self.history_size < 0:
             raise ValueError(f"history_size={self.history_size}: must be a number of tokens, or 0 for no limit.")
+        if self.prompt_budget < 0:
+            raise ValueError(
+                f"prompt_budget={self.prompt_budget}: must be a number of tokens, or 0: prompts stay whole."
+            )
         if self.history_size and self.policy != "window":
             raise ValueError(
                 f"history_size={self.history_size}: only for policy=window; with policy={self.policy} the memory is "

@@ -44,6 +44,9 @@ class Geometry:
     groups) an event that would take the history past it has the whole history among its candidates, besides its window.
     It keeps `history_kept` tokens, whole groups again, in the space of the first groups. So the history is at its limit
     again exactly `cycle` events later, and events have two shapes.
+
+    With a `prompt_budget` event 0 also turns the prompt, where it is longer, into that many tokens, in the first blocks
+    of its own space. From then on the rest stands where a prompt of that length would have put it.
     """
 
     block_size: int
@@ -54,6 +57,7 @@ class Geometry:
     buffer_size: int
     history_limit: int = 0  # 0: no limit
     history_kept: int = 0
+    prompt_budget: int = 0  # 0: prompts stay whole
 
     @classmethod
     def from_config(cls, config: KvConfig, block_size: int, retention_ratio: float | None = None) -> Geometry | None:
@@ -64,6 +68,7 @@ class Geometry:
         ratio = check_retention_ratio(config.retention_ratio if retention_ratio is None else retention_ratio)
         if ratio >= 1.0:
             return None
+        _check_multiple("prompt_budget", config.prompt_budget, block_size)
         if config.policy == "budget":
             for name in ("budget_size", "budget_interval"):
                 _check_multiple(name, getattr(config, name), block_size)
@@ -80,6 +85,7 @@ class Geometry:
                 num_kept=config.budget_size,
                 interval=config.budget_interval,
                 buffer_size=config.buffer_size,
+                prompt_budget=config.prompt_budget,
             )
         _check_multiple("window_size", config.window_size, block_size)
         kept = num_kept(ratio, config.window_size, block_size)
@@ -93,6 +99,7 @@ class Geometry:
             buffer_size=config.buffer_size,
             history_limit=groups * kept,
             history_kept=kept_groups * kept,
+            prompt_budget=config.prompt_budget,
         )
 
     @property
@@ -132,18 +139,32 @@ class Geometry:
             return 1 * (num_events > 0)
         return num_events - self.num_dropped_groups(num_events)
 
-    def num_removed(self, num_events: Int) -> Int:
+    def num_removed(self, num_prompt_tokens: Int, num_events: Int) -> Int:
         """Tokens that `num_events` events have taken out of the cache."""
         dropped = self.num_dropped_groups(num_events) * self.num_kept
-        return num_events * (self.num_candidates - self.num_kept) + dropped
+        cut = self.num_prompt_removed(num_prompt_tokens, num_events)
+        return num_events * (self.num_candidates - self.num_kept) + dropped + cut
 
-    def num_freed(self, event: int) -> int:
+    def num_prompt_removed(self, num_prompt_tokens: Int, num_events: Int) -> Int:
+        """Tokens of the prompt among them."""
+        excess = self.protected_len(num_prompt_tokens) - self.prompt_budget
+        return excess * (excess > 0) * (num_events > 0) * (self.prompt_budget > 0)
+
+    def num_freed(self, num_prompt_tokens: int, event: int) -> int:
         """Tokens that event number `event` frees."""
-        return self.num_removed(event + 1) - self.num_removed(event)
+        return self.num_removed(num_prompt_tokens, event + 1) - self.num_removed(num_prompt_tokens, event)
 
-    def protected_len(self, num_prompt_tokens: int) -> int:
-        """P': the prompt, rounded up to whole blocks; never compressed."""
+    def protected_len(self, num_prompt_tokens: Int) -> Int:
+        """P': the prompt, rounded up to whole blocks; never compressed, but for `prompt_shape`."""
         return ceil_div(num_prompt_tokens, self.block_size) * self.block_size
+
+    def prompt_shape(self, num_prompt_tokens: int) -> Shape | None:
+        """What event 0 does to the prompt, besides its own shape; None where the prompt stays whole.
+
+        The candidates are all P' tokens: the last block of the prompt may end with generated ones.
+        """
+        protected = self.protected_len(num_prompt_tokens)
+        return Shape(protected, self.prompt_budget) if 0 < self.prompt_budget < protected else None
 
     def num_events(self, num_prompt_tokens: int, num_computed_tokens: int) -> int:
         """How many compressions a request has behind it once the step that starts with this many tokens has begun."""
@@ -156,7 +177,8 @@ class Geometry:
 
     def physical_len(self, num_prompt_tokens: int, num_computed_tokens: int) -> int:
         """Tokens that a request holds in the cache."""
-        return num_computed_tokens - self.num_removed(self.num_events(num_prompt_tokens, num_computed_tokens))
+        events = self.num_events(num_prompt_tokens, num_computed_tokens)
+        return num_computed_tokens - self.num_removed(num_prompt_tokens, events)
 
     def max_chunk(self, num_prompt_tokens: int, num_computed_tokens: int) -> int:
         """Most tokens the next step may compute: none runs past an event.
@@ -169,15 +191,16 @@ class Geometry:
     def peak_blocks(self, num_prompt_tokens: int, num_tokens: int) -> int:
         """Most blocks a request ever holds while it grows to `num_tokens`: now, or just before an event.
 
-        The event is the last one, or the first that compressed the history: none finds more than that one.
+        The event is the last one, or the first that compressed the history: none finds more than that one. Or it is
+        event 0, which finds the whole prompt.
         """
         events = self.num_events(num_prompt_tokens, num_tokens - 1)
-        now = num_tokens - self.num_removed(events)
+        now = num_tokens - self.num_removed(num_prompt_tokens, events)
         if not events:
             return ceil_div(now, self.block_size)
         largest = min(events - 1, self.history_limit // self.num_kept) if self.history_limit else events - 1
-        before = self.event_at(num_prompt_tokens, largest) - self.num_removed(largest)
-        return ceil_div(max(now, before), self.block_size)
+        before = self.event_at(num_prompt_tokens, largest) - self.num_removed(num_prompt_tokens, largest)
+        return ceil_div(max(now, before, self.event_at(num_prompt_tokens, 0)), self.block_size)
 
     def freed_blocks(self, num_prompt_tokens: int, event: int) -> list[range]:
         """Logical blocks that event number `event` empties, all of them in use until then: ascending runs."""
@@ -188,6 +211,8 @@ class Geometry:
         else:
             windows = (start + w * self.interval for w in range(event - self.cycle + 1, event))
             runs = [*(range(first, first + self.num_kept) for first in windows), own]
+        if event == 0 and (prompt := self.prompt_shape(num_prompt_tokens)):
+            runs.insert(0, range(prompt.num_kept, prompt.num_candidates))
         return [range(run.start // self.block_size, run.stop // self.block_size) for run in runs]
 
     def candidate_offset(self, event: int) -> int:
@@ -197,7 +222,8 @@ class Geometry:
 
     def candidate_start(self, num_prompt_tokens: int, event: int) -> int:
         """Physical index, just before event number `event`, of its first candidate."""
-        return self.protected_len(num_prompt_tokens) + self.candidate_offset(event)
+        cut = self.num_prompt_removed(num_prompt_tokens, event)
+        return self.protected_len(num_prompt_tokens) - cut + self.candidate_offset(event)
 
     def block_map(self, num_prompt_tokens: IntArray, num_events: IntArray, num_blocks: int) -> IntArray:
         """Logical block behind each physical block.
@@ -206,9 +232,10 @@ class Geometry:
         returns [num_reqs, num_blocks]; entries past a request's length go on counting, and mean nothing
         """
         kept, candidates, step = (n // self.block_size for n in (self.num_kept, self.num_candidates, self.interval))
-        protected = -(-num_prompt_tokens[:, None] // self.block_size)
-        events = num_events[:, None]
-        physical = np.arange(num_blocks, dtype=np.int64)[None, :] - protected
+        prompt, events = num_prompt_tokens[:, None], num_events[:, None]
+        protected = self.protected_len(prompt) // self.block_size
+        front = protected - self.num_prompt_removed(prompt, events) // self.block_size
+        physical = np.arange(num_blocks, dtype=np.int64)[None, :] - front
         groups = self.num_groups(events)
         group = physical // kept
         # The first groups never move; those that came after the history was compressed stand behind what it dropped.
@@ -216,7 +243,7 @@ class Geometry:
         survivor = window * step + physical % kept
         raw = physical - groups * kept + np.where(events > 0, candidates + (events - 1) * step, 0)
         generated = np.where(physical < groups * kept, survivor, raw)
-        return protected + np.where(physical < 0, physical, generated)
+        return np.where(physical < 0, front + physical, protected + generated)
 
     def max_tokens_that_fit(self, num_prompt_tokens: int, num_blocks: int) -> int:
         """Longest text (prompt included) that one request may reach with `num_blocks` blocks; 0 if none."""

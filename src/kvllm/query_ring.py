@@ -41,3 +41,8 @@ def query_positions(geometry: Geometry, event: int, query_stride: int, num_queri
     in_slot_order = np.empty_like(places)
     in_slot_order[slot_of(stored, query_stride, num_queries)] = places
     return in_slot_order
+
+
+def prompt_query_positions(geometry: Geometry, num_prompt_tokens: int, query_stride: int, num_queries: int) -> IntArray:
+    """The same at event 0, but from the first token of the prompt; all queries lie behind the prompt."""
+    return geometry.protected_len(num_prompt_tokens) + query_positions(geometry, 0, query_stride, num_queries)

@@ -7,7 +7,8 @@ from kvllm.layout import Geometry
 
 
 def make(policy, device, *, block_size=16, num_reqs=9, max_blocks=1400, seed=0):
-    """Requests of all lengths, with window policy each with its own retention ratio; "history": and a history limit.
+    """Requests of all lengths, with window policy each with its own retention ratio; "history", "prompt": and a history
+    limit, a prompt budget.
 
     returns the arguments of the kernel, and per request (geometry, prompt, computed)
     """
@@ -26,6 +27,7 @@ def make(policy, device, *, block_size=16, num_reqs=9, max_blocks=1400, seed=0):
             buffer_size=64,
             history_limit=limit * kept * block_size,
             history_kept=stay * kept * block_size,
+            prompt_budget=10 * block_size * (policy == "prompt"),
         )
         prompt = int(rng.integers(1, 600))
         computed = prompt if i == 0 else int(rng.integers(prompt, block_size * max_blocks - 1))
@@ -43,6 +45,7 @@ def make(policy, device, *, block_size=16, num_reqs=9, max_blocks=1400, seed=0):
         column(g.num_kept // block_size for g, _, _ in requests),
         column(g.num_dropped_groups(g.num_events(p, c)) for g, p, c in requests),
         column(g.history_kept // g.num_kept for g, _, _ in requests),
+        column(g.num_prompt_removed(p, 1) // block_size for g, p, _ in requests),
     )
     first = requests[0][0]
     constants = (first.num_candidates // block_size, first.interval // block_size, block_size, first.policy)
@@ -53,7 +56,7 @@ def clone(arguments):
     return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
 
 
-@pytest.mark.parametrize("policy", ["window", "history", "budget"])
+@pytest.mark.parametrize("policy", ["window", "history", "prompt", "budget"])
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_shorten_block_tables(policy, block_size, device):
     actual, _ = make(policy, device, block_size=block_size)
@@ -66,10 +69,11 @@ def test_shorten_block_tables(policy, block_size, device):
     assert (actual[0] != before).any() and (actual[0][0] == before[0]).all()
 
 
-@pytest.mark.parametrize("policy", ["window", "history", "budget"])
+@pytest.mark.parametrize("policy", ["window", "history", "prompt", "budget"])
 def test_reference_is_the_geometry(policy, device):
     arguments, requests = make(policy, device)
     assert any(int(dropped) for dropped in arguments[6]) == (policy == "history")
+    assert any(int(cut) for cut in arguments[8]) == (policy == "prompt")
     before = arguments[0].cpu().numpy()
     before = before.copy()
     shorten_block_tables_ref(*arguments)

@@ -23,8 +23,8 @@ from kvllm.layout import Geometry
 from kvllm.methods import make_method
 from kvllm.methods.rope import Rope, frequencies
 from kvllm.query_bank import QueryBank
-from kvllm.query_ring import query_positions, query_shifts
-from kvllm.reference.cache import LayerCache, compress
+from kvllm.reference.cache import LayerCache
+from kvllm.reference.request import compress_event
 from tests.kernels.paged_caches import random_cache
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 2, 4, 2, 16, 8
@@ -96,18 +96,9 @@ class Running:
         event = self.num_events
         if geometry.num_events(self.num_prompt_tokens, self.computed) == event:
             return
-        num_queries = config.window_size // config.query_stride
-        shape, method = geometry.shape(event), make_method(config)
-        compress(
-            self.layers,
-            method,
-            start=geometry.candidate_start(self.num_prompt_tokens, event),
-            num_candidates=shape.num_candidates,
-            num_kept=shape.num_kept,
-            places=torch.from_numpy(query_positions(geometry, event, config.query_stride, num_queries)),
-            shifts=torch.from_numpy(query_shifts(config.query_stride, NUM_HEADS // NUM_KV_HEADS)),
-            rope=rope_on("cpu") if method.uses_rope else None,
-        )
+        method = make_method(config)
+        rope = rope_on("cpu") if method.uses_rope else None
+        compress_event(self.layers, method, config, geometry, self.num_prompt_tokens, event, rope)
         self.num_events += 1
 
 
@@ -141,11 +132,20 @@ def begin_step(state: Any, running: list[Running], device: str) -> Tensor:
         (KvConfig(method="cask", history_size=8, **SIZES), 7),
         (KvConfig(method="kara", policy="budget", budget_size=16, budget_interval=8, **SIZES), 13),
         (KvConfig(method="random", policy="budget", budget_size=16, budget_interval=8, **SIZES), 13),
+        (KvConfig(method="kara", prompt_budget=8, **SIZES), 4),
+        (KvConfig(method="kara", method_options={"value_ridge": 0.1}, prompt_budget=16, **SIZES), 3),
+        (KvConfig(method="cask", prompt_budget=8, history_size=8, **SIZES), 4),
+        (KvConfig(method="random", prompt_budget=8, policy="budget", budget_size=16, budget_interval=8, **SIZES), 5),
     ],
-    ids=["windows", "still", "generic", "history", "history-random", "history-merged", "budget", "budget-random"],
+    ids=(
+        "windows still generic history history-random history-merged budget budget-random "
+        "prompt prompt-refitted prompt-cask prompt-budget"
+    ).split(),
 )
-def test_equals_reference(config: KvConfig, num_events: int, device: str) -> None:
+def test_equals_reference(config: KvConfig, num_events: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two requests, the second three windows behind: events of both shapes, and with histories of two lengths, meet."""
+    if config.prompt_budget:
+        monkeypatch.setattr(runner_v2, "_GENERIC_BATCH", 1)  # a prompt of three blocks then goes one layer at a time
     generator = torch.Generator().manual_seed(0)
     cache = random_cache(
         num_layers=NUM_LAYERS, num_blocks=MAX_REQS * MAX_BLOCKS, block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS,

@@ -6,6 +6,8 @@ worked out from the text positions alone. Nothing of `kvllm.layout`, `kvllm.quer
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -54,11 +56,13 @@ def masked_replay(
     bounded: bool,
     history_limit: int = 0,
     history_kept: int = 0,
-) -> tuple[Tensor, list[Tensor]]:
-    """Logits of the text under compression, and the kept indices of each.
+    prompt_budget: int = 0,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Logits of the text under compression, the kept indices of each, and those of the prompt for each layer.
 
     bounded: False: each window of `num_candidates` tokens once; True: all generated tokens but the buffer, each time
     history_limit: > 0: where old windows would leave more than this, they and the new one shrink to `history_kept`
+    prompt_budget: > 0: with the first compression a longer prompt shrinks to this
     """
     config = model.config
     heads, num_tokens = config.num_key_value_heads, len(token_ids)
@@ -72,6 +76,7 @@ def masked_replay(
 
     visible = torch.ones(config.num_hidden_layers, heads, num_tokens, num_tokens, dtype=torch.bool).tril()
     everything: list[Tensor] = []
+    of_prompt: list[Tensor] = []
     for event, now in enumerate(range(protected_len + num_candidates + buffer_size, num_tokens, interval)):
         _, layers = masked_pass(model, token_ids[:now], visible[..., :now, :now])
         first = protected_len if bounded else protected_len + event * num_candidates
@@ -102,5 +107,17 @@ def masked_replay(
                 evicted = sorted(set(positions[h].tolist()) - set(positions[h, kept[h]].tolist()))
                 visible[layer, h, now:, evicted] = False
             kept_of_layers.append(kept)
+            if event == 0 and 0 < prompt_budget < protected_len:
+                whole = replace(
+                    window,
+                    query_positions=rings[0],
+                    keys=key[:, :protected_len].transpose(0, 1)[None],
+                    values=value[:, :protected_len].transpose(0, 1)[None],
+                    positions=torch.arange(protected_len).expand(1, heads, -1),
+                )
+                kept = method.compress_prompt(whole, prompt_budget).indices[0]
+                for h in range(heads):
+                    visible[layer, h, now:, sorted(set(range(protected_len)) - set(kept[h].tolist()))] = False
+                of_prompt.append(kept)
         everything.append(torch.stack(kept_of_layers))
-    return masked_pass(model, token_ids, visible)[0], everything
+    return masked_pass(model, token_ids, visible)[0], everything, of_prompt

@@ -87,11 +87,45 @@ def test_a_history_compressed_again_equals_the_text_with_evicted_tokens_masked(
     assert request.physical_len == 24 + (32 if history_size == 55 else 16) + 12 + 1
 
 
+@pytest.mark.parametrize("method", ["kara", "random", "snapkv", "streaming_llm"])
+@pytest.mark.parametrize("sizes", [WINDOW, BUDGET], ids=["window", "budget"])
+def test_a_prompt_that_is_cut_equals_the_text_with_evicted_tokens_masked(method, sizes):
+    """61 tokens of prompt and 3 generated ones fill eight blocks, of which three stay."""
+    config = replace(sizes, method=method, prompt_budget=24)
+    request = check_against_masked("qwen3", config, 8, 61, 201, num_events=3 if sizes is WINDOW else 6)
+    assert request.kept_prompt.shape == (2, 2, 24)
+    positions = torch.stack([layer.positions[:, :24] for layer in request.layers])
+    assert torch.equal(positions, request.kept_prompt)
+
+
+@pytest.mark.parametrize("num_prompt_tokens, cut", [(24, False), (25, True)])
+def test_a_prompt_within_its_budget_is_left_alone(num_prompt_tokens, cut):
+    request = check_against_masked("llama", replace(WINDOW, prompt_budget=24), 8, num_prompt_tokens, 125, num_events=2)
+    assert (request.kept_prompt is not None) == cut
+
+
+def test_casks_prompt_is_evicted_from_and_its_windows_are_merged():
+    config = replace(WINDOW, method="cask", prompt_budget=32)
+    request, token_ids = Request(tiny_model("llama"), 61, config, block_size=8), text(109)
+    feed(request, token_ids[:108], [50])
+    before = [(layer.keys, layer.values) for layer in request.layers]
+    assert not request.kept
+    request.step(token_ids[108:])
+    assert request.kept_prompt is not None
+    for i, (layer, (keys, values)) in enumerate(zip(request.layers, before, strict=True)):
+        for head, kept in enumerate(request.kept_prompt[i]):
+            assert {0, 32} <= set(kept.tolist())  # two anchors, a sixteenth of 32
+            assert torch.equal(layer.keys[:32, head], keys[kept, head])
+            assert torch.equal(layer.values[:32, head], values[kept, head])
+            own = values[64 + request.kept[0][i, head], head]
+            assert not torch.equal(layer.values[32:48, head], own)
+
+
 def check_against_masked(family, config, block_size, num_prompt_tokens, num_tokens, num_events, history_kept=0):
     model, token_ids = tiny_model(family), text(num_tokens)
     bounded = config.policy == "budget"
     num_candidates = config.budget_size + config.budget_interval if bounded else config.window_size
-    logits, kept = masked_replay(
+    logits, kept, of_prompt = masked_replay(
         model,
         token_ids,
         protected_len=-(-num_prompt_tokens // block_size) * block_size,
@@ -105,15 +139,20 @@ def check_against_masked(family, config, block_size, num_prompt_tokens, num_toke
         bounded=bounded,
         history_limit=config.history_size,
         history_kept=history_kept,
+        prompt_budget=config.prompt_budget,
     )
     request = Request(model, num_prompt_tokens, config, block_size)
     actual = feed(request, token_ids, [37, 1, 1])
     assert len(request.kept) == num_events
     for mine, theirs in zip(request.kept, kept, strict=True):
         assert torch.equal(mine, theirs)
+    assert (request.kept_prompt is None) == (not of_prompt)
+    if request.kept_prompt is not None:
+        assert torch.equal(request.kept_prompt, torch.stack(of_prompt))
     torch.testing.assert_close(actual, logits, rtol=CLOSE, atol=CLOSE)
     if not config.history_size:
-        assert request.physical_len == num_tokens - sum(num_candidates - k.shape[-1] for k in request.kept)
+        cut = -(-num_prompt_tokens // block_size) * block_size - config.prompt_budget if of_prompt else 0
+        assert request.physical_len == num_tokens - cut - sum(num_candidates - k.shape[-1] for k in request.kept)
     return request
 
 

@@ -240,7 +240,8 @@ def shorten_arguments(shape: Shape, num_reqs: int, num_windows: int) -> tuple[An
     lengths = column(num_windows * shape.num_candidates + 64 + 1)
     kept = column(shape.num_kept // shape.block_size)
     constants = (shape.blocks_each, shape.blocks_each, shape.block_size, "window")
-    return (table, lengths, column(-1), column(0), column(num_windows), kept, column(0), column(0), *constants)
+    unused = (column(0) for _ in range(3))  # no history limit, no prompt cut
+    return (table, lengths, column(-1), column(0), column(num_windows), kept, *unused, *constants)
 
 
 def random_cache(shape: Shape, num_due: int) -> tuple[PagedCache, Tensor]:

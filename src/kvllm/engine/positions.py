@@ -23,6 +23,13 @@ def candidate_positions(geometry: Geometry, num_prompt_tokens: int, event: int, 
     return torch.cat([carried, new], dim=-1)
 
 
+def paired_rows(window: Window, kept: Kept) -> Kept:
+    """`kept` with new keys and values, or with neither: then the survivors can be moved bit for bit."""
+    if kept.keys is None and kept.values is None:
+        return kept
+    return Kept(kept.indices, *kept_rows(window, kept))
+
+
 def kept_rows(window: Window, kept: Kept) -> tuple[Tensor, Tensor]:
     """Keys and values [batch, num_kept, num_kv_heads, head_dim] that survive: the method's own, or the kept tokens'."""
     index = kept.indices.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, window.keys.shape[-1])

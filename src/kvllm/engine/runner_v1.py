@@ -19,11 +19,11 @@ from kvllm.engine.attention import capture_queries, shortening_backend
 from kvllm.engine.positions import candidate_positions, kept_rows
 from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, kv_config
-from kvllm.layout import Geometry, IntArray
+from kvllm.layout import Geometry, IntArray, Shape
 from kvllm.methods import make_method
 from kvllm.methods.base import Window
 from kvllm.query_bank import QueryBank
-from kvllm.query_ring import query_positions
+from kvllm.query_ring import prompt_query_positions, query_positions
 
 logger = init_logger(__name__)
 
@@ -144,7 +144,7 @@ class CompressorV1:
             if geometry is not None:
                 rows = np.array([g == geometry for g in geometries])
                 index[rows] = geometry.block_map(prompts[rows], events[rows], width)
-                removed[rows] = geometry.num_removed(events[rows])
+                removed[rows] = geometry.num_removed(prompts[rows], events[rows])
         # Past a request's end the map counts on beyond the table; nothing reads there.
         self.block_index = torch.from_numpy(np.minimum(index, width - 1))
         self.num_removed = torch.from_numpy(removed.astype(np.int32))
@@ -188,28 +188,40 @@ class CompressorV1:
             count = geometry.shape(event).num_candidates // geometry.block_size
             block_ids = table[i, blocks[first : first + count]]
             self._compress_request(req_ids[i], geometry, prompt, event, torch.from_numpy(block_ids.astype(np.int64)))
+            if event == 0 and (cut := geometry.prompt_shape(prompt)):
+                block_ids = table[i, : cut.num_candidates // geometry.block_size]
+                self._compress_prompt(req_ids[i], geometry, prompt, cut, torch.from_numpy(block_ids.astype(np.int64)))
+
+    def _compress_prompt(self, req_id: str, geometry: Geometry, prompt: int, cut: Shape, block_ids: Tensor) -> None:
+        places = prompt_query_positions(geometry, prompt, self.config.query_stride, self.num_queries)
+        shape = (len(self.layers), self.layers[0].num_kv_heads, cut.num_candidates)
+        window = self._window(req_id, block_ids, places, torch.arange(cut.num_candidates).expand(shape))
+        kept = self.method.compress_prompt(window, cut.num_kept)
+        self._write(block_ids, *kept_rows(window, kept))
 
     def _compress_request(self, req_id: str, geometry: Geometry, prompt: int, event: int, block_ids: Tensor) -> None:
-        keys, values = self._read(block_ids)
-        num_layers, _, num_kv_heads, _ = keys.shape
-        survivors = self.survivors.get(req_id, torch.empty(num_layers, num_kv_heads, 0, dtype=torch.int64))
-        window = Window(
-            queries=self.query_bank.of(self.rows[req_id]),
-            query_positions=torch.from_numpy(
-                query_positions(geometry, event, self.config.query_stride, self.num_queries)
-            ),
-            keys=keys,
-            values=values,
-            positions=candidate_positions(geometry, prompt, event, survivors),
-            layers=self.layer_indices,
-            query_shifts=self.query_bank.shifts,
-            rope=self.rope,
-        )
+        nothing = torch.empty(len(self.layers), self.layers[0].num_kv_heads, 0, dtype=torch.int64)
+        survivors = self.survivors.get(req_id, nothing)
+        places = query_positions(geometry, event, self.config.query_stride, self.num_queries)
+        window = self._window(req_id, block_ids, places, candidate_positions(geometry, prompt, event, survivors))
         kept = self.method.compress(window, geometry.shape(event).num_kept)
         self._write(block_ids, *kept_rows(window, kept))
         if geometry.tracks_survivors:
             before = survivors[..., : geometry.candidate_offset(event)]
             self.survivors[req_id] = torch.cat([before, window.positions.gather(-1, kept.indices)], dim=-1)
+
+    def _window(self, req_id: str, block_ids: Tensor, places: IntArray, positions: Tensor) -> Window:
+        keys, values = self._read(block_ids)
+        return Window(
+            queries=self.query_bank.of(self.rows[req_id]),
+            query_positions=torch.from_numpy(places),
+            keys=keys,
+            values=values,
+            positions=positions,
+            layers=self.layer_indices,
+            query_shifts=self.query_bank.shifts,
+            rope=self.rope,
+        )
 
     def _read(self, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [num_layers, num_tokens, num_kv_heads, head_dim] of whole blocks, in text order."""

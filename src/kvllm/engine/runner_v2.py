@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from kvllm.engine.attention import capture_queries
-from kvllm.engine.positions import candidate_positions, kept_rows
+from kvllm.engine.positions import candidate_positions, paired_rows
 from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, kv_config
 from kvllm.kernels.block_tables import shorten_block_tables
@@ -31,18 +31,18 @@ from kvllm.kernels.paged import PagedCache
 from kvllm.kernels.select_chunks import select_chunks
 from kvllm.kernels.store_queries import store_queries
 from kvllm.kernels.window_scores import Turn, window_scores
-from kvllm.kernels.windows import gather_window, scatter_window
+from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window
 from kvllm.layout import Geometry, IntArray, Shape
 from kvllm.methods import make_method
-from kvllm.methods.base import Window
+from kvllm.methods.base import Kept, Window
 from kvllm.methods.kara import Kara, turn_distances
 from kvllm.query_bank import QueryBank
-from kvllm.query_ring import query_positions
+from kvllm.query_ring import prompt_query_positions, query_positions
 
 logger = init_logger(__name__)
 
 # Rows of a step's plan, one int32 a request of the batch.
-_PROTECTED, _EVENTS, _KEPT, _DROPPED, _FIXED, _NUM_ROWS = range(6)
+_PROTECTED, _EVENTS, _KEPT, _DROPPED, _FIXED, _CUT, _NUM_ROWS = range(7)
 # Windows that a method without kernels of its own sees at once: dense copies of all layers are large.
 _GENERIC_BATCH = 4
 
@@ -65,12 +65,13 @@ class RequestRows:
     first_event: IntArray  # computed tokens at event 0; past every length where the request is not compressed
     num_kept: IntArray  # K, tokens; 0 where the request is not compressed
     fixed_groups: IntArray  # groups that stay when the history is compressed
+    prompt_cut: IntArray  # tokens of the prompt that event 0 takes out
     events: IntArray  # done
     dropped_groups: IntArray  # by those events
 
     @classmethod
     def empty(cls, max_num_reqs: int) -> RequestRows:
-        return cls([None] * max_num_reqs, *(np.zeros(max_num_reqs, np.int64) for _ in range(7)))
+        return cls([None] * max_num_reqs, *(np.zeros(max_num_reqs, np.int64) for _ in range(8)))
 
     def set(self, row: int, geometry: Geometry | None, num_prompt_tokens: int) -> None:
         self.geometries[row] = geometry
@@ -79,6 +80,7 @@ class RequestRows:
         self.first_event[row] = geometry.event_at(num_prompt_tokens, 0) if geometry else np.iinfo(np.int64).max // 2
         self.num_kept[row] = geometry.num_kept if geometry else 0
         self.fixed_groups[row] = geometry.history_kept // geometry.num_kept if geometry else 0
+        self.prompt_cut[row] = geometry.num_prompt_removed(num_prompt_tokens, 1) if geometry else 0
         self.events[row] = self.dropped_groups[row] = 0
 
 
@@ -221,6 +223,7 @@ class KvModelState(DefaultModelState):
         plan[_KEPT, num_reqs:] = 1
         plan[_DROPPED, :num_reqs] = self.rows.dropped_groups[slots]
         plan[_FIXED, :num_reqs] = self.rows.fixed_groups[slots]
+        plan[_CUT, :num_reqs] = self.rows.prompt_cut[slots] // self.block_size
         async_tensor_h2d(plan, out=self.plan)
         num_padded = input_batch.seq_lens.shape[0]
         shorten_block_tables(
@@ -232,13 +235,15 @@ class KvModelState(DefaultModelState):
             self.plan[_KEPT],
             self.plan[_DROPPED],
             self.plan[_FIXED],
+            self.plan[_CUT],
             self.num_candidates // self.block_size,
             self.interval // self.block_size,
             self.block_size,
             self.config.policy,
         )
         kept = self.rows.num_kept[slots]
-        self.num_removed = events * (self.num_candidates - kept) + self.rows.dropped_groups[slots] * kept
+        cut = self.rows.prompt_cut[slots] * (events > 0)
+        self.num_removed = events * (self.num_candidates - kept) + self.rows.dropped_groups[slots] * kept + cut
 
     def prepare_attn(
         self, input_batch: InputBatch, cudagraph_mode: Any, block_tables: tuple[Tensor, ...], *args: Any, **kwargs: Any
@@ -266,6 +271,10 @@ class KvModelState(DefaultModelState):
             places = query_positions(geometry, event, self.config.query_stride, self.num_queries)
             groups.setdefault((geometry, geometry.shape(event), places.tobytes()), []).append(int(i))
             self.rows.dropped_groups[slots[i]] = geometry.num_dropped_groups(event + 1)
+            prompt = int(self.rows.num_prompt_tokens[slots[i]])
+            if event == 0 and (cut := geometry.prompt_shape(prompt)):
+                whole = block_table[i : i + 1, : cut.num_candidates // self.block_size]
+                self._compress_prompt(geometry, prompt, cut, int(slots[i]), whole)
         for (geometry, _, places_bytes), rows in groups.items():
             batch = np.array(rows)
             prompts, done = self.rows.num_prompt_tokens[slots[batch]], events[batch] - 1
@@ -328,6 +337,41 @@ class KvModelState(DefaultModelState):
             self.turns[key] = Turn.by(distances, self.rope, self.query_bank.queries.shape[-1], dtype)
         return self.turns[key]
 
+    def _compress_prompt(self, geometry: Geometry, prompt: int, cut: Shape, slot: int, blocks: Tensor) -> None:
+        """Cut one prompt, by any method, some layers at a time: a long one is as many tokens as many windows."""
+        assert self.cache is not None
+        places = prompt_query_positions(geometry, prompt, self.config.query_stride, self.num_queries)
+        queries = self.query_bank.of(slot)
+        text = torch.arange(cut.num_candidates, device=self.device)
+        size = max(1, _GENERIC_BATCH * geometry.num_candidates * len(self.layers) // cut.num_candidates)
+        parts = []
+        for start in range(0, len(self.layers), size):
+            layers = slice(start, start + size)
+            # Not the kernel, which would be compiled again for every length of a prompt.
+            keys, values = gather_window_ref(blocks, self.cache.part(layers), self.dtype)
+            window = Window(
+                queries=queries[layers],
+                query_positions=torch.from_numpy(places).to(self.device),
+                keys=keys,
+                values=values,
+                positions=text.expand(len(keys), keys.shape[2], -1),
+                layers=self.layer_indices[layers],
+                query_shifts=self.query_bank.shifts,
+                rope=self.rope,
+            )
+            parts.append(paired_rows(window, self.method.compress_prompt(window, cut.num_kept)))
+        rows = [[t for t in (part.indices, part.keys, part.values) if t is not None] for part in parts]
+        self._write(Kept(*map(torch.cat, zip(*rows, strict=True))), blocks)
+
+    def _write(self, kept: Kept, blocks: Tensor) -> None:
+        """Put the survivors, of `paired_rows`, in their place."""
+        assert self.cache is not None
+        if kept.keys is None or kept.values is None:
+            indices = kept.indices.int().unflatten(0, (len(blocks), len(self.layers))).contiguous()
+            compact(indices, blocks, self.cache)
+        else:
+            scatter_window(kept.keys, kept.values, blocks, self.cache)
+
     def _compress_generic(
         self,
         geometry: Geometry,
@@ -347,11 +391,7 @@ class KvModelState(DefaultModelState):
             blocks, slots = candidates[part], req_slots[part].long()
             window = self._window(geometry, prompts[part], done[part], blocks, slots, places)
             kept = self.method.compress(window, shape.num_kept)
-            if kept.keys is None and kept.values is None:
-                indices = kept.indices.int().unflatten(0, (len(blocks), len(self.layers))).contiguous()
-                compact(indices, blocks, self.cache)
-            else:
-                scatter_window(*kept_rows(window, kept), blocks, self.cache)
+            self._write(paired_rows(window, kept), blocks)
             if self.survivors is not None:
                 positions = window.positions.gather(-1, kept.indices).to(self.survivors.dtype)
                 positions = positions.unflatten(0, (len(blocks), len(self.layers)))

@@ -10,7 +10,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from kvllm.engine.admission import blocks_ahead
 from kvllm.engine.settings import Geometries, kv_config
-from kvllm.engine.spec import KvManager
+from kvllm.engine.spec import KvManager, will_cut_prompt
 from kvllm.engine.stats import EngineStats
 from kvllm.layout import ceil_div
 
@@ -52,10 +52,13 @@ class CompressionMixin(Base):
         return None if geometry is None else (geometry, request)
 
     def add_request(self, request: Request) -> None:
-        if self.geometries.of(request.sampling_params) is not None:
+        geometry = self.geometries.of(request.sampling_params)
+        if geometry is not None:
             # Hashed so far: the prompt. Without hashes of generated tokens such a request neither offers blocks
             # that it will overwrite nor, when it is resumed, finds another request's and overwrites those.
             request._block_hasher = None
+            if will_cut_prompt(geometry, request):
+                request.skip_reading_prefix_cache = True  # the blocks that it will overwrite are its own
         super().add_request(request)
 
     def _mamba_block_aligned_split(
@@ -91,7 +94,7 @@ class CompressionMixin(Base):
             prompt, computed = request.num_prompt_tokens, request.num_computed_tokens
             held = ceil_div(geometry.physical_len(prompt, computed), self.block_size)
             to_event = geometry.max_chunk(prompt, computed)
-            freed = geometry.num_freed(geometry.num_events(prompt, computed)) // self.block_size
+            freed = geometry.num_freed(prompt, geometry.num_events(prompt, computed)) // self.block_size
             rows.append((held, to_event, prompt + request.max_tokens - computed, freed))
         if not rows:
             return 0
@@ -112,6 +115,7 @@ class CompressionMixin(Base):
             peak_kv_blocks=self.peak_used_blocks,
             num_windows_compressed=sum(m.total_events for m in self.kv_managers),
             num_blocks_freed=sum(m.total_blocks_freed for m in self.kv_managers),
+            num_prompts_cut=sum(m.total_prompts_cut for m in self.kv_managers),
             num_preemptions=self.num_preemptions,
             num_running=len(self.running),
         )

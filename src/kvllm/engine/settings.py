@@ -73,6 +73,8 @@ def check_request(
         needed = geometry.peak_blocks(num_prompt_tokens, total)
         fitting = geometry.max_tokens_that_fit(num_prompt_tokens, num_blocks)
     if needed > num_blocks:
+        if geometry is not None and geometry.prompt_shape(num_prompt_tokens):
+            _check_prompt_can_be_cut(geometry, num_prompt_tokens, fitting, num_blocks)
         raise ValueError(
             f"max_tokens={max_tokens}: with a prompt of {num_prompt_tokens} tokens this request needs {needed} KV "
             f"blocks at its peak and the pool has {num_blocks}; use max_tokens of at most "
@@ -97,7 +99,7 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     if not cache.user_specified_block_size:
         cache.block_size = DEFAULT_BLOCK_SIZE[device]
         cache.user_specified_block_size = True
-    Geometry.from_config(config, cache.block_size)  # refuses sizes that do not fit
+    _check_geometry(config, cache.block_size, vllm_config.model_config.max_model_len)
     for option, value, remedy in _refused(vllm_config, device):
         raise ValueError(f"KvLLM does not support {option}={value}: {remedy}.")
     # Cascade attention reads the prefix of the unshortened tables.
@@ -105,6 +107,34 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     scheduler = "KvAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "KvScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"kvllm.engine.scheduler.{scheduler}"
     return config
+
+
+def _check_prompt_can_be_cut(geometry: Geometry, num_prompt_tokens: int, fitting: int, num_blocks: int) -> None:
+    """Raise ValueError where the pool is full before the prompt is cut; fitting: most tokens that the pool holds."""
+    due = geometry.event_at(num_prompt_tokens, 0)
+    if fitting < due:
+        raise ValueError(
+            f"prefix_budget_exhausted: a prompt of {num_prompt_tokens} tokens is cut to "
+            f"prompt_budget={geometry.prompt_budget} once {due - num_prompt_tokens} tokens are generated, and takes "
+            f"{ceil_div(due, geometry.block_size)} KV blocks until then; the pool has {num_blocks}. Use a shorter "
+            f"prompt, or max_tokens of at most {max(fitting - num_prompt_tokens, 0)}."
+        )
+
+
+def _check_geometry(config: KvConfig, block_size: int, max_model_len: int) -> None:
+    """Raise ValueError for sizes that do not fit the block size, or a prompt budget that leaves no room to decode."""
+    geometry = Geometry.from_config(config, block_size)
+    if geometry is None or not geometry.prompt_budget:
+        return
+    # The shortest prompt that is cut takes one block more than the budget, and is cut in a step that starts at event 0.
+    most = max_model_len - 1 - block_size - geometry.num_candidates - geometry.buffer_size
+    if geometry.prompt_budget > most:
+        raise ValueError(
+            f"prefix_budget_exhausted: prompt_budget={config.prompt_budget}: with a longer prompt, the first "
+            f"compression's {geometry.num_candidates} tokens and the buffer's {config.buffer_size} do not fit "
+            f"max_model_len={max_model_len}, so no prompt would ever be cut. Use a prompt_budget of at most "
+            f"{max(most, 0) // block_size * block_size} (0: prompts stay whole), or a larger --max-model-len."
+        )
 
 
 def _refused(vllm_config: VllmConfig, device: str) -> list[tuple[str, Any, str]]:

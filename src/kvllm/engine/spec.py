@@ -38,6 +38,12 @@ class KvSpec(FullAttentionSpec):
         return geometry.peak_blocks(1, vllm_config.model_config.max_model_len) * self.page_size_bytes
 
 
+def will_cut_prompt(geometry: Geometry, request: Request) -> bool:
+    """Whether the request's prompt is cut, unless it ends early: it must then share no block of it."""
+    prompt = request.num_prompt_tokens
+    return geometry.prompt_shape(prompt) is not None and geometry.num_events(prompt, prompt + request.max_tokens) > 0
+
+
 class KvManager(FullAttentionManager):
     """Frees what an event emptied, and keeps generated tokens of compressed requests out of the prefix cache.
 
@@ -51,6 +57,7 @@ class KvManager(FullAttentionManager):
         self._num_events: dict[str, int] = {}  # events whose blocks are freed, of requests that hold blocks
         self.total_events = 0
         self.total_blocks_freed = 0
+        self.total_prompts_cut = 0
 
     def bind(self, lookup: RequestLookup) -> None:
         """Let the manager ask the scheduler for a request's geometry."""
@@ -76,6 +83,7 @@ class KvManager(FullAttentionManager):
         done = self._num_events.get(request_id, 0)
         begun = geometry.num_events(request.num_prompt_tokens, num_computed_tokens)
         for event in range(done, begun):
+            self.total_prompts_cut += event == 0 and will_cut_prompt(geometry, request)
             for blocks in geometry.freed_blocks(request.num_prompt_tokens, event):
                 self._remove_blocks_in_range(request_id, blocks.start, blocks.stop)
                 self.total_blocks_freed += len(blocks)
@@ -119,9 +127,9 @@ class KvManager(FullAttentionManager):
         )
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Only blocks full of prompt may be found by others: the rest will be overwritten by survivors."""
-        if self._lookup(request.request_id) is not None:
-            num_tokens = min(num_tokens, request.num_prompt_tokens)
+        """Only blocks full of a prompt that stays whole may be found by others: survivors will overwrite the rest."""
+        if (found := self._lookup(request.request_id)) is not None:
+            num_tokens = min(num_tokens, 0 if will_cut_prompt(*found) else request.num_prompt_tokens)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
 

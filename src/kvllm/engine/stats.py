@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 
 class EngineStats(TypedDict):
-    """Counts since the engine started. Blocks are vLLM's KV blocks of `block_size` tokens, all layers together."""
+    """Counts since the engine started. Blocks are vLLM's KV blocks of `block_size` tokens, all layers together.
+
+    What a preempted request repeats counts again.
+    """
 
     block_size: int
     num_kv_blocks: int
@@ -17,6 +20,7 @@ class EngineStats(TypedDict):
     peak_kv_blocks: int
     num_windows_compressed: int
     num_blocks_freed: int
+    num_prompts_cut: int  # to their `prompt_budget`
     num_preemptions: int
     num_running: int
 

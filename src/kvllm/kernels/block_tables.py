@@ -19,6 +19,7 @@ def shorten_block_tables_ref(
     kept_blocks: Tensor,
     dropped_groups: Tensor,
     fixed_groups: Tensor,
+    cut_blocks: Tensor,
     candidate_blocks: int,
     interval_blocks: int,
     block_size: int,
@@ -36,20 +37,22 @@ def shorten_block_tables_ref(
     dropped_groups:   [num_reqs] int32, `Geometry.num_dropped_groups`; 0 without a history limit
     fixed_groups:     [num_reqs] int32, groups whose space the history keeps when it is compressed; 1 or more where
                       groups were dropped, and without meaning elsewhere
+    cut_blocks:       [num_reqs] int32, blocks of the prompt that event 0 emptied; without meaning before
     """
-    columns = (protected_blocks, num_events, kept_blocks, dropped_groups, fixed_groups)
+    columns = (protected_blocks, num_events, kept_blocks, dropped_groups, fixed_groups, cut_blocks)
     for i in range(len(seq_lens)):
-        protected, events, kept, dropped, fixed = (int(t[i]) for t in columns)
+        protected, events, kept, dropped, fixed, cut = (int(t[i]) for t in columns)
         length = int(seq_lens[i])
         if events:
-            length -= (events * (candidate_blocks - kept) + dropped * kept) * block_size
-            physical = torch.arange(protected, -(-length // block_size), device=block_table.device) - protected
+            length -= (events * (candidate_blocks - kept) + dropped * kept + cut) * block_size
+            front = protected - cut
+            physical = torch.arange(front, -(-length // block_size), device=block_table.device) - front
             groups = events - dropped if policy == "window" else 1
             window = physical // kept + torch.where(physical // kept < fixed, 0, dropped)
             survivor = window * interval_blocks + physical % kept
             raw = physical - groups * kept + candidate_blocks + (events - 1) * interval_blocks
             logical = protected + torch.where(physical < groups * kept, survivor, raw)
-            block_table[i, protected + physical] = block_table[i, logical]
+            block_table[i, front + physical] = block_table[i, logical]
         seq_lens_out[i] = length
 
 
@@ -62,6 +65,7 @@ def shorten_block_tables(
     kept_blocks: Tensor,
     dropped_groups: Tensor,
     fixed_groups: Tensor,
+    cut_blocks: Tensor,
     candidate_blocks: int,
     interval_blocks: int,
     block_size: int,
@@ -79,6 +83,7 @@ def shorten_block_tables(
             kept_blocks,
             dropped_groups,
             fixed_groups,
+            cut_blocks,
             block_table.stride(0),
             CANDIDATE_BLOCKS=candidate_blocks,
             INTERVAL_BLOCKS=interval_blocks,
@@ -92,7 +97,7 @@ def shorten_block_tables(
 @triton.jit
 def _shorten_kernel(
     block_table, seq_lens, seq_lens_out, protected_blocks, num_events, kept_blocks, dropped_groups, fixed_groups,
-    stride_row,
+    cut_blocks, stride_row,
     CANDIDATE_BLOCKS: tl.constexpr, INTERVAL_BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW_POLICY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -101,15 +106,15 @@ def _shorten_kernel(
     events = tl.load(num_events + req)
     if events > 0:
         protected, kept = tl.load(protected_blocks + req), tl.load(kept_blocks + req)
-        dropped, fixed = tl.load(dropped_groups + req), tl.load(fixed_groups + req)
-        length -= (events * (CANDIDATE_BLOCKS - kept) + dropped * kept) * BLOCK_SIZE
-        num_blocks = tl.cdiv(length, BLOCK_SIZE) - protected
+        dropped, fixed, cut = tl.load(dropped_groups + req), tl.load(fixed_groups + req), tl.load(cut_blocks + req)
+        length -= (events * (CANDIDATE_BLOCKS - kept) + dropped * kept + cut) * BLOCK_SIZE
+        num_blocks = tl.cdiv(length, BLOCK_SIZE) - (protected - cut)
         survivors = kept
         if WINDOW_POLICY:
             survivors = (events - dropped) * kept
         to_raw = CANDIDATE_BLOCKS + (events - 1) * INTERVAL_BLOCKS - survivors
         row = block_table + req * stride_row + protected
-        start = kept  # the first survivors are in place already
+        start = tl.where(cut > 0, 0, kept)  # behind a whole prompt the first survivors are in place already
         while start < num_blocks:
             physical = start + tl.arange(0, TILE)
             group = physical // kept
@@ -120,6 +125,6 @@ def _shorten_kernel(
             # The map ascends and logical >= physical, so a tile reads nothing that an earlier one wrote: in place
             # needs order only between the reads and the writes of one tile.
             tl.debug_barrier()
-            tl.store(row + physical, blocks, mask=physical < num_blocks)
+            tl.store(row - cut + physical, blocks, mask=physical < num_blocks)
             start += TILE
     tl.store(seq_lens_out + req, length)

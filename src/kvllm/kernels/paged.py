@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -109,6 +109,18 @@ class PagedCache:
     def raw_tl_dtype(self) -> tl.dtype:
         """The integer of the same width: moves bits and never rounds or quiets a NaN."""
         return _RAW_DTYPES[self.dtype.itemsize][1]
+
+    def part(self, layers: slice) -> PagedCache:
+        """The cache of some of the layers."""
+        return replace(
+            self,
+            keys=self.keys[layers],
+            values=self.values[layers],
+            key_ptrs=self.key_ptrs[layers],
+            value_ptrs=self.value_ptrs[layers],
+            k_scale=None if self.k_scale is None else self.k_scale[layers],
+            v_scale=None if self.v_scale is None else self.v_scale[layers],
+        )
 
     def raw(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer as integers of the same width; writing to them writes the cache."""

@@ -96,6 +96,10 @@ class Method(ABC):
         """Score and select; a method that merges what it evicts overrides this."""
         return Kept(self.select(self.score(window), num_kept))
 
+    def compress_prompt(self, window: Window, num_kept: int) -> Kept:
+        """What survives of a prompt (`prompt_budget`), judged by queries that all lie behind it: as of any window."""
+        return self.compress(window, num_kept)
+
 
 def top_k(scores: Tensor, num_kept: int) -> Tensor:
     """Indices of the `num_kept` largest along the last axis, ascending; of equals, the earlier ones."""

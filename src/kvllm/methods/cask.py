@@ -1,4 +1,4 @@
-"""CASK (arXiv:2604.10900), its decode stage: a protected core, and scratch merged into representatives."""
+"""CASK (arXiv:2604.10900): a prompt cut to its budget, then a protected core, and scratch merged around it."""
 
 from __future__ import annotations
 
@@ -34,20 +34,28 @@ class CASK(OnBase):
     - Keys are compared after RoPE, and before it (as in CASK) where `rope_theta` is given.
     - A window holds no text, so phase markers do not cut runs; an entry merged again (budget policy) counts as one.
     - The values' weights are a true mean; CASK's code divides by max(1, their sum).
-    Not here: the prompt stage, which evicts from the prompt. The prompt is protected and no method sees it.
 
+    The prompt stage runs where `KvConfig.prompt_budget` is set.
+    Same: it evicts and merges nothing; a few tokens at even distances stay for coverage, the best fill the budget.
+    Differs: each layer and KV head chooses for itself, as above; the cut waits for the first window, whose queries
+    judge the prompt (CASK cuts at the end of prefill, with calibrated scores that need no queries); the budget is a
+    setting of its own (CASK: what the newest tokens leave of one budget for prompt and answer).
+
+    anchor_share: share of the prompt's budget that is kept for coverage, at most half
     core_share: share of K that is core, at most half: any such core leaves enough mergeable neighbours to reach K
     """
 
     base: str = "kara"
     base_options: Mapping[str, Any] = field(default_factory=dict)
     core_share: float = 0.5
+    anchor_share: float = 0.0625
     max_gap: int = 32
     min_similarity: float = 0.985
     rope_theta: float | None = None
 
     def __post_init__(self) -> None:
         check_between("core_share", self.core_share, 0, 0.5)
+        check_between("anchor_share", self.anchor_share, 0, 0.5)
         check_count("max_gap", self.max_gap)
         check_between("min_similarity", self.min_similarity, -1, 1)
         check_rope_theta(self.rope_theta)
@@ -64,6 +72,11 @@ class CASK(OnBase):
         entry = self.entries(window, core, num_kept)
         best = best_of_each(entry, scores, num_kept)
         return Kept(best, own_rows(window.keys, best), merged_values(window.values, scores, entry, best))
+
+    def compress_prompt(self, window: Window, num_kept: int) -> Kept:
+        num_anchors = round(self.anchor_share * num_kept)
+        anchors = torch.arange(num_anchors, device=window.keys.device) * window.num_tokens // max(num_anchors, 1)
+        return Kept(top_k(self.score(window).index_fill(-1, anchors, torch.inf), num_kept))
 
     def entries(self, window: Window, core: Tensor, num_kept: int) -> Tensor:
         """[batch, num_kv_heads, num_tokens], from 0 to num_kept - 1: the run of neighbours that each token is in."""

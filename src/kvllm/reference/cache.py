@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from kvllm.methods.base import Kept, Method, Window
+from kvllm.methods.base import Kept, Window
 from kvllm.methods.rope import Rope
 from kvllm.query_bank import dequantize, quantize
 
@@ -43,7 +43,7 @@ class LayerCache:
 
 def compress(
     layers: Sequence[LayerCache],
-    method: Method,
+    shrink: Callable[[Window, int], Kept],
     start: int,
     num_candidates: int,
     num_kept: int,
@@ -53,6 +53,7 @@ def compress(
 ) -> Kept:
     """Let the candidates [start, start + num_candidates) of every layer shrink to `num_kept`; the rest moves up.
 
+    shrink: of a method, `compress` or `compress_prompt`
     places: [num_queries], the queries to judge by, in this order, as indices from the first candidate; what lies
             after the candidates is counted on
     shifts: [group_size], by how many tokens the queries of each head of a group are older than that
@@ -69,7 +70,7 @@ def compress(
         query_shifts=shifts,
         rope=rope,
     )
-    kept = method.compress(window, num_kept)
+    kept = shrink(window, num_kept)
     keys = rows(window.keys, kept.indices) if kept.keys is None else kept.keys.to(window.keys)
     values = rows(window.values, kept.indices) if kept.values is None else kept.values.to(window.values)
     positions = window.positions.gather(2, kept.indices)

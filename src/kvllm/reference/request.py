@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry
 from kvllm.methods import make_method
-from kvllm.query_ring import query_positions, query_shifts
+from kvllm.methods.base import Kept, Method
+from kvllm.methods.rope import Rope
+from kvllm.query_ring import prompt_query_positions, query_positions, query_shifts
 from kvllm.reference.attention import attention_through
 from kvllm.reference.cache import LayerCache, compress
 from kvllm.reference.rope import rope_of
@@ -27,7 +30,8 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: s
 class Request:
     """The state of a request, batch size 1. `config=None` compresses nothing, and keeps `max_queries` for a fork.
 
-    kept: for each compression so far, the indices that survived, [num_layers, num_kv_heads, num_kept]
+    kept:        for each compression so far, the indices that survived, [num_layers, num_kv_heads, num_kept]
+    kept_prompt: the same of the prompt, once it is cut (`prompt_budget`)
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Request:
         self.config = config
         self.geometry = Geometry.from_config(config, block_size) if config else None
         self.kept: list[Tensor] = []
+        self.kept_prompt: Tensor | None = None
         self.num_computed_tokens = 0
         if config and self.geometry:
             self.method = make_method(config)
@@ -109,22 +114,12 @@ class Request:
             return
         if geometry.num_events(self.num_prompt_tokens, self.num_computed_tokens) == event:
             return
-        num_queries = config.window_size // config.query_stride
-        places = query_positions(geometry, event, config.query_stride, num_queries)
-        layer = self.layers[0]
-        shifts = query_shifts(config.query_stride, layer.queries.shape[1] // layer.keys.shape[1])
-        shape = geometry.shape(event)
-        kept = compress(
-            self.layers,
-            self.method,
-            start=geometry.candidate_start(self.num_prompt_tokens, event),
-            num_candidates=shape.num_candidates,
-            num_kept=shape.num_kept,
-            places=torch.from_numpy(places).to(self.model.device),
-            shifts=torch.from_numpy(shifts).to(self.model.device),
-            rope=self.rope,
+        prompt, kept = compress_event(
+            self.layers, self.method, config, geometry, self.num_prompt_tokens, event, self.rope
         )
         self.kept.append(kept.indices)
+        if prompt is not None:
+            self.kept_prompt = prompt.indices
 
     def _check_layers(self) -> None:
         for i, layer in enumerate(self.layers):
@@ -133,6 +128,33 @@ class Request:
                     f"layer {i} of {type(self.model).__name__} keeps no KV cache of its own; every layer must be "
                     "full attention."
                 )
+
+
+def compress_event(
+    layers: Sequence[LayerCache],
+    method: Method,
+    config: KvConfig,
+    geometry: Geometry,
+    num_prompt_tokens: int,
+    event: int,
+    rope: Rope | None,
+) -> tuple[Kept | None, Kept]:
+    """What event number `event` does to the layers: (survivors of the prompt where it is cut, survivors)."""
+    device, num_queries = layers[0].keys.device, config.window_size // config.query_stride
+    shifts = query_shifts(config.query_stride, layers[0].queries.shape[1] // layers[0].keys.shape[1])
+    options: dict[str, Any] = {"shifts": torch.from_numpy(shifts).to(device), "rope": rope}
+    start, kept_prompt = geometry.candidate_start(num_prompt_tokens, event), None
+    if event == 0 and (cut := geometry.prompt_shape(num_prompt_tokens)):
+        places = prompt_query_positions(geometry, num_prompt_tokens, config.query_stride, num_queries)
+        kept_prompt = compress(
+            layers, method.compress_prompt, 0, *cut, places=torch.from_numpy(places).to(device), **options
+        )
+        start += cut.num_kept - cut.num_candidates
+    places = query_positions(geometry, event, config.query_stride, num_queries)
+    kept = compress(
+        layers, method.compress, start, *geometry.shape(event), places=torch.from_numpy(places).to(device), **options
+    )
+    return kept_prompt, kept
 
 
 def check_model(model: PreTrainedModel) -> None:
