@@ -25,7 +25,7 @@ from kvllm.bench.spec import BenchSpec
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry, ceil_div
 
-SAMPLE_S = 0.5  # between two readings of the requests' lengths
+SAMPLE_S = 0.1  # between two readings of the requests' lengths
 PROGRESS_S = 15.0
 
 
@@ -174,7 +174,7 @@ class Load:
         wave_done_s = 0.0
         sent = finished = 0
         steady_from: float | None = None
-        sampled = printed = 0.0
+        sampled, printed = -SAMPLE_S, 0.0  # the first reading at once: a tiny model's run is over in half a second
         while finished < self.num_requests:
             # Until lengths are mixed, only as many as will run at once: more would start together, and grow together.
             limit = wave_size if wave_size and not wave_done_s else self.concurrency
