@@ -44,7 +44,7 @@ def test_query_positions_equal_simulated_rings(config, num_prompt_tokens, group_
     geometry = Geometry.from_config(config, block_size=8)
     assert geometry is not None
     protected_len = -(-num_prompt_tokens // 8) * 8
-    num_queries = config.window_size // config.query_stride
+    num_queries = config.num_queries
     shifts = query_shifts(config.query_stride, group_size)
     # The place in the text of each slot's query, for each head of the group.
     rings = [[-1] * num_queries for _ in range(group_size)]

@@ -105,12 +105,11 @@ class KvModelState(DefaultModelState):
         named_layers = get_layers_from_vllm_config(vllm_config, Attention)
         self.layers = list(named_layers.values())
         self.layer_indices = torch.tensor([extract_layer_index(name) for name in named_layers], device=device)
-        self.num_queries = config.window_size // config.query_stride
         layer = self.layers[0]
         self.rows = RequestRows.empty(self.max_num_reqs)
         # Allocated with the model, so before vLLM profiles its memory and sizes the KV pool.
         self.query_bank = QueryBank.allocate(
-            len(self.layers), self.max_num_reqs, self.num_queries, layer.num_heads, layer.num_kv_heads,
+            len(self.layers), self.max_num_reqs, config.num_queries, layer.num_heads, layer.num_kv_heads,
             layer.head_size, config.query_stride, self.dtype, device,
         )  # fmt: skip
         self.rope = rope_of(model) if self.method.uses_rope else None
@@ -325,7 +324,7 @@ class KvModelState(DefaultModelState):
 
     def _places(self, geometry: Geometry, event: int) -> Places:
         """Of the queries: the same at every event, or at every few (budget policy)."""
-        return tuple(query_positions(geometry, event, self.config.query_stride, self.num_queries).tolist())
+        return tuple(query_positions(geometry, event, self.config.query_stride, self.config.num_queries).tolist())
 
     def _turn(self, places: Places) -> Turn | None:
         """Of queries at these places."""
@@ -343,7 +342,7 @@ class KvModelState(DefaultModelState):
     def _compress_prompt(self, geometry: Geometry, prompt: int, cut: Shape, slot: int, blocks: Tensor) -> None:
         """Cut one prompt, by any method, some layers at a time: a long one is as many tokens as many windows."""
         assert self.cache is not None
-        places = prompt_query_positions(geometry, prompt, self.config.query_stride, self.num_queries)
+        places = prompt_query_positions(geometry, prompt, self.config.query_stride, self.config.num_queries)
         queries = self.query_bank.of(slot)
         text = torch.arange(cut.num_candidates, device=self.device)
         size = max(1, _GENERIC_BATCH * geometry.num_candidates * len(self.layers) // cut.num_candidates)
