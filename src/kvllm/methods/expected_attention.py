@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvllm.methods import register
-from kvllm.methods.attention import query_places
+from kvllm.methods.attention import text_places
 from kvllm.methods.base import Method, Window
 from kvllm.methods.checks import check_between, check_count, check_flag, check_rope_theta
 from kvllm.methods.rope import frequencies, turn
@@ -45,10 +45,7 @@ class ExpectedAttention(Method):
     def score(self, window: Window) -> Tensor:
         queries = window.grouped_queries()
         if self.rope_theta is not None:
-            places = query_places(window).unsqueeze(2)
-            if window.query_shifts is not None:
-                places = places - window.query_shifts[:, None]
-            queries = future_queries(queries, places, self.rope_theta, self.num_future_tokens)
+            queries = future_queries(queries, text_places(window), self.rope_theta, self.num_future_tokens)
         scale = queries.shape[-1] ** -0.5
         logits = torch.einsum("bhgqd,bthd->bhgqt", queries, window.keys.float()) * scale
         exponent = logits.mean(dim=3)
@@ -64,11 +61,11 @@ def future_queries(queries: Tensor, places: Tensor, rope_theta: float, num_futur
     """Queries turned from their own places to the average of the next ones after the newest.
 
     queries: [batch, num_kv_heads, group_size, num_queries, head_dim], after RoPE
-    places:  [batch, num_kv_heads, group_size or 1, num_queries]
+    places:  [batch, num_kv_heads, group_size, num_queries]
     """
     turns = frequencies(rope_theta, queries.shape[-1], queries.device)
     to_newest = places.amax(dim=(-2, -1), keepdim=True) - places
     ahead = torch.arange(1, num_future_tokens + 1, device=queries.device)[:, None] * turns
     cos, sin = ahead.cos().mean(dim=0), ahead.sin().mean(dim=0)  # the average rotation: also shorter than 1
-    angles = to_newest.double().unsqueeze(-1) * turns  # [batch, num_kv_heads, group_size or 1, num_queries, pairs]
+    angles = to_newest.double().unsqueeze(-1) * turns  # [batch, num_kv_heads, group_size, num_queries, pairs]
     return turn(turn(queries, angles.cos(), angles.sin()), cos, sin)
