@@ -130,7 +130,8 @@ class KvModelState(DefaultModelState):
         self.prepared: InputBatch | None = None  # the real batch that preprocess_state has planned
         self.num_removed = np.zeros(0, np.int64)
         capture_queries(self.layers, self._capture, "cuda")
-        logger.info("KvLLM: %s, query bank of %.2f GiB", config, self.query_bank.num_bytes / 2**30)
+        size = self.query_bank.num_bytes / 2**30
+        logger.info("KvLLM: %s, query bank of %.2f GiB for max_num_seqs=%d", config, size, self.max_num_reqs)
 
     # ------------------------------------------------------------------ requests
 
@@ -317,7 +318,7 @@ class KvModelState(DefaultModelState):
         method = self.method
         scores = window_scores(
             self.query_bank, req_slots, candidates, self.cache, method.value_norm, method.keydiff_power,
-            self._turn(places),
+            method.attention_floor, self._turn(places),
         )  # fmt: skip
         kept = select_chunks(scores.flatten(0, 2), num_kept, method.max_chunk_size, method.chunk_fill)
         compact(kept.view(*scores.shape[:3], -1), candidates, self.cache)
