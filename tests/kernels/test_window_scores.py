@@ -113,10 +113,10 @@ def test_turned_queries_and_distinct_keys(
 
 @pytest.mark.parametrize("num_candidates", [64, 288])
 def test_attention_floor(num_candidates, device):
-    arguments = make(num_candidates, 4, 2, 128, torch.bfloat16, device)
-    actual = window_scores(*arguments, attention_floor=3.0)
-    assert_scores_close(actual, window_scores_ref(*arguments, attention_floor=3.0))
-    assert (actual > 1.5 * window_scores_ref(*arguments)).any()
+    bank, slots, blocks, cache = make(num_candidates, 4, 2, 128, torch.bfloat16, device)
+    actual = window_scores(bank, slots, blocks, cache, attention_floor=3.0)
+    assert_scores_close(actual, window_scores_ref(bank, slots, blocks, cache, attention_floor=3.0))
+    assert (actual > 1.5 * window_scores_ref(bank, slots, blocks, cache)).any()
 
 
 def test_large_logits_do_not_overflow(device):

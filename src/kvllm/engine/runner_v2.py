@@ -28,6 +28,7 @@ from kvllm.engine.settings import Geometries, kv_config
 from kvllm.kernels.block_tables import shorten_block_tables
 from kvllm.kernels.compact import compact
 from kvllm.kernels.paged import PagedCache
+from kvllm.kernels.refit import refit, supported
 from kvllm.kernels.select_chunks import select_chunks
 from kvllm.kernels.store_queries import store_queries
 from kvllm.kernels.window_scores import Turn, window_scores
@@ -118,7 +119,7 @@ class KvModelState(DefaultModelState):
         # them]; int32 holds them.
         self.survivors: Tensor | None = None
         most_survivors = config.budget_size if config.policy == "budget" else config.history_size
-        if most_survivors and not self._fused:
+        if most_survivors and not self._always_fused:
             self.survivors = torch.zeros(
                 self.max_num_reqs, len(self.layers), layer.num_kv_heads, most_survivors,
                 dtype=torch.int32, device=device,
@@ -294,7 +295,7 @@ class KvModelState(DefaultModelState):
         req_slots: Tensor,
         candidates: Tensor,
     ) -> None:
-        if self._fused:
+        if self._fused(geometry):
             self._compress_kara(geometry.shape(int(done[0])).num_kept, places, req_slots, candidates)
         else:
             self._compress_generic(geometry, prompts, done, places, req_slots, candidates)
@@ -309,19 +310,34 @@ class KvModelState(DefaultModelState):
         return np.stack([row[f : f + count] for row, f in zip(logical, first, strict=True)])
 
     @property
-    def _fused(self) -> bool:
-        """Whether the kernels do exactly what the method does."""
-        return isinstance(self.method, Kara) and self.method.fused
+    def _always_fused(self) -> bool:
+        """Whether the kernels do exactly what the method does, at any size."""
+        return isinstance(self.method, Kara) and self.method.fused and not self.method.refits
+
+    def _fused(self, geometry: Geometry) -> bool:
+        """Whether they do it at these sizes: at all events of a request, or at none, so that one path has its history.
+
+        Those that refit take no more survivors than fit on chip.
+        """
+        if self._always_fused or not isinstance(self.method, Kara) or not self.method.fused:
+            return self._always_fused
+        head_dim = self.query_bank.queries.shape[-1]
+        return all(supported(geometry.shape(event).num_kept, head_dim) for event in geometry.first_of_each_shape)
 
     def _compress_kara(self, num_kept: int, places: Places, req_slots: Tensor, candidates: Tensor) -> None:
         assert self.cache is not None and isinstance(self.method, Kara)
-        method = self.method
+        method, turn = self.method, self._turn(places)
         scores = window_scores(
             self.query_bank, req_slots, candidates, self.cache, method.value_norm, method.keydiff_power,
-            method.attention_floor, self._turn(places),
+            method.attention_floor, turn,
         )  # fmt: skip
         kept = select_chunks(scores.flatten(0, 2), num_kept, method.max_chunk_size, method.chunk_fill)
-        compact(kept.view(*scores.shape[:3], -1), candidates, self.cache)
+        kept = kept.view(*scores.shape[:3], -1)
+        if method.refits:
+            ridges = (method.key_ridge, method.value_ridge)
+            refit(self.query_bank, req_slots, kept, candidates, self.cache, turn, *ridges)
+        else:
+            compact(kept, candidates, self.cache)
 
     def _places(self, geometry: Geometry, event: int) -> Places:
         """Of the queries: the same at every event, or at every few (budget policy)."""

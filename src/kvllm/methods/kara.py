@@ -89,8 +89,8 @@ class Kara(Method):
 
     @property
     def fused(self) -> bool:
-        """Whether the Triton kernels compute exactly this: bidirectional, mean, nothing refitted."""
-        return self.bidirectional and self.moment == "mean" and not self.refits
+        """Whether there are Triton kernels for this; those of a refit take not every size (`kernels.refit.supported`)."""
+        return self.bidirectional and self.moment == "mean"
 
     @property
     def uses_rope(self) -> bool:
@@ -131,7 +131,7 @@ class Kara(Method):
         if self.key_ridge > 0:
             keys = keys + shift_keys(window, kept, self.key_ridge)
         if self.value_ridge > 0:
-            values = refit_values(window, kept, keys, self.value_ridge)
+            values = refit_values(window, kept, self.value_ridge)
         return Kept(kept, keys.transpose(1, 2).to(window.keys.dtype), values.transpose(1, 2).to(window.values.dtype))
 
 
