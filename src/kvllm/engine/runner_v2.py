@@ -31,12 +31,13 @@ from kvllm.kernels.paged import PagedCache
 from kvllm.kernels.refit import refit, supported
 from kvllm.kernels.select_chunks import select_chunks
 from kvllm.kernels.store_queries import store_queries
-from kvllm.kernels.window_scores import Turn, window_scores
+from kvllm.kernels.window_scores import window_scores
 from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window
 from kvllm.layout import Geometry, IntArray, Shape
 from kvllm.methods import make_method
 from kvllm.methods.base import Kept, Window
 from kvllm.methods.kara import Kara, turn_distances
+from kvllm.methods.rope import Turn
 from kvllm.query_bank import QueryBank
 from kvllm.query_ring import prompt_query_positions, query_positions
 
@@ -353,7 +354,7 @@ class KvModelState(DefaultModelState):
             distances = turn_distances(positions, self.query_bank.shifts, self.method.lookahead)
             # Tables as exact as the products: the kernel reads them for every head of every layer.
             dtype = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
-            self.turns[places] = Turn.by(distances, self.rope, self.query_bank.queries.shape[-1], dtype)
+            self.turns[places] = self.rope.turn(distances.unsqueeze(1), self.query_bank.queries.shape[-1], dtype)
         return self.turns[places]
 
     def _compress_prompt(self, geometry: Geometry, prompt: int, cut: Shape, slot: int, blocks: Tensor) -> None:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,48 +14,12 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from kvllm.kernels.paged import INTERPRETED, PagedCache, layer_ptr, token_offsets
 from kvllm.kernels.windows import gather_window_ref
-from kvllm.methods.rope import Rope
+from kvllm.methods.rope import Turn
 from kvllm.query_bank import QueryBank
 
 # A key tile of this size fits twice into the shared memory of a multiprocessor of a Hopper or Ampere GPU, beside the
 # queries: two programs share one, so that one computes while the other loads.
 _TILE_BYTES = 64 * 1024
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What turns the queries of an event: row r is query r // group_size of its group's head r % group_size.
-
-    cos, sin: [num_queries * group_size, head_dim / 2]
-    first, second: [head_dim / 2] int32, the dimensions that turn together; those that RoPE leaves alone come last, in
-                   any pairs, with angles of 0
-    halves:   whether these are all (i, i + head_dim / 2)
-    """
-
-    cos: Tensor
-    sin: Tensor
-    first: Tensor
-    second: Tensor
-    halves: bool
-
-    @classmethod
-    def by(cls, distances: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype = torch.float32) -> Turn:
-        """distances: [num_queries, group_size], tokens; dtype: of the tables"""
-        cos, sin, partner = rope.tables(distances.flatten(), head_dim)
-        dims = torch.arange(head_dim, device=partner.device)
-        rest = dims[partner == dims].view(2, -1)
-        first, second = torch.cat([dims[partner > dims], rest[0]]), torch.cat([partner[partner > dims], rest[1]])
-        halves = not rope.interleaved and not rest.numel()
-        return cls(cos[:, first].to(dtype), sin[:, second].to(dtype), first.int(), second.int(), halves)
-
-    def apply(self, queries: Tensor) -> Tensor:
-        """queries: [batch, num_queries, num_kv_heads, group_size, head_dim], turned in their own dtype"""
-        cos, sin = (t.to(queries).unflatten(0, (queries.shape[1], 1, -1)) for t in (self.cos, self.sin))
-        turned = torch.empty_like(queries)
-        a, b = queries[..., self.first.long()], queries[..., self.second.long()]
-        turned[..., self.first.long()] = a * cos - b * sin
-        turned[..., self.second.long()] = a * sin + b * cos
-        return turned
 
 
 def window_scores_ref(
@@ -73,7 +36,7 @@ def window_scores_ref(
 
     req_slots:        [num_due], each due request's row in the bank
     candidate_blocks: [num_due, num_candidates / block_size], block ids
-    turn:             None: the queries stay as they are
+    turn:             of distances [num_queries, 1, group_size]; None: the queries stay as they are
     returns           [num_due, num_layers, num_kv_heads, num_candidates] in float32
     """
     queries = bank.of(req_slots.long()).transpose(0, 1).flatten(0, 1).double()

@@ -65,8 +65,8 @@ class Kara(Method):
     max_chunk_size: int = 8
     chunk_fill: float = 0.5
     moment: str = "mean"
-    key_ridge: float = 0.0
-    value_ridge: float = 0.0
+    key_ridge: float = 1.0
+    value_ridge: float = 1.0
     variant: str = "tuned"
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class Kara(Method):
 
     @property
     def fused(self) -> bool:
-        """Whether there are Triton kernels for this; those of a refit take not every size (`kernels.refit.supported`)."""
+        """Whether there are Triton kernels for this; a refit's take not every size (`kernels.refit.supported`)."""
         return self.bidirectional and self.moment == "mean"
 
     @property
@@ -114,10 +114,9 @@ class Kara(Method):
         if not self.uses_rope or window.rope is None:
             return window
         distances = turn_distances(window.query_positions, window.query_shifts, self.lookahead)
-        cos, sin, partner = window.rope.tables(distances, window.keys.shape[-1])  # [num_queries, group_size, head_dim]
         queries = window.queries.float().unflatten(2, (window.num_kv_heads, -1))
-        queries = queries * cos.unsqueeze(1) + queries[..., partner] * sin.unsqueeze(1)
-        return replace(window, queries=queries.flatten(2, 3))
+        turn = window.rope.turn(distances.unsqueeze(1), window.keys.shape[-1])  # [num_queries, 1, group_size]
+        return replace(window, queries=turn.apply(queries).flatten(2, 3))
 
     def select(self, scores: Tensor, num_kept: int) -> Tensor:
         return token2chunk(scores, num_kept, self.max_chunk_size, self.chunk_fill)
