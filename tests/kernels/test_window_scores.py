@@ -111,6 +111,14 @@ def test_turned_queries_and_distinct_keys(
     )
 
 
+@pytest.mark.parametrize("num_candidates", [64, 288])
+def test_attention_floor(num_candidates, device):
+    bank, slots, blocks, cache = make(num_candidates, 4, 2, 128, torch.bfloat16, device)
+    actual = window_scores(bank, slots, blocks, cache, attention_floor=3.0)
+    assert_scores_close(actual, window_scores_ref(bank, slots, blocks, cache, attention_floor=3.0))
+    assert (actual > 1.5 * window_scores_ref(bank, slots, blocks, cache)).any()
+
+
 def test_large_logits_do_not_overflow(device):
     bank, slots, blocks, cache = make(64, 4, 2, 64, torch.bfloat16, device)
     bank.scales.mul_(100)
@@ -139,7 +147,8 @@ def test_reference_is_kara(method, device):
         assert window.rope is not None
         distances = turn_distances(window.query_positions, window.query_shifts, method.lookahead)
         turn = window.rope.turn(distances.unsqueeze(1), 80)
-    actual = window_scores_ref(bank, slots, blocks, cache, method.value_norm, method.keydiff_power, turn)
+    options = (method.value_norm, method.keydiff_power, method.attention_floor)
+    actual = window_scores_ref(bank, slots, blocks, cache, *options, turn)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-8)
 
 

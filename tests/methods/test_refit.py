@@ -20,14 +20,47 @@ def kept_of(window):
     return KEPT.expand(*window.keys.shape[0:1], window.num_kv_heads, -1)
 
 
-def test_ridge_solve_is_least_squares_with_rows_of_zeros_below():
+def random_problem():
     g = torch.Generator().manual_seed(0)
-    rows, targets = torch.randn(2, 7, 4, generator=g), torch.randn(2, 7, 3, generator=g)
+    return torch.randn(2, 7, 4, generator=g), torch.randn(2, 7, 3, generator=g)
+
+
+def objective(rows, targets, ridge, solution):
+    """[batch, columns]: what `ridge_solve` minimises."""
+    strength = ridge * rows.square().sum(dim=1).mean(dim=-1)[:, None]
+    return (rows @ solution - targets).square().sum(dim=1) + strength * solution.square().sum(dim=1)
+
+
+def test_as_many_steps_as_columns_are_least_squares_with_rows_of_zeros_below():
+    rows, targets = random_problem()
     strength = 0.3 * rows.square().sum(dim=1).mean(dim=-1)
     below = strength.sqrt()[:, None, None] * torch.eye(4)
     expected = torch.linalg.lstsq(torch.cat([rows, below], 1), torch.cat([targets, torch.zeros(2, 4, 3)], 1)).solution
-    torch.testing.assert_close(ridge_solve(rows, targets, 0.3), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ridge_solve(rows, targets, 0.3, steps=4), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ridge_solve(rows, targets, 0.3, steps=20), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_step_comes_nearer():
+    rows, targets = random_problem()
+    reached = [objective(rows, targets, 0.3, ridge_solve(rows, targets, 0.3, steps)) for steps in range(5)]
+    assert torch.equal(reached[0], targets.square().sum(dim=1))
+    assert all((after < before).all() for before, after in zip(reached, reached[1:], strict=False))
+
+
+def test_each_column_is_solved_by_itself():
+    rows, targets = random_problem()
+    alone = [ridge_solve(rows, targets[..., i : i + 1], 0.3) for i in range(3)]
+    torch.testing.assert_close(ridge_solve(rows, targets, 0.3), torch.cat(alone, dim=-1))
+
+
+def test_nothing_to_solve_leaves_zeros():
+    rows, targets = random_problem()
     assert torch.equal(ridge_solve(torch.zeros(5, 4), torch.ones(5, 1), 1.0), torch.zeros(4, 1))
+    targets[..., 1] = 0.0
+    solution = ridge_solve(rows, targets, 0.3)
+    assert solution.isfinite().all() and (solution[..., 1] == 0).all() and (solution[..., 0] != 0).all()
+    done = torch.tensor([[2.0], [0.0]])  # one step solves it exactly, to a residual of 0
+    assert torch.equal(ridge_solve(torch.eye(2), done, 1.0), done / 2)
 
 
 def test_shifted_keys_win_back_the_weight_of_the_window():
@@ -40,11 +73,12 @@ def test_shifted_keys_win_back_the_weight_of_the_window():
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
 
 
-def test_refitted_values_bring_what_the_window_brought():
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_refitted_values_bring_what_the_window_brought(shift):
     window = few_queries(3)  # fewer than kept tokens
     indices = kept_of(window)
-    keys = gather_tokens(window.keys, indices)
-    values = refit_values(window, indices, keys, 1e-6)
+    keys = gather_tokens(window.keys, indices) + shift * shift_keys(window, indices, 1e-6)  # shifted or not
+    values = refit_values(window, indices, 1e-6)
     queries = window.grouped_queries()[:, :, 0]
     brought = window.logits()[:, :, 0].softmax(dim=-1) @ window.values.transpose(1, 2)
     torch.testing.assert_close(
@@ -52,20 +86,26 @@ def test_refitted_values_bring_what_the_window_brought():
     )
 
 
+def test_each_request_is_refitted_by_itself():
+    """Bit for bit, or what a request keeps would depend on who shares its batch."""
+    window = random_window()
+    indices = kept_of(window)
+    alone = replace(window, **{name: getattr(window, name)[:1] for name in ("queries", "keys", "values")})
+    assert torch.equal(shift_keys(window, indices, 0.1)[:1], shift_keys(alone, indices[:1], 0.1))
+    assert torch.equal(refit_values(window, indices, 0.1)[:1], refit_values(alone, indices[:1], 0.1))
+
+
 @pytest.mark.parametrize("ridge", [1e8, 1e12])
 def test_a_strong_ridge_changes_nothing(ridge):
     window = random_window()
     indices = kept_of(window)
-    keys, values = gather_tokens(window.keys, indices), gather_tokens(window.values, indices)
+    values = gather_tokens(window.values, indices)
     assert shift_keys(window, indices, ridge).abs().max() < 1e-5
-    torch.testing.assert_close(refit_values(window, indices, keys, ridge), values)
+    torch.testing.assert_close(refit_values(window, indices, ridge), values)
 
 
 def test_where_everything_is_kept_nothing_changes():
     window = random_window()
     indices = torch.arange(24).expand(2, 2, -1)
-    keys = gather_tokens(window.keys, indices)
     assert shift_keys(window, indices, 0.1).abs().max() < 1e-5
-    torch.testing.assert_close(
-        refit_values(window, indices, keys, 0.1), window.values.transpose(1, 2), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(refit_values(window, indices, 0.1), window.values.transpose(1, 2), rtol=1e-4, atol=1e-5)

@@ -197,14 +197,15 @@ def random_bank(shape: Shape, max_num_reqs: int) -> QueryBank:
     return bank
 
 
-def kara_weights(shape: Shape) -> tuple[bool, float, Turn]:
-    """Kara's defaults: value_norm, keydiff_power, and the turn of the queries of a window."""
+def kara_weights(shape: Shape) -> tuple[bool, float, float, Turn]:
+    """Kara's defaults: value_norm, keydiff_power, attention_floor, and the turn of the queries of a window."""
     kara = Kara()
     positions = torch.arange(shape.num_queries, device=DEVICE) * shape.query_stride
     shifts = torch.from_numpy(query_shifts(shape.query_stride, shape.num_heads // shape.num_kv_heads)).to(DEVICE)
     rope = Rope(frequencies(1e6, shape.head_dim, torch.device(DEVICE)))
     distances = turn_distances(positions, shifts, kara.lookahead).unsqueeze(1)
-    return kara.value_norm, kara.keydiff_power, rope.turn(distances, shape.head_dim, torch.bfloat16)
+    turn = rope.turn(distances, shape.head_dim, torch.bfloat16)
+    return kara.value_norm, kara.keydiff_power, kara.attention_floor, turn
 
 
 def store_case(shape: Shape, bank: QueryBank) -> Case:

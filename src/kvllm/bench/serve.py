@@ -73,6 +73,8 @@ def bench_serve(spec: BenchSpec, json_path: Path | None = None, plot_path: Path 
                 json_path.write_text(json.dumps(result, indent=1))
     print(table(rows), flush=True)
     for row in rows:
+        if "profile" in row:
+            print(f"{row['config']}, {row['concurrency']} in flight: {profile_line(row['profile'])}", flush=True)
         if "error" in row:
             print(f"{row['config']}, {row['concurrency']} in flight: {row['error']}", flush=True)
     if plot_path:
@@ -143,6 +145,15 @@ def table(rows: list[Row]) -> str:
         line[0].ljust(first) + "".join("  " + cell.rjust(w) for cell, w in zip(line[1:], others, strict=True))
         for line in lines
     )
+
+
+def profile_line(profile: dict[str, Any]) -> str:
+    parts = [
+        f"{part} {each['mean_ms']:.3f} ms a step ({each['share']:.2%}), at most {each['most_ms']:.3f}"
+        for part, each in profile.items()
+        if isinstance(each, dict)
+    ]
+    return f"{profile['num_steps']} steps of {profile['step_ms']:.2f} ms: " + "; ".join(parts)
 
 
 def commit() -> str | None:

@@ -86,6 +86,9 @@ class BenchSpec:
     stagger: bool = _option(False, "Spread the first requests' lengths, so that lengths are mixed once they end.")
     seconds: float | None = _option(None, "Stop after this much of the steady state; left out: at the last request.")
     max_seconds: float = _option(480.0, "Stop a run after this long, whatever its state.")
+    profile_steps: int | None = _option(
+        None, "Profile this many steps of each steady state: what KvLLM's kernels take. The profiler slows the run."
+    )
     warmup_seconds: float = _option(5.0, "Serve this long before an engine's first run of each configuration.")
     max_num_seqs: int | None = _option(None, "As in vLLM; left out: the largest concurrency.")
     max_model_len: int | None = _option(None, "As in vLLM; left out: what a request needs.")

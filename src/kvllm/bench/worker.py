@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from kvllm.bench.figures import POOL_FULL, Lengths, Trace, by_context, run_figures, steady_figures, timeline
+from kvllm.bench.profile import profile_figures, profiler_args, read_kernels
 from kvllm.bench.spec import BenchSpec
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry, ceil_div
@@ -79,9 +80,10 @@ class Engine:
     recorder: Recorder
     spec: BenchSpec
     ids: Iterator[int]
+    profiles: Path  # where the profiler writes its traces
 
     @classmethod
-    def start(cls, spec: BenchSpec, model_dir: str, options: dict[str, Any] | None) -> Engine:
+    def start(cls, spec: BenchSpec, model_dir: str, options: dict[str, Any] | None, profiles: Path) -> Engine:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
@@ -92,10 +94,12 @@ class Engine:
         args = {"block_size": DEFAULT_BLOCK_SIZE[current_platform.device_type], **spec.vllm_args(model_dir)}
         if options is not None:
             args["additional_config"] = {**args.get("additional_config", {}), CONFIG_KEY: options}
+        if spec.profile_steps:
+            args |= profiler_args(profiles)
         recorder = Recorder()
         # The context of LLM.generate: it decides vLLM's default sizes.
         llm = LLMEngine.from_engine_args(EngineArgs(**args), UsageContext.LLM_CLASS, [stat_logger(recorder)])
-        return cls(llm, recorder, spec, count())
+        return cls(llm, recorder, spec, count(), profiles)
 
     @property
     def block_size(self) -> int:
@@ -161,6 +165,7 @@ class Load:
     seconds: float | None
     max_seconds: float
     stagger: bool
+    profile_steps: int | None = None
 
     def run(self, seed: int) -> dict[str, Any]:
         engine, spec, recorder = self.engine, self.engine.spec, self.engine.recorder
@@ -174,6 +179,7 @@ class Load:
         wave_done_s = 0.0
         sent = finished = 0
         steady_from: float | None = None
+        profiled = False
         sampled, printed = -SAMPLE_S, 0.0  # the first reading at once: a tiny model's run is over in half a second
         while finished < self.num_requests:
             # Until lengths are mixed, only as many as will run at once: more would start together, and grow together.
@@ -201,6 +207,9 @@ class Load:
                 seats_full = wave_size and trace.running[-1] == self.seats()
                 if trace.usage[-1] >= POOL_FULL or seats_full:
                     steady_from = now
+            if self.profile_steps and steady_from is not None and not profiled:
+                engine.llm.start_profile(max_iterations=self.profile_steps)
+                profiled = True
             steady_over = self.seconds and steady_from is not None and now - steady_from >= self.seconds
             if steady_over or now > self.max_seconds:
                 break
@@ -209,6 +218,9 @@ class Load:
             result |= asdict(steady_figures(trace, np.inf if wave else wave_done_s))
         except ValueError as e:
             result["error"] = str(e)
+        if profiled:
+            engine.llm.stop_profile()
+            result["profile"] = profile_figures(read_kernels(engine.profiles))
         return result | {
             "num_requests": self.num_requests,
             "first_wave": wave_size,
@@ -263,9 +275,11 @@ def run_one(engine: Engine, run: dict[str, Any], engine_options: dict[str, Any] 
         spec.seconds,
         spec.max_seconds,
         spec.stagger,
+        # Stock runs none of the kernels that the profile is about.
+        spec.profile_steps if options is not None else None,
     )
     if not warm and spec.warmup_seconds:
-        replace(load, max_seconds=spec.warmup_seconds, stagger=False).run(seed=spec.seed + 1)
+        replace(load, max_seconds=spec.warmup_seconds, stagger=False, profile_steps=None).run(seed=spec.seed + 1)
         engine.clear()
     result = load.run(seed=spec.seed)
     result |= {"kvllm": kvllm_stats(engine) if options is not None else None}
@@ -303,7 +317,7 @@ def main() -> None:
     if job["plugins"] and job["plugins"] not in plugins:
         raise RuntimeError(f"vLLM does not find the plugin {job['plugins']!r}: install the package (pip install -e .).")
     spec = BenchSpec.from_dict(job["spec"])
-    engine = Engine.start(spec, job["model_dir"], job["options"])
+    engine = Engine.start(spec, job["model_dir"], job["options"], out_file.with_suffix(".profiles").resolve())
     result: dict[str, Any] = {"engine": about(engine), "rows": []}
     warmed = set()
     for run in job["runs"]:

@@ -29,6 +29,7 @@ def window_scores_ref(
     cache: PagedCache,
     value_norm: bool = True,
     keydiff_power: float = 0.0,
+    attention_floor: float = 0.0,
     turn: Turn | None = None,
 ) -> Tensor:
     """How much the queries of a request look at each of its candidates, weighted as `Kara.score` does; in float64.
@@ -45,6 +46,7 @@ def window_scores_ref(
         grouped = turn.apply(grouped)
     logits = torch.einsum("bqhgd,bthd->bhgqt", grouped, keys) * cache.head_dim**-0.5
     scores = logits.softmax(dim=-1).mean(dim=(2, 3))  # over the heads of a group and the queries
+    scores = scores + attention_floor / keys.shape[1]
     if value_norm:
         scores = scores * values.norm(dim=-1).transpose(1, 2)
     if keydiff_power > 0:
@@ -61,6 +63,7 @@ def window_scores(
     cache: PagedCache,
     value_norm: bool = True,
     keydiff_power: float = 0.0,
+    attention_floor: float = 0.0,
     turn: Turn | None = None,
 ) -> Tensor:
     """`window_scores_ref` in Triton, with a program for each request, layer, KV head and tile of candidates.
@@ -127,6 +130,7 @@ def window_scores(
         scores,
         weights,
         log_sums,
+        attention_floor / num_candidates,
         *cached,
         *asked,
         SEVERAL_TILES=num_tiles > 1,
@@ -291,7 +295,7 @@ def _weights_kernel(
 
 @triton.jit
 def _scores_kernel(
-    scores, weights, log_sums,
+    scores, weights, log_sums, floor,
     candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,
     stride_candidates, stride_kv_block, stride_kv_token, stride_kv_head,
     numbers, scales, cos, sin, first, second, req_slots, max_num_reqs, softmax_scale,
@@ -349,7 +353,7 @@ def _scores_kernel(
             row_weight = tl.where(rows < NUM_ROWS, 1.0 / tl.sum(p, axis=1), 0.0)
         total += tl.sum(tl.reshape(p * row_weight[:, None], [BLOCK_Q // 16, 2, 8, BLOCK_T]), axis=1)
     # The mean over the queries and the heads of the group.
-    score = tl.sum(tl.sum(total, axis=1), axis=0) * (1.0 / NUM_ROWS)
+    score = tl.sum(tl.sum(total, axis=1), axis=0) * (1.0 / NUM_ROWS) + floor
     if SEVERAL_TILES:
         weight = tl.load(weights + pid * NUM_CANDIDATES + tokens, mask=valid, other=0.0)
     tl.store(scores + pid * NUM_CANDIDATES + tokens, score * weight, mask=valid)

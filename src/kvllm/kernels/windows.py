@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvllm.kernels.paged import PagedCache, layer_ptr, token_offsets
 
-_FP8_MAX = 448.0  # largest finite float8_e4m3fn
+FP8_MAX = 448.0  # largest finite float8_e4m3fn
 
 
 def gather_window_ref(candidate_blocks: Tensor, cache: PagedCache, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -50,18 +50,21 @@ def scatter_window_ref(keys: Tensor, values: Tensor, candidate_blocks: Tensor, c
     keys, values:     [num_due * num_layers, num_kept, num_kv_heads, head_dim]
     candidate_blocks: [num_due, num_candidates / block_size], block ids
     """
-    num_kept, block_size = keys.shape[1], cache.block_size
-    tokens = torch.arange(num_kept, device=keys.device)
+    scatter_rows_ref(keys, candidate_blocks, cache.keys, cache.k_scale)
+    scatter_rows_ref(values, candidate_blocks, cache.values, cache.v_scale)
+
+
+def scatter_rows_ref(rows: Tensor, candidate_blocks: Tensor, layers: tuple[Tensor, ...], scale: Tensor | None) -> None:
+    """The keys' or the values' part of `scatter_window_ref`; layers: their caches."""
+    tokens, block_size = torch.arange(rows.shape[1], device=rows.device), layers[0].shape[1]
     blocks = candidate_blocks[:, tokens // block_size].long()
-    scales = (cache.k_scale, cache.v_scale)
-    for new, layers, scale in zip((keys, values), (cache.keys, cache.values), scales, strict=True):
-        new = new.unflatten(0, (len(candidate_blocks), cache.num_layers))
-        for layer, old in enumerate(layers):
-            rows = new[:, layer]
-            if scale is not None:
-                rows = (rows.float() / scale[layer]).clamp(-_FP8_MAX, _FP8_MAX)
-            # Indexed as bytes, since not every device can index fp8.
-            old.view(torch.uint8)[blocks, tokens % block_size] = rows.to(old.dtype).contiguous().view(torch.uint8)
+    rows = rows.unflatten(0, (len(candidate_blocks), len(layers)))
+    for layer, old in enumerate(layers):
+        new = rows[:, layer]
+        if scale is not None:
+            new = (new.float() / scale[layer]).clamp(-FP8_MAX, FP8_MAX)
+        # Indexed as bytes, since not every device can index fp8.
+        old.view(torch.uint8)[blocks, tokens % block_size] = new.to(old.dtype).contiguous().view(torch.uint8)
 
 
 def scatter_window(keys: Tensor, values: Tensor, candidate_blocks: Tensor, cache: PagedCache) -> None:
@@ -94,7 +97,7 @@ def _launch(keys: Tensor, values: Tensor, candidate_blocks: Tensor, cache: Paged
         ALIGNMENT=cache.alignment,
         HAS_SCALE=cache.k_scale is not None,
         SCATTER=scatter,
-        FP8_MAX=_FP8_MAX,
+        FP8_MAX=FP8_MAX,
         BLOCK_R=block_r,
         BLOCK_D=triton.next_power_of_2(cache.head_dim),
         num_warps=4,

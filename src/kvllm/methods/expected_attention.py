@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvllm.methods import register
-from kvllm.methods.attention import query_places
+from kvllm.methods.attention import text_places
 from kvllm.methods.base import Method, Window
 from kvllm.methods.checks import check_between, check_count, check_flag, check_rope_theta
 from kvllm.methods.rope import Rope, frequencies
@@ -45,10 +45,7 @@ class ExpectedAttention(Method):
     def score(self, window: Window) -> Tensor:
         queries = window.grouped_queries()
         if self.rope_theta is not None:
-            places = query_places(window).unsqueeze(2)
-            if window.query_shifts is not None:
-                places = places - window.query_shifts[:, None]
-            queries = future_queries(queries, places, self.rope_theta, self.num_future_tokens)
+            queries = future_queries(queries, text_places(window), self.rope_theta, self.num_future_tokens)
         scale = queries.shape[-1] ** -0.5
         logits = torch.einsum("bhgqd,bthd->bhgqt", queries, window.keys.float()) * scale
         exponent = logits.mean(dim=3)
@@ -64,7 +61,7 @@ def future_queries(queries: Tensor, places: Tensor, rope_theta: float, num_futur
     """Queries turned from their own places to the average of the next ones after the newest.
 
     queries: [batch, num_kv_heads, group_size, num_queries, head_dim], after RoPE
-    places:  [batch, num_kv_heads, group_size or 1, num_queries]
+    places:  [batch, num_kv_heads, group_size, num_queries]
     """
     head_dim = queries.shape[-1]
     rope = Rope(frequencies(rope_theta, head_dim, queries.device))

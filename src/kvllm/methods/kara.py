@@ -23,6 +23,7 @@ PAPER = {
     "lookahead": 0,
     "value_norm": False,
     "keydiff_power": 0.0,
+    "attention_floor": 0.0,
     "moment": "mean",
     "key_ridge": 0.0,
     "value_ridge": 0.0,
@@ -42,6 +43,8 @@ class Kara(Method):
     value_norm:        weight a key's attention by the length of the value that it brings
     keydiff_power:     > 0: weight it too by this power of 1 - cosine of the key to the mean key of the window
                        (KeyDiff), since of many keys alike a few will do
+    attention_floor:   what every key gets beside its attention, in shares of the mean attention of a key. What no query
+                       has looked at yet, and one may ask for later, is then judged by its value and its key (ours)
     max_chunk_size:    longest chunk, its two picks included, that Token2Chunk fills; 1 or 2 fill nothing
     chunk_fill:        a filler is worth this share of the weaker of its two picks
     moment:            how the weights that a key gets are summed up: their mean, root mean square, or the maximum over
@@ -58,11 +61,12 @@ class Kara(Method):
     lookahead: int = 300
     value_norm: bool = True
     keydiff_power: float = 2.0
+    attention_floor: float = 0.5
     max_chunk_size: int = 8
     chunk_fill: float = 0.5
     moment: str = "mean"
-    key_ridge: float = 0.0
-    value_ridge: float = 0.0
+    key_ridge: float = 1.0
+    value_ridge: float = 1.0
     variant: str = "tuned"
 
     def __post_init__(self) -> None:
@@ -73,6 +77,7 @@ class Kara(Method):
             raise ValueError(f"chunk_fill={self.chunk_fill}: a share in [0, 1); 0 turns Token2Chunk off.")
         check_count("lookahead", self.lookahead, 0)
         check_between("keydiff_power", self.keydiff_power, 0, 16)
+        check_between("attention_floor", self.attention_floor, 0, 1e6)
         check_between("key_ridge", self.key_ridge, 0, 1e6)
         check_between("value_ridge", self.value_ridge, 0, 1e6)
         for name, known in (("moment", MOMENTS), ("variant", VARIANTS)):
@@ -84,8 +89,8 @@ class Kara(Method):
 
     @property
     def fused(self) -> bool:
-        """Whether the Triton kernels compute exactly this: bidirectional, mean, nothing refitted."""
-        return self.bidirectional and self.moment == "mean" and not self.refits
+        """Whether there are Triton kernels for this; a refit's take not every size (`kernels.refit.supported`)."""
+        return self.bidirectional and self.moment == "mean"
 
     @property
     def uses_rope(self) -> bool:
@@ -97,6 +102,7 @@ class Kara(Method):
 
     def score(self, window: Window) -> Tensor:
         scores = attention_moment(self.ahead(window), self.moment, self.bidirectional)
+        scores = scores + self.attention_floor / window.num_tokens
         if self.value_norm:
             scores = scores * window.values.float().norm(dim=-1).transpose(1, 2)
         if self.keydiff_power > 0:
@@ -124,7 +130,7 @@ class Kara(Method):
         if self.key_ridge > 0:
             keys = keys + shift_keys(window, kept, self.key_ridge)
         if self.value_ridge > 0:
-            values = refit_values(window, kept, keys, self.value_ridge)
+            values = refit_values(window, kept, self.value_ridge)
         return Kept(kept, keys.transpose(1, 2).to(window.keys.dtype), values.transpose(1, 2).to(window.values.dtype))
 
 
@@ -147,19 +153,19 @@ def attention_moment(window: Window, moment: str, bidirectional: bool = True) ->
     old keys would win by being seen more often. A key that no query sees gets 0.
     """
     logits = window.logits()  # [batch, num_kv_heads, group_size, num_queries, num_tokens]
-    judges: Tensor | int = logits.shape[3]
+    judges: Tensor | int = logits.shape[2] * logits.shape[3]
     if bidirectional:
         weights = logits.softmax(dim=-1)
     else:
         places = torch.arange(window.num_tokens, device=window.keys.device)
-        sees = places <= window.query_positions[:, None]  # [num_queries, num_tokens]
+        sees = places <= window.query_places.unsqueeze(-1)  # [group_size, num_queries, num_tokens]
         # A finite floor, not -inf: a query that sees nothing then has weights to mask, and not NaN.
         weights = logits.masked_fill(~sees, torch.finfo(torch.float32).min).softmax(dim=-1).masked_fill(~sees, 0.0)
-        judges = sees.sum(dim=0).clamp(min=1)
+        judges = sees.sum(dim=(0, 1)).clamp(min=1)
     if moment == "mean":
-        return weights.mean(dim=2).sum(dim=2) / judges
+        return weights.sum(dim=(2, 3)) / judges
     if moment == "rms":
-        return (weights.square().mean(dim=2).sum(dim=2) / judges).sqrt()
+        return (weights.square().sum(dim=(2, 3)) / judges).sqrt()
     return weights.amax(dim=3).mean(dim=2)
 
 

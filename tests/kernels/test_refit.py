@@ -1,0 +1,137 @@
+import pytest
+import torch
+
+from kvllm.kernels.compact import compact_ref
+from kvllm.kernels.refit import refit, refit_ref, supported
+from kvllm.kernels.windows import gather_window_ref
+from kvllm.methods.base import Window
+from kvllm.methods.kara import Kara, turn_distances
+from kvllm.methods.rope import Rope, frequencies
+from tests.kernels.paged_caches import assert_same_bits, copy_of
+from tests.kernels.test_compact import random_kept
+from tests.kernels.test_window_scores import make, turn_of
+
+# What one rounding to the cache's dtype can differ by, relative, and what the products differ by. On a GPU queries,
+# weights and outputs are rounded to the dtype that it multiplies in; the interpreter multiplies in float32.
+STEP = {torch.float32: 0.0, torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float8_e4m3fn: 2**-3}
+
+
+def assert_close(actual, expected, dtype):
+    """All that the caches hold, compared as numbers; NaN outside of the candidates is the same on both sides."""
+    for a, e in zip((*actual.keys, *actual.values), (*expected.keys, *expected.values), strict=True):
+        rough = 3e-2 if a.is_cuda and dtype != torch.float32 else 1e-4
+        a, e = a.float(), e.float()
+        if dtype == torch.float8_e4m3fn:
+            rough += 2**-9  # from one subnormal number to the next
+            if not a.is_cuda:  # the interpreter rounds 1.99 to 1, without the carry, and subnormal numbers at will
+                rough = 2**-6
+                carry = (2 * a - e).abs() <= STEP[dtype] * e.abs()
+                a = torch.where(carry & (a.frexp().mantissa.abs() == 0.5), 2 * a, a)
+        torch.testing.assert_close(a, e, rtol=STEP[dtype] + rough, atol=rough, equal_nan=True)
+
+
+@pytest.mark.parametrize("ridges", [(0.5, 0.0), (0.0, 0.5), (0.5, 2.0)])
+@pytest.mark.parametrize(
+    "num_candidates, num_kept, num_heads, num_kv_heads, head_dim, dtype, kv_dtype, options",
+    [
+        (64, 32, 3, 3, 64, torch.bfloat16, None, None),
+        (96, 80, 8, 2, 128, torch.bfloat16, None, {}),
+        (48, 16, 6, 3, 80, torch.float16, None, {"num_pairs": 20}),
+        (80, 48, 4, 2, 96, torch.float16, None, {"interleaved": True}),
+        (64, 32, 9, 3, 64, torch.float32, None, {"interleaved": True}),
+        (48, 32, 14, 2, 80, torch.float32, None, None),
+        (64, 48, 8, 2, 128, torch.bfloat16, torch.float8_e4m3fn, {}),
+    ],
+)
+def test_refit(num_candidates, num_kept, num_heads, num_kv_heads, head_dim, dtype, kv_dtype, options, ridges, device):
+    stored = kv_dtype or dtype
+    bank, slots, blocks, actual = make(
+        num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, num_queries=7, kv_dtype=stored
+    )
+    kept = random_kept(2, actual, num_candidates, num_kept, device)
+    turn = None if options is None else turn_of(bank, head_dim, device, **options)
+    expected, moved = copy_of(actual), copy_of(actual)
+
+    refit(bank, slots, kept, blocks, actual, turn, *ridges)
+    refit_ref(bank, slots, kept, blocks, expected, turn, *ridges)
+    compact_ref(kept, blocks, moved)
+
+    assert_close(actual, expected, stored)
+    for layer in range(actual.num_layers):
+        for ridge, a, m in zip(ridges, actual.raw(layer), moved.raw(layer), strict=True):
+            assert torch.equal(a, m) == (ridge == 0)  # bit for bit
+
+
+def test_more_requests_than_one_launch_takes(device, monkeypatch):
+    bank, slots, blocks, actual = make(32, 4, 2, 64, torch.float32, device)
+    kept = random_kept(2, actual, 32, 16, device)
+    expected = copy_of(actual)
+    for due in (0, 1):
+        refit(bank, slots[due:][:1], kept[due:][:1], blocks[due:][:1], expected, None, 1.0, 1.0)
+    monkeypatch.setattr("kvllm.kernels.refit._BATCH", 1)
+    refit(bank, slots, kept, blocks, actual, None, 1.0, 1.0)
+    assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_strong_ridge_only_moves(dtype, device):
+    bank, slots, blocks, actual = make(64, 4, 2, 64, dtype, device)
+    kept = random_kept(2, actual, 64, 32, device)
+    expected = copy_of(actual)
+    refit(bank, slots, kept, blocks, actual, None, 1e9, 1e9)
+    compact_ref(kept, blocks, expected)
+    assert_close(actual, expected, dtype)
+
+
+def test_queries_that_look_nowhere_change_no_key(device):
+    """Zeros, as in the bank of an engine that only compiles: attention is even, and no shift can change it."""
+    bank, slots, blocks, actual = make(64, 4, 2, 64, torch.float32, device)
+    bank.queries.zero_()
+    kept = random_kept(2, actual, 64, 32, device)
+    keys, values = gather_window_ref(blocks, actual, torch.float32)
+    moved = copy_of(actual)
+    refit(bank, slots, kept, blocks, actual, None, 1.0, 1e-6)
+    compact_ref(kept, blocks, moved)
+    assert all(torch.equal(actual.raw(layer)[0], moved.raw(layer)[0]) for layer in range(2))
+    mean = gather_window_ref(blocks, actual, torch.float32)[1][:, :32].mean(dim=1)
+    torch.testing.assert_close(mean, values.mean(dim=1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [Kara(key_ridge=1.0, value_ridge=0.5), Kara(value_ridge=1.0, lookahead=0)])
+def test_reference_is_kara(method, device):
+    bank, slots, blocks, cache = make(64, 6, 3, 80, torch.float32, device)
+    keys, values = gather_window_ref(blocks, cache, torch.float32)
+    rope = Rope(frequencies(10000.0, 80, device))
+    window = Window(
+        queries=bank.of(slots).transpose(0, 1).flatten(0, 1),
+        query_positions=torch.tensor([75, 79, 63, 67, 71], device=device),
+        keys=keys,
+        values=values,
+        positions=torch.arange(64, device=device).expand(4, 3, 64),
+        layers=torch.arange(cache.num_layers, device=device).repeat(2),
+        query_shifts=bank.shifts,
+        rope=rope,
+    )
+    expected = method.compress(window, 16)
+    turn = None
+    if method.uses_rope:
+        distances = turn_distances(window.query_positions, window.query_shifts, method.lookahead)
+        turn = rope.turn(distances.unsqueeze(1), 80)
+    kept = expected.indices.int().unflatten(0, (2, cache.num_layers)).contiguous()
+    refit_ref(bank, slots, kept, blocks, cache, turn, method.key_ridge, method.value_ridge)
+    keys, values = gather_window_ref(blocks, cache, torch.float32)
+    torch.testing.assert_close(keys[:, :16], expected.keys, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(values[:, :16], expected.values, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_due(device):
+    bank, slots, blocks, cache = make(64, 4, 2, 64, torch.bfloat16, device)
+    expected = copy_of(cache)
+    kept = torch.empty(0, 2, 2, 16, dtype=torch.int32, device=device)
+    refit(bank, slots[:0], kept, blocks[:0], cache, None, 1.0, 1.0)
+    assert_same_bits(cache, expected)
+
+
+def test_what_fits_on_chip():
+    assert supported(80, 128) and supported(128, 64)
+    assert not supported(144, 64) and not supported(80, 256)
