@@ -84,7 +84,7 @@ class Kara(Method):
 
     @property
     def fused(self) -> bool:
-        """Whether there are Triton kernels for this; those of a refit take not every size (`kernels.refit.supported`)."""
+        """Whether Triton kernels do this; those that refit take not every size (`kvllm.kernels.refit.supported`)."""
         return self.bidirectional and self.moment == "mean"
 
     @property
