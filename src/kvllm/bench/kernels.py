@@ -191,8 +191,8 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
                 partial(refit, bank, s.int(), kept, blocks, cache, weights[2], 1e9, 1e9)
                 for s, blocks in zip(slots, sets, strict=False)
             ]
-            num_bytes = pairs * token_bytes * (shape.num_candidates + shape.num_kept)
-            num_bytes += pairs * bank.num_bytes / (shape.num_layers * most)
+            moved_bytes = token_bytes * (shape.num_candidates + shape.num_kept)
+            num_bytes = pairs * (moved_bytes + bank.num_bytes / (shape.num_layers * most))
             out.append(Case("refit", due, refits, num_bytes, refit_flops(shape, rows)))
     return out
 
@@ -331,8 +331,8 @@ def check(shape: Shape) -> dict[str, float]:
     errors["shorten_block_tables"] = relative_error((tables[0], tables[2]), (expected_tables[0], expected_tables[2]))
 
     for name, error in errors.items():
-        # Turned queries are rounded to bfloat16; of a refit the weights too, and what is stored.
-        limit = {"window_scores": 1e-2, "refit": 1e-1}.get(name, 0.0)
+        # Turned queries are rounded to bfloat16; of a refit the weights too, and what is stored, in fp8 to three bits.
+        limit = {"window_scores": 1e-2, "refit": 0.3 if cache.dtype.itemsize == 1 else 0.1}.get(name, 0.0)
         if not error <= limit:
             raise AssertionError(f"{name} differs from its reference by {error:.2e}, more than {limit:.0e}.")
     return errors
