@@ -85,6 +85,7 @@ def test_methods_lists_the_registry() -> None:
         (["--method-options", '{"alpha": 1}'], ["'alpha'", "kara"]),
         (["--memory", "80GX"], ["80GX", "80GiB"]),
         (["--memory", "1MiB"], ["nothing for the KV cache"]),
+        (["--max-num-seqs", "1000000"], ["nothing for the KV cache", "--max-num-seqs"]),
         (["--length", "100"], ["--length 100", "--prompt-tokens 256"]),
         (["--length", "1k"], ["--length 1k"]),
     ],
@@ -126,4 +127,6 @@ def test_plan_writes_what_it_prints(config_dir: Path, tmp_path: Path) -> None:
         assert row["stock_blocks"] == row["length"] // 16
         assert row["kvllm_blocks"] == geometry.peak_blocks(256, row["length"])
         assert row["kvllm_requests"] == (written["num_blocks"] - 1) // row["kvllm_blocks"]
+        assert row["stock_requests"] == (written["stock_num_blocks"] - 1) // row["stock_blocks"]
         assert str(row["kvllm_requests"]) in printed
+    assert written["footprint"]["query_bank"] == 256 * 64 * 3 * 4 * (16 + 4)  # requests, queries, layers, heads, bytes

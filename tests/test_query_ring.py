@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry
-from kvllm.query_ring import is_stored, query_positions, query_shifts, slot_of
+from kvllm.query_ring import query_positions, query_shifts, slot_of
 
 
 @st.composite
@@ -43,7 +44,7 @@ def test_query_positions_equal_simulated_rings(config, num_prompt_tokens, group_
     geometry = Geometry.from_config(config, block_size=8)
     assert geometry is not None
     protected_len = -(-num_prompt_tokens // 8) * 8
-    num_queries = config.window_size // config.query_stride
+    num_queries = config.num_queries
     shifts = query_shifts(config.query_stride, group_size)
     # The place in the text of each slot's query, for each head of the group.
     rings = [[-1] * num_queries for _ in range(group_size)]
@@ -70,8 +71,9 @@ def test_query_positions_equal_simulated_rings(config, num_prompt_tokens, group_
         cache.append(position)
         offset = position - protected_len
         for ring, shift in zip(rings, shifts, strict=True):
-            if is_stored(offset, config.query_stride, shift):
-                ring[slot_of(offset, config.query_stride, num_queries, shift)] = position
+            stored, slot = slot_of(offset, int(shift), config.query_stride, num_queries)
+            if offset >= 0 and stored:
+                ring[slot] = position
     assert event > 0
 
 
@@ -98,20 +100,18 @@ def test_heads_share_the_tokens_out_evenly(query_stride, group_size):
     """Every head keeps one token of each stride, and no token is kept by two more heads than another."""
     shifts = query_shifts(query_stride, group_size)
     tokens = np.arange(5 * query_stride, 6 * query_stride)
-    stored = np.stack([is_stored(tokens, query_stride, int(shift)) for shift in shifts])
+    stored = slot_of(tokens, shifts[:, None], query_stride, 1)[0]
     assert (stored.sum(axis=1) == 1).all()
     counts = stored.sum(axis=0)
     assert counts.max() - counts.min() <= 1
 
 
 @pytest.mark.parametrize(
-    "offset, shift, stored, slot",
-    [(-1, 0, False, None), (0, 0, False, None), (3, 0, True, 0), (19, 0, True, 0)]
-    + [(0, 3, True, 0), (-1, 3, False, None), (3, 3, False, None), (4, 3, True, 1), (13, 2, True, 3), (17, 2, True, 0)],
+    "offset, shift, expected",
+    [(0, 0, None), (3, 0, 0), (19, 0, 0), (0, 3, 0), (3, 3, None), (4, 3, 1), (13, 2, 3), (17, 2, 0)],
 )
-def test_what_is_stored_where(offset, shift, stored, slot):
-    assert is_stored(offset, 4, shift) == stored
-    assert is_stored(np.array([offset]), 4, shift).tolist() == [stored]
-    if stored:
-        assert slot_of(offset, 4, 4, shift) == slot
-        assert slot_of(np.array([offset]), 4, 4, shift).tolist() == [slot]
+def test_what_is_stored_where(offset, shift, expected):
+    """Numbers, arrays and tensors; counted modulo the period of 16 tokens too."""
+    for place in (offset, offset % 16, np.array(offset), torch.tensor(offset)):
+        stored, slot = slot_of(place, shift, 4, 4)
+        assert (int(slot) if stored else None) == expected

@@ -117,7 +117,11 @@ def plan(
     block_size: Annotated[int, typer.Option(help="Tokens in one KV block.", min=1)] = 16,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8 for one byte a number.")] = "auto",
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share that vLLM may use, as in vLLM.")] = 0.92,
-    reserve: Annotated[str, typer.Option(help="For activations, CUDA graphs and the query bank.")] = "3GiB",
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(help="As in vLLM: the query bank's rows.", min=1, show_default="1024 from 70GiB on, else 256"),
+    ] = None,
+    reserve: Annotated[str, typer.Option(help="For activations and CUDA graphs.")] = "3GiB",
     weights: Annotated[str | None, typer.Option(help="Size of the weights.", show_default="from the config")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -128,11 +132,14 @@ def plan(
     from kvllm.config import KvConfig
     from kvllm.layout import Geometry
 
-    geometry = Geometry.from_config(KvConfig.from_dict(options), block_size)
+    config = KvConfig.from_dict(options)
+    geometry = Geometry.from_config(config, block_size)
+    device_bytes = planning.parse_bytes(memory)
+    num_seqs = max_num_seqs or planning.default_max_num_seqs(device_bytes)
     size = planning.parse_bytes(weights, "--weights") if weights else None
-    footprint = planning.footprint(AutoConfig.from_pretrained(model), kv_cache_dtype, size)
+    footprint = planning.footprint(AutoConfig.from_pretrained(model), config, num_seqs, kv_cache_dtype, size)
     pool = planning.pool_bytes(
-        planning.parse_bytes(memory), gpu_memory_utilization, planning.parse_bytes(reserve, "--reserve"), footprint
+        device_bytes, gpu_memory_utilization, planning.parse_bytes(reserve, "--reserve"), footprint
     )
     made = planning.plan(footprint, pool, geometry, block_size, prompt_tokens, planning.parse_lengths(length))
     console.print(planning.summary(made), highlight=False)

@@ -105,6 +105,11 @@ class KvConfig:
         """Whether requests are compressed unless they say otherwise."""
         return self.retention_ratio < 1.0
 
+    @property
+    def num_queries(self) -> int:
+        """Queries that each head keeps of a request: every `query_stride`-th of a window's length."""
+        return self.window_size // self.query_stride
+
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> KvConfig:
         """Build from a mapping, such as `additional_config["kvllm"]`; an unknown key is refused by name."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from kvllm.config import KvConfig
 from kvllm.layout import Geometry, ceil_div
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -22,6 +23,7 @@ class Footprint:
 
     weights: int
     kv_per_token: int
+    query_bank: int  # KvLLM's only
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Row:
 class Plan:
     pool_bytes: int
     num_blocks: int
+    stock_num_blocks: int
     block_size: int
     num_prompt_tokens: int
     footprint: Footprint
@@ -56,9 +59,12 @@ def plan(
     num_prompt_tokens: int,
     lengths: Sequence[int],
 ) -> Plan:
-    """How many requests fit `pool_bytes`, each counted at its peak; geometry None: no compression."""
-    num_blocks = pool_bytes // (footprint.kv_per_token * block_size)
-    usable = num_blocks - 1  # vLLM keeps one, the null block
+    """How many requests fit, each counted at its peak; geometry None: no compression.
+
+    pool_bytes: KvLLM's; stock vLLM's pool has the query bank's bytes too
+    """
+    block_bytes = footprint.kv_per_token * block_size
+    num_blocks, stock_num_blocks = pool_bytes // block_bytes, (pool_bytes + footprint.query_bank) // block_bytes
     rows = []
     for length in lengths:
         if length <= num_prompt_tokens:
@@ -68,33 +74,54 @@ def plan(
             )
         stock = ceil_div(length, block_size)
         ours = geometry.peak_blocks(num_prompt_tokens, length) if geometry else stock
-        rows.append(Row(length, stock, usable // stock, ours, usable // ours))
-    return Plan(pool_bytes, num_blocks, block_size, num_prompt_tokens, footprint, rows)
+        # vLLM keeps one block, the null block.
+        rows.append(Row(length, stock, (stock_num_blocks - 1) // stock, ours, (num_blocks - 1) // ours))
+    return Plan(pool_bytes, num_blocks, stock_num_blocks, block_size, num_prompt_tokens, footprint, rows)
 
 
 def pool_bytes(memory: int, utilization: float, reserve: int, footprint: Footprint) -> int:
-    """What is left for the KV cache, as vLLM reckons: a share of the memory, less weights and working space."""
-    weights = footprint.weights
-    left = int(memory * utilization) - reserve - weights
+    """What is left for KvLLM's KV cache, as vLLM reckons: a share of the memory, less all that comes before it."""
+    left = int(memory * utilization) - reserve - footprint.weights - footprint.query_bank
     if left <= 0:
         raise ValueError(
-            f"--memory {memory / 2**30:.1f}GiB: the weights ({weights / 2**30:.1f} GiB) and the reserve "
+            f"--memory {memory / 2**30:.1f}GiB: the weights ({footprint.weights / 2**30:.1f} GiB), the query bank "
+            f"({footprint.query_bank / 2**30:.1f} GiB, less with a smaller --max-num-seqs) and the reserve "
             f"({reserve / 2**30:.1f} GiB) leave nothing for the KV cache at --gpu-memory-utilization {utilization}."
         )
     return left
 
 
-def footprint(config: Any, kv_cache_dtype: str = "auto", weights: int | None = None) -> Footprint:
-    """Bytes of the weights (counted unless given) and of one token's KV, from a transformers config."""
+def footprint(
+    config: Any, compression: KvConfig, max_num_seqs: int, kv_cache_dtype: str = "auto", weights: int | None = None
+) -> Footprint:
+    """Bytes of the weights (counted unless given), of one token's KV and of the query bank.
+
+    config: a transformers config
+    """
+    import torch
+
+    from kvllm.query_bank import QueryBank
+
     _check_full_attention(config)
     dtype = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     kv_bytes = 1 if kv_cache_dtype.startswith("fp8") else DTYPE_BYTES[dtype]
+    bank = QueryBank.allocate(
+        num_layers, max_num_seqs, compression.num_queries, num_heads, num_kv_heads, head_dim,
+        compression.query_stride, getattr(torch, dtype), device="meta",
+    )  # fmt: skip
     return Footprint(
         weights=weight_bytes(config, DTYPE_BYTES[dtype]) if weights is None else weights,
-        kv_per_token=2 * config.num_hidden_layers * num_kv_heads * head_dim * kv_bytes,
+        kv_per_token=2 * num_layers * num_kv_heads * head_dim * kv_bytes,
+        query_bank=bank.num_bytes,
     )
+
+
+def default_max_num_seqs(memory: int) -> int:
+    """What `vllm serve` takes on a GPU of this size, but for the A100 of 80 GB, where it takes 256."""
+    return 1024 if memory >= 70 * 2**30 else 256
 
 
 def weight_bytes(config: Any, dtype_bytes: int) -> int:
@@ -133,9 +160,9 @@ def summary(plan: Plan) -> str:
     """Where the memory goes, in one line."""
     gib = 2**30
     return (
-        f"weights {plan.footprint.weights / gib:.2f} GiB, KV pool {plan.pool_bytes / gib:.2f} GiB = "
-        f"{plan.num_blocks} blocks of {plan.block_size} tokens, "
-        f"{plan.footprint.kv_per_token / 2**10:.1f} KiB a token"
+        f"weights {plan.footprint.weights / gib:.2f} GiB, query bank {plan.footprint.query_bank / gib:.2f} GiB, "
+        f"KV pool {plan.pool_bytes / gib:.2f} GiB = {plan.num_blocks} blocks of {plan.block_size} tokens "
+        f"(stock: {plan.stock_num_blocks}), {plan.footprint.kv_per_token / 2**10:.1f} KiB a token"
     )
 
 

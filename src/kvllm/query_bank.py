@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvllm.layout import IntArray
-from kvllm.query_ring import query_shifts
+from kvllm.query_ring import query_shifts, slot_of
 
 LEVELS = 127
 SMALLEST = 1e-30  # so that a query of zeros has a scale to divide by
@@ -82,10 +82,10 @@ class QueryBank:
         query: [num_tokens, num_heads, head_dim], after RoPE
         codes: [num_tokens], of `codes`, or -1: nothing is stored; no two tokens of a row a whole period apart
         """
-        at = (codes[:, None] % self.period + self.shifts) % self.period  # [num_tokens, group_size]
-        stored = (at % self.query_stride == self.query_stride - 1) & (codes >= 0)[:, None]
-        token, member = stored.nonzero(as_tuple=True)
-        row, slot = codes[token] // self.period, at[token, member] // self.query_stride
+        # Both [num_tokens, group_size].
+        stored, slots = slot_of(codes[:, None] % self.period, self.shifts, self.query_stride, self.num_queries)
+        token, member = (stored & (codes >= 0)[:, None]).nonzero(as_tuple=True)
+        row, slot = codes[token] // self.period, slots[token, member]
         grouped = query.unflatten(1, (self.num_kv_heads, self.group_size))[token, :, member]
         numbers, scales = quantize(grouped, self.queries.dtype)
         shape = (self.num_kv_heads, self.group_size)

@@ -2,15 +2,16 @@
 
 vLLM does not keep queries. The ring holds those of the newest `window_size` tokens after the prompt, every
 `query_stride`-th of each head, so it has `window_size // query_stride` slots. The heads that share a KV head take
-turns: each keeps the queries of tokens of its own, so that together they see more of the text. Functions take integers
-or integer arrays.
+turns: each keeps the queries of tokens of its own, so that together they see more of the text.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from kvllm.layout import Geometry, Int, IntArray
+from kvllm.layout import Geometry, IntArray
 
 
 def query_shifts(query_stride: int, group_size: int) -> IntArray:
@@ -18,14 +19,14 @@ def query_shifts(query_stride: int, group_size: int) -> IntArray:
     return np.arange(group_size, dtype=np.int64) * query_stride // group_size
 
 
-def is_stored(offset: Int, query_stride: int, shift: int = 0) -> Int:
-    """Whether a head with this shift keeps the query of the token `offset` places after the protected prompt."""
-    return (offset >= 0) & ((offset + shift) % query_stride == query_stride - 1)  # type: ignore[return-value]
+def slot_of(offset: Any, shift: Any, query_stride: int, num_queries: int) -> tuple[Any, Any]:
+    """Whether a head with this shift keeps the query of a token, and in which slot of its ring.
 
-
-def slot_of(offset: Int, query_stride: int, num_queries: int, shift: int = 0) -> Int:
-    """Slot of the ring for the token `offset` places after the protected prompt."""
-    return (offset + shift) // query_stride % num_queries
+    offset: places after the protected prompt, not negative; it may be counted modulo the ring's period
+    returns (bool, int): of numbers, arrays or tensors, whose shapes broadcast; the slot means nothing where it is False
+    """
+    place = offset + shift
+    return place % query_stride == query_stride - 1, place // query_stride % num_queries
 
 
 def query_positions(geometry: Geometry, event: int, query_stride: int, num_queries: int) -> IntArray:
@@ -35,11 +36,11 @@ def query_positions(geometry: Geometry, event: int, query_stride: int, num_queri
     """
     end = geometry.num_candidates + event * geometry.interval + geometry.buffer_size  # offset of the event
     newest = np.arange(end - num_queries * query_stride, end, dtype=np.int64)
-    stored = newest[is_stored(newest, query_stride).astype(bool)]
+    stored, slots = slot_of(newest, 0, query_stride, num_queries)
     # Seen from the end the text is dense: what was evicted lies before the candidates, or among the survivors.
-    places = stored - end + geometry.shape(event).num_candidates + geometry.buffer_size
+    places = newest[stored] - end + geometry.shape(event).num_candidates + geometry.buffer_size
     in_slot_order = np.empty_like(places)
-    in_slot_order[slot_of(stored, query_stride, num_queries)] = places
+    in_slot_order[slots[stored]] = places
     return in_slot_order
 
 

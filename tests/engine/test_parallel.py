@@ -10,33 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import SamplingParams
 
 from kvllm.reference import load_model
 from tests.engine.conftest import assert_equals_reference, assert_pool_whole, engine
-
-VOCAB = 2048
+from tests.models import VOCAB_SIZE, save_random_llama
 
 
 @pytest.fixture(scope="module")
 def made_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights: SmolLM2's nine heads do not split in two."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, initializer_range=0.08,
-        tie_word_embeddings=False, dtype="float32",
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_random_llama(tmp_path_factory.mktemp("model"), num_heads=4)
 
 
 def test_tensor_parallel_ranks_give_the_reference_tokens(made_model: Path) -> None:
     reference: Any = load_model(made_model)
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(10, VOCAB, (n,), generator=generator).tolist() for n in (5, 33, 150)]
+    prompts = [torch.randint(10, VOCAB_SIZE, (n,), generator=generator).tolist() for n in (5, 33, 150)]
     params = SamplingParams(temperature=0, max_tokens=250, ignore_eos=True, detokenize=False)
     with engine(
         made_model,

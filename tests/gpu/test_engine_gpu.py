@@ -17,30 +17,21 @@ if not torch.cuda.is_available():
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["TRITON_F32_DEFAULT"] = "ieee"  # before Triton is imported: the attention kernel would multiply in tf32
 
-from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 
 from kvllm.config import KvConfig
 from kvllm.engine.stats import engine_stats
 from kvllm.reference import load_model, replay
+from tests.models import VOCAB_SIZE, save_random_llama
 
 BLOCK_SIZE = 16
 CONFIG = KvConfig(window_size=64, buffer_size=32, retention_ratio=0.5)
 NEAR_TIE = 1e-3
-VOCAB = 2048
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, initializer_range=0.08,
-        tie_word_embeddings=False, dtype="float32",
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_random_llama(tmp_path_factory.mktemp("model"), num_heads=8)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +67,7 @@ def llm(model_dir: Path) -> Iterator[LLM]:
 
 
 def prompt(num_tokens: int, seed: int) -> list[int]:
-    return [random.Random(1000 * seed + i).randrange(10, VOCAB) for i in range(num_tokens)]
+    return [random.Random(1000 * seed + i).randrange(10, VOCAB_SIZE) for i in range(num_tokens)]
 
 
 def greedy(llm: LLM, prompts: list[list[int]], num_tokens: int, ratio: float | None = None) -> list[list[int]]:

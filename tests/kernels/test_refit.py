@@ -3,7 +3,6 @@ import torch
 
 from kvllm.kernels.compact import compact_ref
 from kvllm.kernels.refit import refit, refit_ref, supported
-from kvllm.kernels.window_scores import Turn
 from kvllm.kernels.windows import gather_window_ref
 from kvllm.methods.base import Window
 from kvllm.methods.kara import Kara, turn_distances
@@ -102,6 +101,7 @@ def test_queries_that_look_nowhere_change_no_key(device):
 def test_reference_is_kara(method, device):
     bank, slots, blocks, cache = make(64, 6, 3, 80, torch.float32, device)
     keys, values = gather_window_ref(blocks, cache, torch.float32)
+    rope = Rope(frequencies(10000.0, 80, device))
     window = Window(
         queries=bank.of(slots).transpose(0, 1).flatten(0, 1),
         query_positions=torch.tensor([75, 79, 63, 67, 71], device=device),
@@ -110,13 +110,13 @@ def test_reference_is_kara(method, device):
         positions=torch.arange(64, device=device).expand(4, 3, 64),
         layers=torch.arange(cache.num_layers, device=device).repeat(2),
         query_shifts=bank.shifts,
-        rope=Rope(frequencies(10000.0, 80, device)),
+        rope=rope,
     )
     expected = method.compress(window, 16)
     turn = None
     if method.uses_rope:
         distances = turn_distances(window.query_positions, window.query_shifts, method.lookahead)
-        turn = Turn.by(distances, window.rope, 80)
+        turn = rope.turn(distances.unsqueeze(1), 80)
     kept = expected.indices.int().unflatten(0, (2, cache.num_layers)).contiguous()
     refit_ref(bank, slots, kept, blocks, cache, turn, method.key_ridge, method.value_ridge)
     keys, values = gather_window_ref(blocks, cache, torch.float32)

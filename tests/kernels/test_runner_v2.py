@@ -42,27 +42,16 @@ def model_state(config: KvConfig, cache: PagedCache, device: str) -> Any:
     state: Any = object.__new__(KvModelState)
     state.config, state.method, state.geometries = config, make_method(config), Geometries(config, BLOCK_SIZE)
     state.block_size, state.cache, state.device, state.dtype = BLOCK_SIZE, cache, torch.device(device), torch.float32
-    state.max_num_reqs, state.max_num_tokens, state.num_queries = (
-        MAX_REQS,
-        64,
-        config.window_size // config.query_stride,
-    )
+    state.max_num_reqs, state.max_num_tokens = MAX_REQS, 64
     bounded = config.policy == "budget"
     state.interval = config.budget_interval if bounded else config.window_size
     state.num_candidates = config.budget_size + config.budget_interval if bounded else config.window_size
     state.layers, state.layer_indices = [None] * NUM_LAYERS, torch.arange(NUM_LAYERS, device=device)
     state.rows = RequestRows.empty(MAX_REQS)
     state.query_bank = QueryBank.allocate(
-        NUM_LAYERS,
-        MAX_REQS,
-        state.num_queries,
-        NUM_HEADS,
-        NUM_KV_HEADS,
-        HEAD_DIM,
-        config.query_stride,
-        torch.float32,
-        device,
-    )
+        NUM_LAYERS, MAX_REQS, config.num_queries, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, config.query_stride,
+        torch.float32, device,
+    )  # fmt: skip
     state.rope, state.turns = rope_on(device) if state.method.uses_rope else None, {}
     most_survivors = config.budget_size if bounded else config.history_size
     shape = (MAX_REQS, NUM_LAYERS, NUM_KV_HEADS, most_survivors)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvllm.kernels.window_scores import Turn, tile_sizes, window_scores, window_scores_ref
+from kvllm.kernels.window_scores import tile_sizes, window_scores, window_scores_ref
 from kvllm.kernels.windows import gather_window_ref
 from kvllm.methods.base import Window
 from kvllm.methods.kara import Kara, turn_distances
@@ -82,8 +82,8 @@ def test_fp8_cache(num_candidates, token_major, device):
 def turn_of(bank, head_dim, device, interleaved=False, num_pairs=None):
     num_pairs = num_pairs or head_dim // 2
     rope = Rope(100.0 ** -(torch.arange(num_pairs, dtype=torch.float64, device=device) / num_pairs), interleaved)
-    distances = torch.randint(0, 500, (bank.num_queries, bank.group_size), device=device)
-    return Turn.by(distances, rope, head_dim)
+    distances = torch.randint(0, 500, (bank.num_queries, 1, bank.group_size), device=device)
+    return rope.turn(distances, head_dim)
 
 
 @pytest.mark.parametrize("keydiff_power", [0.0, 1.5, 2.0])
@@ -109,6 +109,14 @@ def test_turned_queries_and_distinct_keys(
     assert not torch.allclose(
         expected, window_scores_ref(bank, slots, blocks, cache, keydiff_power=keydiff_power), rtol=0.1
     )
+
+
+@pytest.mark.parametrize("num_candidates", [64, 288])
+def test_attention_floor(num_candidates, device):
+    bank, slots, blocks, cache = make(num_candidates, 4, 2, 128, torch.bfloat16, device)
+    actual = window_scores(bank, slots, blocks, cache, attention_floor=3.0)
+    assert_scores_close(actual, window_scores_ref(bank, slots, blocks, cache, attention_floor=3.0))
+    assert (actual > 1.5 * window_scores_ref(bank, slots, blocks, cache)).any()
 
 
 def test_large_logits_do_not_overflow(device):
@@ -138,8 +146,9 @@ def test_reference_is_kara(method, device):
     if method.uses_rope:
         assert window.rope is not None
         distances = turn_distances(window.query_positions, window.query_shifts, method.lookahead)
-        turn = Turn.by(distances, window.rope, 80)
-    actual = window_scores_ref(bank, slots, blocks, cache, method.value_norm, method.keydiff_power, turn)
+        turn = window.rope.turn(distances.unsqueeze(1), 80)
+    options = (method.value_norm, method.keydiff_power, method.attention_floor)
+    actual = window_scores_ref(bank, slots, blocks, cache, *options, turn)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-8)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvllm.methods.defensivekv import DefensiveKV, carries_mass
-from tests.methods.loops import group_size, newest, pooled, weights
+from tests.methods.loops import behind, group_size, newest, pooled, weights
 from tests.methods.test_all_methods import WINDOWS
 from tests.methods.windows import random_window
 
@@ -13,9 +13,9 @@ def kept_by_loops(window, b, h, num_kept, method):
     """The stages of the paper, one after the other."""
     size = group_size(window)
     slots = newest(window, method.num_observed)
-    slots = [q for q in slots if window.query_positions[q] >= window.num_tokens - 1]
-    rows = [weights(window, b, h, g, q) for g in range(size) for q in slots]
-    mean = torch.stack(rows).mean(dim=0).tolist()
+    heads = [[weights(window, b, h, g, q) for q in behind(window, g, slots)] for g in range(size)]
+    rows = [row for head in heads for row in head]
+    mean = torch.stack([torch.stack(head).mean(dim=0) for head in heads]).mean(dim=0).tolist()
     order = sorted(range(window.num_tokens), key=lambda t: -mean[t])
     kept: list[int] = []
     mass = 0.0

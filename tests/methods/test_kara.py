@@ -13,6 +13,7 @@ from kvllm.config import KvConfig
 from kvllm.methods import make_method
 from kvllm.methods.kara import Kara, token2chunk, turn_distances
 from kvllm.methods.rope import Rope, frequencies
+from tests.methods.loops import place_of
 from tests.methods.windows import random_window
 
 
@@ -57,7 +58,7 @@ def distinctness_by_loops(window):
     return result
 
 
-def scores_by_loops(window, bidirectional, value_norm, moment="mean", lookahead=0, keydiff_power=0.0):
+def scores_by_loops(window, bidirectional, value_norm, moment="mean", lookahead=0, keydiff_power=0.0, floor=0.0):
     """The definition, one query, one head and one key at a time, in Python floats."""
     batch, num_tokens, num_kv_heads, head_dim = window.keys.shape
     num_queries, num_heads = window.queries.shape[1:3]
@@ -69,22 +70,24 @@ def scores_by_loops(window, bidirectional, value_norm, moment="mean", lookahead=
         for head in range(num_heads):
             kv_head = head // group_size
             for q in range(num_queries):
-                place = int(window.query_positions[q])
+                place = place_of(window, head % group_size, q)
                 seen = [t for t in range(num_tokens) if bidirectional or t <= place]
                 query = queries[b, q, head]
                 weights = {
                     t: math.exp(float(query @ window.keys[b, t, kv_head].double()) / head_dim**0.5) for t in seen
                 }
                 for t in seen:
-                    judges = num_queries if bidirectional else sum(int(p) >= t for p in window.query_positions)
+                    pairs = [(g, p) for g in range(group_size) for p in range(num_queries)]
+                    judges = sum(bidirectional or place_of(window, *pair) >= t for pair in pairs)
                     weight = weights[t] / sum(weights.values())
                     power = 2 if moment == "rms" else 1
-                    result[b, kv_head, t] += weight**power / judges / group_size
+                    result[b, kv_head, t] += weight**power / judges
                     highest[b, head, t] = max(float(highest[b, head, t]), weight)
     if moment == "rms":
         result = result.sqrt()
     if moment == "max":
         result = highest.unflatten(1, (num_kv_heads, group_size)).mean(dim=2)
+    result = result + floor / num_tokens
     if value_norm:
         result = result * window.values.double().norm(dim=-1).transpose(1, 2)
     return result * distinctness_by_loops(window) ** keydiff_power if keydiff_power else result
@@ -101,7 +104,10 @@ def assert_scores_close(actual, expected):
 @pytest.mark.parametrize("num_kv_heads, group_size", [(1, 1), (3, 1), (1, 4), (2, 3)])
 def test_scores_equal_the_definition(bidirectional, value_norm, moment, num_kv_heads, group_size):
     window = random_window(num_kv_heads=num_kv_heads, group_size=group_size)
-    kara = Kara(bidirectional=bidirectional, value_norm=value_norm, moment=moment, lookahead=0, keydiff_power=0.0)
+    kara = Kara(
+        bidirectional=bidirectional, value_norm=value_norm, moment=moment,
+        lookahead=0, keydiff_power=0.0, attention_floor=0.0,
+    )  # fmt: skip
     assert_scores_close(kara.score(window), scores_by_loops(window, bidirectional, value_norm, moment))
 
 
@@ -120,12 +126,12 @@ def test_scores_equal_the_definition(bidirectional, value_norm, moment, num_kv_h
 def test_queries_are_turned_to_where_those_to_come_will_stand(rope, shifts, lookahead):
     shifts = None if shifts is None else torch.tensor(shifts)
     window = replace(random_window(), rope=rope, query_shifts=shifts)
-    kara = Kara(lookahead=lookahead, keydiff_power=0.0)
+    kara = Kara(lookahead=lookahead, keydiff_power=0.0, attention_floor=0.0)
     # float32 sines and cosines, on numbers up to about 7.
     ahead = kara.ahead(window).queries.double()
     torch.testing.assert_close(ahead, queries_by_loops(window, lookahead), rtol=1e-5, atol=2e-6)
     assert_scores_close(kara.score(window), scores_by_loops(window, True, True, lookahead=lookahead))
-    assert not torch.allclose(kara.score(window), Kara(lookahead=0, keydiff_power=0.0).score(window), rtol=0.01)
+    assert not torch.allclose(kara.score(window), replace(kara, lookahead=0).score(window), rtol=0.01)
 
 
 def test_distances_by_hand():
@@ -149,7 +155,7 @@ def test_places_ahead_cover_the_range_evenly():
 @pytest.mark.parametrize("keydiff_power", [0.5, 2.0])
 def test_keys_unlike_the_others_count_more(bidirectional, keydiff_power):
     window = random_window()
-    kara = Kara(bidirectional=bidirectional, lookahead=0, keydiff_power=keydiff_power)
+    kara = Kara(bidirectional=bidirectional, lookahead=0, keydiff_power=keydiff_power, attention_floor=0.0)
     expected = scores_by_loops(window, bidirectional, True, keydiff_power=keydiff_power)
     assert_scores_close(kara.score(window), expected)
 
@@ -157,8 +163,16 @@ def test_keys_unlike_the_others_count_more(bidirectional, keydiff_power):
 @pytest.mark.parametrize("moment", ["mean", "rms", "max"])
 def test_the_defaults_equal_the_definition(moment):
     window = random_window()
-    expected = scores_by_loops(window, True, True, moment, lookahead=300, keydiff_power=2.0)
+    expected = scores_by_loops(window, True, True, moment, lookahead=300, keydiff_power=2.0, floor=0.5)
     assert_scores_close(Kara(moment=moment).score(window), expected)
+
+
+def test_with_a_high_floor_attention_does_not_matter():
+    """What is left is the value's length and the key's distance."""
+    window = random_window()
+    expected = distinctness_by_loops(window) ** 2 * window.values.double().norm(dim=-1).transpose(1, 2)
+    scores = Kara(attention_floor=1e6).score(window) / (1e6 / window.num_tokens)
+    torch.testing.assert_close(scores, expected.float(), rtol=1e-4, atol=1e-6)
 
 
 def test_of_keys_all_alike_none_is_distinct():
@@ -186,14 +200,23 @@ def test_a_key_is_judged_by_the_queries_before_it_only_when_bidirectional():
     window.query_positions.copy_(torch.tensor([3, 5]))
     window.keys[0, 7] = 10 * window.queries[0, 0]
     assert Kara(value_norm=False).score(window)[0, 0].argmax() == 7
-    causal = Kara(value_norm=False, bidirectional=False).score(window)[0, 0]
+    causal = Kara(value_norm=False, bidirectional=False, attention_floor=0.0).score(window)[0, 0]
     assert (causal[6:] == 0).all() and (causal[:6] > 0).all()
+
+
+@pytest.mark.parametrize("moment", ["mean", "rms"])
+def test_in_the_causal_ablation_a_head_sees_up_to_where_its_own_query_stands(moment):
+    window = replace(random_window(), query_shifts=torch.tensor([0, 2, 3]))
+    kara = Kara(bidirectional=False, moment=moment, keydiff_power=0.0, attention_floor=0.0)
+    assert_scores_close(kara.score(window), scores_by_loops(window, False, True, moment))
+    unshifted = kara.score(replace(window, query_shifts=None))
+    assert not torch.allclose(kara.score(window), unshifted, rtol=0.01)
 
 
 def test_a_query_before_the_window_sees_nothing_in_the_causal_ablation():
     window = random_window()
     window.query_positions.copy_(torch.tensor([-3, -2, -1, -1, 4]))
-    scores = Kara(bidirectional=False).score(window)
+    scores = Kara(bidirectional=False, attention_floor=0.0).score(window)
     assert (scores[..., :5] > 0).all() and (scores[..., 5:] == 0).all()
 
 
@@ -202,7 +225,7 @@ def test_the_paper_form_is_plain_and_keeps_its_chunks():
     ours = Kara(max_chunk_size=5, moment="max", lookahead=50, keydiff_power=1.0, key_ridge=1.0)
     paper = replace(ours, variant="paper")
     assert paper == Kara(variant="paper", max_chunk_size=5) and paper.fused
-    assert paper.lookahead == 0 and paper.keydiff_power == 0 and not paper.uses_rope
+    assert paper.lookahead == paper.keydiff_power == paper.attention_floor == 0 and not paper.uses_rope
     assert_scores_close(paper.score(window), scores_by_loops(window, True, False))
 
 
@@ -315,5 +338,7 @@ def test_options():
             KvConfig(method_options={"lookahead": lookahead})
     with pytest.raises(ValueError, match="keydiff_power=-0.5: must be a number from 0 to 16"):
         KvConfig(method_options={"keydiff_power": -0.5})
+    with pytest.raises(ValueError, match="attention_floor=-1: must be a number from 0 to 1000000"):
+        KvConfig(method_options={"attention_floor": -1})
     with pytest.raises(ValueError, match="max_chunk_size=0: must be positive"):
         KvConfig(method_options={"max_chunk_size": 0})

@@ -31,16 +31,19 @@ def test_it_undoes_the_rotation_of_transformers():
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("num_pairs, head_dim", [(4, 8), (2, 8), (1, 3), (40, 80)])
-def test_tables_equal_complex_numbers(num_pairs, head_dim, interleaved):
+@pytest.mark.parametrize("num_pairs, head_dim", [(4, 8), (2, 8), (1, 6), (40, 80)])
+def test_turns_equal_complex_numbers(num_pairs, head_dim, interleaved):
     """Each pair is a complex number that a token turns by its frequency; what is past the pairs stays."""
     generator = torch.Generator().manual_seed(0)
     rope = Rope(torch.rand(num_pairs, generator=generator, dtype=torch.float64), interleaved)
     distances = torch.tensor([[0, 1, -3], [17, 4000, 100_001]])
     vectors = torch.randn(2, 3, head_dim, generator=generator)
-    cos, sin, partner = rope.tables(distances, head_dim)
-    assert cos.shape == sin.shape == (2, 3, head_dim) and cos.dtype == sin.dtype == torch.float32
-    assert partner.dtype == torch.int64 and partner[partner].tolist() == list(range(head_dim))
+    turn = rope.turn(distances, head_dim)
+    for table in (turn.cos, turn.sin):
+        assert table.shape == (2, 3, head_dim // 2) and table.dtype == torch.float32
+    assert sorted(torch.cat([turn.first, turn.second]).tolist()) == list(range(head_dim))
+    halves = turn.first.tolist() == list(range(head_dim // 2)) and torch.equal(turn.second, turn.first + head_dim // 2)
+    assert turn.halves == halves
 
     expected = vectors.double()
     for place, distance in enumerate(distances.flatten().tolist()):
@@ -49,7 +52,7 @@ def test_tables_equal_complex_numbers(num_pairs, head_dim, interleaved):
             pair = [2 * i, 2 * i + 1] if interleaved else [i, i + num_pairs]
             turned = complex(*vector[pair].tolist()) * cmath.exp(1j * distance * float(rope.frequencies[i]))
             vector[pair] = torch.tensor([turned.real, turned.imag], dtype=torch.float64)
-    actual = vectors * cos + vectors[..., partner] * sin
+    actual = turn.apply(vectors)
     torch.testing.assert_close(actual, expected.float(), rtol=1e-6, atol=1e-6)  # float32 sines and cosines
     assert torch.equal(actual[0, 0], vectors[0, 0])  # no distance, no change
     assert torch.equal(actual[..., 2 * num_pairs :], vectors[..., 2 * num_pairs :])
@@ -59,6 +62,5 @@ def test_turning_on_and_back_again():
     rope = Rope(frequencies(10000.0, 16))
     vectors = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     at = torch.tensor([5, 600, 70_000])
-    cos, sin, partner = rope.tables(at, 16)
-    turned = vectors * cos + vectors[..., partner] * sin
+    turned = rope.turn(at, 16).apply(vectors)
     torch.testing.assert_close(unrotate(turned, at, 10000.0), vectors, rtol=0, atol=1e-6)

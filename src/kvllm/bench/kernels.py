@@ -28,11 +28,11 @@ from kvllm.kernels.paged import PagedCache
 from kvllm.kernels.refit import refit, refit_ref, supported
 from kvllm.kernels.select_chunks import select_chunks, select_chunks_ref
 from kvllm.kernels.store_queries import store_queries, store_queries_ref
-from kvllm.kernels.window_scores import Turn, window_scores, window_scores_ref
+from kvllm.kernels.window_scores import window_scores, window_scores_ref
 from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window, scatter_window_ref
 from kvllm.methods.kara import Kara, turn_distances
 from kvllm.methods.refit import STEPS
-from kvllm.methods.rope import Rope, frequencies
+from kvllm.methods.rope import Rope, Turn, frequencies
 from kvllm.query_bank import QueryBank, quantize
 from kvllm.query_ring import query_shifts
 
@@ -217,14 +217,15 @@ def random_bank(shape: Shape, max_num_reqs: int) -> QueryBank:
     return bank
 
 
-def kara_weights(shape: Shape) -> tuple[bool, float, Turn]:
-    """Kara's defaults: value_norm, keydiff_power, and the turn of the queries of a window."""
+def kara_weights(shape: Shape) -> tuple[bool, float, float, Turn]:
+    """Kara's defaults: value_norm, keydiff_power, attention_floor, and the turn of the queries of a window."""
     kara = Kara()
     positions = torch.arange(shape.num_queries, device=DEVICE) * shape.query_stride
     shifts = torch.from_numpy(query_shifts(shape.query_stride, shape.num_heads // shape.num_kv_heads)).to(DEVICE)
     rope = Rope(frequencies(1e6, shape.head_dim, torch.device(DEVICE)))
-    turn = Turn.by(turn_distances(positions, shifts, kara.lookahead), rope, shape.head_dim, torch.bfloat16)
-    return kara.value_norm, kara.keydiff_power, turn
+    distances = turn_distances(positions, shifts, kara.lookahead).unsqueeze(1)
+    turn = rope.turn(distances, shape.head_dim, torch.bfloat16)
+    return kara.value_norm, kara.keydiff_power, kara.attention_floor, turn
 
 
 def store_case(shape: Shape, bank: QueryBank) -> Case:

@@ -44,10 +44,9 @@ class CompressorV1:
         named_layers = get_layers_from_vllm_config(runner.vllm_config, Attention)
         self.layers = list(named_layers.values())
         self.layer_indices = torch.tensor([extract_layer_index(name) for name in named_layers])
-        self.num_queries = config.window_size // config.query_stride
         layer = self.layers[0]
         self.query_bank = QueryBank.allocate(
-            len(self.layers), runner.max_num_reqs, self.num_queries, layer.num_heads, layer.num_kv_heads,
+            len(self.layers), runner.max_num_reqs, config.num_queries, layer.num_heads, layer.num_kv_heads,
             layer.head_size, config.query_stride, runner.model_config.dtype,
         )  # fmt: skip
         self.rope = rope_of(runner.model) if self.method.uses_rope else None
@@ -193,7 +192,7 @@ class CompressorV1:
                 self._compress_prompt(req_ids[i], geometry, prompt, cut, torch.from_numpy(block_ids.astype(np.int64)))
 
     def _compress_prompt(self, req_id: str, geometry: Geometry, prompt: int, cut: Shape, block_ids: Tensor) -> None:
-        places = prompt_query_positions(geometry, prompt, self.config.query_stride, self.num_queries)
+        places = prompt_query_positions(geometry, prompt, self.config.query_stride, self.config.num_queries)
         shape = (len(self.layers), self.layers[0].num_kv_heads, cut.num_candidates)
         window = self._window(req_id, block_ids, places, torch.arange(cut.num_candidates).expand(shape))
         kept = self.method.compress_prompt(window, cut.num_kept)
@@ -202,7 +201,7 @@ class CompressorV1:
     def _compress_request(self, req_id: str, geometry: Geometry, prompt: int, event: int, block_ids: Tensor) -> None:
         nothing = torch.empty(len(self.layers), self.layers[0].num_kv_heads, 0, dtype=torch.int64)
         survivors = self.survivors.get(req_id, nothing)
-        places = query_positions(geometry, event, self.config.query_stride, self.num_queries)
+        places = query_positions(geometry, event, self.config.query_stride, self.config.num_queries)
         window = self._window(req_id, block_ids, places, candidate_positions(geometry, prompt, event, survivors))
         kept = self.method.compress(window, geometry.shape(event).num_kept)
         self._write(block_ids, *kept_rows(window, kept))

@@ -31,12 +31,13 @@ from kvllm.kernels.paged import PagedCache
 from kvllm.kernels.refit import refit, supported
 from kvllm.kernels.select_chunks import select_chunks
 from kvllm.kernels.store_queries import store_queries
-from kvllm.kernels.window_scores import Turn, window_scores
+from kvllm.kernels.window_scores import window_scores
 from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window
 from kvllm.layout import Geometry, IntArray, Shape
 from kvllm.methods import make_method
 from kvllm.methods.base import Kept, Window
 from kvllm.methods.kara import Kara, turn_distances
+from kvllm.methods.rope import Turn
 from kvllm.query_bank import QueryBank
 from kvllm.query_ring import prompt_query_positions, query_positions
 
@@ -46,6 +47,8 @@ logger = init_logger(__name__)
 _PROTECTED, _EVENTS, _KEPT, _DROPPED, _FIXED, _CUT, _NUM_ROWS = range(7)
 # Windows that a method without kernels of its own sees at once: dense copies of all layers are large.
 _GENERIC_BATCH = 4
+
+Places = tuple[int, ...]  # of each slot's query, as `query_positions` counts them
 
 
 @cache
@@ -104,16 +107,15 @@ class KvModelState(DefaultModelState):
         named_layers = get_layers_from_vllm_config(vllm_config, Attention)
         self.layers = list(named_layers.values())
         self.layer_indices = torch.tensor([extract_layer_index(name) for name in named_layers], device=device)
-        self.num_queries = config.window_size // config.query_stride
         layer = self.layers[0]
         self.rows = RequestRows.empty(self.max_num_reqs)
         # Allocated with the model, so before vLLM profiles its memory and sizes the KV pool.
         self.query_bank = QueryBank.allocate(
-            len(self.layers), self.max_num_reqs, self.num_queries, layer.num_heads, layer.num_kv_heads,
+            len(self.layers), self.max_num_reqs, config.num_queries, layer.num_heads, layer.num_kv_heads,
             layer.head_size, config.query_stride, self.dtype, device,
         )  # fmt: skip
         self.rope = rope_of(model) if self.method.uses_rope else None
-        self.turns: dict[bytes, Turn] = {}
+        self.turns: dict[Places, Turn] = {}
         # Text positions of survivors that will be candidates again, [max_num_reqs, num_layers, num_kv_heads, most of
         # them]; int32 holds them.
         self.survivors: Tensor | None = None
@@ -130,7 +132,8 @@ class KvModelState(DefaultModelState):
         self.prepared: InputBatch | None = None  # the real batch that preprocess_state has planned
         self.num_removed = np.zeros(0, np.int64)
         capture_queries(self.layers, self._capture, "cuda")
-        logger.info("KvLLM: %s, query bank of %.2f GiB", config, self.query_bank.num_bytes / 2**30)
+        size = self.query_bank.num_bytes / 2**30
+        logger.info("KvLLM: %s, query bank of %.2f GiB for max_num_seqs=%d", config, size, self.max_num_reqs)
 
     # ------------------------------------------------------------------ requests
 
@@ -165,8 +168,8 @@ class KvModelState(DefaultModelState):
             num_blocks = geometry.shape(event).num_candidates // self.block_size
             blocks = torch.zeros(1, num_blocks, dtype=torch.int32, device=self.device)
             row = torch.zeros(1, dtype=torch.int32, device=self.device)
-            places = query_positions(geometry, event, self.config.query_stride, self.num_queries)
-            self._compress_group(geometry, np.ones(1, np.int64), np.full(1, event, np.int64), places, row, blocks)
+            places, done = self._places(geometry, event), np.full(1, event, np.int64)
+            self._compress_group(geometry, np.ones(1, np.int64), done, places, row, blocks)
 
     @staticmethod
     def _query_scale(layer: Any) -> float:
@@ -265,25 +268,23 @@ class KvModelState(DefaultModelState):
 
     def _compress(self, due: IntArray, slots: IntArray, events: IntArray, block_table: Tensor) -> None:
         """Compress what is due in the batch's rows `due`: at once what has one ratio, shape, and places of queries."""
-        groups: dict[tuple[Geometry, Shape, bytes], list[int]] = {}
+        groups: dict[tuple[Geometry, Shape, Places], list[int]] = {}
         for i in due:
             geometry, event = self.rows.geometries[slots[i]], int(events[i]) - 1
             assert geometry is not None
-            places = query_positions(geometry, event, self.config.query_stride, self.num_queries)
-            groups.setdefault((geometry, geometry.shape(event), places.tobytes()), []).append(int(i))
+            groups.setdefault((geometry, geometry.shape(event), self._places(geometry, event)), []).append(int(i))
             self.rows.dropped_groups[slots[i]] = geometry.num_dropped_groups(event + 1)
             prompt = int(self.rows.num_prompt_tokens[slots[i]])
             if event == 0 and (cut := geometry.prompt_shape(prompt)):
                 whole = block_table[i : i + 1, : cut.num_candidates // self.block_size]
                 self._compress_prompt(geometry, prompt, cut, int(slots[i]), whole)
-        for (geometry, _, places_bytes), rows in groups.items():
+        for (geometry, _, places), rows in groups.items():
             batch = np.array(rows)
             prompts, done = self.rows.num_prompt_tokens[slots[batch]], events[batch] - 1
             blocks = self._candidate_blocks(geometry, prompts, done)
             index = async_tensor_h2d(np.concatenate([batch[:, None], blocks], axis=1), device=self.device)
             candidates = block_table[index[:, :1], index[:, 1:]]
             req_slots = async_tensor_h2d(slots[batch].astype(np.int32), device=self.device)
-            places = np.frombuffer(places_bytes, np.int64)
             self._compress_group(geometry, prompts, done, places, req_slots, candidates)
 
     def _compress_group(
@@ -291,7 +292,7 @@ class KvModelState(DefaultModelState):
         geometry: Geometry,
         prompts: IntArray,
         done: IntArray,
-        places: IntArray,
+        places: Places,
         req_slots: Tensor,
         candidates: Tensor,
     ) -> None:
@@ -324,12 +325,13 @@ class KvModelState(DefaultModelState):
         head_dim = self.query_bank.queries.shape[-1]
         return all(supported(geometry.shape(event).num_kept, head_dim) for event in geometry.first_of_each_shape)
 
-    def _compress_kara(self, num_kept: int, places: IntArray, req_slots: Tensor, candidates: Tensor) -> None:
+    def _compress_kara(self, num_kept: int, places: Places, req_slots: Tensor, candidates: Tensor) -> None:
         assert self.cache is not None and isinstance(self.method, Kara)
         method, turn = self.method, self._turn(places)
         scores = window_scores(
-            self.query_bank, req_slots, candidates, self.cache, method.value_norm, method.keydiff_power, turn
-        )
+            self.query_bank, req_slots, candidates, self.cache, method.value_norm, method.keydiff_power,
+            method.attention_floor, turn,
+        )  # fmt: skip
         kept = select_chunks(scores.flatten(0, 2), num_kept, method.max_chunk_size, method.chunk_fill)
         kept = kept.view(*scores.shape[:3], -1)
         if method.refits:
@@ -338,24 +340,27 @@ class KvModelState(DefaultModelState):
         else:
             compact(kept, candidates, self.cache)
 
-    def _turn(self, places: IntArray) -> Turn | None:
-        """Of queries at these places, which are the same at every event, or at every few (budget policy)."""
+    def _places(self, geometry: Geometry, event: int) -> Places:
+        """Of the queries: the same at every event, or at every few (budget policy)."""
+        return tuple(query_positions(geometry, event, self.config.query_stride, self.config.num_queries).tolist())
+
+    def _turn(self, places: Places) -> Turn | None:
+        """Of queries at these places."""
         assert isinstance(self.method, Kara)
         if self.rope is None:
             return None
-        key = places.tobytes()
-        if key not in self.turns:
-            positions = torch.from_numpy(places.copy()).to(self.device)
+        if places not in self.turns:
+            positions = torch.tensor(places, device=self.device)
             distances = turn_distances(positions, self.query_bank.shifts, self.method.lookahead)
             # Tables as exact as the products: the kernel reads them for every head of every layer.
             dtype = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
-            self.turns[key] = Turn.by(distances, self.rope, self.query_bank.queries.shape[-1], dtype)
-        return self.turns[key]
+            self.turns[places] = self.rope.turn(distances.unsqueeze(1), self.query_bank.queries.shape[-1], dtype)
+        return self.turns[places]
 
     def _compress_prompt(self, geometry: Geometry, prompt: int, cut: Shape, slot: int, blocks: Tensor) -> None:
         """Cut one prompt, by any method, some layers at a time: a long one is as many tokens as many windows."""
         assert self.cache is not None
-        places = prompt_query_positions(geometry, prompt, self.config.query_stride, self.num_queries)
+        places = prompt_query_positions(geometry, prompt, self.config.query_stride, self.config.num_queries)
         queries = self.query_bank.of(slot)
         text = torch.arange(cut.num_candidates, device=self.device)
         size = max(1, _GENERIC_BATCH * geometry.num_candidates * len(self.layers) // cut.num_candidates)
@@ -392,7 +397,7 @@ class KvModelState(DefaultModelState):
         geometry: Geometry,
         prompts: IntArray,
         done: IntArray,
-        places: IntArray,
+        places: Places,
         req_slots: Tensor,
         candidates: Tensor,
     ) -> None:
@@ -416,7 +421,7 @@ class KvModelState(DefaultModelState):
                     self.survivors[slots[same], ..., offset : offset + shape.num_kept] = positions[same]
 
     def _window(
-        self, geometry: Geometry, prompts: IntArray, done: IntArray, blocks: Tensor, slots: Tensor, places: IntArray
+        self, geometry: Geometry, prompts: IntArray, done: IntArray, blocks: Tensor, slots: Tensor, places: Places
     ) -> Window:
         """What a method sees of the requests `slots`; the batch is (request, layer)."""
         assert self.cache is not None
@@ -432,7 +437,7 @@ class KvModelState(DefaultModelState):
         ]
         return Window(
             queries=self.query_bank.of(slots).transpose(0, 1).flatten(0, 1),
-            query_positions=torch.from_numpy(places.copy()).to(self.device),
+            query_positions=torch.tensor(places, device=self.device),
             keys=keys,
             values=values,
             positions=torch.cat(positions),

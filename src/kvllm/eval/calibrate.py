@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvllm.eval.report import Progress
 from kvllm.eval.traces import HALVES, Trace, half_of, read_traces
-from kvllm.methods.rope import turn
+from kvllm.methods.rope import Rope
 from kvllm.methods.triattention import save_statistics
 from kvllm.reference import Request, feed, load_model
 
@@ -28,9 +28,9 @@ def queries_before_rope(model: PreTrainedModel, trace: Trace, frequencies: Tenso
     request = Request(model, trace.num_prompt_tokens, max_queries=len(trace.token_ids))
     feed(request, trace.token_ids)
     queries = torch.stack([layer.queries[::stride] for layer in request.layers]).transpose(1, 2)
-    places = torch.arange(0, request.num_computed_tokens, stride, dtype=torch.float64, device=queries.device)
-    angles = places[:, None] * frequencies.to(queries.device)
-    return turn(queries, angles.cos(), -angles.sin()).cpu()
+    places = torch.arange(0, request.num_computed_tokens, stride, device=queries.device)
+    rope = Rope(frequencies.to(queries.device))
+    return rope.turn(-places, queries.shape[-1]).apply(queries.float()).cpu()
 
 
 def rope_frequencies(model: PreTrainedModel) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from kvllm.kernels.compact import compact_ref
 from kvllm.kernels.paged import INTERPRETED, PagedCache, layer_ptr, token_offsets
-from kvllm.kernels.window_scores import Turn, _load_queries, _load_tile, _pairs
+from kvllm.kernels.window_scores import _load_queries, _load_tile, _pairs
 from kvllm.kernels.windows import FP8_MAX, gather_window_ref, scatter_rows_ref
 from kvllm.methods.refit import LEAST_KEPT, STEPS, fitted_values, key_shift
+from kvllm.methods.rope import Turn
 from kvllm.query_bank import QueryBank
 
 # Requests of one pair of launches: what passes between the two takes about 40 MB a request of an 8B model.

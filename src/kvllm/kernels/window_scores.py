@@ -1,11 +1,10 @@
-"""Bidirectional scores of the candidates of every request due in a step, for all layers in one launch or two."""
+"""Bidirectional scores of the candidates of every request due in a step, for all layers in one launch, or three."""
 
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,48 +14,12 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from kvllm.kernels.paged import INTERPRETED, PagedCache, layer_ptr, token_offsets
 from kvllm.kernels.windows import gather_window_ref
-from kvllm.methods.rope import Rope
+from kvllm.methods.rope import Turn
 from kvllm.query_bank import QueryBank
 
 # A key tile of this size fits twice into the shared memory of a multiprocessor of a Hopper or Ampere GPU, beside the
 # queries: two programs share one, so that one computes while the other loads.
 _TILE_BYTES = 64 * 1024
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What turns the queries of an event: row r is query r // group_size of its group's head r % group_size.
-
-    cos, sin: [num_queries * group_size, head_dim / 2]
-    first, second: [head_dim / 2] int32, the dimensions that turn together; those that RoPE leaves alone come last, in
-                   any pairs, with angles of 0
-    halves:   whether these are all (i, i + head_dim / 2)
-    """
-
-    cos: Tensor
-    sin: Tensor
-    first: Tensor
-    second: Tensor
-    halves: bool
-
-    @classmethod
-    def by(cls, distances: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype = torch.float32) -> Turn:
-        """distances: [num_queries, group_size], tokens; dtype: of the tables"""
-        cos, sin, partner = rope.tables(distances.flatten(), head_dim)
-        dims = torch.arange(head_dim, device=partner.device)
-        rest = dims[partner == dims].view(2, -1)
-        first, second = torch.cat([dims[partner > dims], rest[0]]), torch.cat([partner[partner > dims], rest[1]])
-        halves = not rope.interleaved and not rest.numel()
-        return cls(cos[:, first].to(dtype), sin[:, second].to(dtype), first.int(), second.int(), halves)
-
-    def apply(self, queries: Tensor) -> Tensor:
-        """queries: [batch, num_queries, num_kv_heads, group_size, head_dim], turned in their own dtype"""
-        cos, sin = (t.to(queries).unflatten(0, (queries.shape[1], 1, -1)) for t in (self.cos, self.sin))
-        turned = torch.empty_like(queries)
-        a, b = queries[..., self.first.long()], queries[..., self.second.long()]
-        turned[..., self.first.long()] = a * cos - b * sin
-        turned[..., self.second.long()] = a * sin + b * cos
-        return turned
 
 
 def window_scores_ref(
@@ -66,13 +29,14 @@ def window_scores_ref(
     cache: PagedCache,
     value_norm: bool = True,
     keydiff_power: float = 0.0,
+    attention_floor: float = 0.0,
     turn: Turn | None = None,
 ) -> Tensor:
     """How much the queries of a request look at each of its candidates, weighted as `Kara.score` does; in float64.
 
     req_slots:        [num_due], each due request's row in the bank
     candidate_blocks: [num_due, num_candidates / block_size], block ids
-    turn:             None: the queries stay as they are
+    turn:             of distances [num_queries, 1, group_size]; None: the queries stay as they are
     returns           [num_due, num_layers, num_kv_heads, num_candidates] in float32
     """
     queries = bank.of(req_slots.long()).transpose(0, 1).flatten(0, 1).double()
@@ -82,6 +46,7 @@ def window_scores_ref(
         grouped = turn.apply(grouped)
     logits = torch.einsum("bqhgd,bthd->bhgqt", grouped, keys) * cache.head_dim**-0.5
     scores = logits.softmax(dim=-1).mean(dim=(2, 3))  # over the heads of a group and the queries
+    scores = scores + attention_floor / keys.shape[1]
     if value_norm:
         scores = scores * values.norm(dim=-1).transpose(1, 2)
     if keydiff_power > 0:
@@ -98,12 +63,13 @@ def window_scores(
     cache: PagedCache,
     value_norm: bool = True,
     keydiff_power: float = 0.0,
+    attention_floor: float = 0.0,
     turn: Turn | None = None,
 ) -> Tensor:
-    """`window_scores_ref` in Triton: one launch for what weights the candidates, one for their attention.
+    """`window_scores_ref` in Triton, with a program for each request, layer, KV head and tile of candidates.
 
-    The second has a program for each request, layer, KV head and tile of candidates. Where they fit one tile, their
-    keys are read once and stay on chip; where they do not, a launch in between finds every query's denominator.
+    Where the candidates fit one tile this is one launch, which reads every key and value once. Where they do not, a
+    launch before it finds what weights the candidates, and another every query's denominator.
     """
     num_layers, _, num_queries, num_heads, head_dim = bank.queries.shape
     num_due, num_candidates = len(req_slots), candidate_blocks.shape[1] * cache.block_size
@@ -129,32 +95,20 @@ def window_scores(
         KV_DTYPE=cache.tl_dtype,
         ALIGNMENT=cache.alignment,
         HAS_SCALE=cache.k_scale is not None,
+        num_warps=4,  # of 8, each four would turn all the queries for their half of the keys
     )
-    weights = None
-    if value_norm or keydiff_power > 0:
-        weights = torch.empty(batch, num_candidates, dtype=torch.float32, device=device)
-        _weights_kernel[(batch,)](
-            weights,
-            *cached,
-            VALUE_NORM=value_norm,
-            KEYDIFF_POWER=float(keydiff_power),
-            BLOCK_T=64,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            num_warps=4,
-            **sizes,
-        )
-
+    weighting = dict(VALUE_NORM=value_norm, KEYDIFF_POWER=float(keydiff_power))
     float32 = cache.dtype == torch.float32
     dot_dtype = tl.float16 if cache.dtype == torch.float16 else tl.bfloat16
     if float32 or INTERPRETED:  # the interpreter's dot takes the bits of bf16 for integers
         dot_dtype = tl.float32
     block_h = max(16, triton.next_power_of_2(head_dim // 2))
-    block_t, block_q, num_warps = tile_sizes(num_candidates, num_rows, 2 * block_h, float32)
+    block_t, block_q = tile_sizes(num_candidates, num_rows, 2 * block_h, float32)
     num_tiles = triton.cdiv(num_candidates, block_t)
     turns = (turn.cos, turn.sin, turn.first, turn.second) if turn else (None, None, None, None)
     exponent = head_dim**-0.5 / math.log(2)  # exp2 is cheaper than exp
     asked = (bank.queries, bank.scales, *turns, req_slots, bank.queries.shape[1], exponent)
-    sizes |= dict(
+    asking = dict(
         NUM_HEADS=num_heads,
         GROUP_SIZE=bank.group_size,
         NUM_ROWS=num_rows,
@@ -164,35 +118,38 @@ def window_scores(
         BLOCK_T=block_t,
         BLOCK_Q=block_q,
         BLOCK_H=block_h,
-        num_warps=num_warps,
         num_stages=2,
     )
-    log_sums = None
+    weights = log_sums = None
     if num_tiles > 1:
+        weights = torch.empty(batch, num_candidates, dtype=torch.float32, device=device)
+        _weights_kernel[(batch,)](weights, *cached, BLOCK_T=64, BLOCK_H=block_h, **weighting, **sizes)
         log_sums = torch.empty(batch, num_rows, dtype=torch.float32, device=device)
-        _log_sums_kernel[(batch, triton.cdiv(num_rows, block_q))](log_sums, *cached, *asked, **sizes)
+        _log_sums_kernel[(batch, triton.cdiv(num_rows, block_q))](log_sums, *cached, *asked, **asking, **sizes)
     _scores_kernel[(batch, num_tiles)](
         scores,
         weights,
         log_sums,
+        attention_floor / num_candidates,
         *cached,
         *asked,
-        WEIGHTED=weights is not None,
         SEVERAL_TILES=num_tiles > 1,
+        **weighting,
+        **asking,
         **sizes,
     )
     return scores
 
 
-def tile_sizes(num_candidates: int, num_rows: int, block_d: int, float32: bool) -> tuple[int, int, int]:
-    """Candidates a tile, queries a tile, warps a program."""
+def tile_sizes(num_candidates: int, num_rows: int, block_d: int, float32: bool) -> tuple[int, int]:
+    """Candidates a tile, and queries a tile."""
     if float32:  # no tensor cores: small tiles, so that the operands of the plain product fit the registers
-        return 32, 32, 4
+        return 32, 32
     block_q = min(64, max(16, triton.next_power_of_2(num_rows)))
     resident = max(16, triton.next_power_of_2(num_candidates))
     if resident * block_d * 2 <= _TILE_BYTES:
-        return resident, block_q, 4  # of 4 and 8 warps, 32 and 64 queries, with fewer registers or not: the fastest
-    return 64 if block_d > 128 else 128, block_q, 4
+        return resident, block_q
+    return 64 if block_d > 128 else 128, block_q
 
 
 @triton.jit
@@ -249,9 +206,48 @@ def _load_queries(
 
 
 @triton.jit
-def _inverse_norms(keys):
-    """[BLOCK_T]: 1 / length of each key [BLOCK_T, BLOCK_D] in float32; of a key of zeros any number will do."""
-    return 1.0 / tl.maximum(tl.sqrt(tl.sum(keys * keys, axis=1)), 1e-12)
+def _inverse_norms(a, b):
+    """[BLOCK_T]: 1 / length of each key, of its halves [BLOCK_T, BLOCK_H]; of a key of zeros any number will do."""
+    return tl.rsqrt(tl.maximum(tl.sum(a * a + b * b, axis=1), 1e-24))
+
+
+@triton.jit
+def _distinct(a, b, inverse_norms, anchor_a, anchor_b, POWER: tl.constexpr):
+    """[BLOCK_T]: (1 - cosine of each key to the anchor) ** POWER; anchor_a, anchor_b: [BLOCK_H], of any length."""
+    length = tl.sum(anchor_a * anchor_a, axis=0) + tl.sum(anchor_b * anchor_b, axis=0)
+    along = tl.sum(a * anchor_a[None, :] + b * anchor_b[None, :], axis=1)
+    distinct = tl.maximum(1.0 - along * (inverse_norms * tl.rsqrt(tl.maximum(length, 1e-24))), 0.0)
+    if POWER == 2.0:
+        return distinct * distinct
+    else:
+        return tl.exp2(POWER * tl.log2(tl.maximum(distinct, 1e-38)))
+
+
+@triton.jit
+def _distinct_in_tile(a, b, POWER: tl.constexpr):
+    """`_distinct` where these are all the keys."""
+    inverse_norms = _inverse_norms(a, b)
+    anchor_a, anchor_b = tl.sum(a * inverse_norms[:, None], axis=0), tl.sum(b * inverse_norms[:, None], axis=0)
+    return _distinct(a, b, inverse_norms, anchor_a, anchor_b, POWER)
+
+
+@triton.jit
+def _value_norms(
+    value_ptrs, v_scale, offsets, mask, layer,
+    DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, HAS_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_T]: length of each value; a half at a time, so that fewer registers hold it."""
+    half: tl.constexpr = HEAD_DIM // 2
+    dims = tl.arange(0, BLOCK_H)
+    a = _load_tile(value_ptrs, offsets, mask, layer, dims, DTYPE, ALIGNMENT, half).to(tl.float32)
+    squares = tl.sum(a * a, axis=1)
+    b = _load_tile(value_ptrs, offsets, mask, layer, dims + half, DTYPE, ALIGNMENT, half).to(tl.float32)
+    squares += tl.sum(b * b, axis=1)
+    norms = tl.sqrt(squares)
+    if HAS_SCALE:
+        norms *= tl.load(v_scale + layer)
+    return norms
 
 
 @triton.jit
@@ -261,22 +257,25 @@ def _weights_kernel(
     stride_candidates, stride_kv_block, stride_kv_token, stride_kv_head,
     NUM_LAYERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, NUM_CANDIDATES: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, KV_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, HAS_SCALE: tl.constexpr,
-    VALUE_NORM: tl.constexpr, KEYDIFF_POWER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_NORM: tl.constexpr, KEYDIFF_POWER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """What a candidate's attention is multiplied by: its value's norm, and its key's distance from the mean key."""
     pid, due, layer, head = _locate(NUM_LAYERS, NUM_KV_HEADS)
-    dims = tl.arange(0, BLOCK_D)
+    half: tl.constexpr = HEAD_DIM // 2
+    dims = tl.arange(0, BLOCK_H)
     block_row = candidate_blocks + due * stride_candidates
-    anchor = tl.full([BLOCK_D], 0.0, tl.float32)
+    anchor_a, anchor_b = tl.full([BLOCK_H], 0.0, tl.float32), tl.full([BLOCK_H], 0.0, tl.float32)
     if KEYDIFF_POWER > 0:
         for start in range(0, NUM_CANDIDATES, BLOCK_T):
             tokens = start + tl.arange(0, BLOCK_T)
             valid = tokens < NUM_CANDIDATES
             offsets = token_offsets(block_row, tokens, valid, stride_kv_block, stride_kv_token, BLOCK_SIZE)
             offsets += head * stride_kv_head
-            k = _load_tile(key_ptrs, offsets, valid, layer, dims, KV_DTYPE, ALIGNMENT, HEAD_DIM).to(tl.float32)
-            anchor += tl.sum(k * _inverse_norms(k)[:, None], axis=0)
-        anchor /= tl.maximum(tl.sqrt(tl.sum(anchor * anchor, axis=0)), 1e-12)
+            a = _load_tile(key_ptrs, offsets, valid, layer, dims, KV_DTYPE, ALIGNMENT, half).to(tl.float32)
+            b = _load_tile(key_ptrs, offsets, valid, layer, dims + half, KV_DTYPE, ALIGNMENT, half).to(tl.float32)
+            inverse_norms = _inverse_norms(a, b)
+            anchor_a += tl.sum(a * inverse_norms[:, None], axis=0)
+            anchor_b += tl.sum(b * inverse_norms[:, None], axis=0)
     for start in range(0, NUM_CANDIDATES, BLOCK_T):
         tokens = start + tl.arange(0, BLOCK_T)
         valid = tokens < NUM_CANDIDATES
@@ -284,23 +283,19 @@ def _weights_kernel(
         offsets += head * stride_kv_head
         weight = tl.full([BLOCK_T], 1.0, tl.float32)
         if VALUE_NORM:
-            v = _load_tile(value_ptrs, offsets, valid, layer, dims, KV_DTYPE, ALIGNMENT, HEAD_DIM).to(tl.float32)
-            weight *= tl.sqrt(tl.sum(v * v, axis=1))
-            if HAS_SCALE:
-                weight *= tl.load(v_scale + layer)
+            weight *= _value_norms(
+                value_ptrs, v_scale, offsets, valid, layer, KV_DTYPE, ALIGNMENT, HAS_SCALE, HEAD_DIM, BLOCK_H
+            )
         if KEYDIFF_POWER > 0:
-            k = _load_tile(key_ptrs, offsets, valid, layer, dims, KV_DTYPE, ALIGNMENT, HEAD_DIM).to(tl.float32)
-            distinct = tl.maximum(1.0 - tl.sum(k * anchor[None, :], axis=1) * _inverse_norms(k), 0.0)
-            if KEYDIFF_POWER == 2.0:
-                weight *= distinct * distinct
-            else:
-                weight *= tl.exp2(KEYDIFF_POWER * tl.log2(tl.maximum(distinct, 1e-38)))
+            a = _load_tile(key_ptrs, offsets, valid, layer, dims, KV_DTYPE, ALIGNMENT, half).to(tl.float32)
+            b = _load_tile(key_ptrs, offsets, valid, layer, dims + half, KV_DTYPE, ALIGNMENT, half).to(tl.float32)
+            weight *= _distinct(a, b, _inverse_norms(a, b), anchor_a, anchor_b, KEYDIFF_POWER)
         tl.store(weights + pid * NUM_CANDIDATES + tokens, weight, mask=valid)
 
 
 @triton.jit
 def _scores_kernel(
-    scores, weights, log_sums,
+    scores, weights, log_sums, floor,
     candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,
     stride_candidates, stride_kv_block, stride_kv_token, stride_kv_head,
     numbers, scales, cos, sin, first, second, req_slots, max_num_reqs, softmax_scale,
@@ -308,8 +303,9 @@ def _scores_kernel(
     BLOCK_SIZE: tl.constexpr, KV_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, HAS_SCALE: tl.constexpr,
     NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr, DOT_DTYPE: tl.constexpr,
     TURN: tl.constexpr, HALVES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr,
-    WEIGHTED: tl.constexpr, SEVERAL_TILES: tl.constexpr,
+    VALUE_NORM: tl.constexpr, KEYDIFF_POWER: tl.constexpr, SEVERAL_TILES: tl.constexpr,
 ):  # fmt: skip
+    """Attention times weights; of several tiles each, weights and log_sums are given, of one they are found here."""
     pid, due, layer, head = _locate(NUM_LAYERS, NUM_KV_HEADS)
     tokens = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     valid = tokens < NUM_CANDIDATES
@@ -318,14 +314,23 @@ def _scores_kernel(
     offsets += head * stride_kv_head
     num_pairs: tl.constexpr = HEAD_DIM // 2
     firsts, seconds = _pairs(first, second, num_pairs, HALVES, BLOCK_H)
+    weight = tl.full([BLOCK_T], 1.0, tl.float32)
+    if VALUE_NORM and not SEVERAL_TILES:
+        weight *= _value_norms(
+            value_ptrs, v_scale, offsets, valid, layer, KV_DTYPE, ALIGNMENT, HAS_SCALE, HEAD_DIM, BLOCK_H
+        )
     keys_a = _load_tile(key_ptrs, offsets, valid, layer, firsts, KV_DTYPE, ALIGNMENT, num_pairs)
     keys_b = _load_tile(key_ptrs, offsets, valid, layer, seconds, KV_DTYPE, ALIGNMENT, num_pairs)
+    if KEYDIFF_POWER > 0 and not SEVERAL_TILES:
+        weight *= _distinct_in_tile(keys_a.to(tl.float32), keys_b.to(tl.float32), KEYDIFF_POWER)
     keys_a, keys_b = tl.trans(keys_a.to(DOT_DTYPE)), tl.trans(keys_b.to(DOT_DTYPE))
     if HAS_SCALE:
         softmax_scale *= tl.load(k_scale + layer)
 
     layer_row = layer * max_num_reqs + tl.load(req_slots + due)
-    total = tl.full([BLOCK_T], 0.0, tl.float32)
+    # A thread holds rows r and r + 8 of each 16 of a product, so these are added in its registers; only after the loop
+    # are the rest, of other threads.
+    total = tl.full([BLOCK_Q // 16, 8, BLOCK_T], 0.0, tl.float32)
     for start in range(0, NUM_ROWS, BLOCK_Q):
         rows = start + tl.arange(0, BLOCK_Q)
         a, b, scale = _load_queries(
@@ -333,20 +338,25 @@ def _scores_kernel(
             NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, TURN, DOT_DTYPE, BLOCK_H,
         )  # fmt: skip
         logits = tl.dot(a, keys_a, input_precision="ieee")
-        logits = tl.dot(b, keys_b, acc=logits, input_precision="ieee") * (scale * softmax_scale)[:, None]
-        logits = tl.where(valid[None, :], logits, float("-inf"))
+        logits = tl.dot(b, keys_b, acc=logits, input_precision="ieee")
+        if NUM_CANDIDATES % BLOCK_T > 0:
+            logits = tl.where(valid[None, :], logits, float("-inf"))
+        # Scaled in the same instruction that subtracts. The floor: a row of zeros shall have no -inf * 0.
+        scale = tl.maximum(scale * softmax_scale, 1e-30)
         if SEVERAL_TILES:
             log_sum = tl.load(log_sums + pid * NUM_ROWS + rows, mask=rows < NUM_ROWS, other=0.0)
-            p = tl.exp2(logits - log_sum[:, None])
+            p = tl.exp2(logits * scale[:, None] - log_sum[:, None])
             row_weight = tl.where(rows < NUM_ROWS, 1.0, 0.0)
         else:
-            p = tl.exp2(logits - tl.max(logits, axis=1)[:, None])
+            highest = tl.max(logits, axis=1) * scale
+            p = tl.exp2(logits * scale[:, None] - highest[:, None])
             row_weight = tl.where(rows < NUM_ROWS, 1.0 / tl.sum(p, axis=1), 0.0)
-        total += tl.sum(p * row_weight[:, None], axis=0)
-    total *= 1.0 / NUM_ROWS  # the mean over the queries and the heads of the group
-    if WEIGHTED:
-        total *= tl.load(weights + pid * NUM_CANDIDATES + tokens, mask=valid, other=0.0)
-    tl.store(scores + pid * NUM_CANDIDATES + tokens, total, mask=valid)
+        total += tl.sum(tl.reshape(p * row_weight[:, None], [BLOCK_Q // 16, 2, 8, BLOCK_T]), axis=1)
+    # The mean over the queries and the heads of the group.
+    score = tl.sum(tl.sum(total, axis=1), axis=0) * (1.0 / NUM_ROWS) + floor
+    if SEVERAL_TILES:
+        weight = tl.load(weights + pid * NUM_CANDIDATES + tokens, mask=valid, other=0.0)
+    tl.store(scores + pid * NUM_CANDIDATES + tokens, score * weight, mask=valid)
 
 
 @triton.jit

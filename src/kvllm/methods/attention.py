@@ -11,14 +11,14 @@ from torch.nn.functional import avg_pool1d
 from kvllm.methods.base import Window
 
 
-def query_places(window: Window) -> Tensor:
-    """[batch, num_kv_heads, num_queries]: place in the text of each query.
+def text_places(window: Window) -> Tensor:
+    """[batch, num_kv_heads, group_size, num_queries]: place in the text of each head's queries.
 
     The last candidate has always stood right before the buffer, so queries are counted from it: under the budget
     policy older candidates no longer lie side by side.
     """
-    from_last = window.query_positions - (window.num_tokens - 1)
-    return window.positions[..., -1:] + from_last
+    from_last = window.query_places - (window.num_tokens - 1)
+    return window.positions[..., -1:, None] + from_last
 
 
 def newest_queries(window: Window, count: int) -> Window:
@@ -28,8 +28,8 @@ def newest_queries(window: Window, count: int) -> Window:
 
 
 def seen(window: Window) -> Tensor:
-    """[batch, num_kv_heads, num_queries, num_tokens] bool: whether the query stands at or after the token."""
-    return window.positions.unsqueeze(-2) <= query_places(window).unsqueeze(-1)
+    """[batch, num_kv_heads, group_size, num_queries, num_tokens] bool: whether a query stands at or after a token."""
+    return window.positions[:, :, None, None] <= text_places(window).unsqueeze(-1)
 
 
 def causal_attention(window: Window) -> Tensor:
@@ -37,7 +37,7 @@ def causal_attention(window: Window) -> Tensor:
 
     returns [batch, num_kv_heads, group_size, num_queries, num_tokens] in float32
     """
-    mask = seen(window).unsqueeze(2)
+    mask = seen(window)
     # A finite floor instead of -inf: a row without any key then gives numbers to multiply away, not NaN.
     logits = window.logits().masked_fill(~mask, torch.finfo(torch.float32).min)
     return logits.softmax(dim=-1) * mask
@@ -49,12 +49,12 @@ def observed_attention(window: Window, count: int) -> tuple[Tensor, Tensor]:
     A query from inside the window would spread its weight over the few keys before it, and so overrate them.
 
     returns weights [batch, num_kv_heads, group_size, count, num_tokens], zero for the other queries, and their
-    mean over the queries [batch, num_kv_heads, group_size, num_tokens]
+    mean over those queries [batch, num_kv_heads, group_size, num_tokens], zero for a head that has none
     """
     window = newest_queries(window, count)
-    sees_all = window.query_positions >= window.num_tokens - 1
-    weights = window.logits().softmax(dim=-1) * sees_all[:, None]
-    return weights, weights.sum(dim=3) / sees_all.sum().clamp(min=1)
+    sees_all = (window.query_places >= window.num_tokens - 1).unsqueeze(-1)  # [group_size, count, 1]
+    weights = window.logits().softmax(dim=-1) * sees_all
+    return weights, weights.sum(dim=3) / sees_all.sum(dim=1).clamp(min=1)
 
 
 def pool(weights: Tensor, kernel_size: int) -> Tensor:

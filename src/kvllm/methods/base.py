@@ -43,6 +43,14 @@ class Window:
     def num_kv_heads(self) -> int:
         return self.keys.shape[2]
 
+    @property
+    def query_places(self) -> Tensor:
+        """[group_size, num_queries]: where each head's own queries stand, counted as `query_positions`."""
+        shifts = self.query_positions.new_zeros(self.queries.shape[2] // self.num_kv_heads)
+        if self.query_shifts is not None:
+            shifts = self.query_shifts
+        return self.query_positions - shifts[:, None]
+
     def grouped_queries(self) -> Tensor:
         """[batch, num_kv_heads, group_size, num_queries, head_dim] in float32: each KV head with its own queries."""
         grouped = self.queries.float().unflatten(2, (self.num_kv_heads, -1))

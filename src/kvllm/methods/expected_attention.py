@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvllm.methods import register
-from kvllm.methods.attention import query_places
+from kvllm.methods.attention import text_places
 from kvllm.methods.base import Method, Window
 from kvllm.methods.checks import check_between, check_count, check_flag, check_rope_theta
-from kvllm.methods.rope import frequencies, turn
+from kvllm.methods.rope import Rope, frequencies
 
 
 @register("expected_attention")
@@ -45,10 +45,7 @@ class ExpectedAttention(Method):
     def score(self, window: Window) -> Tensor:
         queries = window.grouped_queries()
         if self.rope_theta is not None:
-            places = query_places(window).unsqueeze(2)
-            if window.query_shifts is not None:
-                places = places - window.query_shifts[:, None]
-            queries = future_queries(queries, places, self.rope_theta, self.num_future_tokens)
+            queries = future_queries(queries, text_places(window), self.rope_theta, self.num_future_tokens)
         scale = queries.shape[-1] ** -0.5
         logits = torch.einsum("bhgqd,bthd->bhgqt", queries, window.keys.float()) * scale
         exponent = logits.mean(dim=3)
@@ -64,11 +61,12 @@ def future_queries(queries: Tensor, places: Tensor, rope_theta: float, num_futur
     """Queries turned from their own places to the average of the next ones after the newest.
 
     queries: [batch, num_kv_heads, group_size, num_queries, head_dim], after RoPE
-    places:  [batch, num_kv_heads, group_size or 1, num_queries]
+    places:  [batch, num_kv_heads, group_size, num_queries]
     """
-    turns = frequencies(rope_theta, queries.shape[-1], queries.device)
-    to_newest = places.amax(dim=(-2, -1), keepdim=True) - places
-    ahead = torch.arange(1, num_future_tokens + 1, device=queries.device)[:, None] * turns
-    cos, sin = ahead.cos().mean(dim=0), ahead.sin().mean(dim=0)  # the average rotation: also shorter than 1
-    angles = to_newest.double().unsqueeze(-1) * turns  # [batch, num_kv_heads, group_size or 1, num_queries, pairs]
-    return turn(turn(queries, angles.cos(), angles.sin()), cos, sin)
+    head_dim = queries.shape[-1]
+    rope = Rope(frequencies(rope_theta, head_dim, queries.device))
+    to_newest = rope.turn(places.amax(dim=(-2, -1), keepdim=True) - places, head_dim)
+    ahead = rope.turn(torch.arange(1, num_future_tokens + 1, device=queries.device), head_dim, torch.float64)
+    # The average rotation: also shorter than 1.
+    ahead = replace(ahead, cos=ahead.cos.mean(dim=0), sin=ahead.sin.mean(dim=0))
+    return ahead.apply(to_newest.apply(queries))

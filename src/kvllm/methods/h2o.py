@@ -32,5 +32,7 @@ class H2O(Method):
         check_flag("average", self.average)
 
     def score(self, window: Window) -> Tensor:
-        scores = causal_attention(window).mean(dim=2).sum(dim=2)
-        return scores / seen(window).sum(dim=2).clamp(min=1) if self.average else scores
+        weights = causal_attention(window)
+        if self.average:
+            return weights.sum(dim=(2, 3)) / seen(window).sum(dim=(2, 3)).clamp(min=1)
+        return weights.mean(dim=2).sum(dim=2)

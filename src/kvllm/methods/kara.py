@@ -23,6 +23,7 @@ PAPER = {
     "lookahead": 0,
     "value_norm": False,
     "keydiff_power": 0.0,
+    "attention_floor": 0.0,
     "moment": "mean",
     "key_ridge": 0.0,
     "value_ridge": 0.0,
@@ -42,6 +43,8 @@ class Kara(Method):
     value_norm:        weight a key's attention by the length of the value that it brings
     keydiff_power:     > 0: weight it too by this power of 1 - cosine of the key to the mean key of the window
                        (KeyDiff), since of many keys alike a few will do
+    attention_floor:   what every key gets beside its attention, in shares of the mean attention of a key. What no query
+                       has looked at yet, and one may ask for later, is then judged by its value and its key (ours)
     max_chunk_size:    longest chunk, its two picks included, that Token2Chunk fills; 1 or 2 fill nothing
     chunk_fill:        a filler is worth this share of the weaker of its two picks
     moment:            how the weights that a key gets are summed up: their mean, root mean square, or the maximum over
@@ -58,11 +61,12 @@ class Kara(Method):
     lookahead: int = 300
     value_norm: bool = True
     keydiff_power: float = 2.0
+    attention_floor: float = 0.5
     max_chunk_size: int = 8
     chunk_fill: float = 0.5
     moment: str = "mean"
-    key_ridge: float = 0.0
-    value_ridge: float = 0.0
+    key_ridge: float = 1.0
+    value_ridge: float = 1.0
     variant: str = "tuned"
 
     def __post_init__(self) -> None:
@@ -73,6 +77,7 @@ class Kara(Method):
             raise ValueError(f"chunk_fill={self.chunk_fill}: a share in [0, 1); 0 turns Token2Chunk off.")
         check_count("lookahead", self.lookahead, 0)
         check_between("keydiff_power", self.keydiff_power, 0, 16)
+        check_between("attention_floor", self.attention_floor, 0, 1e6)
         check_between("key_ridge", self.key_ridge, 0, 1e6)
         check_between("value_ridge", self.value_ridge, 0, 1e6)
         for name, known in (("moment", MOMENTS), ("variant", VARIANTS)):
@@ -84,7 +89,7 @@ class Kara(Method):
 
     @property
     def fused(self) -> bool:
-        """Whether Triton kernels do this; those that refit take not every size (`kvllm.kernels.refit.supported`)."""
+        """Whether there are Triton kernels for this; a refit's take not every size (`kernels.refit.supported`)."""
         return self.bidirectional and self.moment == "mean"
 
     @property
@@ -97,6 +102,7 @@ class Kara(Method):
 
     def score(self, window: Window) -> Tensor:
         scores = attention_moment(self.ahead(window), self.moment, self.bidirectional)
+        scores = scores + self.attention_floor / window.num_tokens
         if self.value_norm:
             scores = scores * window.values.float().norm(dim=-1).transpose(1, 2)
         if self.keydiff_power > 0:
@@ -108,10 +114,9 @@ class Kara(Method):
         if not self.uses_rope or window.rope is None:
             return window
         distances = turn_distances(window.query_positions, window.query_shifts, self.lookahead)
-        cos, sin, partner = window.rope.tables(distances, window.keys.shape[-1])  # [num_queries, group_size, head_dim]
         queries = window.queries.float().unflatten(2, (window.num_kv_heads, -1))
-        queries = queries * cos.unsqueeze(1) + queries[..., partner] * sin.unsqueeze(1)
-        return replace(window, queries=queries.flatten(2, 3))
+        turn = window.rope.turn(distances.unsqueeze(1), window.keys.shape[-1])  # [num_queries, 1, group_size]
+        return replace(window, queries=turn.apply(queries).flatten(2, 3))
 
     def select(self, scores: Tensor, num_kept: int) -> Tensor:
         return token2chunk(scores, num_kept, self.max_chunk_size, self.chunk_fill)
@@ -148,19 +153,19 @@ def attention_moment(window: Window, moment: str, bidirectional: bool = True) ->
     old keys would win by being seen more often. A key that no query sees gets 0.
     """
     logits = window.logits()  # [batch, num_kv_heads, group_size, num_queries, num_tokens]
-    judges: Tensor | int = logits.shape[3]
+    judges: Tensor | int = logits.shape[2] * logits.shape[3]
     if bidirectional:
         weights = logits.softmax(dim=-1)
     else:
         places = torch.arange(window.num_tokens, device=window.keys.device)
-        sees = places <= window.query_positions[:, None]  # [num_queries, num_tokens]
+        sees = places <= window.query_places.unsqueeze(-1)  # [group_size, num_queries, num_tokens]
         # A finite floor, not -inf: a query that sees nothing then has weights to mask, and not NaN.
         weights = logits.masked_fill(~sees, torch.finfo(torch.float32).min).softmax(dim=-1).masked_fill(~sees, 0.0)
-        judges = sees.sum(dim=0).clamp(min=1)
+        judges = sees.sum(dim=(0, 1)).clamp(min=1)
     if moment == "mean":
-        return weights.mean(dim=2).sum(dim=2) / judges
+        return weights.sum(dim=(2, 3)) / judges
     if moment == "rms":
-        return (weights.square().mean(dim=2).sum(dim=2) / judges).sqrt()
+        return (weights.square().sum(dim=(2, 3)) / judges).sqrt()
     return weights.amax(dim=3).mean(dim=2)
 
 

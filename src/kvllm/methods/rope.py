@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -20,25 +21,46 @@ class Rope:
     frequencies: Tensor
     interleaved: bool = False
 
-    def tables(self, distances: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What turns vectors by these distances: `vectors * cos + vectors[..., partner] * sin`.
+    def turn(self, distances: Tensor, head_dim: int, dtype: torch.dtype = torch.float32) -> Turn:
+        """What turns vectors of `head_dim` dimensions by these distances.
 
-        distances: [...], tokens; head_dim: dimensions of a vector
-        returns cos and sin [..., head_dim] in float32, and partner [head_dim] (int64), the other one of each pair
+        distances: [...], tokens; dtype: of the sines and cosines
         """
         num_pairs = len(self.frequencies)
-        first = torch.arange(num_pairs, device=self.frequencies.device)
-        first, second = (2 * first, 2 * first + 1) if self.interleaved else (first, first + num_pairs)
+        pairs = torch.arange(num_pairs, device=self.frequencies.device)
+        rest = torch.arange(2 * num_pairs, head_dim, device=pairs.device).view(2, -1)
+        first, second = (2 * pairs, 2 * pairs + 1) if self.interleaved else (pairs, pairs + num_pairs)
+        first, second = torch.cat([first, rest[0]]), torch.cat([second, rest[1]])
+        halves = not self.interleaved and not rest.numel()
         # float64: thousands of tokens ahead a float32 angle would be off by more than bfloat16 rounds.
-        angles = distances.to(self.frequencies).unsqueeze(-1) * self.frequencies
-        cos = torch.ones(*distances.shape, head_dim, device=angles.device)
-        sin = torch.zeros_like(cos)
-        cos[..., first] = cos[..., second] = angles.cos().float()
-        sin[..., second] = angles.sin().float()
-        sin[..., first] = -sin[..., second]
-        partner = torch.arange(head_dim, device=angles.device)
-        partner[first], partner[second] = second, first
-        return cos, sin, partner
+        angles = distances.to(self.frequencies).unsqueeze(-1) * pad(self.frequencies, (0, rest.shape[1]))
+        return Turn(angles.cos().to(dtype), angles.sin().to(dtype), first, second, halves)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Turns dimensions in pairs, each by an angle.
+
+    cos, sin: [..., head_dim / 2], of the angles
+    first, second: [head_dim / 2], the dimensions that turn together; those that RoPE leaves alone come last, in any
+                   pairs, with angles of 0
+    halves:   whether these are all (i, i + head_dim / 2)
+    """
+
+    cos: Tensor
+    sin: Tensor
+    first: Tensor
+    second: Tensor
+    halves: bool
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """vectors: [..., head_dim], to which the angles broadcast; turned in their own dtype"""
+        cos, sin = self.cos.to(vectors), self.sin.to(vectors)
+        a, b = vectors[..., self.first], vectors[..., self.second]
+        turned = torch.empty_like(vectors)
+        turned[..., self.first] = a * cos - b * sin
+        turned[..., self.second] = a * sin + b * cos
+        return turned
 
 
 def check_same_in_every_layer(config: Any, model: str) -> None:
@@ -56,21 +78,10 @@ def frequencies(rope_theta: float, head_dim: int, device: torch.device | None = 
     return float(rope_theta) ** -exponents
 
 
-def turn(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + head_dim / 2), the layout of Llama and Qwen.
-
-    vectors: [..., head_dim];  cos, sin: [..., head_dim / 2], broadcast against the pairs
-    """
-    a, b = vectors.float().chunk(2, dim=-1)
-    cos, sin = cos.float(), sin.float()
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
-
 def unrotate(vectors: Tensor, places: Tensor, rope_theta: float) -> Tensor:
     """The vectors as they were before RoPE, in float32.
 
     vectors: [..., head_dim];  places: [...], place in the text
     """
-    # float64: at place 100,000 a float32 angle is off by half a hundredth of a radian.
-    angles = places.double().unsqueeze(-1) * frequencies(rope_theta, vectors.shape[-1], vectors.device)
-    return turn(vectors, angles.cos(), -angles.sin())
+    rope = Rope(frequencies(rope_theta, vectors.shape[-1], vectors.device))
+    return rope.turn(-places, vectors.shape[-1]).apply(vectors.float())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvllm.methods import register
-from kvllm.methods.attention import query_places
+from kvllm.methods.attention import text_places
 from kvllm.methods.base import Method, Window
 
 FORMAT = {  # tensors of a statistics file and their shapes
@@ -60,7 +60,7 @@ class TriAttention(Method):
         )
         mean = torch.complex(mean_real, mean_imag)
         weight = statistics["scale"] ** 2
-        now = query_places(window).amax(dim=-1)  # [batch, num_kv_heads]
+        now = text_places(window).amax(dim=(-2, -1))  # [batch, num_kv_heads]
         expected = mean * future_turn(statistics["frequencies"], now).unsqueeze(2) * weight
         expected = torch.cat([expected.real, expected.imag], dim=-1)  # [batch, num_kv_heads, group_size, head_dim]
         # float64: products with so few rows round differently from batch to batch.

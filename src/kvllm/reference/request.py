@@ -140,17 +140,17 @@ def compress_event(
     rope: Rope | None,
 ) -> tuple[Kept | None, Kept]:
     """What event number `event` does to the layers: (survivors of the prompt where it is cut, survivors)."""
-    device, num_queries = layers[0].keys.device, config.window_size // config.query_stride
+    device = layers[0].keys.device
     shifts = query_shifts(config.query_stride, layers[0].queries.shape[1] // layers[0].keys.shape[1])
     options: dict[str, Any] = {"shifts": torch.from_numpy(shifts).to(device), "rope": rope}
     start, kept_prompt = geometry.candidate_start(num_prompt_tokens, event), None
     if event == 0 and (cut := geometry.prompt_shape(num_prompt_tokens)):
-        places = prompt_query_positions(geometry, num_prompt_tokens, config.query_stride, num_queries)
+        places = prompt_query_positions(geometry, num_prompt_tokens, config.query_stride, config.num_queries)
         kept_prompt = compress(
             layers, method.compress_prompt, 0, *cut, places=torch.from_numpy(places).to(device), **options
         )
         start += cut.num_kept - cut.num_candidates
-    places = query_positions(geometry, event, config.query_stride, num_queries)
+    places = query_positions(geometry, event, config.query_stride, config.num_queries)
     kept = compress(
         layers, method.compress, start, *geometry.shape(event), places=torch.from_numpy(places).to(device), **options
     )
