@@ -25,11 +25,13 @@ from torch import Tensor
 from kvllm.kernels.block_tables import shorten_block_tables, shorten_block_tables_ref
 from kvllm.kernels.compact import compact, compact_ref
 from kvllm.kernels.paged import PagedCache
+from kvllm.kernels.refit import refit, refit_ref, supported
 from kvllm.kernels.select_chunks import select_chunks, select_chunks_ref
 from kvllm.kernels.store_queries import store_queries, store_queries_ref
 from kvllm.kernels.window_scores import window_scores, window_scores_ref
 from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window, scatter_window_ref
 from kvllm.methods.kara import Kara, turn_distances
+from kvllm.methods.refit import STEPS
 from kvllm.methods.rope import Rope, Turn, frequencies
 from kvllm.query_bank import QueryBank, quantize
 from kvllm.query_ring import query_shifts
@@ -183,7 +185,25 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
                 pairs * (token_bytes + model_bytes) * shape.num_kept,
             ),
         ]
+        if supported(shape.num_kept, shape.head_dim):
+            refits: list[Callable[[], Any]] = [
+                # So strong a ridge that the cache, refitted again and again, stays what it is; the work is the same.
+                partial(refit, bank, s.int(), kept, blocks, cache, weights[2], 1e9, 1e9)
+                for s, blocks in zip(slots, sets, strict=False)
+            ]
+            moved_bytes = token_bytes * (shape.num_candidates + shape.num_kept)
+            num_bytes = pairs * (moved_bytes + bank.num_bytes / (shape.num_layers * most))
+            out.append(Case("refit", due, refits, num_bytes, refit_flops(shape, rows)))
     return out
+
+
+def refit_flops(shape: Shape, rows: int) -> float:
+    """Multiplications and additions of `refit` for so many heads, of which the steps need `fit`."""
+    window, kept, dims = shape.num_candidates, shape.num_kept, shape.head_dim
+    per_query = 2 * window * dims + kept * dims + kept * (kept + dims) + dims * dims
+    num_queries = shape.num_queries * shape.num_heads // shape.num_kv_heads
+    fit = STEPS * (kept * kept * dims + dims * dims)
+    return 2.0 * rows * (num_queries * per_query + fit)
 
 
 def random_bank(shape: Shape, max_num_reqs: int) -> QueryBank:
@@ -291,6 +311,8 @@ def check(shape: Shape) -> dict[str, float]:
         run(blocks, actual)
         reference(blocks, expected)
         errors[name] = relative_error(actual.keys + actual.values, expected.keys + expected.values)
+    if supported(shape.num_kept, shape.head_dim):
+        errors["refit"] = refit_error(bank, slots.int(), kept, blocks, cache, weights[2])
 
     query = torch.randn(7, shape.num_heads, shape.head_dim, device=DEVICE).to(dtype)
     codes = torch.tensor([5, -1, 0, -1, -1, 7, 2], dtype=torch.int32, device=DEVICE)
@@ -310,11 +332,25 @@ def check(shape: Shape) -> dict[str, float]:
     errors["shorten_block_tables"] = relative_error((tables[0], tables[2]), (expected_tables[0], expected_tables[2]))
 
     for name, error in errors.items():
-        # Turned queries are rounded to bfloat16.
-        limit = 1e-2 if name == "window_scores" else 0.0
+        # Turned queries are rounded to bfloat16; of a refit the weights too, and what is stored, in fp8 to three bits.
+        limit = {"window_scores": 1e-2, "refit": 0.3 if cache.dtype.itemsize == 1 else 0.1}.get(name, 0.0)
         if not error <= limit:
             raise AssertionError(f"{name} differs from its reference by {error:.2e}, more than {limit:.0e}.")
     return errors
+
+
+def refit_error(bank: QueryBank, slots: Tensor, kept: Tensor, blocks: Tensor, cache: PagedCache, turn: Turn) -> float:
+    """Of what a refit adds to the survivors that `compact` leaves, the larger of the keys' and the values' error."""
+    actual, expected, moved = copy_of(cache), copy_of(cache), copy_of(cache)
+    refit(bank, slots, kept, blocks, actual, turn, 1.0, 1.0)
+    refit_ref(bank, slots, kept, blocks, expected, turn, 1.0, 1.0)
+    compact_ref(kept, blocks, moved)
+    errors = []
+    for side in ("keys", "values"):
+        layers = zip(*(getattr(each, side) for each in (actual, expected, moved)), strict=True)
+        added = [(a.double() - m.double(), e.double() - m.double()) for a, e, m in layers]
+        errors.append(relative_error(*zip(*added, strict=True)))
+    return max(errors)
 
 
 def copy_of(cache: PagedCache) -> PagedCache:

@@ -17,6 +17,8 @@ PARTS = {
         "_scores_kernel",
         "_select_chunks_kernel",
         "_compact_kernel",
+        "_attend_kernel",
+        "_fit_kernel",
     ),
     "capture": ("_store_queries_kernel",),
     "block_tables": ("_shorten_kernel",),

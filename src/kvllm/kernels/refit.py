@@ -85,7 +85,7 @@ def tiles(num_rows: int, head_dim: int, float32: bool) -> Tiles:
     block_q = min(64, max(16, triton.next_power_of_2(num_rows)))
     block_c = min(64, max(16, triton.next_power_of_2(head_dim)))
     if float32:  # no tensor cores: small tiles, so that the operands of the plain product fit the registers
-        return Tiles(16, 32, 4, 1, 16, min(32, block_c), 8, 1)
+        return Tiles(16, 32, 8, 1, 16, 16, 8, 1)
     return Tiles(block_q, 64, 4, 2, block_q, block_c, 8, 2)
 
 
@@ -303,22 +303,23 @@ def _fit_kernel(
     target += head * stride_kv_head
     if part < NUM_COLUMNS:
         dims = (part * BLOCK_C).to(tl.int32) + tl.arange(0, BLOCK_C)
-        mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
+        # Survivors along the second axis, where the sums over them cost least.
+        mask = (dims < HEAD_DIM)[:, None] & valid[None, :]
         if FIT_VALUES:
             change_scale = 1.0
             if HAS_SCALE:
                 change_scale = tl.load(v_scale + layer)
             paged = layer_ptr(value_ptrs, layer, KV_DTYPE, ALIGNMENT)
-            values = tl.load(paged + source[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+            values = tl.load(paged + dims[:, None] + source[None, :], mask=mask, other=0.0).to(tl.float32)
             values = _fit_values(
                 shares + batch * PADDED_ROWS * BLOCK_K, brought + batch * PADDED_ROWS * HEAD_DIM, values * change_scale,
                 dims, value_ridge, NUM_KEPT, HEAD_DIM, PADDED_ROWS, PRECISION, STEPS, BLOCK_R, BLOCK_K,
             )  # fmt: skip
             tl.debug_barrier()
             values = _stored(values, change_scale, KV_DTYPE, HAS_SCALE, FP8_MAX)
-            tl.store(paged + target[:, None] + dims[None, :], values, mask=mask)
+            tl.store(paged + dims[:, None] + target[None, :], values, mask=mask)
         else:
-            _move(value_ptrs, layer, source, target, dims, mask, RAW_DTYPE, ALIGNMENT)
+            _move(value_ptrs, layer, source[None, :], target[None, :], dims[:, None], mask, RAW_DTYPE, ALIGNMENT)
     else:
         num_pairs: tl.constexpr = HEAD_DIM // 2
         firsts, seconds = _pairs(first, second, num_pairs, HALVES, BLOCK_H)
@@ -342,17 +343,17 @@ def _fit_kernel(
             tl.store(paged + target[:, None] + firsts[None, :], keys_a, mask=mask_pairs)
             tl.store(paged + target[:, None] + seconds[None, :], keys_b, mask=mask_pairs)
         else:  # half by half: no dimension is in both
-            _move(key_ptrs, layer, source, target, firsts, mask_pairs, RAW_DTYPE, ALIGNMENT)
-            _move(key_ptrs, layer, source, target, seconds, mask_pairs, RAW_DTYPE, ALIGNMENT)
+            _move(key_ptrs, layer, source[:, None], target[:, None], firsts[None, :], mask_pairs, RAW_DTYPE, ALIGNMENT)
+            _move(key_ptrs, layer, source[:, None], target[:, None], seconds[None, :], mask_pairs, RAW_DTYPE, ALIGNMENT)
 
 
 @triton.jit
 def _move(ptrs, layer, source, target, dims, mask, RAW_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
     """These dimensions of all survivors, bit for bit."""
     paged = layer_ptr(ptrs, layer, RAW_DTYPE, ALIGNMENT)
-    moved = tl.load(paged + source[:, None] + dims[None, :], mask=mask)
+    moved = tl.load(paged + source + dims, mask=mask)
     tl.debug_barrier()
-    tl.store(paged + target[:, None] + dims[None, :], moved, mask=mask)
+    tl.store(paged + target + dims, moved, mask=mask)
 
 
 @triton.jit
@@ -375,7 +376,7 @@ def _fit_values(
     NUM_KEPT: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """These dimensions of the survivors' values, [BLOCK_K, BLOCK_C], fitted: `fitted_values`."""
+    """These dimensions of the survivors' values, [BLOCK_C, BLOCK_K], fitted: `fitted_values`, transposed."""
     survivors = tl.arange(0, BLOCK_K)
     gram = tl.full([BLOCK_K, BLOCK_K], 0.0, tl.float32)
     residual = tl.full(values.shape, 0.0, tl.float32)
@@ -384,19 +385,19 @@ def _fit_values(
         share = tl.load(shares + rows[:, None] * BLOCK_K + survivors[None, :])
         output = tl.load(brought + rows[:, None] * HEAD_DIM + dims[None, :], mask=(dims < HEAD_DIM)[None, :], other=0.0)
         gram = tl.dot(tl.trans(share), share, acc=gram, input_precision="ieee")
-        residual = tl.dot(tl.trans(share), output, acc=residual, input_precision="ieee")
+        residual = tl.dot(tl.trans(output), share, acc=residual, input_precision="ieee")
     diagonal = tl.where(survivors[:, None] == survivors[None, :], gram, 0.0)
     strength = tl.sum(tl.sum(diagonal, axis=1), axis=0) * (ridge / NUM_KEPT)
-    residual -= tl.dot(gram, values, input_precision=PRECISION)
+    residual -= tl.dot(values, gram, input_precision=PRECISION)
     direction = residual
-    square = tl.sum(residual * residual, axis=0)
+    square = tl.sum(residual * residual, axis=1)
     for _ in range(STEPS):
-        image = tl.dot(gram, direction, input_precision=PRECISION) + strength * direction
-        length = _ratio(square, tl.sum(direction * image, axis=0))
-        values += length[None, :] * direction
-        residual -= length[None, :] * image
-        new_square = tl.sum(residual * residual, axis=0)
-        direction = residual + _ratio(new_square, square)[None, :] * direction
+        image = tl.dot(direction, gram, input_precision=PRECISION) + strength * direction
+        length = _ratio(square, tl.sum(direction * image, axis=1))
+        values += length[:, None] * direction
+        residual -= length[:, None] * image
+        new_square = tl.sum(residual * residual, axis=1)
+        direction = residual + _ratio(new_square, square)[:, None] * direction
         square = new_square
     return values
 
