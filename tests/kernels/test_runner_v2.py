@@ -31,7 +31,7 @@ NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 2, 4, 2, 16, 8
 MAX_REQS, MAX_BLOCKS = 3, 26
 SIZES: dict[str, Any] = {"window_size": 16, "buffer_size": 8, "retention_ratio": 0.5, "query_stride": 4}
 NO_REFIT = {"key_ridge": 0.0, "value_ridge": 0.0}
-BUDGET = {"budget_size": 16, "budget_interval": 8}
+BUDGET: dict[str, Any] = {"budget_size": 16, "budget_interval": 8}
 
 
 def rope_on(device: str) -> Rope:
