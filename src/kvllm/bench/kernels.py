@@ -188,7 +188,7 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
         if supported(shape.num_kept, shape.head_dim):
             refits: list[Callable[[], Any]] = [
                 # So strong a ridge that the cache, refitted again and again, stays what it is; the work is the same.
-                partial(refit, bank, s.int(), kept, blocks, cache, weights[2], 1e9, 1e9)
+                partial(refit, bank, s.int(), kept, blocks, cache, weights[-1], 1e9, 1e9)
                 for s, blocks in zip(slots, sets, strict=False)
             ]
             moved_bytes = token_bytes * (shape.num_candidates + shape.num_kept)
@@ -312,7 +312,7 @@ def check(shape: Shape) -> dict[str, float]:
         reference(blocks, expected)
         errors[name] = relative_error(actual.keys + actual.values, expected.keys + expected.values)
     if supported(shape.num_kept, shape.head_dim):
-        errors["refit"] = refit_error(bank, slots.int(), kept, blocks, cache, weights[2])
+        errors["refit"] = refit_error(bank, slots.int(), kept, blocks, cache, weights[-1])
 
     query = torch.randn(7, shape.num_heads, shape.head_dim, device=DEVICE).to(dtype)
     codes = torch.tensor([5, -1, 0, -1, -1, 7, 2], dtype=torch.int32, device=DEVICE)
