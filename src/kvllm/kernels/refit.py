@@ -46,7 +46,7 @@ def refit_ref(
     req_slots:        [num_due], each due request's row in the bank
     kept:             [num_due, num_layers, num_kv_heads, num_kept], ascending
     candidate_blocks: [num_due, num_candidates / block_size], block ids; no block twice
-    turn:             None: the queries stay as they are
+    turn:             of distances [num_queries, 1, group_size]; None: the queries stay as they are
     key_ridge, value_ridge: 0: the keys, or the values, move bit for bit
     """
     queries = bank.of(req_slots.long()).transpose(0, 1).flatten(0, 1).double()

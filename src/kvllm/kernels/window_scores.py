@@ -169,13 +169,13 @@ def _load_tile(ptrs, offsets, mask, layer, dims, DTYPE: tl.constexpr, ALIGNMENT:
 
 @triton.jit
 def _pairs(first, second, NUM_PAIRS: tl.constexpr, HALVES: tl.constexpr, BLOCK_H: tl.constexpr):
-    """The dimensions that turn together, [BLOCK_H] each."""
+    """The dimensions that turn together, [BLOCK_H] each; int32, which takes half the registers."""
     pairs = tl.arange(0, BLOCK_H)
     if HALVES:
         firsts, seconds = pairs, pairs + NUM_PAIRS
     else:
-        firsts = tl.load(first + pairs, mask=pairs < NUM_PAIRS, other=0)
-        seconds = tl.load(second + pairs, mask=pairs < NUM_PAIRS, other=0)
+        firsts = tl.load(first + pairs, mask=pairs < NUM_PAIRS, other=0).to(tl.int32)
+        seconds = tl.load(second + pairs, mask=pairs < NUM_PAIRS, other=0).to(tl.int32)
     return firsts, seconds
 
 
