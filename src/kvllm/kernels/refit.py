@@ -83,7 +83,7 @@ class Tiles(NamedTuple):
 
 def tiles(num_rows: int, head_dim: int, float32: bool) -> Tiles:
     block_q = min(64, max(16, triton.next_power_of_2(num_rows)))
-    block_c = min(64, max(16, triton.next_power_of_2(head_dim)))
+    block_c = max(16, triton.next_power_of_2(head_dim))
     if float32:  # no tensor cores: small tiles, so that the operands of the plain product fit the registers
         return Tiles(16, 32, 8, 1, 16, 16, 8, 1)
     return Tiles(block_q, 64, 4, 2, block_q, block_c, 8, 2)
@@ -102,8 +102,9 @@ def refit(
     """`refit_ref` in Triton, two launches for every few requests; see `supported`.
 
     The first has a program for each request, layer, KV head and tile of queries. It finds what the queries get from
-    the window, how they divide their attention among the survivors, and what share of it these have. The second solves
-    for a head's values, some dimensions a program, and in one more for the keys' shift, and writes them.
+    the window and not from the survivors, how they divide their attention among these, and what share of it these have.
+    The second solves for a head's values, some dimensions a program, and in one more for the keys' shift, and writes
+    them.
     """
     num_layers, _, num_queries, _, head_dim = bank.queries.shape
     num_due, _, num_kv_heads, num_kept = kept.shape
@@ -124,10 +125,10 @@ def refit(
         dtype = torch.float32
     heads, device = num_layers * num_kv_heads, bank.queries.device
     batch = min(num_due, _BATCH) * heads
-    shares = brought = lost = None
+    shares = missing = lost = None
     if value_ridge > 0:
         shares = torch.empty(batch, padded_rows, block_k, dtype=dtype, device=device)
-        brought = torch.empty(batch, padded_rows, head_dim, dtype=dtype, device=device)
+        missing = torch.empty(batch, padded_rows, head_dim, dtype=dtype, device=device)
     if key_ridge > 0:
         lost = torch.empty(batch, padded_rows, dtype=torch.float32, device=device)
     turns = (turn.cos, turn.sin, turn.first, turn.second) if turn else (None, None, None, None)
@@ -161,7 +162,7 @@ def refit(
         )
         asked = (bank.queries, bank.scales, *turns, slots, bank.queries.shape[1])
         _attend_kernel[(len(slots) * heads * padded_rows // sizes.block_q,)](
-            *(shares, brought, lost, survivors, *cached, *asked, head_dim**-0.5 / math.log(2), LEAST_KEPT),
+            *(shares, missing, lost, survivors, *cached, *asked, head_dim**-0.5 / math.log(2), LEAST_KEPT),
             NUM_CANDIDATES=candidate_blocks.shape[1] * cache.block_size,
             BLOCK_Q=sizes.block_q,
             BLOCK_T=sizes.block_t,
@@ -172,7 +173,7 @@ def refit(
         )
         num_columns = triton.cdiv(head_dim, sizes.block_c)
         _fit_kernel[(len(slots) * heads * (num_columns + 1),)](
-            *(shares, brought, lost, survivors, *cached, *asked, head_dim**-0.5, key_ridge, value_ridge),
+            *(shares, missing, lost, survivors, *cached, *asked, head_dim**-0.5, key_ridge, value_ridge),
             STEPS=STEPS,
             RAW_DTYPE=cache.raw_tl_dtype,
             FP8_MAX=FP8_MAX,
@@ -188,7 +189,7 @@ def refit(
 
 @triton.jit
 def _attend_kernel(
-    shares, brought, lost, kept,
+    shares, missing, lost, kept,
     candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,
     stride_candidates, stride_kv_block, stride_kv_token, stride_kv_head,
     numbers, scales, cos, sin, first, second, req_slots, max_num_reqs, softmax_scale, least_kept,
@@ -202,7 +203,7 @@ def _attend_kernel(
     """Of a tile of queries, with zeros in the rows past the last:
 
     shares  [batch, PADDED_ROWS, BLOCK_K]: how a query divides its attention among the survivors, which sums to 1
-    brought [batch, PADDED_ROWS, HEAD_DIM]: what it gets from the window
+    missing [batch, PADDED_ROWS, HEAD_DIM]: what it gets from the window, less what the survivors bring
     lost    [batch, PADDED_ROWS]: -log of the share of the survivors
     """
     pid = tl.program_id(0).to(tl.int64)  # the tiles of one head are neighbours and share its keys in the L2 cache
@@ -244,11 +245,7 @@ def _attend_kernel(
             output = tl.dot(p.to(DOT_DTYPE), v, acc=output * shrink[:, None], input_precision="ieee")
     counts = rows < NUM_ROWS
     if FIT_VALUES:
-        if HAS_SCALE:
-            output *= tl.load(v_scale + layer)
         output = tl.where(counts[:, None], output / total[:, None], 0.0)
-        places = brought + (batch * PADDED_ROWS + rows)[:, None] * HEAD_DIM + dims[None, :]
-        tl.store(places, output.to(DOT_DTYPE), mask=(dims < HEAD_DIM)[None, :])
 
     survivors = tl.arange(0, BLOCK_K)
     valid = survivors < NUM_KEPT
@@ -264,8 +261,15 @@ def _attend_kernel(
     p = tl.exp2(logits - highest_kept[:, None])
     total_kept = tl.sum(p, axis=1)
     if FIT_VALUES:
-        p = tl.where(counts[:, None], p / total_kept[:, None], 0.0)
-        tl.store(shares + (batch * PADDED_ROWS + rows)[:, None] * BLOCK_K + survivors[None, :], p.to(DOT_DTYPE))
+        p = tl.where(counts[:, None], p / total_kept[:, None], 0.0).to(DOT_DTYPE)
+        tl.store(shares + (batch * PADDED_ROWS + rows)[:, None] * BLOCK_K + survivors[None, :], p)
+        # Subtracted before anything is rounded: what is missing is small beside either.
+        v = _load_tile(value_ptrs, offsets, valid, layer, dims, KV_DTYPE, ALIGNMENT, HEAD_DIM).to(DOT_DTYPE)
+        output = tl.dot(-p, v, acc=output, input_precision="ieee")
+        if HAS_SCALE:
+            output *= tl.load(v_scale + layer)
+        places = missing + (batch * PADDED_ROWS + rows)[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(places, output.to(DOT_DTYPE), mask=(dims < HEAD_DIM)[None, :])
     if FIT_KEYS:
         share = tl.exp2(highest_kept - highest) * total_kept / total
         share = tl.where(counts, -tl.log(tl.maximum(share, least_kept)), 0.0)
@@ -274,7 +278,7 @@ def _attend_kernel(
 
 @triton.jit
 def _fit_kernel(
-    shares, brought, lost, kept,
+    shares, missing, lost, kept,
     candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,
     stride_candidates, stride_kv_block, stride_kv_token, stride_kv_head,
     numbers, scales, cos, sin, first, second, req_slots, max_num_reqs, query_scale, key_ridge, value_ridge,
@@ -312,7 +316,7 @@ def _fit_kernel(
             paged = layer_ptr(value_ptrs, layer, KV_DTYPE, ALIGNMENT)
             values = tl.load(paged + dims[:, None] + source[None, :], mask=mask, other=0.0).to(tl.float32)
             values = _fit_values(
-                shares + batch * PADDED_ROWS * BLOCK_K, brought + batch * PADDED_ROWS * HEAD_DIM, values * change_scale,
+                shares + batch * PADDED_ROWS * BLOCK_K, missing + batch * PADDED_ROWS * HEAD_DIM, values * change_scale,
                 dims, value_ridge, NUM_KEPT, HEAD_DIM, PADDED_ROWS, PRECISION, STEPS, BLOCK_R, BLOCK_K,
             )  # fmt: skip
             tl.debug_barrier()
@@ -372,7 +376,7 @@ def _ratio(a, b):
 
 @triton.jit
 def _fit_values(
-    shares, brought, values, dims, ridge,
+    shares, missing, values, dims, ridge,
     NUM_KEPT: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -383,12 +387,11 @@ def _fit_values(
     for start in range(0, PADDED_ROWS, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
         share = tl.load(shares + rows[:, None] * BLOCK_K + survivors[None, :])
-        output = tl.load(brought + rows[:, None] * HEAD_DIM + dims[None, :], mask=(dims < HEAD_DIM)[None, :], other=0.0)
+        target = tl.load(missing + rows[:, None] * HEAD_DIM + dims[None, :], mask=(dims < HEAD_DIM)[None, :], other=0.0)
         gram = tl.dot(tl.trans(share), share, acc=gram, input_precision="ieee")
-        residual = tl.dot(tl.trans(output), share, acc=residual, input_precision="ieee")
+        residual = tl.dot(tl.trans(target), share, acc=residual, input_precision="ieee")
     diagonal = tl.where(survivors[:, None] == survivors[None, :], gram, 0.0)
     strength = tl.sum(tl.sum(diagonal, axis=1), axis=0) * (ridge / NUM_KEPT)
-    residual -= tl.dot(values, gram, input_precision=PRECISION)
     direction = residual
     square = tl.sum(residual * residual, axis=1)
     for _ in range(STEPS):
@@ -422,10 +425,10 @@ def _fit_shift(
             NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, TURN, tl.float32, BLOCK_H,
         )  # fmt: skip
         scale = (scale * query_scale)[:, None]
-        missing = tl.load(lost + rows)[:, None]
+        wanted = tl.load(lost + rows)[:, None]
         a, b = a * scale, b * scale
-        residual_a += tl.sum(a * missing, axis=0)
-        residual_b += tl.sum(b * missing, axis=0)
+        residual_a += tl.sum(a * wanted, axis=0)
+        residual_b += tl.sum(b * wanted, axis=0)
         a, b = a.to(DOT_DTYPE), b.to(DOT_DTYPE)
         gram_aa = tl.dot(tl.trans(a), a, acc=gram_aa, input_precision="ieee")
         gram_ab = tl.dot(tl.trans(a), b, acc=gram_ab, input_precision="ieee")

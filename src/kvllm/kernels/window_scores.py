@@ -118,7 +118,7 @@ def window_scores(
         BLOCK_T=block_t,
         BLOCK_Q=block_q,
         BLOCK_H=block_h,
-        num_stages=2,
+        num_stages=3,  # of 2 and 3 on an H100
     )
     weights = log_sums = None
     if num_tiles > 1:
@@ -326,6 +326,9 @@ def _scores_kernel(
     keys_a, keys_b = tl.trans(keys_a.to(DOT_DTYPE)), tl.trans(keys_b.to(DOT_DTYPE))
     if HAS_SCALE:
         softmax_scale *= tl.load(k_scale + layer)
+    if not SEVERAL_TILES:  # parked where the scores will stand: the loop needs the registers
+        tl.store(scores + pid * NUM_CANDIDATES + tokens, weight, mask=valid)
+        tl.debug_barrier()
 
     layer_row = layer * max_num_reqs + tl.load(req_slots + due)
     # A thread holds rows r and r + 8 of each 16 of a product, so these are added in its registers; only after the loop
@@ -354,8 +357,8 @@ def _scores_kernel(
         total += tl.sum(tl.reshape(p * row_weight[:, None], [BLOCK_Q // 16, 2, 8, BLOCK_T]), axis=1)
     # The mean over the queries and the heads of the group.
     score = tl.sum(tl.sum(total, axis=1), axis=0) * (1.0 / NUM_ROWS) + floor
-    if SEVERAL_TILES:
-        weight = tl.load(weights + pid * NUM_CANDIDATES + tokens, mask=valid, other=0.0)
+    parked = weights if SEVERAL_TILES else scores
+    weight = tl.load(parked + pid * NUM_CANDIDATES + tokens, mask=valid, other=0.0)
     tl.store(scores + pid * NUM_CANDIDATES + tokens, score * weight, mask=valid)
 
 
