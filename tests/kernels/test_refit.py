@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kvllm.kernels.compact import compact_ref
-from kvllm.kernels.refit import refit, refit_ref, supported
+from kvllm.kernels.refit import refit, refit_ref
 from kvllm.kernels.windows import gather_window_ref
 from kvllm.methods.base import Window
 from kvllm.methods.kara import Kara, turn_distances
@@ -142,8 +142,3 @@ def test_nothing_due(device):
     kept = torch.empty(0, 2, 2, 16, dtype=torch.int32, device=device)
     refit(bank, slots[:0], kept, blocks[:0], cache, None, 1.0, 1.0)
     assert_same_bits(cache, expected)
-
-
-def test_what_fits_on_chip():
-    assert supported(80, 128) and supported(128, 64)
-    assert not supported(144, 64) and not supported(80, 256)

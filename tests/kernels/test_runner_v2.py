@@ -56,7 +56,7 @@ def model_state(config: KvConfig, cache: PagedCache, device: str) -> Any:
     state.rope, state.turns = rope_on(device) if state.method.uses_rope else None, {}
     most_survivors = config.budget_size if bounded else config.history_size
     shape = (MAX_REQS, NUM_LAYERS, NUM_KV_HEADS, most_survivors)
-    needed = most_survivors and not state._always_fused
+    needed = most_survivors and not state._fused
     state.survivors = torch.zeros(shape, dtype=torch.int32, device=device) if needed else None
     state.bank_codes = torch.full((state.max_num_tokens,), -1, dtype=torch.int32, device=device)
     state.plan = torch.zeros(runner_v2._NUM_ROWS, MAX_REQS, dtype=torch.int32, device=device)
@@ -193,9 +193,9 @@ def test_equals_reference(config: KvConfig, num_events: int, device: str, monkey
 
 
 @pytest.mark.parametrize("options", [{}, {"history_size": 24}, {"policy": "budget", **BUDGET}])
-def test_sizes_that_the_kernels_do_not_refit(
+def test_heads_that_the_kernels_do_not_refit(
     options: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_v2, "supported", lambda num_kept, head_dim: False)
+    monkeypatch.setattr(runner_v2, "MOST_DIMS", HEAD_DIM - 1)
     monkeypatch.setattr(runner_v2, "refit", None)
     test_equals_reference(KvConfig(method="kara", **options, **SIZES), 5, device, monkeypatch)

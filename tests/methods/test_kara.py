@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvllm.config import KvConfig
 from kvllm.methods import make_method
-from kvllm.methods.kara import Kara, token2chunk, turn_distances
+from kvllm.methods.kara import MOST_REFITTED, Kara, token2chunk, turn_distances
 from kvllm.methods.rope import Rope, frequencies
 from tests.methods.loops import place_of
 from tests.methods.windows import random_window
@@ -252,6 +252,13 @@ def test_refitting_changes_no_choice():
         assert torch.equal(kept.indices, plain.indices)
         assert kept.keys is not None and kept.values is not None and kept.keys.dtype == torch.bfloat16
         assert torch.equal(kept.keys, keys) == same_keys and torch.equal(kept.values, values) == same_values
+
+
+def test_more_survivors_than_can_be_told_apart_stay_as_they_are():
+    window = random_window(num_tokens=MOST_REFITTED + 2)
+    assert Kara().compress(window, MOST_REFITTED).keys is not None
+    assert Kara().compress(window, MOST_REFITTED + 1).keys is None
+    assert not Kara(variant="paper").refits(1)
 
 
 def token2chunk_by_loops(scores, num_kept, max_chunk_size, chunk_fill):

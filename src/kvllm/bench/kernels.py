@@ -25,12 +25,12 @@ from torch import Tensor
 from kvllm.kernels.block_tables import shorten_block_tables, shorten_block_tables_ref
 from kvllm.kernels.compact import compact, compact_ref
 from kvllm.kernels.paged import PagedCache
-from kvllm.kernels.refit import refit, refit_ref, supported
+from kvllm.kernels.refit import MOST_DIMS, refit, refit_ref
 from kvllm.kernels.select_chunks import select_chunks, select_chunks_ref
 from kvllm.kernels.store_queries import store_queries, store_queries_ref
 from kvllm.kernels.window_scores import window_scores, window_scores_ref
 from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window, scatter_window_ref
-from kvllm.methods.kara import Kara, turn_distances
+from kvllm.methods.kara import MOST_REFITTED, Kara, turn_distances
 from kvllm.methods.refit import STEPS
 from kvllm.methods.rope import Rope, Turn, frequencies
 from kvllm.query_bank import QueryBank, quantize
@@ -185,7 +185,7 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
                 pairs * (token_bytes + model_bytes) * shape.num_kept,
             ),
         ]
-        if supported(shape.num_kept, shape.head_dim):
+        if shape.num_kept <= MOST_REFITTED and shape.head_dim <= MOST_DIMS:
             refits: list[Callable[[], Any]] = [
                 # So strong a ridge that the cache, refitted again and again, stays what it is; the work is the same.
                 partial(refit, bank, s.int(), kept, blocks, cache, weights[-1], 1e9, 1e9)
@@ -311,7 +311,7 @@ def check(shape: Shape) -> dict[str, float]:
         run(blocks, actual)
         reference(blocks, expected)
         errors[name] = relative_error(actual.keys + actual.values, expected.keys + expected.values)
-    if supported(shape.num_kept, shape.head_dim):
+    if shape.num_kept <= MOST_REFITTED and shape.head_dim <= MOST_DIMS:
         errors["refit"] = refit_error(bank, slots.int(), kept, blocks, cache, weights[-1])
 
     query = torch.randn(7, shape.num_heads, shape.head_dim, device=DEVICE).to(dtype)

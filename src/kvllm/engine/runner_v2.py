@@ -28,7 +28,7 @@ from kvllm.engine.settings import Geometries, kv_config
 from kvllm.kernels.block_tables import shorten_block_tables
 from kvllm.kernels.compact import compact
 from kvllm.kernels.paged import PagedCache
-from kvllm.kernels.refit import refit, supported
+from kvllm.kernels.refit import MOST_DIMS, refit
 from kvllm.kernels.select_chunks import select_chunks
 from kvllm.kernels.store_queries import store_queries
 from kvllm.kernels.window_scores import window_scores
@@ -120,7 +120,7 @@ class KvModelState(DefaultModelState):
         # them]; int32 holds them.
         self.survivors: Tensor | None = None
         most_survivors = config.budget_size if config.policy == "budget" else config.history_size
-        if most_survivors and not self._always_fused:
+        if most_survivors and not self._fused:
             self.survivors = torch.zeros(
                 self.max_num_reqs, len(self.layers), layer.num_kv_heads, most_survivors,
                 dtype=torch.int32, device=device,
@@ -296,7 +296,7 @@ class KvModelState(DefaultModelState):
         req_slots: Tensor,
         candidates: Tensor,
     ) -> None:
-        if self._fused(geometry):
+        if self._fused:
             self._compress_kara(geometry.shape(int(done[0])).num_kept, places, req_slots, candidates)
         else:
             self._compress_generic(geometry, prompts, done, places, req_slots, candidates)
@@ -311,19 +311,11 @@ class KvModelState(DefaultModelState):
         return np.stack([row[f : f + count] for row, f in zip(logical, first, strict=True)])
 
     @property
-    def _always_fused(self) -> bool:
-        """Whether the kernels do exactly what the method does, at any size."""
-        return isinstance(self.method, Kara) and self.method.fused and not self.method.refits
-
-    def _fused(self, geometry: Geometry) -> bool:
-        """Whether they do it at these sizes: at all events of a request, or at none, so that one path has its history.
-
-        Those that refit take no more survivors than fit on chip.
-        """
-        if self._always_fused or not isinstance(self.method, Kara) or not self.method.fused:
-            return self._always_fused
-        head_dim = self.query_bank.queries.shape[-1]
-        return all(supported(geometry.shape(event).num_kept, head_dim) for event in geometry.first_of_each_shape)
+    def _fused(self) -> bool:
+        """Whether the kernels do exactly what the method does."""
+        if not isinstance(self.method, Kara) or not self.method.fused:
+            return False
+        return self.query_bank.queries.shape[-1] <= MOST_DIMS or not self.method.refits(num_kept=1)
 
     def _compress_kara(self, num_kept: int, places: Places, req_slots: Tensor, candidates: Tensor) -> None:
         assert self.cache is not None and isinstance(self.method, Kara)
@@ -334,7 +326,7 @@ class KvModelState(DefaultModelState):
         )  # fmt: skip
         kept = select_chunks(scores.flatten(0, 2), num_kept, method.max_chunk_size, method.chunk_fill)
         kept = kept.view(*scores.shape[:3], -1)
-        if method.refits:
+        if method.refits(num_kept):
             ridges = (method.key_ridge, method.value_ridge)
             refit(self.query_bank, req_slots, kept, candidates, self.cache, turn, *ridges)
         else:

@@ -16,6 +16,7 @@ from kvllm.kernels.compact import compact_ref
 from kvllm.kernels.paged import INTERPRETED, PagedCache, layer_ptr, token_offsets
 from kvllm.kernels.window_scores import _load_queries, _load_tile, _pairs
 from kvllm.kernels.windows import FP8_MAX, gather_window_ref, scatter_rows_ref
+from kvllm.methods.kara import MOST_REFITTED
 from kvllm.methods.refit import LEAST_KEPT, STEPS, fitted_values, key_shift
 from kvllm.methods.rope import Turn
 from kvllm.query_bank import QueryBank
@@ -23,12 +24,7 @@ from kvllm.query_bank import QueryBank
 # Requests of one pair of launches: what passes between the two takes about 40 MB a request of an 8B model.
 _BATCH = 4
 # A head's matrix [num_kept, num_kept], and that of its dimensions, stay in the registers of one program.
-_MOST_KEPT, _MOST_DIMS = 128, 128
-
-
-def supported(num_kept: int, head_dim: int) -> bool:
-    """Whether `refit` takes these sizes; of candidates it takes any number."""
-    return num_kept <= _MOST_KEPT and head_dim <= _MOST_DIMS
+MOST_DIMS = 128
 
 
 def refit_ref(
@@ -99,7 +95,7 @@ def refit(
     key_ridge: float,
     value_ridge: float,
 ) -> None:
-    """`refit_ref` in Triton, two launches for every few requests; see `supported`.
+    """`refit_ref` in Triton, two launches for every few requests.
 
     The first has a program for each request, layer, KV head and tile of queries. It finds what the queries get from
     the window and not from the survivors, how they divide their attention among these, and what share of it these have.
@@ -111,7 +107,7 @@ def refit(
     assert bank.queries.is_contiguous() and kept.is_contiguous() and candidate_blocks.stride(1) == 1
     assert (num_layers, num_kv_heads) == (cache.num_layers, cache.num_kv_heads) == kept.shape[1:3]
     assert num_due == len(req_slots) == len(candidate_blocks) and head_dim == cache.head_dim
-    assert supported(num_kept, head_dim) and bank.num_kv_heads == num_kv_heads
+    assert num_kept <= MOST_REFITTED and head_dim <= MOST_DIMS and bank.num_kv_heads == num_kv_heads
     if not num_due:
         return
     float32 = cache.dtype == torch.float32

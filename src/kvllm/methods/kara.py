@@ -29,6 +29,9 @@ PAPER = {
     "value_ridge": 0.0,
 }
 VARIANTS = ("tuned", "paper")
+# Survivors that are fitted at once: their matrix fits a GPU's multiprocessor, and the few stored queries can tell them
+# apart. Of more than that enough stay as they are.
+MOST_REFITTED = 128
 
 
 @register("kara")
@@ -52,7 +55,7 @@ class Kara(Method):
     key_ridge:         > 0: shift the kept keys so that they win back the evicted ones' attention; the smaller the
                        stronger (`kvllm.methods.refit.shift_keys`)
     value_ridge:       > 0: change the kept values so that they bring what the whole window brought
-                       (`kvllm.methods.refit.refit_values`)
+                       (`kvllm.methods.refit.refit_values`); both only where at most MOST_REFITTED tokens stay
     variant:           "paper" sets the plain form of the paper, whatever the options above it say
 
     """
@@ -89,16 +92,16 @@ class Kara(Method):
 
     @property
     def fused(self) -> bool:
-        """Whether there are Triton kernels for this; a refit's take not every size (`kernels.refit.supported`)."""
+        """Whether there are Triton kernels for this."""
         return self.bidirectional and self.moment == "mean"
 
     @property
     def uses_rope(self) -> bool:
         return self.bidirectional and self.lookahead > 0
 
-    @property
-    def refits(self) -> bool:
-        return self.key_ridge > 0 or self.value_ridge > 0
+    def refits(self, num_kept: int) -> bool:
+        """Whether so many survivors are fitted."""
+        return (self.key_ridge > 0 or self.value_ridge > 0) and num_kept <= MOST_REFITTED
 
     def score(self, window: Window) -> Tensor:
         scores = attention_moment(self.ahead(window), self.moment, self.bidirectional)
@@ -123,7 +126,7 @@ class Kara(Method):
 
     def compress(self, window: Window, num_kept: int) -> Kept:
         kept = self.select(self.score(window), num_kept)
-        if not self.refits:
+        if not self.refits(num_kept):
             return Kept(kept)
         window = self.ahead(window)
         keys, values = gather_tokens(window.keys, kept), gather_tokens(window.values, kept)
