@@ -21,12 +21,12 @@ from vllm import LLM, SamplingParams
 
 from kvllm.config import KvConfig
 from kvllm.engine.stats import engine_stats
-from kvllm.reference import load_model, replay
+from kvllm.reference import load_model
 from tests.models import VOCAB_SIZE, save_random_llama
+from tests.near_ties import Match, check_greedy
 
 BLOCK_SIZE = 16
 CONFIG = KvConfig(window_size=64, buffer_size=32, retention_ratio=0.5)
-NEAR_TIE = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -79,24 +79,17 @@ def greedy(llm: LLM, prompts: list[list[int]], num_tokens: int, ratio: float | N
     return [list(o.outputs[0].token_ids) for o in outputs]
 
 
-def check(model: Any, prompt_ids: list[int], output: list[int], config: KvConfig | None = CONFIG) -> int:
-    result = replay(model, prompt_ids + output, len(prompt_ids), config, BLOCK_SIZE, keep_full=True)
-    assert result.full_logprobs is not None
-    rows = result.full_logprobs[len(prompt_ids) - 1 :]
-    chosen = torch.tensor(output, device=rows.device)
-    loss = rows.max(dim=-1).values - rows.gather(1, chosen[:, None])[:, 0]
-    wrong = (loss > NEAR_TIE).nonzero().flatten().tolist()
-    assert not wrong, (
-        f"prompt of {len(prompt_ids)}: {len(wrong)} of {len(output)} differ, "
-        f"first {wrong[:5]} by {loss[wrong[:5]].tolist()} nats"
-    )
-    return int((loss > 0).sum())
+def check(model: Any, prompt_ids: list[int], output: list[int], config: KvConfig | None = CONFIG) -> Match:
+    match = check_greedy(model, prompt_ids, output, config, BLOCK_SIZE)
+    if match.variant is not None:
+        print(f"prompt of {len(prompt_ids)}: a near tie among the survivors, as variant {match.variant} of the scores")
+    return match
 
 
 def test_equals_reference(llm: LLM, reference_model: Any) -> None:
     prompts = [prompt(n, n) for n in (1, 15, 16, 17, 300)]
     outputs = greedy(llm, prompts, 400)
-    ties = sum(check(reference_model, p, o) for p, o in zip(prompts, outputs, strict=True))
+    ties = sum(check(reference_model, p, o).near_ties for p, o in zip(prompts, outputs, strict=True))
     print("near ties:", ties, engine_stats(llm))
     assert engine_stats(llm)["num_windows_compressed"] >= 5 * len(prompts)
     pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
@@ -139,9 +132,13 @@ def test_random_traffic_with_preemption(llm: LLM, reference_model: Any) -> None:
     assert after["free_kv_blocks"] == after["num_kv_blocks"]
     finished = sorted(set(outputs) - aborted)
     assert len(finished) + len(aborted) >= 200
+    matches = []
     for i in finished[::4]:
         assert len(outputs[i]) == lengths[i]
-        check(reference_model, texts[i], outputs[i])
+        matches.append(check(reference_model, texts[i], outputs[i]))
+    near = sum(match.variant is not None for match in matches)
+    print("near ties among survivors:", near, "of", len(matches), "requests")
+    assert near <= len(matches) // 10
 
 
 def test_graphs_do_not_change_what_is_kept(llm: LLM, model_dir: Path) -> None:
