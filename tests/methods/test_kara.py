@@ -163,7 +163,7 @@ def test_keys_unlike_the_others_count_more(bidirectional, keydiff_power):
 @pytest.mark.parametrize("moment", ["mean", "rms", "max"])
 def test_the_defaults_equal_the_definition(moment):
     window = random_window()
-    expected = scores_by_loops(window, True, True, moment, lookahead=300, keydiff_power=2.0, floor=0.5)
+    expected = scores_by_loops(window, True, True, moment, lookahead=300, keydiff_power=2.0, floor=1.0)
     assert_scores_close(Kara(moment=moment).score(window), expected)
 
 

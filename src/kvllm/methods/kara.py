@@ -64,7 +64,7 @@ class Kara(Method):
     lookahead: int = 300
     value_norm: bool = True
     keydiff_power: float = 2.0
-    attention_floor: float = 0.5
+    attention_floor: float = 1.0
     max_chunk_size: int = 8
     chunk_fill: float = 0.5
     moment: str = "mean"
