@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
 import torch
 
 from kvllm.config import KvConfig
-from kvllm.methods import make_method, methods
+from kvllm.methods import all_options, make_method, methods, resolved
 from kvllm.methods.base import top_k
+from kvllm.methods.kara import Kara
 from tests.methods.windows import one_of, random_window, tensors_of
 
 
@@ -77,3 +79,16 @@ def test_a_method_on_a_base_needs_what_its_base_needs(name):
     for base, options, needed in (("kara", {}, True), ("kara", {"lookahead": 0}, False), ("keydiff", {}, False)):
         on_base = make_method(KvConfig(method=name, method_options={"base": base, "base_options": options}))
         assert on_base.uses_rope == needed
+
+
+@pytest.mark.parametrize("options", [{}, {"method_options": {"attention_floor": 3.0}}, {"method": "cask"}])
+def test_what_a_measurement_records_makes_the_same_method(options):
+    config = KvConfig(**options)
+    recorded = json.loads(json.dumps(resolved(config)))
+    assert all_options(make_method(KvConfig.from_dict(recorded))) == all_options(make_method(config))
+    kara = recorded["method_options"]
+    if config.method == "cask":
+        assert kara["base"] == "kara"
+        kara = kara["base_options"]
+    assert kara["attention_floor"] == config.method_options.get("attention_floor", Kara().attention_floor)
+    assert kara["lookahead"] == Kara().lookahead

@@ -48,6 +48,8 @@ _PROTECTED, _EVENTS, _KEPT, _DROPPED, _FIXED, _CUT, _NUM_ROWS = range(7)
 # Windows that a method without kernels of its own sees at once: dense copies of all layers are large.
 _GENERIC_BATCH = 4
 
+_LARGE_BANK = 0.05  # share of the device's memory from which on max_num_seqs is worth a thought
+
 Places = tuple[int, ...]  # of each slot's query, as `query_positions` counts them
 
 
@@ -132,8 +134,15 @@ class KvModelState(DefaultModelState):
         self.prepared: InputBatch | None = None  # the real batch that preprocess_state has planned
         self.num_removed = np.zeros(0, np.int64)
         capture_queries(self.layers, self._capture, "cuda")
-        size = self.query_bank.num_bytes / 2**30
-        logger.info("KvLLM: %s, query bank of %.2f GiB for max_num_seqs=%d", config, size, self.max_num_reqs)
+        size, total = self.query_bank.num_bytes, torch.cuda.get_device_properties(device).total_memory
+        logger.info("KvLLM: %s, query bank of %.2f GiB for max_num_seqs=%d", config, size / 2**30, self.max_num_reqs)
+        if size > _LARGE_BANK * total:
+            logger.warning(
+                "KvLLM: the query bank takes %.0f%% of the GPU's memory; a max_num_seqs below %d leaves more of it to "
+                "the KV cache.",
+                100 * size / total,
+                self.max_num_reqs,
+            )
 
     # ------------------------------------------------------------------ requests
 

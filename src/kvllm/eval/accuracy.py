@@ -25,6 +25,7 @@ from kvllm.eval.report import Progress, interval, markdown
 from kvllm.eval.samples import FULL, Sample, read_samples, sample_key, write_sample
 from kvllm.eval.stats import Estimate, bootstrap_ratio, wilson
 from kvllm.eval.sweep import BASELINES, Case, parse_cases
+from kvllm.methods import resolved
 
 # What must be the same for two parts of a run to belong together.
 RUN = "run.json"
@@ -58,7 +59,7 @@ def plan(cases: Sequence[Case], problems: Sequence[Problem], samples: int) -> di
             options = case.config.to_dict()
             ratio = options.pop("retention_ratio")
             jobs = engines.setdefault(json.dumps(options, sort_keys=True), [])
-            jobs += [Job(p, s, case.name, case.config.to_dict(), ratio) for p, s in asked]
+            jobs += [Job(p, s, case.name, resolved(case.config), ratio) for p, s in asked]
     first = next(iter(engines), None)
     full = [Job(p, s, FULL, None, 1.0) for p, s in asked]
     engines[first] = full + engines.get(first, [])

@@ -26,6 +26,7 @@ from kvllm.eval.stats import Estimate, bootstrap_ratio
 from kvllm.eval.sweep import Case, baseline_of, parse_cases
 from kvllm.eval.traces import HALVES, Trace, half_of, read_traces
 from kvllm.layout import IntArray
+from kvllm.methods import resolved
 from kvllm.reference import Replay, feed, kl_by_row, load_model
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Result:
     def to_dict(self, random: Result | None) -> dict[str, Any]:
         return {
             "name": self.case.name,
-            "config": self.case.config.to_dict(),
+            "config": resolved(self.case.config),
             "kl": asdict(self.estimate("kl")),
             "top1_agreement": asdict(self.estimate("agreed")),
             "delta_nll": asdict(self.estimate("delta_nll")),

@@ -28,6 +28,7 @@ from kvllm.eval.problems import load_problems
 from kvllm.eval.report import Progress, interval, markdown
 from kvllm.eval.stats import Estimate, wilson
 from kvllm.eval.sweep import Case, parse_cases
+from kvllm.methods import resolved
 from kvllm.reference import Request, feed, load_model
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def table(answers: Mapping[str, Sequence[Answer]]) -> str:
 
 def report(answers: Mapping[str, Sequence[Answer]], cases: Sequence[Case], **about: Any) -> dict[str, Any]:
     """What is written as JSON: every answer too, so that it can be graded again."""
-    configs = {case.label: case.config.to_dict() for case in cases}
+    configs = {case.label: resolved(case.config) for case in cases}
     return {
         "task": "recall",
         "task_version": TASK_VERSION,

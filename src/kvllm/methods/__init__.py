@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import fields
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from kvllm.config import KvConfig
@@ -61,6 +61,19 @@ def make_method(config: KvConfig) -> Method:
             )
     shared = {name: getattr(config, name) for name in SHARED_OPTIONS if name in names}
     return cls(**(shared | dict(config.method_options)))
+
+
+def resolved(config: KvConfig) -> dict[str, Any]:
+    """The configuration with every option of its method, defaults too: what a measurement has to record."""
+    options = all_options(make_method(config))
+    return {**config.to_dict(), "method_options": {k: v for k, v in options.items() if k not in SHARED_OPTIONS}}
+
+
+def all_options(method: Method) -> dict[str, Any]:
+    """A method's fields; of one on a base, the base's own too."""
+    options = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
+    scorer = getattr(method, "scorer", None)
+    return options if scorer is None else options | {"base_options": all_options(scorer)}
 
 
 def check_method(config: KvConfig) -> None:
