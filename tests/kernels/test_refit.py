@@ -4,12 +4,10 @@ import torch
 from kvllm.kernels.compact import compact_ref
 from kvllm.kernels.refit import refit, refit_ref
 from kvllm.kernels.windows import gather_window_ref
-from kvllm.methods.base import Window
-from kvllm.methods.kara import Kara, turn_distances
-from kvllm.methods.rope import Rope, frequencies
+from kvllm.methods.kara import Kara
 from tests.kernels.paged_caches import assert_same_bits, copy_of
 from tests.kernels.test_compact import random_kept
-from tests.kernels.test_window_scores import make, turn_of
+from tests.kernels.test_window_scores import make, turn_of, window_of
 
 # What one rounding to the cache's dtype can differ by, relative, and what the products differ by. On a GPU queries,
 # weights and outputs are rounded to the dtype that it multiplies in; the interpreter multiplies in float32.
@@ -112,23 +110,8 @@ def test_queries_that_look_nowhere_change_no_key(device):
 @pytest.mark.parametrize("method", [Kara(key_ridge=1.0, value_ridge=0.5), Kara(value_ridge=1.0, lookahead=0)])
 def test_reference_is_kara(method, device):
     bank, slots, blocks, cache = make(64, 6, 3, 80, torch.float32, device)
-    keys, values = gather_window_ref(blocks, cache, torch.float32)
-    rope = Rope(frequencies(10000.0, 80, device))
-    window = Window(
-        queries=bank.of(slots).transpose(0, 1).flatten(0, 1),
-        query_positions=torch.tensor([75, 79, 63, 67, 71], device=device),
-        keys=keys,
-        values=values,
-        positions=torch.arange(64, device=device).expand(4, 3, 64),
-        layers=torch.arange(cache.num_layers, device=device).repeat(2),
-        query_shifts=bank.shifts,
-        rope=rope,
-    )
+    window, turn = window_of(method, bank, slots, blocks, cache)
     expected = method.compress(window, 16)
-    turn = None
-    if method.uses_rope:
-        distances = turn_distances(window.query_positions, window.query_shifts, method.lookahead)
-        turn = rope.turn(distances.unsqueeze(1), 80)
     kept = expected.indices.int().unflatten(0, (2, cache.num_layers)).contiguous()
     refit_ref(bank, slots, kept, blocks, cache, turn, method.key_ridge, method.value_ridge)
     keys, values = gather_window_ref(blocks, cache, torch.float32)

@@ -41,6 +41,27 @@ def make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, *, bl
     return bank, slots, random_blocks(2, blocks_each, 2 * blocks_each + 3, device), cache
 
 
+def window_of(method, bank, slots, blocks, cache):
+    """What a method sees of a float32 cache, with queries at places of a ring, and how it turns them."""
+    keys, values = gather_window_ref(blocks, cache, torch.float32)
+    num_tokens, num_kv_heads, head_dim = keys.shape[1:]
+    rope = Rope(frequencies(10000.0, head_dim, keys.device))
+    window = Window(
+        queries=bank.of(slots).transpose(0, 1).flatten(0, 1),
+        query_positions=torch.tensor([75, 79, 63, 67, 71], device=keys.device),
+        keys=keys,
+        values=values,
+        positions=torch.arange(num_tokens, device=keys.device).expand(len(keys), num_kv_heads, -1),
+        layers=torch.arange(cache.num_layers, device=keys.device).repeat(len(slots)),
+        query_shifts=bank.shifts,
+        rope=rope,
+    )
+    if not method.uses_rope:
+        return window, None
+    distances = turn_distances(window.query_positions, window.query_shifts, method.lookahead)
+    return window, rope.turn(distances.unsqueeze(1), head_dim)
+
+
 @pytest.mark.parametrize("value_norm", [True, False])
 @pytest.mark.parametrize(
     "num_candidates, num_heads, num_kv_heads, head_dim, dtype",
@@ -130,23 +151,8 @@ def test_large_logits_do_not_overflow(device):
 @pytest.mark.parametrize("method", [Kara(), Kara(keydiff_power=0.0), Kara(lookahead=0, value_norm=False)])
 def test_reference_is_kara(method, device):
     bank, slots, blocks, cache = make(64, 6, 3, 80, torch.float32, device)
-    keys, values = gather_window_ref(blocks, cache, torch.float32)
-    window = Window(
-        queries=bank.of(slots).transpose(0, 1).flatten(0, 1),
-        query_positions=torch.tensor([75, 79, 63, 67, 71], device=device),
-        keys=keys,
-        values=values,
-        positions=torch.arange(64, device=device).expand(4, 3, 64),
-        layers=torch.arange(cache.num_layers, device=device).repeat(2),
-        query_shifts=bank.shifts,
-        rope=Rope(frequencies(10000.0, 80, device)),
-    )
+    window, turn = window_of(method, bank, slots, blocks, cache)
     expected = method.score(window).unflatten(0, (2, cache.num_layers))
-    turn = None
-    if method.uses_rope:
-        assert window.rope is not None
-        distances = turn_distances(window.query_positions, window.query_shifts, method.lookahead)
-        turn = window.rope.turn(distances.unsqueeze(1), 80)
     options = (method.value_norm, method.keydiff_power, method.attention_floor)
     actual = window_scores_ref(bank, slots, blocks, cache, *options, turn)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-8)

@@ -59,6 +59,10 @@ class Shape:
         return self.num_candidates // self.query_stride
 
     @property
+    def refits(self) -> bool:
+        return self.num_kept <= MOST_REFITTED and self.head_dim <= MOST_DIMS
+
+    @property
     def blocks_each(self) -> int:
         return self.num_candidates // self.block_size
 
@@ -185,7 +189,7 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
                 pairs * (token_bytes + model_bytes) * shape.num_kept,
             ),
         ]
-        if shape.num_kept <= MOST_REFITTED and shape.head_dim <= MOST_DIMS:
+        if shape.refits:
             refits: list[Callable[[], Any]] = [
                 # So strong a ridge that the cache, refitted again and again, stays what it is; the work is the same.
                 partial(refit, bank, s.int(), kept, blocks, cache, weights[-1], 1e9, 1e9)
@@ -311,7 +315,7 @@ def check(shape: Shape) -> dict[str, float]:
         run(blocks, actual)
         reference(blocks, expected)
         errors[name] = relative_error(actual.keys + actual.values, expected.keys + expected.values)
-    if shape.num_kept <= MOST_REFITTED and shape.head_dim <= MOST_DIMS:
+    if shape.refits:
         errors["refit"] = refit_error(bank, slots.int(), kept, blocks, cache, weights[-1])
 
     query = torch.randn(7, shape.num_heads, shape.head_dim, device=DEVICE).to(dtype)

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +19,7 @@ from torch import Tensor
 # Whether Triton runs kernels in its interpreter, on the CPU: it reads the same variable when a kernel is defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-_TL_DTYPES = {
+TL_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float32: tl.float32,
@@ -64,8 +65,8 @@ class PagedCache:
                     f"the layers' caches differ: {tuple(t.shape)}, strides {t.stride()}, {t.dtype} against "
                     f"{tuple(first.shape)}, strides {first.stride()}, {first.dtype}; one launch needs one layout."
                 )
-        if first.dtype not in _TL_DTYPES:
-            raise ValueError(f"KV cache of {first.dtype}: the kernels read {', '.join(map(str, _TL_DTYPES))}.")
+        if first.dtype not in TL_DTYPES:
+            raise ValueError(f"KV cache of {first.dtype}: the kernels read {', '.join(map(str, TL_DTYPES))}.")
         if first.stride(-1) != 1:
             raise ValueError(f"KV cache with strides {first.stride()}: the head dimension must be contiguous.")
         if (first.dtype == torch.float8_e4m3fn) != (k_scale is not None and v_scale is not None):
@@ -103,7 +104,32 @@ class PagedCache:
 
     @property
     def tl_dtype(self) -> tl.dtype:
-        return _TL_DTYPES[self.dtype]
+        return TL_DTYPES[self.dtype]
+
+    @property
+    def dot_dtype(self) -> torch.dtype:
+        """What kernels multiply its numbers in."""
+        if self.dtype == torch.float32 or INTERPRETED:  # the interpreter's dot takes the bits of bf16 for integers
+            return torch.float32
+        return torch.float16 if self.dtype == torch.float16 else torch.bfloat16
+
+    def arguments(self, candidate_blocks: Tensor) -> tuple[Any, ...]:
+        """What a kernel needs to find candidates, from `candidate_blocks` to `stride_kv_head`."""
+        addresses = (candidate_blocks, self.key_ptrs, self.value_ptrs, self.k_scale, self.v_scale)
+        return (*addresses, candidate_blocks.stride(0), *self.strides)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The constants that go with `arguments`."""
+        return dict(
+            NUM_LAYERS=self.num_layers,
+            NUM_KV_HEADS=self.num_kv_heads,
+            HEAD_DIM=self.head_dim,
+            BLOCK_SIZE=self.block_size,
+            KV_DTYPE=self.tl_dtype,
+            ALIGNMENT=self.alignment,
+            HAS_SCALE=self.k_scale is not None,
+        )
 
     @property
     def raw_tl_dtype(self) -> tl.dtype:

@@ -13,8 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kvllm.kernels.compact import compact_ref
-from kvllm.kernels.paged import INTERPRETED, PagedCache, layer_ptr, token_offsets
-from kvllm.kernels.window_scores import _load_queries, _load_tile, _pairs
+from kvllm.kernels.paged import PagedCache, layer_ptr, token_offsets
+from kvllm.kernels.window_scores import (
+    _load_queries,
+    _load_tile,
+    _pairs,
+    query_arguments,
+    query_sizes,
+    turned_queries_ref,
+)
 from kvllm.kernels.windows import FP8_MAX, gather_window_ref, scatter_rows_ref
 from kvllm.methods.kara import MOST_REFITTED
 from kvllm.methods.refit import LEAST_KEPT, STEPS, fitted_values, key_shift
@@ -45,11 +52,7 @@ def refit_ref(
     turn:             of distances [num_queries, 1, group_size]; None: the queries stay as they are
     key_ridge, value_ridge: 0: the keys, or the values, move bit for bit
     """
-    queries = bank.of(req_slots.long()).transpose(0, 1).flatten(0, 1).double()
-    queries = queries.unflatten(2, (cache.num_kv_heads, -1))  # [batch, num_queries, num_kv_heads, group, head_dim]
-    if turn is not None:
-        queries = turn.apply(queries)
-    queries = queries.permute(0, 2, 3, 1, 4).flatten(2, 3)
+    queries = turned_queries_ref(bank, req_slots, turn).permute(0, 2, 3, 1, 4).flatten(2, 3)
     window = gather_window_ref(candidate_blocks, cache, torch.float64)
     keys, values = (t.transpose(1, 2) for t in window)  # [batch, num_kv_heads, num_candidates, head_dim]
     logits = queries @ keys.transpose(-1, -2) * cache.head_dim**-0.5
@@ -116,9 +119,7 @@ def refit(
     tallest = max(sizes.block_q, sizes.block_r)
     padded_rows = triton.cdiv(num_rows, tallest) * tallest
     block_k = max(16, triton.next_power_of_2(num_kept))
-    dtype = torch.float16 if cache.dtype == torch.float16 else torch.bfloat16
-    if float32 or INTERPRETED:  # the interpreter's dot takes the bits of bf16 for integers
-        dtype = torch.float32
+    dtype = cache.dot_dtype
     heads, device = num_layers * num_kv_heads, bank.queries.device
     batch = min(num_due, _BATCH) * heads
     shares = missing = lost = None
@@ -127,36 +128,19 @@ def refit(
         missing = torch.empty(batch, padded_rows, head_dim, dtype=dtype, device=device)
     if key_ridge > 0:
         lost = torch.empty(batch, padded_rows, dtype=torch.float32, device=device)
-    turns = (turn.cos, turn.sin, turn.first, turn.second) if turn else (None, None, None, None)
     common = dict(
-        NUM_LAYERS=num_layers,
-        NUM_KV_HEADS=num_kv_heads,
+        **cache.sizes,
+        **query_sizes(bank, turn, dtype),
         NUM_KEPT=num_kept,
-        HEAD_DIM=head_dim,
-        BLOCK_SIZE=cache.block_size,
-        KV_DTYPE=cache.tl_dtype,
-        ALIGNMENT=cache.alignment,
-        HAS_SCALE=cache.k_scale is not None,
-        NUM_HEADS=bank.queries.shape[3],
-        GROUP_SIZE=bank.group_size,
-        NUM_ROWS=num_rows,
         PADDED_ROWS=padded_rows,
-        DOT_DTYPE={torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype],
-        TURN=turn is not None,
-        HALVES=turn is None or turn.halves,
         FIT_KEYS=key_ridge > 0,
         FIT_VALUES=value_ridge > 0,
         BLOCK_K=block_k,
-        BLOCK_H=max(16, triton.next_power_of_2(head_dim // 2)),
     )
     for start in range(0, num_due, _BATCH):
         part = slice(start, start + _BATCH)
         blocks, survivors, slots = candidate_blocks[part], kept[part], req_slots[part]
-        cached = (
-            *(blocks, cache.key_ptrs, cache.value_ptrs, cache.k_scale, cache.v_scale),
-            *(blocks.stride(0), *cache.strides),
-        )
-        asked = (bank.queries, bank.scales, *turns, slots, bank.queries.shape[1])
+        cached, asked = cache.arguments(blocks), query_arguments(bank, slots, turn)
         _attend_kernel[(len(slots) * heads * padded_rows // sizes.block_q,)](
             *(shares, missing, lost, survivors, *cached, *asked, head_dim**-0.5 / math.log(2), LEAST_KEPT),
             NUM_CANDIDATES=candidate_blocks.shape[1] * cache.block_size,

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -12,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from kvllm.kernels.paged import INTERPRETED, PagedCache, layer_ptr, token_offsets
+from kvllm.kernels.paged import TL_DTYPES, PagedCache, layer_ptr, token_offsets
 from kvllm.kernels.windows import gather_window_ref
 from kvllm.methods.rope import Turn
 from kvllm.query_bank import QueryBank
@@ -39,11 +40,8 @@ def window_scores_ref(
     turn:             of distances [num_queries, 1, group_size]; None: the queries stay as they are
     returns           [num_due, num_layers, num_kv_heads, num_candidates] in float32
     """
-    queries = bank.of(req_slots.long()).transpose(0, 1).flatten(0, 1).double()
+    grouped = turned_queries_ref(bank, req_slots, turn)
     keys, values = gather_window_ref(candidate_blocks, cache, torch.float64)
-    grouped = queries.unflatten(2, (cache.num_kv_heads, -1))  # [batch, num_queries, num_kv_heads, group, head_dim]
-    if turn is not None:
-        grouped = turn.apply(grouped)
     logits = torch.einsum("bqhgd,bthd->bhgqt", grouped, keys) * cache.head_dim**-0.5
     scores = logits.softmax(dim=-1).mean(dim=(2, 3))  # over the heads of a group and the queries
     scores = scores + attention_floor / keys.shape[1]
@@ -54,6 +52,33 @@ def window_scores_ref(
         cosines = cosine_similarity(keys, anchor, dim=-1).transpose(1, 2)
         scores = scores * (1 - cosines).clamp(min=0) ** keydiff_power
     return scores.float().unflatten(0, (len(req_slots), cache.num_layers))
+
+
+def turned_queries_ref(bank: QueryBank, req_slots: Tensor, turn: Turn | None) -> Tensor:
+    """[num_due * num_layers, num_queries, num_kv_heads, group_size, head_dim] in float64."""
+    queries = bank.of(req_slots.long()).transpose(0, 1).flatten(0, 1).double()
+    grouped = queries.unflatten(2, (bank.num_kv_heads, -1))
+    return grouped if turn is None else turn.apply(grouped)
+
+
+def query_arguments(bank: QueryBank, req_slots: Tensor, turn: Turn | None) -> tuple[Any, ...]:
+    """What `_load_queries` needs to find them, from `numbers` to `max_num_reqs`."""
+    turns = (turn.cos, turn.sin, turn.first, turn.second) if turn else (None, None, None, None)
+    return (bank.queries, bank.scales, *turns, req_slots, bank.queries.shape[1])
+
+
+def query_sizes(bank: QueryBank, turn: Turn | None, dot_dtype: torch.dtype) -> dict[str, Any]:
+    """The constants that go with `query_arguments`."""
+    _, _, num_queries, num_heads, head_dim = bank.queries.shape
+    return dict(
+        NUM_HEADS=num_heads,
+        GROUP_SIZE=bank.group_size,
+        NUM_ROWS=num_queries * bank.group_size,
+        DOT_DTYPE=TL_DTYPES[dot_dtype],
+        TURN=turn is not None,
+        HALVES=turn is None or turn.halves,
+        BLOCK_H=max(16, triton.next_power_of_2(head_dim // 2)),
+    )
 
 
 def window_scores(
@@ -71,55 +96,28 @@ def window_scores(
     Where the candidates fit one tile this is one launch, which reads every key and value once. Where they do not, a
     launch before it finds what weights the candidates, and another every query's denominator.
     """
-    num_layers, _, num_queries, num_heads, head_dim = bank.queries.shape
+    num_layers, _, _, _, head_dim = bank.queries.shape
     num_due, num_candidates = len(req_slots), candidate_blocks.shape[1] * cache.block_size
     assert bank.queries.is_contiguous() and candidate_blocks.stride(1) == 1 and head_dim == cache.head_dim
     assert num_layers == cache.num_layers and len(candidate_blocks) == num_due
     assert bank.num_kv_heads == cache.num_kv_heads
     device = bank.queries.device
-    batch, num_rows = num_due * num_layers * cache.num_kv_heads, num_queries * bank.group_size
+    batch, num_rows = num_due * num_layers * cache.num_kv_heads, bank.num_queries * bank.group_size
     scores = torch.empty(num_due, num_layers, cache.num_kv_heads, num_candidates, dtype=torch.float32, device=device)
     if not batch:
         return scores
 
-    cached = (
-        *(candidate_blocks, cache.key_ptrs, cache.value_ptrs, cache.k_scale, cache.v_scale),
-        *(candidate_blocks.stride(0), *cache.strides),
-    )
-    sizes = dict(
-        NUM_LAYERS=num_layers,
-        NUM_KV_HEADS=cache.num_kv_heads,
-        NUM_CANDIDATES=num_candidates,
-        HEAD_DIM=head_dim,
-        BLOCK_SIZE=cache.block_size,
-        KV_DTYPE=cache.tl_dtype,
-        ALIGNMENT=cache.alignment,
-        HAS_SCALE=cache.k_scale is not None,
-        num_warps=4,  # of 8, each four would turn all the queries for their half of the keys
-    )
+    cached = cache.arguments(candidate_blocks)
+    # Of 8 warps, each four would turn all the queries for their half of the keys.
+    sizes = cache.sizes | dict(NUM_CANDIDATES=num_candidates, num_warps=4)
     weighting = dict(VALUE_NORM=value_norm, KEYDIFF_POWER=float(keydiff_power))
-    float32 = cache.dtype == torch.float32
-    dot_dtype = tl.float16 if cache.dtype == torch.float16 else tl.bfloat16
-    if float32 or INTERPRETED:  # the interpreter's dot takes the bits of bf16 for integers
-        dot_dtype = tl.float32
-    block_h = max(16, triton.next_power_of_2(head_dim // 2))
-    block_t, block_q = tile_sizes(num_candidates, num_rows, 2 * block_h, float32)
+    asking = query_sizes(bank, turn, cache.dot_dtype)
+    block_h = asking["BLOCK_H"]
+    block_t, block_q = tile_sizes(num_candidates, num_rows, 2 * block_h, cache.dtype == torch.float32)
     num_tiles = triton.cdiv(num_candidates, block_t)
-    turns = (turn.cos, turn.sin, turn.first, turn.second) if turn else (None, None, None, None)
     exponent = head_dim**-0.5 / math.log(2)  # exp2 is cheaper than exp
-    asked = (bank.queries, bank.scales, *turns, req_slots, bank.queries.shape[1], exponent)
-    asking = dict(
-        NUM_HEADS=num_heads,
-        GROUP_SIZE=bank.group_size,
-        NUM_ROWS=num_rows,
-        DOT_DTYPE=dot_dtype,
-        TURN=turn is not None,
-        HALVES=turn is None or turn.halves,
-        BLOCK_T=block_t,
-        BLOCK_Q=block_q,
-        BLOCK_H=block_h,
-        num_stages=3,  # of 2 and 3 on an H100
-    )
+    asked = (*query_arguments(bank, req_slots, turn), exponent)
+    asking |= dict(BLOCK_T=block_t, BLOCK_Q=block_q, num_stages=3)  # of 2 and 3 stages on an H100
     weights = log_sums = None
     if num_tiles > 1:
         weights = torch.empty(batch, num_candidates, dtype=torch.float32, device=device)
