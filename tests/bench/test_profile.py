@@ -17,17 +17,17 @@ def test_time_of_each_part_by_step() -> None:
     kernels = [
         *STEPS,
         ("_scores_kernel", -50.0, 40.0),  # before the first whole step
-        ("_store_queries_kernel", 100.0, 30.0),
-        ("_store_queries_kernel", 200.0, 30.0),
+        ("_store_tokens_kernel", 100.0, 30.0),
+        ("_store_tokens_kernel", 200.0, 30.0),
         ("_scores_kernel", 1900.0, 70.0),
         ("_compact_kernel", 1980.0, 20.0),
         ("flash_attention", 2100.0, 800.0),
-        ("_store_queries_kernel", 3100.0, 500.0),  # after the last
+        ("_store_tokens_kernel", 3100.0, 500.0),  # after the last
     ]
     figures = profile_figures(kernels)
     assert figures["num_steps"] == 3 and figures["step_ms"] == pytest.approx(1.0)
     assert figures["compression"] == pytest.approx({"mean_ms": 0.03, "most_ms": 0.09, "share": 0.03})
-    assert figures["capture"] == pytest.approx({"mean_ms": 0.02, "most_ms": 0.06, "share": 0.02})
+    assert figures["store_tokens"] == pytest.approx({"mean_ms": 0.02, "most_ms": 0.06, "share": 0.02})
     assert figures["block_tables"] == pytest.approx({"mean_ms": 0.01, "most_ms": 0.01, "share": 0.01})
     assert "compression 0.030 ms a step (3.00%), at most 0.090" in profile_line(figures)
 
@@ -56,11 +56,11 @@ def test_kernels_of_the_newest_trace(zipped: bool, tmp_path: Path) -> None:
 def test_every_kernel_of_the_fused_path_belongs_to_a_part() -> None:
     import triton
 
-    from kvllm.kernels import block_tables, compact, refit, select_chunks, store_queries, window_scores
+    from kvllm.kernels import block_tables, compact, refit, select_chunks, store_tokens, window_scores
 
     def names(module: ModuleType) -> set[str]:
         functions = (v for v in vars(module).values() if isinstance(v, triton.runtime.jit.KernelInterface))
         return {f.fn.__name__ for f in functions if f.fn.__name__.endswith("_kernel")}
 
-    modules = (block_tables, compact, refit, select_chunks, store_queries, window_scores)
+    modules = (block_tables, compact, refit, select_chunks, store_tokens, window_scores)
     assert set().union(*map(names, modules)) == {name for part in PARTS.values() for name in part}

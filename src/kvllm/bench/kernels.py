@@ -27,7 +27,7 @@ from kvllm.kernels.compact import compact, compact_ref
 from kvllm.kernels.paged import PagedCache
 from kvllm.kernels.refit import MOST_DIMS, refit, refit_ref
 from kvllm.kernels.select_chunks import select_chunks, select_chunks_ref
-from kvllm.kernels.store_queries import store_queries, store_queries_ref
+from kvllm.kernels.store_tokens import store_tokens, store_tokens_ref
 from kvllm.kernels.window_scores import window_scores, window_scores_ref
 from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window, scatter_window_ref
 from kvllm.methods.kara import MOST_REFITTED, Kara, turn_distances
@@ -141,7 +141,7 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
     dtype = getattr(torch, shape.dtype)
     token_bytes = 2 * shape.num_kv_heads * shape.head_dim * cache.dtype.itemsize  # keys and values of a layer
     model_bytes = 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize
-    out = [store_case(shape, bank), shorten_case(shape)]
+    out = [store_case(shape, bank, cache), shorten_case(shape)]
     for due in num_due:
         sets = all_blocks[: most - most % due].split(due)  # blocks of disjoint groups of requests
         pairs = due * shape.num_layers
@@ -232,21 +232,33 @@ def kara_weights(shape: Shape) -> tuple[bool, float, float, Turn]:
     return kara.value_norm, kara.keydiff_power, kara.attention_floor, turn
 
 
-def store_case(shape: Shape, bank: QueryBank) -> Case:
+def store_case(shape: Shape, bank: QueryBank, cache: PagedCache) -> Case:
     """256 decoded tokens, of each the queries whose turn it is; one launch a layer, all layers timed together."""
     num_tokens = 256
-    query = torch.randn(num_tokens, shape.num_heads, shape.head_dim, device=DEVICE).to(getattr(torch, shape.dtype))
+    query, key, value = random_tokens(shape, num_tokens)
     places = torch.randperm(bank.queries.shape[1] * bank.period, device=DEVICE)[:num_tokens]
     codes = torch.full((num_tokens,), -1, dtype=torch.int32, device=DEVICE)
     codes[: len(places)] = places.int()
+    slot_mapping = torch.randperm(len(cache.keys[0]) * cache.block_size, device=DEVICE)[:num_tokens]
+    # Only a cache of the model's own dtype is written by this kernel.
+    written = (key, value, cache, slot_mapping) if cache.k_scale is None else ()
 
     def run() -> None:
         for layer in range(shape.num_layers):
-            store_queries(query, bank, layer, codes)
+            store_tokens(query, bank, layer, codes, *written)
 
     vectors = num_tokens * shape.num_heads / shape.query_stride
     num_bytes = vectors * (shape.head_dim * (query.itemsize + 1) + 4) + codes.nbytes
-    return Case("store_queries (all)", num_tokens, [run], shape.num_layers * num_bytes)
+    if written:
+        num_bytes += 2 * (key.nbytes + value.nbytes) + slot_mapping.nbytes
+    return Case("store_tokens (all)", num_tokens, [run], shape.num_layers * num_bytes)
+
+
+def random_tokens(shape: Shape, num_tokens: int) -> list[Tensor]:
+    """Queries, keys and values of a layer, as slices of one projection: rows are strided."""
+    heads = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
+    qkv = torch.randn(num_tokens, sum(heads), shape.head_dim, device=DEVICE).to(getattr(torch, shape.dtype))
+    return list(qkv.split(heads, dim=1))
 
 
 def shorten_case(shape: Shape, num_reqs: int = 256, num_windows: int = 32) -> Case:
@@ -318,16 +330,21 @@ def check(shape: Shape) -> dict[str, float]:
     if shape.refits:
         errors["refit"] = refit_error(bank, slots.int(), kept, blocks, cache, weights[-1])
 
-    query = torch.randn(7, shape.num_heads, shape.head_dim, device=DEVICE).to(dtype)
+    query, key, value = random_tokens(shape, 7)
     codes = torch.tensor([5, -1, 0, -1, -1, 7, 2], dtype=torch.int32, device=DEVICE)
-    banks = [random_bank(shape, 1) for _ in range(2)]
+    slot_mapping = torch.tensor([3, -1, 0, shape.block_size, 2, -1, 5], device=DEVICE)
+    banks, caches = [random_bank(shape, 1) for _ in range(2)], [copy_of(cache) for _ in range(2)]
     for each in banks:
         each.queries.zero_()
         each.scales.zero_()
-    store_queries(query, banks[0], 0, codes)
-    store_queries_ref(query, banks[1], 0, codes)
-    stored = [[bank.queries[0, 0, :2], bank.scales[0, 0, :2]] for bank in banks]  # where tokens 0 to 7 belong
-    errors["store_queries (all)"] = relative_error(*stored)
+    for store, each, its_cache in zip((store_tokens, store_tokens_ref), banks, caches, strict=True):
+        store(query, each, 0, codes, *((key, value, its_cache, slot_mapping) if cache.k_scale is None else ()))
+    stored = [
+        # where tokens 0 to 7 belong
+        [each.queries[0, 0, :2], each.scales[0, 0, :2], its_cache.keys[0], its_cache.values[0]]
+        for each, its_cache in zip(banks, caches, strict=True)
+    ]
+    errors["store_tokens (all)"] = relative_error(*stored)
 
     tables = shorten_arguments(shape, 3, 5)
     expected_tables: Any = [t.clone() if isinstance(t, Tensor) else t for t in tables]

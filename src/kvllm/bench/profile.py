@@ -20,7 +20,7 @@ PARTS = {
         "_attend_kernel",
         "_fit_kernel",
     ),
-    "capture": ("_store_queries_kernel",),
+    "store_tokens": ("_store_tokens_kernel",),
     "block_tables": ("_shorten_kernel",),
 }
 STEP = "_shorten_kernel"  # runs once in every step

@@ -7,7 +7,7 @@ block table.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from kvllm.engine.settings import BACKENDS
 from kvllm.engine.spec import KvSpec
 
 Capture = Callable[[int, Tensor], None]
+Store = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None"], None]
 
 
 def compressed_spec(layer_name: str, spec: Any) -> Any:
@@ -37,13 +38,49 @@ def capture_queries(layers: list[Any], capture: Capture, device: str) -> None:
     query: [num_tokens, num_heads, head_dim], padded as the layer sees it
     Raises ValueError where a layer's backend is not one that compression supports.
     """
+    _check_backends(layers, device)
     for index, layer in enumerate(layers):
+        layer.impl.forward = _capturing(layer.impl.forward, capture, index)
+
+
+def store_with_queries(layers: list[Any], store: Store, device: str) -> None:
+    """Let `store(layer_index, query, key, value, slot_mapping)` write to the KV cache in each layer's place.
+
+    vLLM writes a step's keys and values before it hands the queries to attention. Put off until then, one kernel can
+    store all three. slot_mapping is None where the layer has nothing to write: in runs without a cache, and in layers
+    that share another's.
+
+    query, key, value: [num_tokens, num_heads or num_kv_heads, head_dim], padded as the layer sees it
+    Raises ValueError where a layer's backend is not one that compression supports.
+    """
+    _check_backends(layers, device)
+    for index, layer in enumerate(layers):
+        pending = _PendingWrite()
+        layer.impl.do_kv_cache_update = pending.put_off
+        layer.impl.forward = _storing(layer.impl.forward, store, index, pending)
+
+
+def _check_backends(layers: list[Any], device: str) -> None:
+    for layer in layers:
         backend = layer.attn_backend.get_name()
         if backend not in BACKENDS[device]:
             raise ValueError(
                 f"KvLLM does not support attention_backend={backend}: use one of {', '.join(BACKENDS[device])}."
             )
-        layer.impl.forward = _capturing(layer.impl.forward, capture, index)
+
+
+@dataclass
+class _PendingWrite:
+    """Where a layer's keys and values will go, between vLLM's two calls of the layer in one step."""
+
+    slot_mapping: Tensor | None = None
+
+    def put_off(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        self.slot_mapping = slot_mapping
+
+    def take(self) -> Tensor | None:
+        slot_mapping, self.slot_mapping = self.slot_mapping, None
+        return slot_mapping
 
 
 def _capturing(forward: Callable[..., Any], capture: Capture, index: int) -> Callable[..., Any]:
@@ -52,6 +89,14 @@ def _capturing(forward: Callable[..., Any], capture: Capture, index: int) -> Cal
         return forward(layer, query, *args, **kwargs)
 
     return capturing_forward
+
+
+def _storing(forward: Callable[..., Any], store: Store, index: int, pending: _PendingWrite) -> Callable[..., Any]:
+    def storing_forward(layer: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        store(index, query, key, value, pending.take())
+        return forward(layer, query, key, value, *args, **kwargs)
+
+    return storing_forward
 
 
 def shortening_backend(

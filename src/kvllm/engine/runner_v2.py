@@ -21,7 +21,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from kvllm.engine.attention import capture_queries
+from kvllm.engine.attention import store_with_queries
 from kvllm.engine.positions import candidate_positions, paired_rows
 from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, kv_config
@@ -30,7 +30,7 @@ from kvllm.kernels.compact import compact
 from kvllm.kernels.paged import PagedCache
 from kvllm.kernels.refit import MOST_DIMS, refit
 from kvllm.kernels.select_chunks import select_chunks
-from kvllm.kernels.store_queries import store_queries
+from kvllm.kernels.store_tokens import store_tokens
 from kvllm.kernels.window_scores import window_scores
 from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window
 from kvllm.layout import Geometry, IntArray, Shape
@@ -133,7 +133,7 @@ class KvModelState(DefaultModelState):
         self.cache: PagedCache | None = None
         self.prepared: InputBatch | None = None  # the real batch that preprocess_state has planned
         self.num_removed = np.zeros(0, np.int64)
-        capture_queries(self.layers, self._capture, "cuda")
+        store_with_queries(self.layers, self._store, "cuda")
         size, total = self.query_bank.num_bytes, torch.cuda.get_device_properties(device).total_memory
         logger.info("KvLLM: %s, query bank of %.2f GiB for max_num_seqs=%d", config, size / 2**30, self.max_num_reqs)
         if size > _LARGE_BANK * total:
@@ -186,9 +186,12 @@ class KvModelState(DefaultModelState):
 
     # ------------------------------------------------------------------ one step
 
-    def _capture(self, layer: int, query: Tensor) -> None:
-        if query.shape[0] <= self.max_num_tokens:
-            store_queries(query.view(-1, *self.query_bank.queries.shape[3:]), self.query_bank, layer, self.bank_codes)
+    def _store(self, layer: int, query: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor | None) -> None:
+        if self.cache is None:  # a run that only measures memory
+            return
+        assert query.shape[0] <= self.max_num_tokens
+        queries = query.view(-1, *self.query_bank.queries.shape[3:])
+        store_tokens(queries, self.query_bank, layer, self.bank_codes, key, value, self.cache, slot_mapping)
 
     def preprocess_state(
         self,

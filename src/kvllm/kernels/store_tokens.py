@@ -1,0 +1,171 @@
+"""Write this step's tokens to one layer: keys and values to the KV cache, queries to the query bank."""
+
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvllm.kernels.paged import PagedCache
+from kvllm.query_bank import LEVELS, SMALLEST, QueryBank
+
+_HEADS = 8  # a program's
+
+
+def store_tokens_ref(
+    query: Tensor,
+    bank: QueryBank,
+    layer: int,
+    codes: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    cache: PagedCache | None = None,
+    slot_mapping: Tensor | None = None,
+) -> None:
+    """`QueryBank.store`, and where keys are given (all four then) vLLM's `reshape_and_cache_flash`, not quantised.
+
+    query:        [num_tokens, num_heads, head_dim], padded like the layer's input
+    codes:        [at least num_tokens] int32, `QueryBank.codes`; -1: not stored
+    key, value:   [num_tokens, num_kv_heads, head_dim]
+    slot_mapping: [at most num_tokens] int64, block * block_size + place in it; -1: not stored
+    """
+    bank.store(layer, query, codes[: len(query)])
+    if slot_mapping is None:
+        return
+    assert key is not None and value is not None and cache is not None
+    stored = slot_mapping >= 0
+    slots = slot_mapping[stored]
+    for tokens, target in ((key, cache.keys[layer]), (value, cache.values[layer])):
+        target[slots // cache.block_size, slots % cache.block_size] = tokens[: len(stored)][stored].to(cache.dtype)
+
+
+def store_tokens(
+    query: Tensor,
+    bank: QueryBank,
+    layer: int,
+    codes: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    cache: PagedCache | None = None,
+    slot_mapping: Tensor | None = None,
+) -> None:
+    """`store_tokens_ref` as one Triton kernel, programs for each token and some heads of its query, key or value.
+
+    Safe inside CUDA graphs: it allocates nothing, and its grid depends on the padded number of tokens only.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    assert query.stride(2) == 1 and query.stride(1) == head_dim
+    assert bank.queries.is_contiguous() and bank.scales.is_contiguous()
+    if not num_tokens:
+        return
+    block_h = min(_HEADS, triton.next_power_of_2(num_heads))
+    programs = num_query_programs = triton.cdiv(num_heads, block_h)
+    keys, values, strides, num_slots, num_kv_heads, block_size = None, None, (0, 0, 0, 0, 0), 0, 0, 1
+    if slot_mapping is not None:
+        assert key is not None and value is not None and cache is not None and cache.k_scale is None
+        assert key.stride()[1:] == value.stride()[1:] == (head_dim, 1)
+        keys, values, strides = cache.keys[layer], cache.values[layer], (key.stride(0), value.stride(0), *cache.strides)
+        num_slots, num_kv_heads, block_size = len(slot_mapping), cache.num_kv_heads, cache.block_size
+        programs += 2 * triton.cdiv(num_kv_heads, block_h)
+    _store_tokens_kernel[(num_tokens, programs)](
+        query,
+        bank.queries[layer],
+        bank.scales[layer],
+        codes,
+        query.stride(0),
+        key,
+        value,
+        keys,
+        values,
+        slot_mapping,
+        num_slots,
+        *strides,
+        NUM_QUERIES=bank.num_queries,
+        NUM_HEADS=num_heads,
+        GROUP_SIZE=bank.group_size,
+        HEAD_DIM=head_dim,
+        STRIDE=bank.query_stride,
+        LEVELS=LEVELS,
+        SMALLEST=SMALLEST,
+        EXACT=bank.queries.dtype == torch.float32,
+        NUM_KV_HEADS=num_kv_heads,
+        BLOCK_SIZE=block_size,
+        NUM_QUERY_PROGRAMS=num_query_programs,
+        BLOCK_H=block_h,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        num_warps=2,
+    )
+
+
+# The number of slots differs from step to step: no new kernel for one that happens to be a multiple of 16.
+@triton.jit(do_not_specialize=["num_slots"])
+def _store_tokens_kernel(
+    query, numbers, scales, codes, stride_query,
+    key, value, keys, values, slot_mapping, num_slots,
+    stride_key, stride_value, stride_block, stride_slot, stride_head,
+    NUM_QUERIES: tl.constexpr, NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    STRIDE: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.constexpr, EXACT: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_QUERY_PROGRAMS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(1)
+    if NUM_KV_HEADS > 0:
+        if program >= NUM_QUERY_PROGRAMS:
+            rest = program - NUM_QUERY_PROGRAMS
+            num_programs: tl.constexpr = (NUM_KV_HEADS + BLOCK_H - 1) // BLOCK_H
+            slot = tl.load(slot_mapping + token, mask=token < num_slots, other=-1)
+            if rest < num_programs:
+                _store_heads(
+                    key + token * stride_key, keys, slot, rest, stride_block, stride_slot, stride_head,
+                    NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_H, BLOCK_D,
+                )  # fmt: skip
+            else:
+                _store_heads(
+                    value + token * stride_value, values, slot, rest - num_programs,
+                    stride_block, stride_slot, stride_head,
+                    NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_H, BLOCK_D,
+                )  # fmt: skip
+            return
+    heads = program * BLOCK_H + tl.arange(0, BLOCK_H)
+    dims = tl.arange(0, BLOCK_D)
+    inside = (heads < NUM_HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
+    # Read before it is known which of these are stored, so that the two loads do not wait for each other.
+    x = tl.load(query + token * stride_query + heads[:, None] * HEAD_DIM + dims[None, :], mask=inside, other=0.0)
+    code = tl.load(codes + token)
+    if code < 0:
+        return
+    period: tl.constexpr = NUM_QUERIES * STRIDE
+    row, place = (code // period).to(tl.int64), code % period
+    at = (place + heads % GROUP_SIZE * STRIDE // GROUP_SIZE) % period
+    stored = (at % STRIDE == STRIDE - 1) & (heads < NUM_HEADS)
+    x = x.to(tl.float32)
+    scale = tl.full([BLOCK_H], 1.0, tl.float32)
+    if not EXACT:
+        scale = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST) * (1.0 / LEVELS)
+        # Adding and taking away 1.5 * 2^23 rounds to the nearest whole number, halves to even, as PyTorch does.
+        x = (tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + 12582912.0) - 12582912.0
+    target = (row * NUM_QUERIES + at // STRIDE) * NUM_HEADS + heads
+    x = x.to(numbers.dtype.element_ty)
+    tl.store(numbers + target[:, None] * HEAD_DIM + dims[None, :], x, mask=stored[:, None] & inside)
+    tl.store(scales + target, scale, mask=stored)
+
+
+@triton.jit
+def _store_heads(
+    row, cache, slot, program, stride_block, stride_slot, stride_head,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Some heads of one token's key or value, into its slot."""
+    heads = program * BLOCK_H + tl.arange(0, BLOCK_H)
+    dims = tl.arange(0, BLOCK_D)
+    inside = (heads < NUM_KV_HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
+    # As with the queries, before it is known whether the token has a slot.
+    x = tl.load(row + heads[:, None] * HEAD_DIM + dims[None, :], mask=inside)
+    if slot >= 0:
+        target = cache + slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_slot
+        tl.store(target + heads[:, None] * stride_head + dims[None, :], x.to(cache.dtype.element_ty), mask=inside)

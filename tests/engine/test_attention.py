@@ -1,0 +1,56 @@
+"""What a layer's two calls in a step, write to the cache and attention, become."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvllm.engine.attention import capture_queries, store_with_queries
+
+
+class Impl:
+    def __init__(self, log):
+        self.log = log
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
+        self.log.append("written by vLLM")
+
+    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output):
+        self.log.append(("attention", query, key, value))
+        return output
+
+
+def layer_of(log, backend="FLASH_ATTN"):
+    return SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: backend), impl=Impl(log))
+
+
+def test_keys_and_values_are_stored_with_the_queries():
+    log: list = []
+    layers = [layer_of(log), layer_of(log)]
+    store_with_queries(layers, lambda *arguments: log.append(("store", *arguments)), "cuda")
+    query, key, value, cache, output = (torch.full((2, 1, 4), float(i)) for i in range(5))
+    slots = torch.tensor([3, 7])
+
+    layers[0].impl.do_kv_cache_update(layers[0], key, value, cache, slots)
+    layers[1].impl.do_kv_cache_update(layers[1], key, value, cache, slots + 1)
+    assert not log
+    assert layers[1].impl.forward(layers[1], query, key, value, cache, None, output=output) is output
+    first, then = log
+    assert first[:2] == ("store", 1) and all(a is b for a, b in zip(first[2:5], (query, key, value), strict=True))
+    assert first[5].tolist() == [4, 8]
+    assert then[0] == "attention" and all(a is b for a, b in zip(then[1:], (query, key, value), strict=True))
+
+    log.clear()
+    layers[0].impl.forward(layers[0], query, key, value, cache, None, output=output)
+    assert log[0][1] == 0 and log[0][5].tolist() == [3, 7]
+    # A step that has nothing to write must not write where the last one did.
+    layers[0].impl.forward(layers[0], query, key, value, cache, None, output=output)
+    assert log[2][:2] == ("store", 0) and log[2][5] is None
+
+
+@pytest.mark.parametrize("hook", [capture_queries, store_with_queries])
+def test_other_backends_are_refused(hook):
+    layers = [layer_of([]), layer_of([], "FLEX_ATTENTION")]
+    with pytest.raises(ValueError, match="attention_backend=FLEX_ATTENTION: use one of FLASH_ATTN, TRITON_ATTN"):
+        hook(layers, print, "cuda")
+    assert layers[0].impl.forward.__name__ == "forward"
