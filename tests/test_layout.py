@@ -159,7 +159,7 @@ def test_max_chunk_is_as_long_as_it_may_be(geometry, num_prompt_tokens):
         events = geometry.num_events(num_prompt_tokens, computed)
         next_event = geometry.event_at(num_prompt_tokens, events)
         at_event = events > 0 and computed == geometry.event_at(num_prompt_tokens, events - 1)
-        assert computed + chunk <= next_event
+        assert chunk >= 1 and computed + chunk <= next_event
         assert computed + chunk == next_event or (at_event and (computed + chunk) % geometry.block_size == 0)
         computed += chunk
 
@@ -214,6 +214,16 @@ def test_block_map_of_a_batch_is_the_rows_of_each(num_prompt_tokens, events):
     batch = geometry.block_map(np.array([num_prompt_tokens, 5]), np.array([events, 2]), 12)
     for row, (prompt, count) in enumerate(((num_prompt_tokens, events), (5, 2))):
         np.testing.assert_array_equal(batch[row], geometry.block_map(np.array([prompt]), np.array([count]), 12)[0])
+
+
+@ARITHMETIC
+@given(geometries(), st.lists(st.tuples(st.integers(1, 300), st.integers(0, 2000)), min_size=1, max_size=4))
+def test_sizes_of_a_batch_are_those_of_each(geometry, requests):
+    prompt, computed = np.array(requests).T
+    events = geometry.num_events(prompt, computed)
+    assert events.tolist() == [geometry.num_events(*request) for request in requests]
+    for size in (geometry.num_removed, geometry.event_at, geometry.num_freed):
+        assert size(prompt, events).tolist() == [size(p, geometry.num_events(p, c)) for p, c in requests]
 
 
 def test_the_designs_formulas():

@@ -150,7 +150,7 @@ class Geometry:
         excess = self.protected_len(num_prompt_tokens) - self.prompt_budget
         return excess * (excess > 0) * (num_events > 0) * (self.prompt_budget > 0)
 
-    def num_freed(self, num_prompt_tokens: int, event: int) -> int:
+    def num_freed(self, num_prompt_tokens: Int, event: Int) -> Int:
         """Tokens that event number `event` frees."""
         return self.num_removed(num_prompt_tokens, event + 1) - self.num_removed(num_prompt_tokens, event)
 
@@ -166,12 +166,13 @@ class Geometry:
         protected = self.protected_len(num_prompt_tokens)
         return Shape(protected, self.prompt_budget) if 0 < self.prompt_budget < protected else None
 
-    def num_events(self, num_prompt_tokens: int, num_computed_tokens: int) -> int:
+    def num_events(self, num_prompt_tokens: Int, num_computed_tokens: Int) -> Int:
         """How many compressions a request has behind it once the step that starts with this many tokens has begun."""
         grown = num_computed_tokens - self.protected_len(num_prompt_tokens) - self.buffer_size - self.num_candidates
-        return 0 if grown < 0 else grown // self.interval + 1
+        events = grown // self.interval + 1
+        return events * (events > 0)
 
-    def event_at(self, num_prompt_tokens: int, event: int) -> int:
+    def event_at(self, num_prompt_tokens: Int, event: Int) -> Int:
         """The number of computed tokens at which event number `event` (from 0) is due."""
         return self.protected_len(num_prompt_tokens) + self.num_candidates + event * self.interval + self.buffer_size
 

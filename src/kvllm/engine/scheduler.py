@@ -69,6 +69,8 @@ class CompressionMixin(Base):
         num_external_computed_tokens: int = 0,
     ) -> int:
         """Clip a chunk at the next event, so that a resumed request sees what it saw the first time."""
+        if num_new_tokens <= 1:  # a step of decoding: no event is nearer than one token
+            return num_new_tokens
         geometry = self.geometries.of(request.sampling_params)
         if geometry is None:
             return num_new_tokens
@@ -76,7 +78,7 @@ class CompressionMixin(Base):
         return min(num_new_tokens, geometry.max_chunk(request.num_prompt_tokens, start))
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        if self.waiting:
+        if self.waiting and len(self.running) < self.max_num_active_reqs:  # or none is admitted in this step
             # vLLM's own headroom for admissions: blocks left free unless nothing else runs.
             self.kv_cache_manager.watermark_blocks = max(self.own_watermark_blocks, self._blocks_ahead())
         output = super().schedule(*args, **kwargs)
@@ -85,20 +87,23 @@ class CompressionMixin(Base):
 
     def _blocks_ahead(self) -> int:
         """Blocks that running requests will need over the next interval."""
-        rows, widest = [], 0
+        groups: dict[int, tuple[Geometry, list[tuple[int, int, int]]]] = {}  # by all that a ratio changes
         for request in self.running:
-            geometry = self.geometries.of(request.sampling_params)
-            if geometry is None:
-                continue
-            widest = max(widest, geometry.interval)
-            prompt, computed = request.num_prompt_tokens, request.num_computed_tokens
-            held = ceil_div(geometry.physical_len(prompt, computed), self.block_size)
-            to_event = geometry.max_chunk(prompt, computed)
-            freed = geometry.num_freed(prompt, geometry.num_events(prompt, computed)) // self.block_size
-            rows.append((held, to_event, prompt + request.max_tokens - computed, freed))
-        if not rows:
+            if (geometry := self.geometries.of(request.sampling_params)) is not None:
+                _, lengths = groups.setdefault(geometry.num_kept, (geometry, []))
+                lengths.append((request.num_prompt_tokens, request.num_computed_tokens, request.max_tokens))
+        if not groups:
             return 0
-        held, to_event, to_end, freed = np.array(rows, np.int64).T
+        rows, widest = [], 0
+        for geometry, lengths in groups.values():
+            widest = max(widest, geometry.interval)
+            prompt, computed, most = np.array(lengths, np.int64).T
+            events = geometry.num_events(prompt, computed)
+            held = ceil_div(computed - geometry.num_removed(prompt, events), self.block_size)
+            to_event = geometry.event_at(prompt, events) - computed
+            freed = geometry.num_freed(prompt, events) // self.block_size
+            rows.append((held, to_event, prompt + most - computed, freed))
+        held, to_event, to_end, freed = np.concatenate(rows, axis=1)
         return blocks_ahead(held, to_event, to_end, freed, widest, self.block_size)
 
     def _num_used_blocks(self) -> int:

@@ -44,6 +44,26 @@ def will_cut_prompt(geometry: Geometry, request: Request) -> bool:
     return geometry.prompt_shape(prompt) is not None and geometry.num_events(prompt, prompt + request.max_tokens) > 0
 
 
+@dataclass
+class Progress:
+    """A compressed request, from when it first asks for blocks until it gives them back.
+
+    Every step reads it for every request, so it holds what a step without an event needs to compare.
+    """
+
+    geometry: Geometry
+    request: Request
+    next_event: int  # computed tokens at which the next event is due
+    num_shared_blocks: int  # of the prompt, that others may find
+    num_events: int = 0  # events whose blocks are freed
+
+    @classmethod
+    def start(cls, geometry: Geometry, request: Request) -> Progress:
+        prompt = request.num_prompt_tokens
+        num_shared = 0 if will_cut_prompt(geometry, request) else prompt // geometry.block_size
+        return cls(geometry, request, geometry.event_at(prompt, 0), num_shared)
+
+
 class KvManager(FullAttentionManager):
     """Frees what an event emptied, and keeps generated tokens of compressed requests out of the prefix cache.
 
@@ -54,7 +74,7 @@ class KvManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: KvSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._lookup: RequestLookup = lambda request_id: None
-        self._num_events: dict[str, int] = {}  # events whose blocks are freed, of requests that hold blocks
+        self._progress: dict[str, Progress | None] = {}  # by request id; None where it is not compressed
         self.total_events = 0
         self.total_blocks_freed = 0
         self.total_prompts_cut = 0
@@ -62,6 +82,12 @@ class KvManager(FullAttentionManager):
     def bind(self, lookup: RequestLookup) -> None:
         """Let the manager ask the scheduler for a request's geometry."""
         self._lookup = lookup
+
+    def _find(self, request_id: str) -> Progress | None:
+        if request_id not in self._progress:
+            found = self._lookup(request_id)
+            self._progress[request_id] = None if found is None else Progress.start(*found)
+        return self._progress[request_id]
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -73,30 +99,24 @@ class KvManager(FullAttentionManager):
         whose blocks do not suffice all the same is preempted, so it never misses an event that freed its blocks.
         (Upstream waits for processed tokens because of KV connectors and zeroed blocks; both are refused here.)
         """
-        found = self._lookup(request_id)
-        if found is not None and request_id in self.req_to_blocks:
-            geometry, request = found
-            self._free_events(geometry, request, request.num_computed_tokens)
+        if (progress := self._find(request_id)) is not None:
+            self._free_events(progress, progress.request.num_computed_tokens)
 
-    def _free_events(self, geometry: Geometry, request: Request, num_computed_tokens: int) -> None:
-        request_id = request.request_id
-        done = self._num_events.get(request_id, 0)
-        begun = geometry.num_events(request.num_prompt_tokens, num_computed_tokens)
-        for event in range(done, begun):
+    def _free_events(self, progress: Progress, num_computed_tokens: int) -> None:
+        while progress.next_event <= num_computed_tokens:
+            geometry, request, event = progress.geometry, progress.request, progress.num_events
             self.total_prompts_cut += event == 0 and will_cut_prompt(geometry, request)
             for blocks in geometry.freed_blocks(request.num_prompt_tokens, event):
-                self._remove_blocks_in_range(request_id, blocks.start, blocks.stop)
+                self._remove_blocks_in_range(request.request_id, blocks.start, blocks.stop)
                 self.total_blocks_freed += len(blocks)
-        if begun > done:
-            self._num_events[request_id] = begun
-            self.total_events += begun - done
+            self.total_events += 1
+            progress.num_events += 1
+            progress.next_event += geometry.interval
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        if (found := self._lookup(request_id)) is not None and request_id in self.req_to_blocks:
-            geometry, request = found
+        if (progress := self._progress.pop(request_id, None)) is not None:
             # Counts an event of the last step; the step that would begin at the present length was never scheduled.
-            self._free_events(geometry, request, request.num_computed_tokens - 1)
-        self._num_events.pop(request_id, None)
+            self._free_events(progress, progress.request.num_computed_tokens - 1)
         return super().pop_blocks_for_free(request_id)
 
     def get_num_blocks_to_allocate(
@@ -111,10 +131,9 @@ class KvManager(FullAttentionManager):
         prefill_end: int = 0,
     ) -> int:
         """Admission asks for the compressed size of the whole (resumed) text, never for its length."""
-        if apply_admission_cap and (found := self._lookup(request_id)) is not None:
-            geometry, request = found
-            peak = geometry.peak_blocks(request.num_prompt_tokens, num_tokens) * self.block_size
-            num_tokens = min(num_tokens, peak)
+        if apply_admission_cap and (progress := self._find(request_id)) is not None:
+            peak = progress.geometry.peak_blocks(progress.request.num_prompt_tokens, num_tokens)
+            num_tokens = min(num_tokens, peak * self.block_size)
         return super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -128,8 +147,11 @@ class KvManager(FullAttentionManager):
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Only blocks full of a prompt that stays whole may be found by others: survivors will overwrite the rest."""
-        if (found := self._lookup(request.request_id)) is not None:
-            num_tokens = min(num_tokens, 0 if will_cut_prompt(*found) else request.num_prompt_tokens)
+        if (progress := self._find(request.request_id)) is not None:
+            num_blocks = progress.num_shared_blocks
+            if self.num_cached_block.get(request.request_id, 0) >= num_blocks:
+                return  # as in every step of decoding
+            num_tokens = min(num_tokens, num_blocks * self.block_size)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
 

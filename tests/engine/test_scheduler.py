@@ -1,0 +1,159 @@
+"""The scheduler alone, fed with made-up outputs: what it holds and frees is what the layout says, at every step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from kvllm.engine.admission import blocks_ahead
+from kvllm.engine.scheduler import KvAsyncScheduler
+from kvllm.engine.spec import KvSpec, will_cut_prompt
+from kvllm.layout import ceil_div
+
+BLOCK_SIZE = 16
+SIZES = {"window_size": 64, "buffer_size": 16, "retention_ratio": 0.5}
+
+
+@pytest.fixture
+def make(model_dir: Path) -> Callable[..., Any]:
+    def scheduler(num_blocks: int, max_num_seqs: int, **kvllm: Any) -> KvAsyncScheduler:
+        config = EngineArgs(
+            str(model_dir), dtype="float32", max_model_len=1024, enforce_eager=True, block_size=BLOCK_SIZE,
+            max_num_seqs=max_num_seqs, additional_config={"kvllm": SIZES | kvllm},
+        ).create_engine_config()  # fmt: skip
+        config.cache_config.num_gpu_blocks = num_blocks
+        spec = KvSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=64, dtype=torch.float32)
+        return KvAsyncScheduler(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=BLOCK_SIZE,
+            hash_block_size=BLOCK_SIZE,
+        )
+
+    return scheduler
+
+
+def request(name: str, num_prompt_tokens: int, max_tokens: int, ratio: float | None = None) -> Request:
+    hash_fn = get_hash_fn_by_name("sha256")
+    init_none_hash(hash_fn)
+    extra = None if ratio is None else {"kv_retention_ratio": ratio}
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
+    hasher = get_request_block_hasher(BLOCK_SIZE, hash_fn)
+    return Request(name, list(range(num_prompt_tokens)), params, None, block_hasher=hasher)
+
+
+class Steps:
+    """Steps of an engine that is always one step ahead of its outputs."""
+
+    def __init__(self, scheduler: KvAsyncScheduler) -> None:
+        self.scheduler = scheduler
+        self.in_flight: list[tuple[Any, ModelRunnerOutput]] = []
+
+    def step(self) -> None:
+        scheduled = self.scheduler.schedule()
+        names = list(scheduled.num_scheduled_tokens)
+        tokens = [[] if self.scheduler.requests[n].is_prefill_chunk else [7] for n in names]
+        output = ModelRunnerOutput(names, {n: i for i, n in enumerate(names)}, tokens)
+        self.in_flight.append((scheduled, output))
+        if len(self.in_flight) == 2 or not names:
+            self.scheduler.update_from_output(*self.in_flight.pop(0))
+
+
+def check_blocks(scheduler: KvAsyncScheduler, before: dict[str, int]) -> None:
+    """Blocks of every request that the last step computed; before: computed tokens when it started."""
+    manager = scheduler.kv_managers[0]
+    for name, computed in before.items():
+        if (running := scheduler.requests.get(name)) is None or running.num_computed_tokens <= computed:
+            continue
+        live = [b for b in manager.req_to_blocks[name] if not b.is_null]
+        shared = [b for b in live if b.block_hash is not None]
+        found = scheduler._compressed(name)
+        if found is None:
+            assert len(live) == ceil_div(running.num_computed_tokens, BLOCK_SIZE)
+            continue
+        geometry, prompt = found[0], running.num_prompt_tokens
+        new = running.num_computed_tokens - computed
+        assert len(live) == ceil_div(geometry.physical_len(prompt, computed) + new, BLOCK_SIZE)
+        assert len(shared) <= (0 if will_cut_prompt(*found) else prompt // BLOCK_SIZE)
+        assert len(shared) == manager.num_cached_block.get(name, 0)
+
+
+@pytest.mark.parametrize(
+    "kvllm",
+    [
+        {},
+        {"history_size": 64},
+        {"prompt_budget": 64},
+        {"policy": "budget", "budget_size": 128, "budget_interval": 32, "prompt_budget": 32},
+    ],
+    ids=["window", "history", "prompt", "budget"],
+)
+def test_blocks_follow_the_layout_whatever_happens(make: Callable[..., Any], kvllm: dict[str, Any]) -> None:
+    """Random arrivals and aborts, compressed or not, in a pool so small that requests preempt each other."""
+    rng, scheduler = random.Random(0), make(60, 16, **kvllm)
+    steps, num_left = Steps(scheduler), 40
+    while num_left or scheduler.has_unfinished_requests():
+        if num_left and rng.random() < 0.3:
+            num_left -= 1
+            length, most = rng.choice([1, 16, 33, 100, 200]), rng.choice([5, 100, 400])
+            scheduler.add_request(request(str(num_left), length, most, rng.choice([None, 0.25, 1.0])))
+        if scheduler.requests and rng.random() < 0.01:
+            scheduler.finish_requests(rng.choice(list(scheduler.requests)), RequestStatus.FINISHED_ABORTED)
+        before = {name: r.num_computed_tokens for name, r in scheduler.requests.items()}
+        before |= {r.request_id: 0 for r in scheduler.waiting}
+        running = {r.request_id for r in scheduler.running}
+        steps.step()
+        check_blocks(scheduler, {name: n for name, n in before.items() if name in running})
+    stats = scheduler.engine_stats()
+    assert stats["num_preemptions"] > 0 and stats["num_windows_compressed"] > 10
+    assert (stats["num_prompts_cut"] > 0) == ("prompt_budget" in kvllm)
+    assert stats["free_kv_blocks"] == stats["num_kv_blocks"]
+    assert not scheduler.kv_managers[0]._progress, "a request that is gone is forgotten"
+
+
+def test_headroom_of_mixed_ratios_equals_that_of_each_request(make: Callable[..., Any]) -> None:
+    scheduler = make(2000, 16)
+    for i in range(12):
+        scheduler.add_request(request(str(i), 10 + 9 * i, 300 + i, (None, 0.25, 0.75, 1.0)[i % 4]))
+    steps = Steps(scheduler)
+    for _ in range(250):
+        steps.step()
+        rows = []
+        for running in scheduler.running:
+            if (found := scheduler._compressed(running.request_id)) is not None:
+                geometry, prompt, computed = found[0], running.num_prompt_tokens, running.num_computed_tokens
+                held = ceil_div(geometry.physical_len(prompt, computed), BLOCK_SIZE)
+                freed = geometry.num_freed(prompt, geometry.num_events(prompt, computed)) // BLOCK_SIZE
+                to_end = prompt + running.max_tokens - computed
+                rows.append((held, geometry.max_chunk(prompt, computed), to_end, freed))
+        assert len(rows) == 9
+        assert scheduler._blocks_ahead() == blocks_ahead(*np.array(rows, np.int64).T, 64, BLOCK_SIZE)
+
+
+def test_headroom_is_worked_out_only_where_a_request_can_be_admitted(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, calls = make(2000, 4), []
+    original = scheduler._blocks_ahead
+    monkeypatch.setattr(scheduler, "_blocks_ahead", lambda: calls.append(len(scheduler.running)) or original())
+    for i in range(6):
+        scheduler.add_request(request(str(i), 20, 30))
+    steps = Steps(scheduler)
+    while scheduler.has_unfinished_requests():
+        steps.step()
+    assert calls == [0, 0]  # all six waiting; the last two, once the first four have ended
