@@ -35,7 +35,7 @@ from kvllm.kernels.select_chunks import select_chunks
 from kvllm.kernels.store_queries import store_queries
 from kvllm.kernels.window_scores import window_scores
 from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window
-from kvllm.layout import Geometry, IntArray, Shape
+from kvllm.layout import Geometry, IntArray, Shape, ceil_div
 from kvllm.methods import make_method
 from kvllm.methods.base import Kept, Window
 from kvllm.methods.kara import Kara, turn_distances
@@ -64,15 +64,17 @@ def compressing(cls: type) -> type:
 
 @dataclass
 class RequestRows:
-    """What is known of the request in each of the runner's slots."""
+    """What is known of the request in each of the runner's slots.
+
+    columns: [8, max_num_reqs], the rows named above: blocks that are _PROTECTED, the prompt's; _EVENTS done; blocks
+             _KEPT by one event; groups _DROPPED by all of them; groups that stay, _FIXED, when the history is
+             compressed; blocks _CUT out of the prompt by event 0; the _START in computed tokens from which on queries
+             are kept, past every length where nothing is compressed; tokens _REMOVED by all events
+    """
 
     geometries: list[Geometry | None]
     num_prompt_tokens: list[int]
-    columns: IntArray  # [8, max_num_reqs], the rows named above:
-    # _PROTECTED blocks of the prompt, _EVENTS done, _KEPT blocks that survive one, _DROPPED groups by those events,
-    # _FIXED groups that stay when the history is compressed, _CUT blocks of the prompt that event 0 takes out,
-    # _START: the computed tokens from which on queries are kept, past every length where nothing is compressed,
-    # _REMOVED tokens by the events
+    columns: IntArray
 
     @classmethod
     def empty(cls, max_num_reqs: int) -> RequestRows:
@@ -157,7 +159,7 @@ class KvModelState(DefaultModelState):
         self.num_candidates = (
             config.window_size if config.policy == "window" else config.budget_size + config.budget_interval
         )
-        self.plan_stride = -(-self.max_num_reqs // 4) * 4  # every row starts at a multiple of 16 bytes
+        self.plan_stride = ceil_div(self.max_num_reqs, 4) * 4  # every row starts at a multiple of 16 bytes
         size = _PLANNED * self.plan_stride
         self.step = torch.full((size + self.max_num_tokens,), -1, dtype=torch.int32, device=device)
         self.plan = self.step[:size].view(_PLANNED, -1).unbind()
