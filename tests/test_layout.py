@@ -128,6 +128,9 @@ def test_layout_equals_the_simulation(geometry, num_prompt_tokens):
         assert geometry.event_at(num_prompt_tokens, number) == event["at"]
         assert geometry.candidate_start(num_prompt_tokens, number) == event["start"]
         assert geometry.shape(number) == event["shape"]
+        first, count = event["start"] // geometry.block_size, event["shape"][0] // geometry.block_size
+        mapped = geometry.block_map(np.array([num_prompt_tokens]), np.array([number]), first + count)
+        assert geometry.candidate_blocks(num_prompt_tokens, number) == mapped[0, first:].tolist()
         runs = geometry.freed_blocks(num_prompt_tokens, number)
         assert [block for run in runs for block in run] == event["freed"] and all(map(len, runs))
         assert geometry.num_freed(num_prompt_tokens, number) == len(event["freed"]) * geometry.block_size

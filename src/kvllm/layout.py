@@ -226,6 +226,20 @@ class Geometry:
         cut = self.num_prompt_removed(num_prompt_tokens, event)
         return self.protected_len(num_prompt_tokens) - cut + self.candidate_offset(event)
 
+    def candidate_blocks(self, num_prompt_tokens: int, event: int) -> list[int]:
+        """Logical blocks of the candidates of event number `event`: `block_map`'s, in plain numbers."""
+        kept, step = self.num_kept // self.block_size, self.interval // self.block_size
+        start = self.protected_len(num_prompt_tokens) // self.block_size
+        takes_all = self.policy == "budget" or self._compresses_history(event)
+        groups, dropped = self.num_groups(event) if takes_all else 0, self.num_dropped_groups(event)
+        stay = self.history_kept // self.num_kept
+        windows = (group if group < stay else group + dropped for group in range(groups))
+        survivors = [start + window * step + block for window in windows for block in range(kept)]
+        num_raw = self.shape(event).num_candidates // self.block_size - len(survivors)
+        # What lies between has been candidates before.
+        first = start + (self.num_candidates // self.block_size + (event - 1) * step if event else 0)
+        return [*survivors, *range(first, first + num_raw)]
+
     def block_map(self, num_prompt_tokens: IntArray, num_events: IntArray, num_blocks: int) -> IntArray:
         """Logical block behind each physical block.
 

@@ -9,6 +9,7 @@ what is noise in the last bit, and with it now and then another choice.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,15 +53,15 @@ class QueryBank:
         shifts = torch.from_numpy(query_shifts(query_stride, num_heads // num_kv_heads)).to(device)
         return cls(queries, torch.zeros(shape, device=device), num_kv_heads, query_stride, shifts)
 
-    @property
+    @cached_property
     def num_queries(self) -> int:
         return self.queries.shape[2]
 
-    @property
+    @cached_property
     def group_size(self) -> int:
         return self.queries.shape[3] // self.num_kv_heads
 
-    @property
+    @cached_property
     def period(self) -> int:
         """Tokens from one use of a slot to the next."""
         return self.num_queries * self.query_stride

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from kvllm.config import KvConfig
 from kvllm.engine import runner_v2
@@ -44,9 +45,6 @@ def model_state(config: KvConfig, cache: PagedCache, device: str) -> Any:
     state.config, state.method, state.geometries = config, make_method(config), Geometries(config, BLOCK_SIZE)
     state.block_size, state.cache, state.device, state.dtype = BLOCK_SIZE, cache, torch.device(device), torch.float32
     state.max_num_reqs, state.max_num_tokens = MAX_REQS, 64
-    bounded = config.policy == "budget"
-    state.interval = config.budget_interval if bounded else config.window_size
-    state.num_candidates = config.budget_size + config.budget_interval if bounded else config.window_size
     state.layers, state.layer_indices = [None] * NUM_LAYERS, torch.arange(NUM_LAYERS, device=device)
     state.rows = RequestRows.empty(MAX_REQS)
     state.query_bank = QueryBank.allocate(
@@ -54,13 +52,11 @@ def model_state(config: KvConfig, cache: PagedCache, device: str) -> Any:
         torch.float32, device,
     )  # fmt: skip
     state.rope, state.turns = rope_on(device) if state.method.uses_rope else None, {}
-    most_survivors = config.budget_size if bounded else config.history_size
+    most_survivors = config.budget_size if config.policy == "budget" else config.history_size
     shape = (MAX_REQS, NUM_LAYERS, NUM_KV_HEADS, most_survivors)
     needed = most_survivors and not state._fused
     state.survivors = torch.zeros(shape, dtype=torch.int32, device=device) if needed else None
-    state.bank_codes = torch.full((state.max_num_tokens,), -1, dtype=torch.int32, device=device)
-    state.plan = torch.zeros(runner_v2._NUM_ROWS, MAX_REQS, dtype=torch.int32, device=device)
-    state.seq_lens = torch.zeros(MAX_REQS, dtype=torch.int32, device=device)
+    state._allocate_step()
     return state
 
 
@@ -104,6 +100,7 @@ def begin_step(state: Any, running: list[Running], device: str) -> Tensor:
         idx_mapping_np=np.array([r.slot for r in running]),
         num_computed_tokens_np=computed,
         num_scheduled_tokens=counts,
+        num_tokens=int(counts.sum()),
         num_tokens_after_padding=int(counts.sum()),
         seq_lens=seq_lens,
     )
@@ -199,3 +196,46 @@ def test_heads_that_the_kernels_do_not_refit(
     monkeypatch.setattr(runner_v2, "MOST_DIMS", HEAD_DIM - 1)
     monkeypatch.setattr(runner_v2, "refit", None)
     test_equals_reference(KvConfig(method="kara", **options, **SIZES), 5, device, monkeypatch)
+
+
+def test_plan_of_a_mixed_batch(device: str) -> None:
+    """A decode, a chunk longer than the ring, one that is not compressed, and padding."""
+    config = KvConfig(method="kara", **SIZES)
+    cache = random_cache(
+        num_layers=1, num_blocks=1, block_size=BLOCK_SIZE, num_kv_heads=1, head_dim=16, dtype=torch.float32,
+        device=device,
+    )  # fmt: skip
+    state = model_state(config, cache, device)
+    geometry, addresses = state.geometries.of(None), (state.plan[0].data_ptr(), state.bank_codes.data_ptr())
+    rows = [(2, geometry, 5, 12, 1), (0, geometry, 3, 0, 40), (1, None, 5, 12, 2)]
+    for slot, own, prompt, _, _ in rows:
+        state.rows.set(slot, own, prompt)
+    state.plan[runner_v2._EVENTS].fill_(9)
+    computed, counts = np.array([r[3] for r in rows], np.int32), np.array([r[4] for r in rows], np.int32)
+    batch = SimpleNamespace(
+        num_reqs=3, idx_mapping_np=np.array([r[0] for r in rows]), num_computed_tokens_np=computed,
+        num_scheduled_tokens=counts, num_tokens=43, num_tokens_after_padding=48,
+        seq_lens=torch.from_numpy(computed + counts).to(device),
+    )  # fmt: skip
+    state.preprocess_state(batch, (torch.zeros(3, MAX_BLOCKS, dtype=torch.int32, device=device),), None, None)
+    period, expected = config.window_size, []
+    for slot, own, prompt, first, count in rows:
+        protected = own.protected_len(prompt) if own else 10**6
+        for token in range(first, first + count):
+            stored = token >= protected and token >= first + count - period
+            expected.append(slot * period + (token - protected) % period if stored else -1)
+    assert state.bank_codes[:48].tolist() == [*expected, *[-1] * 5]
+    assert state.plan[runner_v2._EVENTS].tolist()[:3] == [0, 0, 0]
+    assert (state.plan[0].data_ptr(), state.bank_codes.data_ptr()) == addresses
+
+    # Attention sees what is left of a request; afterwards the batch is what it was.
+    state.prepared, state.num_removed = batch, np.array([8, 0, 3])
+    batch.seq_lens_cpu_upper_bound = torch.tensor([13, 40, 14, 0], dtype=torch.int32)
+    before, seen = dict(vars(batch)), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DefaultModelState, "prepare_attn", lambda _, batch, *args: seen.update(vars(batch)))
+        state.prepare_attn(batch, None, ())
+    assert seen["seq_lens_cpu_upper_bound"].tolist() == [5, 40, 11, 0]
+    assert seen["seq_lens"].data_ptr() == state.seq_lens.data_ptr() and seen["seq_lens"].tolist() == [13, 40, 14]
+    assert all(vars(batch)[name] is value for name, value in before.items())
+    assert before["seq_lens_cpu_upper_bound"].tolist() == [13, 40, 14, 0]

@@ -182,10 +182,7 @@ class CompressorV1:
             geometry = geometries[i]
             assert geometry is not None
             event, prompt = int(events[i]) - 1, int(prompts[i])
-            blocks = geometry.block_map(prompts[i : i + 1], events[i : i + 1] - 1, table.shape[1])[0]
-            first = geometry.candidate_start(prompt, event) // geometry.block_size
-            count = geometry.shape(event).num_candidates // geometry.block_size
-            block_ids = table[i, blocks[first : first + count]]
+            block_ids = table[i, geometry.candidate_blocks(prompt, event)]
             self._compress_request(req_ids[i], geometry, prompt, event, torch.from_numpy(block_ids.astype(np.int64)))
             if event == 0 and (cut := geometry.prompt_shape(prompt)):
                 block_ids = table[i, : cut.num_candidates // geometry.block_size]

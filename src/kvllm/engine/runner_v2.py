@@ -6,8 +6,9 @@ physical sequence lengths, and vLLM's own gathered block tables, which are refil
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.platform_utils import is_pin_memory_available
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -33,7 +35,7 @@ from kvllm.kernels.select_chunks import select_chunks
 from kvllm.kernels.store_tokens import store_tokens
 from kvllm.kernels.window_scores import window_scores
 from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window
-from kvllm.layout import Geometry, IntArray, Shape
+from kvllm.layout import Geometry, IntArray, Shape, ceil_div
 from kvllm.methods import make_method
 from kvllm.methods.base import Kept, Window
 from kvllm.methods.kara import Kara, turn_distances
@@ -43,14 +45,13 @@ from kvllm.query_ring import prompt_query_positions, query_positions
 
 logger = init_logger(__name__)
 
-# Rows of a step's plan, one int32 a request of the batch.
-_PROTECTED, _EVENTS, _KEPT, _DROPPED, _FIXED, _CUT, _NUM_ROWS = range(7)
+# What is known of a request, a number each; the first _PLANNED of them go to the GPU in every step.
+_PROTECTED, _EVENTS, _KEPT, _DROPPED, _FIXED, _CUT, _START, _REMOVED = range(8)
+_PLANNED = 6
 # Windows that a method without kernels of its own sees at once: dense copies of all layers are large.
 _GENERIC_BATCH = 4
 
 _LARGE_BANK = 0.05  # share of the device's memory from which on max_num_seqs is worth a thought
-
-Places = tuple[int, ...]  # of each slot's query, as `query_positions` counts them
 
 
 @cache
@@ -63,31 +64,44 @@ def compressing(cls: type) -> type:
 
 @dataclass
 class RequestRows:
-    """What is known of the request in each of the runner's slots. Arrays [max_num_reqs]."""
+    """What is known of the request in each of the runner's slots.
+
+    columns: [8, max_num_reqs], the rows named above: blocks that are _PROTECTED, the prompt's; _EVENTS done; blocks
+             _KEPT by one event; groups _DROPPED by all of them; groups that stay, _FIXED, when the history is
+             compressed; blocks _CUT out of the prompt by event 0; the _START in computed tokens from which on queries
+             are kept, past every length where nothing is compressed; tokens _REMOVED by all events
+    """
 
     geometries: list[Geometry | None]
-    num_prompt_tokens: IntArray
-    protected: IntArray  # P', tokens
-    first_event: IntArray  # computed tokens at event 0; past every length where the request is not compressed
-    num_kept: IntArray  # K, tokens; 0 where the request is not compressed
-    fixed_groups: IntArray  # groups that stay when the history is compressed
-    prompt_cut: IntArray  # tokens of the prompt that event 0 takes out
-    events: IntArray  # done
-    dropped_groups: IntArray  # by those events
+    num_prompt_tokens: list[int]
+    columns: IntArray
 
     @classmethod
     def empty(cls, max_num_reqs: int) -> RequestRows:
-        return cls([None] * max_num_reqs, *(np.zeros(max_num_reqs, np.int64) for _ in range(8)))
+        return cls([None] * max_num_reqs, [0] * max_num_reqs, np.zeros((8, max_num_reqs), np.int64))
 
     def set(self, row: int, geometry: Geometry | None, num_prompt_tokens: int) -> None:
-        self.geometries[row] = geometry
-        self.num_prompt_tokens[row] = num_prompt_tokens
-        self.protected[row] = geometry.protected_len(num_prompt_tokens) if geometry else 0
-        self.first_event[row] = geometry.event_at(num_prompt_tokens, 0) if geometry else np.iinfo(np.int64).max // 2
-        self.num_kept[row] = geometry.num_kept if geometry else 0
-        self.fixed_groups[row] = geometry.history_kept // geometry.num_kept if geometry else 0
-        self.prompt_cut[row] = geometry.num_prompt_removed(num_prompt_tokens, 1) if geometry else 0
-        self.events[row] = self.dropped_groups[row] = 0
+        self.geometries[row], self.num_prompt_tokens[row] = geometry, num_prompt_tokens
+        column = self.columns[:, row]
+        column[:] = 0
+        column[_START] = np.iinfo(np.int64).max // 2
+        if geometry is not None:
+            block_size = geometry.block_size
+            column[_START] = geometry.protected_len(num_prompt_tokens)
+            column[_PROTECTED] = column[_START] // block_size
+            column[_KEPT] = geometry.num_kept // block_size
+            column[_FIXED] = geometry.history_kept // geometry.num_kept
+            column[_CUT] = geometry.num_prompt_removed(num_prompt_tokens, 1) // block_size
+
+    def count_event(self, row: int) -> int:
+        """Another event of a compressed request; returns its number."""
+        geometry, column = self.geometries[row], self.columns[:, row]
+        assert geometry is not None
+        event = int(column[_EVENTS])
+        column[_EVENTS] = event + 1
+        column[_DROPPED] = geometry.num_dropped_groups(event + 1)
+        column[_REMOVED] = geometry.num_removed(self.num_prompt_tokens[row], event + 1)
+        return event
 
 
 class KvModelState(DefaultModelState):
@@ -101,11 +115,6 @@ class KvModelState(DefaultModelState):
         self.method = make_method(config)
         self.block_size = vllm_config.cache_config.block_size
         self.geometries = Geometries(config, self.block_size)
-        # Where no request is compressed unless it asks, sizes still come from the default configuration.
-        self.interval = config.window_size if config.policy == "window" else config.budget_interval
-        self.num_candidates = (
-            config.window_size if config.policy == "window" else config.budget_size + config.budget_interval
-        )
         named_layers = get_layers_from_vllm_config(vllm_config, Attention)
         self.layers = list(named_layers.values())
         self.layer_indices = torch.tensor([extract_layer_index(name) for name in named_layers], device=device)
@@ -117,7 +126,7 @@ class KvModelState(DefaultModelState):
             layer.head_size, config.query_stride, self.dtype, device,
         )  # fmt: skip
         self.rope = rope_of(model) if self.method.uses_rope else None
-        self.turns: dict[Places, Turn] = {}
+        self.turns: dict[tuple[int, int], Turn] = {}
         # Text positions of survivors that will be candidates again, [max_num_reqs, num_layers, num_kv_heads, most of
         # them]; int32 holds them.
         self.survivors: Tensor | None = None
@@ -127,12 +136,10 @@ class KvModelState(DefaultModelState):
                 self.max_num_reqs, len(self.layers), layer.num_kv_heads, most_survivors,
                 dtype=torch.int32, device=device,
             )  # fmt: skip
-        self.bank_codes = torch.full((self.max_num_tokens,), -1, dtype=torch.int32, device=device)
-        self.seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
-        self.plan = torch.zeros(_NUM_ROWS, self.max_num_reqs, dtype=torch.int32, device=device)
         self.cache: PagedCache | None = None
         self.prepared: InputBatch | None = None  # the real batch that preprocess_state has planned
         self.num_removed = np.zeros(0, np.int64)
+        self._allocate_step()
         store_with_queries(self.layers, self._store, "cuda")
         size, total = self.query_bank.num_bytes, torch.cuda.get_device_properties(device).total_memory
         logger.info("KvLLM: %s, query bank of %.2f GiB for max_num_seqs=%d", config, size / 2**30, self.max_num_reqs)
@@ -143,6 +150,21 @@ class KvModelState(DefaultModelState):
                 100 * size / total,
                 self.max_num_reqs,
             )
+
+    def _allocate_step(self) -> None:
+        """Sizes of every step, and what it tells the GPU: the plan and the bank's codes, side by side for one copy."""
+        config, device = self.config, self.device
+        # Where no request is compressed unless it asks, sizes still come from the default configuration.
+        self.interval = config.window_size if config.policy == "window" else config.budget_interval
+        self.num_candidates = (
+            config.window_size if config.policy == "window" else config.budget_size + config.budget_interval
+        )
+        self.plan_stride = ceil_div(self.max_num_reqs, 4) * 4  # every row starts at a multiple of 16 bytes
+        size = _PLANNED * self.plan_stride
+        self.step = torch.full((size + self.max_num_tokens,), -1, dtype=torch.int32, device=device)
+        self.plan = self.step[:size].view(_PLANNED, -1).unbind()
+        self.bank_codes = self.step[size:]
+        self.seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
 
     # ------------------------------------------------------------------ requests
 
@@ -177,8 +199,7 @@ class KvModelState(DefaultModelState):
             num_blocks = geometry.shape(event).num_candidates // self.block_size
             blocks = torch.zeros(1, num_blocks, dtype=torch.int32, device=self.device)
             row = torch.zeros(1, dtype=torch.int32, device=self.device)
-            places, done = self._places(geometry, event), np.full(1, event, np.int64)
-            self._compress_group(geometry, np.ones(1, np.int64), done, places, row, blocks)
+            self._compress_group(geometry, [1], [event], row, blocks)
 
     @staticmethod
     def _query_scale(layer: Any) -> float:
@@ -203,163 +224,166 @@ class KvModelState(DefaultModelState):
         """Compact what is due, then shorten the step's block tables and lengths. Real batches only."""
         super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
         num_reqs, slots = input_batch.num_reqs, input_batch.idx_mapping_np[: input_batch.num_reqs]
-        computed = input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64)
-        grown = computed - self.rows.first_event[slots]
-        events = np.where(grown >= 0, grown // self.interval + 1, 0)
-        if (due := events != self.rows.events[slots]).any():
-            if (events > self.rows.events[slots] + 1).any():
-                late = [input_batch.req_ids[i] for i in np.nonzero(events > self.rows.events[slots] + 1)[0]]
+        columns = self.rows.columns.take(slots, axis=1)
+        offsets = input_batch.num_computed_tokens_np[:num_reqs] - columns[_START]
+        grown = offsets - (self.num_candidates + self.config.buffer_size)
+        events = np.maximum(grown // self.interval + 1, 0)
+        if (due := events != columns[_EVENTS]).any():
+            if (events > columns[_EVENTS] + 1).any():
+                late = [input_batch.req_ids[i] for i in np.nonzero(events > columns[_EVENTS] + 1)[0]]
                 raise RuntimeError(f"KvLLM: requests {late} went past a compression.")
-            self._compress(np.nonzero(due)[0], slots, events, block_tables[0])
-            self.rows.events[slots] = events
-        self._plan_capture(input_batch, slots, computed)
-        self._shorten(input_batch, slots, events, block_tables[0])
+            self._compress([(i, int(slots[i])) for i in due.nonzero()[0].tolist()], block_tables[0])
+            columns = self.rows.columns.take(slots, axis=1)
+        self._send_plan(input_batch, slots, columns, offsets)
+        self._shorten(input_batch, block_tables[0])
+        self.num_removed = columns[_REMOVED]
         self.prepared = input_batch
 
-    def _plan_capture(self, input_batch: InputBatch, slots: IntArray, computed: IntArray) -> None:
-        counts = input_batch.num_scheduled_tokens[: len(slots)].astype(np.int64)
-        offsets, owners, ends = computed - self.rows.protected[slots], slots, computed + counts
-        if (counts != 1).any():
+    def _send_plan(self, input_batch: InputBatch, slots: IntArray, columns: IntArray, offsets: IntArray) -> None:
+        """Tell the GPU what the step's requests are, and which tokens' queries go where.
+
+        columns: of `RequestRows`, [8, num_reqs]; offsets: [num_reqs], computed tokens from _START on
+        """
+        plan_size = _PLANNED * self.plan_stride
+        size = plan_size + input_batch.num_tokens_after_padding
+        # Written where the GPU can read it, which it may do after this step.
+        staged = torch.empty(size, dtype=torch.int32, pin_memory=is_pin_memory_available())
+        host = staged.numpy()
+        plan, codes = host[:plan_size].reshape(_PLANNED, -1), host[plan_size:]
+        plan[:, : len(slots)] = columns[:_PLANNED]
+        plan[_EVENTS, len(slots) :] = 0  # of a request without events nothing else is read
+        oldest: Any = 0
+        if input_batch.num_tokens > len(slots):
+            counts = input_batch.num_scheduled_tokens[: len(slots)]
             row = np.repeat(np.arange(len(slots)), counts)
             within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-            offsets, owners, ends = offsets[row] + within, slots[row], ends[row]
-        # A chunk may be longer than the ring: of tokens for one slot only the newest counts.
-        newest = offsets >= ends - self.rows.protected[owners] - self.query_bank.period
-        stored = newest & (offsets >= 0) & (self.rows.num_kept[owners] > 0)
-        plan = np.full(input_batch.num_tokens_after_padding, -1, np.int32)
-        plan[: len(stored)][stored] = self.query_bank.codes(owners, offsets)[stored]
-        async_tensor_h2d(plan, out=self.bank_codes[: len(plan)])
+            # A chunk may be longer than the ring: of tokens for one slot only the newest counts.
+            oldest = np.maximum(offsets + counts - self.query_bank.period, 0)[row]
+            offsets, slots = offsets[row] + within, slots[row]
+        codes[: len(slots)] = np.where(offsets >= oldest, self.query_bank.codes(slots, offsets), -1)
+        codes[len(slots) :] = -1
+        self.step[:size].copy_(staged, non_blocking=True)
 
-    def _shorten(self, input_batch: InputBatch, slots: IntArray, events: IntArray, block_table: Tensor) -> None:
-        num_reqs = len(slots)
-        plan = np.zeros((_NUM_ROWS, self.max_num_reqs), np.int32)
-        plan[_PROTECTED, :num_reqs] = self.rows.protected[slots] // self.block_size
-        plan[_EVENTS, :num_reqs] = events
-        plan[_KEPT, :num_reqs] = np.maximum(self.rows.num_kept[slots] // self.block_size, 1)
-        plan[_KEPT, num_reqs:] = 1
-        plan[_DROPPED, :num_reqs] = self.rows.dropped_groups[slots]
-        plan[_FIXED, :num_reqs] = self.rows.fixed_groups[slots]
-        plan[_CUT, :num_reqs] = self.rows.prompt_cut[slots] // self.block_size
-        async_tensor_h2d(plan, out=self.plan)
-        num_padded = input_batch.seq_lens.shape[0]
+    def _shorten(self, input_batch: InputBatch, block_table: Tensor) -> None:
+        protected, events, kept, dropped, fixed, cut = self.plan
         shorten_block_tables(
-            block_table[:num_padded],
+            block_table,
             input_batch.seq_lens,
-            self.seq_lens[:num_padded],
-            self.plan[_PROTECTED],
-            self.plan[_EVENTS],
-            self.plan[_KEPT],
-            self.plan[_DROPPED],
-            self.plan[_FIXED],
-            self.plan[_CUT],
+            self.seq_lens[: input_batch.seq_lens.shape[0]],
+            protected,
+            events,
+            kept,
+            dropped,
+            fixed,
+            cut,
             self.num_candidates // self.block_size,
             self.interval // self.block_size,
             self.block_size,
             self.config.policy,
         )
-        kept = self.rows.num_kept[slots]
-        cut = self.rows.prompt_cut[slots] * (events > 0)
-        self.num_removed = events * (self.num_candidates - kept) + self.rows.dropped_groups[slots] * kept + cut
 
     def prepare_attn(
         self, input_batch: InputBatch, cudagraph_mode: Any, block_tables: tuple[Tensor, ...], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """Attention metadata over the physical lengths; in dummy runs, which hold nothing, over the given ones."""
-        num_padded = input_batch.seq_lens.shape[0]
-        upper_bound = input_batch.seq_lens_cpu_upper_bound.clone()
+        logical = input_batch.seq_lens, input_batch.seq_lens_cpu_upper_bound
+        seq_lens, upper_bound = self.seq_lens[: logical[0].shape[0]], logical[1].clone()
         if input_batch is self.prepared:
-            upper_bound[: len(self.num_removed)] -= torch.from_numpy(self.num_removed).to(upper_bound.dtype)
+            upper_bound.numpy()[: len(self.num_removed)] -= self.num_removed
         else:
-            self.seq_lens[:num_padded].copy_(input_batch.seq_lens)
+            seq_lens.copy_(input_batch.seq_lens)
             self.bank_codes.fill_(-1)
         self.prepared = None
-        physical = replace(input_batch, seq_lens=self.seq_lens[:num_padded], seq_lens_cpu_upper_bound=upper_bound)
-        return super().prepare_attn(physical, cudagraph_mode, block_tables, *args, **kwargs)
+        # In place: a copy of the batch would take ten times as long as these few lines.
+        input_batch.seq_lens, input_batch.seq_lens_cpu_upper_bound = seq_lens, upper_bound
+        try:
+            return super().prepare_attn(input_batch, cudagraph_mode, block_tables, *args, **kwargs)
+        finally:  # sampling counts the tokens of the text
+            input_batch.seq_lens, input_batch.seq_lens_cpu_upper_bound = logical
 
     # ------------------------------------------------------------------ compression
 
-    def _compress(self, due: IntArray, slots: IntArray, events: IntArray, block_table: Tensor) -> None:
-        """Compress what is due in the batch's rows `due`: at once what has one ratio, shape, and places of queries."""
-        groups: dict[tuple[Geometry, Shape, Places], list[int]] = {}
-        for i in due:
-            geometry, event = self.rows.geometries[slots[i]], int(events[i]) - 1
+    def _compress(self, due: list[tuple[int, int]], block_table: Tensor) -> None:
+        """Compress what is due, (row of the batch, slot): at once what has one ratio, shape, and places of queries."""
+        groups: dict[tuple[Geometry, Shape, int], list[tuple[int, int, int]]] = {}
+        for row, slot in due:
+            geometry, event = self.rows.geometries[slot], self.rows.count_event(slot)
             assert geometry is not None
-            groups.setdefault((geometry, geometry.shape(event), self._places(geometry, event)), []).append(int(i))
-            self.rows.dropped_groups[slots[i]] = geometry.num_dropped_groups(event + 1)
-            prompt = int(self.rows.num_prompt_tokens[slots[i]])
+            key = geometry, geometry.shape(event), self._ring_place(geometry, event)
+            groups.setdefault(key, []).append((row, slot, event))
+            prompt = self.rows.num_prompt_tokens[slot]
             if event == 0 and (cut := geometry.prompt_shape(prompt)):
-                whole = block_table[i : i + 1, : cut.num_candidates // self.block_size]
-                self._compress_prompt(geometry, prompt, cut, int(slots[i]), whole)
-        for (geometry, _, places), rows in groups.items():
-            batch = np.array(rows)
-            prompts, done = self.rows.num_prompt_tokens[slots[batch]], events[batch] - 1
-            blocks = self._candidate_blocks(geometry, prompts, done)
-            index = async_tensor_h2d(np.concatenate([batch[:, None], blocks], axis=1), device=self.device)
-            candidates = block_table[index[:, :1], index[:, 1:]]
-            req_slots = async_tensor_h2d(slots[batch].astype(np.int32), device=self.device)
-            self._compress_group(geometry, prompts, done, places, req_slots, candidates)
+                whole = block_table[row : row + 1, : cut.num_candidates // self.block_size]
+                self._compress_prompt(geometry, prompt, cut, slot, whole)
+        width = block_table.shape[1]
+        for (geometry, _, _), members in groups.items():
+            rows, slots, done = zip(*members, strict=True)
+            prompts = [self.rows.num_prompt_tokens[slot] for slot in slots]
+            candidates = [
+                row * width + block
+                for row, prompt, event in zip(rows, prompts, done, strict=True)
+                for block in geometry.candidate_blocks(prompt, event)
+            ]
+            sent = async_tensor_h2d([*slots, *candidates], dtype=torch.int32, device=self.device)
+            req_slots, index = sent.split((len(slots), len(candidates)))
+            blocks = block_table.view(-1).index_select(0, index).view(len(slots), -1)
+            self._compress_group(geometry, prompts, done, req_slots, blocks)
+
+    def _ring_place(self, geometry: Geometry, event: int) -> int:
+        """Where in the ring's period an event falls: in every slot the query is then at the same place."""
+        return geometry.event_at(0, event) % self.query_bank.period
 
     def _compress_group(
         self,
         geometry: Geometry,
-        prompts: IntArray,
-        done: IntArray,
-        places: Places,
+        prompts: Sequence[int],
+        done: Sequence[int],
         req_slots: Tensor,
         candidates: Tensor,
     ) -> None:
         if self._fused:
-            self._compress_kara(geometry.shape(int(done[0])).num_kept, places, req_slots, candidates)
+            self._compress_kara(geometry, done[0], req_slots, candidates)
         else:
-            self._compress_generic(geometry, prompts, done, places, req_slots, candidates)
+            self._compress_generic(geometry, prompts, done, req_slots, candidates)
 
-    @staticmethod
-    def _candidate_blocks(geometry: Geometry, prompts: IntArray, done: IntArray) -> IntArray:
-        """Logical blocks [num_due, num_candidates / block_size] of the events `done`, which have one shape."""
-        pairs = zip(prompts.tolist(), done.tolist(), strict=True)
-        first = [geometry.candidate_start(prompt, event) // geometry.block_size for prompt, event in pairs]
-        count = geometry.shape(int(done[0])).num_candidates // geometry.block_size
-        logical = geometry.block_map(prompts, done, max(first) + count)
-        return np.stack([row[f : f + count] for row, f in zip(logical, first, strict=True)])
-
-    @property
+    @cached_property
     def _fused(self) -> bool:
         """Whether the kernels do exactly what the method does."""
         if not isinstance(self.method, Kara) or not self.method.fused:
             return False
         return self.query_bank.queries.shape[-1] <= MOST_DIMS or not self.method.refits(num_kept=1)
 
-    def _compress_kara(self, num_kept: int, places: Places, req_slots: Tensor, candidates: Tensor) -> None:
+    def _compress_kara(self, geometry: Geometry, event: int, req_slots: Tensor, candidates: Tensor) -> None:
         assert self.cache is not None and isinstance(self.method, Kara)
-        method, turn = self.method, self._turn(places)
+        method, turn, num_kept = self.method, self._turn(geometry, event), geometry.shape(event).num_kept
         scores = window_scores(
             self.query_bank, req_slots, candidates, self.cache, method.value_norm, method.keydiff_power,
             method.attention_floor, turn,
         )  # fmt: skip
-        kept = select_chunks(scores.flatten(0, 2), num_kept, method.max_chunk_size, method.chunk_fill)
-        kept = kept.view(*scores.shape[:3], -1)
+        kept = select_chunks(scores, num_kept, method.max_chunk_size, method.chunk_fill)
         if method.refits(num_kept):
             ridges = (method.key_ridge, method.value_ridge)
             refit(self.query_bank, req_slots, kept, candidates, self.cache, turn, *ridges)
         else:
             compact(kept, candidates, self.cache)
 
-    def _places(self, geometry: Geometry, event: int) -> Places:
-        """Of the queries: the same at every event, or at every few (budget policy)."""
-        return tuple(query_positions(geometry, event, self.config.query_stride, self.config.num_queries).tolist())
+    def _query_positions(self, geometry: Geometry, event: int) -> Tensor:
+        places = query_positions(geometry, event, self.config.query_stride, self.config.num_queries)
+        return torch.from_numpy(places).to(self.device)
 
-    def _turn(self, places: Places) -> Turn | None:
-        """Of queries at these places."""
+    def _turn(self, geometry: Geometry, event: int) -> Turn | None:
+        """Of the event's queries: the same at every event, or at every few (budget policy)."""
         assert isinstance(self.method, Kara)
         if self.rope is None:
             return None
-        if places not in self.turns:
-            positions = torch.tensor(places, device=self.device)
+        key = self._ring_place(geometry, event), geometry.shape(event).num_candidates
+        if key not in self.turns:
+            positions = self._query_positions(geometry, event)
             distances = turn_distances(positions, self.query_bank.shifts, self.method.lookahead)
             # Tables as exact as the products: the kernel reads them for every head of every layer.
             dtype = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
-            self.turns[places] = self.rope.turn(distances.unsqueeze(1), self.query_bank.queries.shape[-1], dtype)
-        return self.turns[places]
+            self.turns[key] = self.rope.turn(distances.unsqueeze(1), self.query_bank.queries.shape[-1], dtype)
+        return self.turns[key]
 
     def _compress_prompt(self, geometry: Geometry, prompt: int, cut: Shape, slot: int, blocks: Tensor) -> None:
         """Cut one prompt, by any method, some layers at a time: a long one is as many tokens as many windows."""
@@ -399,33 +423,32 @@ class KvModelState(DefaultModelState):
     def _compress_generic(
         self,
         geometry: Geometry,
-        prompts: IntArray,
-        done: IntArray,
-        places: Places,
+        prompts: Sequence[int],
+        done: Sequence[int],
         req_slots: Tensor,
         candidates: Tensor,
     ) -> None:
         """Any method, through dense copies of a few windows at a time."""
         assert self.cache is not None
-        shape = geometry.shape(int(done[0]))
+        shape = geometry.shape(done[0])
         # A history with its window is as many tokens as many windows.
         size = max(1, _GENERIC_BATCH * geometry.num_candidates // shape.num_candidates)
         for start in range(0, len(done), size):
             part = slice(start, start + size)
             blocks, slots = candidates[part], req_slots[part].long()
-            window = self._window(geometry, prompts[part], done[part], blocks, slots, places)
+            window = self._window(geometry, prompts[part], done[part], blocks, slots)
             kept = self.method.compress(window, shape.num_kept)
             self._write(paired_rows(window, kept), blocks)
             if self.survivors is not None:
                 positions = window.positions.gather(-1, kept.indices).to(self.survivors.dtype)
                 positions = positions.unflatten(0, (len(blocks), len(self.layers)))
-                offsets = np.array([geometry.candidate_offset(event) for event in done[part].tolist()])
+                offsets = np.array([geometry.candidate_offset(event) for event in done[part]])
                 for offset in np.unique(offsets):
                     same = np.nonzero(offsets == offset)[0].tolist()
                     self.survivors[slots[same], ..., offset : offset + shape.num_kept] = positions[same]
 
     def _window(
-        self, geometry: Geometry, prompts: IntArray, done: IntArray, blocks: Tensor, slots: Tensor, places: Places
+        self, geometry: Geometry, prompts: Sequence[int], done: Sequence[int], blocks: Tensor, slots: Tensor
     ) -> Window:
         """What a method sees of the requests `slots`; the batch is (request, layer)."""
         assert self.cache is not None
@@ -437,11 +460,11 @@ class KvModelState(DefaultModelState):
             )
         positions = [
             candidate_positions(geometry, prompt, event, survivors[slot])
-            for prompt, event, slot in zip(prompts.tolist(), done.tolist(), slots, strict=True)
+            for prompt, event, slot in zip(prompts, done, slots, strict=True)
         ]
         return Window(
             queries=self.query_bank.of(slots).transpose(0, 1).flatten(0, 1),
-            query_positions=torch.tensor(places, device=self.device),
+            query_positions=self._query_positions(geometry, done[0]),
             keys=keys,
             values=values,
             positions=torch.cat(positions),

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvllm.kernels.paged import PagedCache, layer_ptr, token_offsets
+from kvllm.kernels.paged import PagedCache, layer_ptr, next_power_of_2, token_offsets
 
 _TILE_TOKENS = 64
 
@@ -51,8 +51,8 @@ def compact(kept: Tensor, candidate_blocks: Tensor, cache: PagedCache) -> None:
             BLOCK_SIZE=cache.block_size,
             RAW_DTYPE=cache.raw_tl_dtype,
             ALIGNMENT=cache.alignment,
-            BLOCK_T=min(_TILE_TOKENS, triton.next_power_of_2(num_kept)),
-            BLOCK_D=triton.next_power_of_2(cache.head_dim),
+            BLOCK_T=min(_TILE_TOKENS, next_power_of_2(num_kept)),
+            BLOCK_D=next_power_of_2(cache.head_dim),
             num_warps=4,
         )
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvllm.kernels.compact import compact_ref
-from kvllm.kernels.paged import PagedCache, layer_ptr, token_offsets
+from kvllm.kernels.paged import PagedCache, layer_ptr, next_power_of_2, token_offsets
 from kvllm.kernels.window_scores import (
     _load_queries,
     _load_tile,
@@ -23,6 +24,7 @@ from kvllm.kernels.window_scores import (
     turned_queries_ref,
 )
 from kvllm.kernels.windows import FP8_MAX, gather_window_ref, scatter_rows_ref
+from kvllm.layout import ceil_div
 from kvllm.methods.kara import MOST_REFITTED
 from kvllm.methods.refit import LEAST_KEPT, STEPS, fitted_values, key_shift
 from kvllm.methods.rope import Turn
@@ -81,8 +83,8 @@ class Tiles(NamedTuple):
 
 
 def tiles(num_rows: int, head_dim: int, float32: bool) -> Tiles:
-    block_q = min(64, max(16, triton.next_power_of_2(num_rows)))
-    block_c = max(16, triton.next_power_of_2(head_dim))
+    block_q = min(64, max(16, next_power_of_2(num_rows)))
+    block_c = max(16, next_power_of_2(head_dim))
     if float32:  # no tensor cores: small tiles, so that the operands of the plain product fit the registers
         return Tiles(16, 32, 8, 1, 16, 16, 8, 1)
     return Tiles(block_q, 64, 4, 2, block_q, block_c, 8, 2)
@@ -117,8 +119,8 @@ def refit(
     num_rows = num_queries * bank.group_size
     sizes = tiles(num_rows, head_dim, float32)
     tallest = max(sizes.block_q, sizes.block_r)
-    padded_rows = triton.cdiv(num_rows, tallest) * tallest
-    block_k = max(16, triton.next_power_of_2(num_kept))
+    padded_rows = ceil_div(num_rows, tallest) * tallest
+    block_k = max(16, next_power_of_2(num_kept))
     dtype = cache.dot_dtype
     heads, device = num_layers * num_kv_heads, bank.queries.device
     batch = min(num_due, _BATCH) * heads
@@ -137,21 +139,22 @@ def refit(
         FIT_VALUES=value_ridge > 0,
         BLOCK_K=block_k,
     )
-    for start in range(0, num_due, _BATCH):
-        part = slice(start, start + _BATCH)
-        blocks, survivors, slots = candidate_blocks[part], kept[part], req_slots[part]
+    parts: Iterable[tuple[Tensor, ...]] = [(candidate_blocks, kept, req_slots)]
+    if num_due > _BATCH:
+        parts = zip(*(t.split(_BATCH) for t in (candidate_blocks, kept, req_slots)), strict=True)
+    for blocks, survivors, slots in parts:
         cached, asked = cache.arguments(blocks), query_arguments(bank, slots, turn)
         _attend_kernel[(len(slots) * heads * padded_rows // sizes.block_q,)](
             *(shares, missing, lost, survivors, *cached, *asked, head_dim**-0.5 / math.log(2), LEAST_KEPT),
             NUM_CANDIDATES=candidate_blocks.shape[1] * cache.block_size,
             BLOCK_Q=sizes.block_q,
             BLOCK_T=sizes.block_t,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_D=max(16, next_power_of_2(head_dim)),
             num_warps=sizes.attend_warps,
             num_stages=sizes.attend_stages,
             **common,
         )
-        num_columns = triton.cdiv(head_dim, sizes.block_c)
+        num_columns = ceil_div(head_dim, sizes.block_c)
         _fit_kernel[(len(slots) * heads * (num_columns + 1),)](
             *(shares, missing, lost, survivors, *cached, *asked, head_dim**-0.5, key_ridge, value_ridge),
             STEPS=STEPS,

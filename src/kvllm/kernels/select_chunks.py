@@ -4,19 +4,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvllm.kernels.paged import next_power_of_2
 from kvllm.methods.kara import token2chunk
 
 
 def select_chunks_ref(scores: Tensor, num_kept: int, max_chunk_size: int, chunk_fill: float) -> Tensor:
     """`kvllm.methods.kara.token2chunk` on rows.
 
-    scores:  [num_rows, num_candidates] float32
-    returns  [num_rows, num_kept] int32, ascending
+    scores:  [..., num_candidates] float32
+    returns  [..., num_kept] int32, ascending
     """
     return token2chunk(scores.unsqueeze(0), num_kept, max_chunk_size, chunk_fill).squeeze(0).int()
 
@@ -26,11 +29,11 @@ def select_chunks(scores: Tensor, num_kept: int, max_chunk_size: int, chunk_fill
 
     NaN counts as more than infinity, so that whatever the scores, the indices are distinct and in the window.
     """
-    num_rows, num_candidates = scores.shape
+    *rows, num_candidates = scores.shape
     assert scores.dtype == torch.float32 and scores.is_contiguous() and 0 < num_kept <= num_candidates
-    kept = torch.empty(num_rows, num_kept, dtype=torch.int32, device=scores.device)
-    if num_rows:
-        block = triton.next_power_of_2(num_candidates)
+    kept = torch.empty(*rows, num_kept, dtype=torch.int32, device=scores.device)
+    if num_rows := math.prod(rows):
+        block = next_power_of_2(num_candidates)
         _select_chunks_kernel[(num_rows,)](
             scores,
             kept,

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvllm.kernels.paged import PagedCache
+from kvllm.kernels.paged import PagedCache, next_power_of_2
+from kvllm.layout import ceil_div
 from kvllm.query_bank import LEVELS, SMALLEST, QueryBank
 
 _HEADS = 8  # a program's
@@ -61,15 +62,15 @@ def store_tokens(
     assert bank.queries.is_contiguous() and bank.scales.is_contiguous()
     if not num_tokens:
         return
-    block_h = min(_HEADS, triton.next_power_of_2(num_heads))
-    programs = num_query_programs = triton.cdiv(num_heads, block_h)
+    block_h = min(_HEADS, next_power_of_2(num_heads))
+    programs = num_query_programs = ceil_div(num_heads, block_h)
     keys, values, strides, num_slots, num_kv_heads, block_size = None, None, (0, 0, 0, 0, 0), 0, 0, 1
     if slot_mapping is not None:
         assert key is not None and value is not None and cache is not None and cache.k_scale is None
         assert key.stride()[1:] == value.stride()[1:] == (head_dim, 1)
         keys, values, strides = cache.keys[layer], cache.values[layer], (key.stride(0), value.stride(0), *cache.strides)
         num_slots, num_kv_heads, block_size = len(slot_mapping), cache.num_kv_heads, cache.block_size
-        programs += 2 * triton.cdiv(num_kv_heads, block_h)
+        programs += 2 * ceil_div(num_kv_heads, block_h)
     _store_tokens_kernel[(num_tokens, programs)](
         query,
         bank.queries[layer],
@@ -95,7 +96,7 @@ def store_tokens(
         BLOCK_SIZE=block_size,
         NUM_QUERY_PROGRAMS=num_query_programs,
         BLOCK_H=block_h,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=next_power_of_2(head_dim),
         num_warps=2,
     )
 

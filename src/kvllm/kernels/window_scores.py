@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from kvllm.kernels.paged import TL_DTYPES, PagedCache, layer_ptr, token_offsets
+from kvllm.kernels.paged import TL_DTYPES, PagedCache, layer_ptr, next_power_of_2, token_offsets
 from kvllm.kernels.windows import gather_window_ref
+from kvllm.layout import ceil_div
 from kvllm.methods.rope import Turn
 from kvllm.query_bank import QueryBank
 
@@ -77,7 +78,7 @@ def query_sizes(bank: QueryBank, turn: Turn | None, dot_dtype: torch.dtype) -> d
         DOT_DTYPE=TL_DTYPES[dot_dtype],
         TURN=turn is not None,
         HALVES=turn is None or turn.halves,
-        BLOCK_H=max(16, triton.next_power_of_2(head_dim // 2)),
+        BLOCK_H=max(16, next_power_of_2(head_dim // 2)),
     )
 
 
@@ -114,7 +115,7 @@ def window_scores(
     asking = query_sizes(bank, turn, cache.dot_dtype)
     block_h = asking["BLOCK_H"]
     block_t, block_q = tile_sizes(num_candidates, num_rows, 2 * block_h, cache.dtype == torch.float32)
-    num_tiles = triton.cdiv(num_candidates, block_t)
+    num_tiles = ceil_div(num_candidates, block_t)
     exponent = head_dim**-0.5 / math.log(2)  # exp2 is cheaper than exp
     asked = (*query_arguments(bank, req_slots, turn), exponent)
     asking |= dict(BLOCK_T=block_t, BLOCK_Q=block_q, num_stages=3)  # of 2 and 3 stages on an H100
@@ -123,7 +124,7 @@ def window_scores(
         weights = torch.empty(batch, num_candidates, dtype=torch.float32, device=device)
         _weights_kernel[(batch,)](weights, *cached, BLOCK_T=64, BLOCK_H=block_h, **weighting, **sizes)
         log_sums = torch.empty(batch, num_rows, dtype=torch.float32, device=device)
-        _log_sums_kernel[(batch, triton.cdiv(num_rows, block_q))](log_sums, *cached, *asked, **asking, **sizes)
+        _log_sums_kernel[(batch, ceil_div(num_rows, block_q))](log_sums, *cached, *asked, **asking, **sizes)
     _scores_kernel[(batch, num_tiles)](
         scores,
         weights,
@@ -143,8 +144,8 @@ def tile_sizes(num_candidates: int, num_rows: int, block_d: int, float32: bool) 
     """Candidates a tile, and queries a tile."""
     if float32:  # no tensor cores: small tiles, so that the operands of the plain product fit the registers
         return 32, 32
-    block_q = min(64, max(16, triton.next_power_of_2(num_rows)))
-    resident = max(16, triton.next_power_of_2(num_candidates))
+    block_q = min(64, max(16, next_power_of_2(num_rows)))
+    resident = max(16, next_power_of_2(num_candidates))
     if resident * block_d * 2 <= _TILE_BYTES:
         return resident, block_q
     return 64 if block_d > 128 else 128, block_q
