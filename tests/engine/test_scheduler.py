@@ -142,15 +142,22 @@ def test_headroom_of_mixed_ratios_equals_that_of_each_request(make: Callable[...
                 to_end = prompt + running.max_tokens - computed
                 rows.append((held, geometry.max_chunk(prompt, computed), to_end, freed))
         assert len(rows) == 9
-        assert scheduler._blocks_ahead() == blocks_ahead(*np.array(rows, np.int64).T, 64, BLOCK_SIZE)
+        held, to_event, to_end, freed = np.array(rows, np.int64).T
+        assert scheduler._blocks_ahead() == blocks_ahead(held, to_event, to_end, freed, 64, BLOCK_SIZE)
 
 
 def test_headroom_is_worked_out_only_where_a_request_can_be_admitted(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheduler, calls = make(2000, 4), []
+    scheduler = make(2000, 4)
+    calls: list[int] = []
     original = scheduler._blocks_ahead
-    monkeypatch.setattr(scheduler, "_blocks_ahead", lambda: calls.append(len(scheduler.running)) or original())
+
+    def counting() -> int:
+        calls.append(len(scheduler.running))
+        return original()
+
+    monkeypatch.setattr(scheduler, "_blocks_ahead", counting)
     for i in range(6):
         scheduler.add_request(request(str(i), 20, 30))
     steps = Steps(scheduler)

@@ -177,15 +177,17 @@ def test_equals_reference(config: KvConfig, num_events: int, device: str, monkey
                 kept = request.layers[layer]
                 torch.testing.assert_close(keys, kept.keys, rtol=off_keys, atol=off_keys)
                 torch.testing.assert_close(values, kept.values, rtol=off_values, atol=off_values)
-        for layer in range(NUM_LAYERS):
-            state._capture(layer, torch.cat([r.new[0][layer] for r in running]).to(device))
+        slots = []
         for request in running:
             tokens = torch.arange(request.computed, request.computed + request.new[0].shape[1], device=device)
-            at = (request.block_ids[tokens // BLOCK_SIZE].long(), tokens % BLOCK_SIZE)
+            slots.append(request.block_ids[tokens // BLOCK_SIZE].long() * BLOCK_SIZE + tokens % BLOCK_SIZE)
+        for layer in range(NUM_LAYERS):
+            new = (torch.cat([request.new[i][layer] for request in running]).to(device) for i in range(3))
+            state._store(layer, *new, torch.cat(slots))
+        for request in running:
             for layer, (queries, keys, values) in enumerate(zip(*request.new, strict=True)):
                 request.layers[layer].append(queries, keys, values)
-                cache.keys[layer][at], cache.values[layer][at] = keys.to(device), values.to(device)
-            request.computed += len(tokens)
+            request.computed += request.new[0].shape[1]
     assert running[0].num_events == num_events
 
 
@@ -231,7 +233,8 @@ def test_plan_of_a_mixed_batch(device: str) -> None:
     # Attention sees what is left of a request; afterwards the batch is what it was.
     state.prepared, state.num_removed = batch, np.array([8, 0, 3])
     batch.seq_lens_cpu_upper_bound = torch.tensor([13, 40, 14, 0], dtype=torch.int32)
-    before, seen = dict(vars(batch)), {}
+    before = dict(vars(batch))
+    seen: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DefaultModelState, "prepare_attn", lambda _, batch, *args: seen.update(vars(batch)))
         state.prepare_attn(batch, None, ())

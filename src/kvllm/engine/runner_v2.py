@@ -20,10 +20,11 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.platform_utils import is_pin_memory_available
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import is_quantized_kv_cache
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from kvllm.engine.attention import store_with_queries
+from kvllm.engine.attention import capture_queries, store_with_queries
 from kvllm.engine.positions import candidate_positions, paired_rows
 from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, kv_config
@@ -140,7 +141,10 @@ class KvModelState(DefaultModelState):
         self.prepared: InputBatch | None = None  # the real batch that preprocess_state has planned
         self.num_removed = np.zeros(0, np.int64)
         self._allocate_step()
-        store_with_queries(self.layers, self._store, "cuda")
+        if is_quantized_kv_cache(layer.kv_cache_dtype):
+            capture_queries(self.layers, self._store, "cuda")  # what is quantised, vLLM writes itself
+        else:
+            store_with_queries(self.layers, self._store, "cuda")
         size, total = self.query_bank.num_bytes, torch.cuda.get_device_properties(device).total_memory
         logger.info("KvLLM: %s, query bank of %.2f GiB for max_num_seqs=%d", config, size / 2**30, self.max_num_reqs)
         if size > _LARGE_BANK * total:
@@ -207,7 +211,14 @@ class KvModelState(DefaultModelState):
 
     # ------------------------------------------------------------------ one step
 
-    def _store(self, layer: int, query: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor | None) -> None:
+    def _store(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        slot_mapping: Tensor | None = None,
+    ) -> None:
         if self.cache is None:  # a run that only measures memory
             return
         assert query.shape[0] <= self.max_num_tokens

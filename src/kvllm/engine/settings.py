@@ -16,8 +16,10 @@ CONFIG_KEY = "kvllm"
 RATIO_KEY = "kv_retention_ratio"
 # vLLM's own defaults leave little to choose between: a window of 256 tokens must be many blocks.
 DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
-# The kernels handle fp8 (their tests show it); the engine with an fp8 cache has not been run yet.
-CACHE_DTYPES = ("auto", "float16", "bfloat16")
+CACHE_DTYPES = {
+    "cpu": ("auto", "float16", "bfloat16"),
+    "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
+}
 BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "TRITON_ATTN")}
 
 
@@ -170,10 +172,10 @@ def _refused(vllm_config: VllmConfig, device: str) -> list[tuple[str, Any, str]]
         ),
         (cache.kv_sharing_fast_prefill, "kv_sharing_fast_prefill", True, "leave it off"),
         (
-            cache.cache_dtype not in CACHE_DTYPES,
+            cache.cache_dtype not in CACHE_DTYPES[device],
             "kv_cache_dtype",
             cache.cache_dtype,
-            f"use one of {', '.join(CACHE_DTYPES)}",
+            f"use one of {', '.join(CACHE_DTYPES[device])}",
         ),
         (
             parallel.decode_context_parallel_size > 1,
