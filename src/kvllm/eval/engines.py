@@ -54,6 +54,7 @@ class VllmEngine:
         from kvllm.vllm_args import engine_args
 
         self.llm = LLM.from_engine_args(engine_args(arguments, options))
+        self.block_size: int = self.llm.llm_engine.vllm_config.cache_config.block_size
         self.stock = options is None
         self.sampling = sampling
 
