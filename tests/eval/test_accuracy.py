@@ -23,6 +23,7 @@ class Adder:
 
     started: list[dict[str, Any] | None] = []
     closed = 0
+    block_size = 64
 
     def __init__(self, options: dict[str, Any] | None, fail_after: int | None = None) -> None:
         Adder.started.append(options)
@@ -160,7 +161,9 @@ def test_the_command_runs_and_resumes(tmp_path, monkeypatch, capsys):
     data.write_text("".join(json.dumps({"problem": p.problem, "answer": p.answer}) + "\n" for p in PROBLEMS))
     arguments = ["tiny", "--task", "sums", "--data", str(data), "--out", str(tmp_path / "out"), "--ratios", "0.3,0.5"]
     accuracy.main([*arguments, "--methods", "kara", "--baselines", "random", "--max-num-seqs", "4"])
-    assert len(Adder.started) == 2 and "| full cache |" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert len(Adder.started) == 2 and "| full cache |" in said.out
+    assert said.err.count("64 of 256 tokens stay (0.25)") == 2  # in each of the two engines
     accuracy.main([*arguments, "--methods", "kara", "--baselines", "", "--max-num-seqs", "4"])
     assert len(Adder.started) == 2  # all of it was in the log
     with pytest.raises(ValueError, match="only --ratios can be chosen"):
