@@ -176,12 +176,12 @@ class Geometry:
         """The number of computed tokens at which event number `event` (from 0) is due."""
         return self.protected_len(num_prompt_tokens) + self.num_candidates + event * self.interval + self.buffer_size
 
-    def physical_len(self, num_prompt_tokens: int, num_computed_tokens: int) -> int:
+    def physical_len(self, num_prompt_tokens: Int, num_computed_tokens: Int) -> Int:
         """Tokens that a request holds in the cache."""
         events = self.num_events(num_prompt_tokens, num_computed_tokens)
         return num_computed_tokens - self.num_removed(num_prompt_tokens, events)
 
-    def max_chunk(self, num_prompt_tokens: int, num_computed_tokens: int) -> int:
+    def max_chunk(self, num_prompt_tokens: Int, num_computed_tokens: Int) -> Int:
         """Most tokens the next step may compute: none runs past an event.
 
         So a request that is prefilled again sees what it saw the first time, and needs no more blocks than it did.

@@ -30,7 +30,7 @@ from kvllm.kernels.select_chunks import select_chunks, select_chunks_ref
 from kvllm.kernels.store_tokens import store_tokens, store_tokens_ref
 from kvllm.kernels.window_scores import window_scores, window_scores_ref
 from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window, scatter_window_ref
-from kvllm.methods.kara import MOST_REFITTED, Kara, turn_distances
+from kvllm.methods.kara import Kara, turn_distances
 from kvllm.methods.refit import STEPS
 from kvllm.methods.rope import Rope, Turn, frequencies
 from kvllm.query_bank import QueryBank, quantize
@@ -60,7 +60,7 @@ class Shape:
 
     @property
     def refits(self) -> bool:
-        return self.num_kept <= MOST_REFITTED and self.head_dim <= MOST_DIMS
+        return Kara().refits(self.num_kept) and self.head_dim <= MOST_DIMS
 
     @property
     def blocks_each(self) -> int:

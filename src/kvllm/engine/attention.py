@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from kvllm.engine.settings import BACKENDS
 from kvllm.engine.spec import KvSpec
 
-Capture = Callable[[int, Tensor], None]
+Capture = Callable[[int, Tensor, Tensor, Tensor], None]
 Store = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None"], None]
 
 
@@ -33,14 +33,27 @@ def compressed_spec(layer_name: str, spec: Any) -> Any:
 
 
 def capture_queries(layers: list[Any], capture: Capture, device: str) -> None:
-    """Hand each layer's post-RoPE queries to `capture(layer_index, query)` before its attention runs.
+    """Hand each layer's post-RoPE queries to `capture(layer_index, query, key, value)` before its attention runs.
 
-    query: [num_tokens, num_heads, head_dim], padded as the layer sees it
+    query, key, value: [num_tokens, num_heads or num_kv_heads, head_dim], padded as the layer sees it
     Raises ValueError where a layer's backend is not one that compression supports.
     """
-    _check_backends(layers, device)
+    for layer in layers:
+        backend = layer.attn_backend.get_name()
+        if backend not in BACKENDS[device]:
+            raise ValueError(
+                f"KvLLM does not support attention_backend={backend}: use one of {', '.join(BACKENDS[device])}."
+            )
     for index, layer in enumerate(layers):
         layer.impl.forward = _capturing(layer.impl.forward, capture, index)
+
+
+def _capturing(forward: Callable[..., Any], capture: Capture, index: int) -> Callable[..., Any]:
+    def capturing_forward(layer: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        capture(index, query, key, value)
+        return forward(layer, query, key, value, *args, **kwargs)
+
+    return capturing_forward
 
 
 def store_with_queries(layers: list[Any], store: Store, device: str) -> None:
@@ -48,25 +61,16 @@ def store_with_queries(layers: list[Any], store: Store, device: str) -> None:
 
     vLLM writes a step's keys and values before it hands the queries to attention. Put off until then, one kernel can
     store all three. slot_mapping is None where the layer has nothing to write: in runs without a cache, and in layers
-    that share another's.
-
-    query, key, value: [num_tokens, num_heads or num_kv_heads, head_dim], padded as the layer sees it
-    Raises ValueError where a layer's backend is not one that compression supports.
+    that share another's. The rest is as in `capture_queries`.
     """
-    _check_backends(layers, device)
-    for index, layer in enumerate(layers):
-        pending = _PendingWrite()
-        layer.impl.do_kv_cache_update = pending.put_off
-        layer.impl.forward = _storing(layer.impl.forward, store, index, pending)
+    writes = [_PendingWrite() for _ in layers]
 
+    def capture(index: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        store(index, query, key, value, writes[index].take())
 
-def _check_backends(layers: list[Any], device: str) -> None:
-    for layer in layers:
-        backend = layer.attn_backend.get_name()
-        if backend not in BACKENDS[device]:
-            raise ValueError(
-                f"KvLLM does not support attention_backend={backend}: use one of {', '.join(BACKENDS[device])}."
-            )
+    capture_queries(layers, capture, device)
+    for layer, write in zip(layers, writes, strict=True):
+        layer.impl.do_kv_cache_update = write.put_off
 
 
 @dataclass
@@ -81,22 +85,6 @@ class _PendingWrite:
     def take(self) -> Tensor | None:
         slot_mapping, self.slot_mapping = self.slot_mapping, None
         return slot_mapping
-
-
-def _capturing(forward: Callable[..., Any], capture: Capture, index: int) -> Callable[..., Any]:
-    def capturing_forward(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        capture(index, query)
-        return forward(layer, query, *args, **kwargs)
-
-    return capturing_forward
-
-
-def _storing(forward: Callable[..., Any], store: Store, index: int, pending: _PendingWrite) -> Callable[..., Any]:
-    def storing_forward(layer: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        store(index, query, key, value, pending.take())
-        return forward(layer, query, key, value, *args, **kwargs)
-
-    return storing_forward
 
 
 def shortening_backend(

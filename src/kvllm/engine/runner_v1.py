@@ -130,7 +130,7 @@ class CompressorV1:
             self.stored_tokens = torch.from_numpy(np.concatenate(tokens))
             self.codes = torch.from_numpy(np.concatenate(codes))
 
-    def _capture(self, layer: int, query: Tensor) -> None:
+    def _capture(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         if self.stored_tokens is not None and self.codes is not None:
             self.query_bank.store(layer, query[self.stored_tokens], self.codes)
 

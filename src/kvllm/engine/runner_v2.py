@@ -210,14 +210,7 @@ class KvModelState(DefaultModelState):
 
     # ------------------------------------------------------------------ one step
 
-    def _store(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        slot_mapping: Tensor | None = None,
-    ) -> None:
+    def _store(self, layer: int, query: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor | None = None) -> None:
         if self.cache is None:  # a run that only measures memory
             return
         assert query.shape[0] <= self.max_num_tokens

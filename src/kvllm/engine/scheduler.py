@@ -98,10 +98,9 @@ class CompressionMixin(Base):
         for geometry, lengths in groups.values():
             widest = max(widest, geometry.interval)
             prompt, computed, most = np.array(lengths, np.int64).T
-            events = geometry.num_events(prompt, computed)
-            held = ceil_div(computed - geometry.num_removed(prompt, events), self.block_size)
-            to_event = geometry.event_at(prompt, events) - computed
-            freed = geometry.num_freed(prompt, events) // self.block_size
+            held = ceil_div(geometry.physical_len(prompt, computed), self.block_size)
+            to_event = geometry.max_chunk(prompt, computed)
+            freed = geometry.num_freed(prompt, geometry.num_events(prompt, computed)) // self.block_size
             rows.append((held, to_event, prompt + most - computed, freed))
         held, to_event, to_end, freed = np.concatenate(rows, axis=1)
         return blocks_ahead(held, to_event, to_end, freed, widest, self.block_size)

@@ -111,7 +111,7 @@ class KvManager(FullAttentionManager):
                 self.total_blocks_freed += len(blocks)
             self.total_events += 1
             progress.num_events += 1
-            progress.next_event += geometry.interval
+            progress.next_event = geometry.event_at(request.num_prompt_tokens, progress.num_events)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if (progress := self._progress.pop(request_id, None)) is not None:
