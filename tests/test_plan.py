@@ -27,10 +27,10 @@ def test_footprint_of_a_llama() -> None:
     assert footprint(LlamaConfig(**SHAPE, tie_word_embeddings=True), KvConfig(), max_num_seqs=16) == expected
 
 
-def test_the_query_bank_follows_window_stride_and_dtype() -> None:
+def test_the_query_bank_follows_window_buffer_stride_and_dtype() -> None:
     config = LlamaConfig(**SHAPE | {"dtype": "float32"})
-    thin = KvConfig(window_size=128, query_stride=8)
-    assert footprint(config, thin, 5).query_bank == 5 * 16 * 3 * 4 * (16 * 4 + 4)
+    thin = KvConfig(window_size=128, buffer_size=32, query_stride=8)
+    assert footprint(config, thin, 5).query_bank == 5 * 20 * 3 * 4 * (16 * 4 + 4)
 
 
 def test_max_num_seqs_as_vllm_chooses_it() -> None:

@@ -63,7 +63,7 @@ def test_chunks_leave_what_token_after_token_would(num_kv_heads, group_size, str
         done, step = ends, step + 1
 
     for row, text in enumerate(texts):
-        stored = bank.of(row)[1]
+        stored = bank.of(bank.ring_start(row, 0))[1]
         for head in range(num_heads):
             shift = head % group_size * stride // group_size
             ring = newest_of_a_head(len(text), num_queries, stride, shift)
@@ -82,11 +82,13 @@ def test_one_by_hand():
     # The numbers of token t, head h are all t + 100 h + 1.
     query = torch.arange(1.0, 12.0)[:, None, None] + 100 * torch.arange(2.0)[:, None] + torch.zeros(HEAD_DIM)
     bank.store(0, query[:8], torch.from_numpy(bank.codes(1, np.arange(8))))
-    assert bank.of(1)[0, :, 0, 0].tolist() == pytest.approx([4, 8])
-    assert bank.of(1)[0, :, 1, 0].tolist() == pytest.approx([102, 106])
+    start = bank.ring_start(1, 0)
+    assert bank.of(start)[0, :, 0, 0].tolist() == pytest.approx([4, 8])
+    assert bank.of(start)[0, :, 1, 0].tolist() == pytest.approx([102, 106])
     bank.store(0, query[8:], torch.from_numpy(bank.codes(1, np.arange(8, 11))))  # 8, 9, 10: only the second head's turn
-    assert bank.of(1)[0, :, 0, 0].tolist() == pytest.approx([4, 8])
-    assert bank.of(1)[0, :, 1, 0].tolist() == pytest.approx([110, 106])
+    assert bank.of(start)[0, :, 0, 0].tolist() == pytest.approx([4, 8])
+    assert bank.of(start)[0, :, 1, 0].tolist() == pytest.approx([110, 106])
+    assert bank.of(bank.ring_start(1, 1))[0, :, 1, 0].tolist() == pytest.approx([106, 110])
 
 
 def test_rows_without_a_code_and_rows_of_others_stay():
@@ -104,19 +106,21 @@ def test_a_float32_model_has_its_queries_kept_as_they_are():
     bank = QueryBank.allocate(1, 2, 2, 4, 2, 8, query_stride=1, dtype=torch.float32)
     query = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
     bank.store(0, query, torch.tensor([2 + 0, 2 + 1]))
-    assert torch.equal(bank.of(1)[0], query) and (bank.of(0) == 0).all()
+    assert torch.equal(bank.of(bank.ring_start(1, 0))[0], query) and (bank.of(0) == 0).all()
     assert bank.num_bytes == 2 * 2 * 4 * (4 * 8 + 4)
 
 
-def test_of_one_row_or_several():
+def test_of_one_request_or_several():
     bank = bank_of(3, 2, 2, 1)
     bank.queries.copy_(torch.randint(-127, 128, bank.queries.shape, generator=torch.Generator().manual_seed(0)))
     bank.scales.copy_(torch.rand(bank.scales.shape, generator=torch.Generator().manual_seed(1)))
-    several = bank.of(torch.tensor([2, 0]))
+    starts = bank.ring_start(2, 2), bank.ring_start(0, 1)
+    several = bank.of(torch.tensor(starts))
     assert several.shape == (2, 2, 3, 4, HEAD_DIM) and several.dtype == torch.float32
-    assert torch.equal(several[:, 0], bank.of(2)) and torch.equal(several[:, 1], bank.of(0))
-    number, scale = bank.queries[1, 2, 1, 3, 4], bank.scales[1, 2, 1, 3]
-    assert float(bank.of(2)[1, 1, 3, 4]) == pytest.approx(float(number) * float(scale), rel=1e-6)
+    assert torch.equal(several[:, 0], bank.of(starts[0])) and torch.equal(several[:, 1], bank.of(starts[1]))
+    for age, slot in enumerate([2, 0, 1]):
+        number, scale = bank.queries[1, 2, slot, 3, 4], bank.scales[1, 2, slot, 3]
+        assert float(several[1, 0, age, 3, 4]) == pytest.approx(float(number) * float(scale), rel=1e-6)
 
 
 def test_bytes():

@@ -106,9 +106,14 @@ class KvConfig:
         return self.retention_ratio < 1.0
 
     @property
+    def query_span(self) -> int:
+        """Newest tokens that queries are kept of: as many as a window and the buffer have."""
+        return self.window_size + self.buffer_size
+
+    @property
     def num_queries(self) -> int:
-        """Queries that each head keeps of a request: every `query_stride`-th of a window's length."""
-        return self.window_size // self.query_stride
+        """Queries that each head keeps of a request: every `query_stride`-th of the span."""
+        return self.query_span // self.query_stride
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> KvConfig:

@@ -72,11 +72,12 @@ class Geometry:
         if config.policy == "budget":
             for name in ("budget_size", "budget_interval"):
                 _check_multiple(name, getattr(config, name), block_size)
-            most = config.budget_size + config.budget_interval + config.buffer_size
+            most = config.budget_size + config.budget_interval
             if config.window_size > most:
                 raise ValueError(
-                    f"window_size={config.window_size}: with policy=budget it says how many of the newest tokens' "
-                    f"queries score, and only {most} tokens are generated before the first cut; use {most} or less."
+                    f"window_size={config.window_size}: with policy=budget it says how many tokens' queries score "
+                    f"besides the buffer's, and only {most} others are generated before the first cut; use {most} or "
+                    "less."
                 )
             return cls(
                 block_size=block_size,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,9 +94,19 @@ class QueryBank:
         self.queries[layer].unflatten(2, shape)[row, slot, :, member] = numbers
         self.scales[layer].unflatten(2, shape)[row, slot, :, member] = scales
 
-    def of(self, rows: Tensor | int) -> Tensor:
-        """[num_layers, *rows, num_queries, num_heads, head_dim] in float32, slots in their own order."""
-        return dequantize(self.queries[:, rows], self.scales[:, rows])
+    def ring_start(self, row: Any, oldest_slot: Any) -> Any:
+        """What a reader is told of a request: its row in the bank, and the slot at which its ring starts.
+
+        Numbers, arrays or tensors, whose shapes broadcast.
+        """
+        return row * self.num_queries + oldest_slot
+
+    def of(self, ring_starts: Tensor | int) -> Tensor:
+        """[num_layers, *ring_starts, num_queries, num_heads, head_dim] in float32, oldest first."""
+        starts = torch.as_tensor(ring_starts, device=self.queries.device)[..., None]
+        slots = (starts + torch.arange(self.num_queries, device=starts.device)) % self.num_queries
+        rows = starts // self.num_queries
+        return dequantize(self.queries[:, rows, slots], self.scales[:, rows, slots])
 
 
 def quantize(vectors: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """Which tokens' queries are kept, and where: a ring per request that both engines compute alike.
 
-vLLM does not keep queries. The ring holds those of the newest `window_size` tokens after the prompt, every
-`query_stride`-th of each head, so it has `window_size // query_stride` slots. The heads that share a KV head take
-turns: each keeps the queries of tokens of its own, so that together they see more of the text.
+vLLM does not keep queries. The ring holds those of the newest `window_size + buffer_size` tokens after the prompt,
+which at an event are the window's own and the buffer's: every `query_stride`-th of each head, one a slot. The heads
+that share a KV head take turns: each keeps the queries of tokens of its own, so that together they see more of the
+text.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ def slot_of(offset: Any, shift: Any, query_stride: int, num_queries: int) -> tup
 
 
 def query_positions(geometry: Geometry, event: int, query_stride: int, num_queries: int) -> IntArray:
-    """Place of each slot's query (of a head with shift 0) at event number `event`, from the event's first candidate.
+    """Place of each stored query (of a head with shift 0) at event number `event`, from the event's first candidate.
 
-    returns [num_queries]: in slot order, so not ascending; places past the last candidate lie in the buffer
+    returns [num_queries], ascending: oldest first. Places past the last candidate lie in the buffer
     """
-    end = geometry.num_candidates + event * geometry.interval + geometry.buffer_size  # offset of the event
-    newest = np.arange(end - num_queries * query_stride, end, dtype=np.int64)
-    stored, slots = slot_of(newest, 0, query_stride, num_queries)
     # Seen from the end the text is dense: what was evicted lies before the candidates, or among the survivors.
-    places = newest[stored] - end + geometry.shape(event).num_candidates + geometry.buffer_size
-    in_slot_order = np.empty_like(places)
-    in_slot_order[slots[stored]] = places
-    return in_slot_order
+    end = geometry.shape(event).num_candidates + geometry.buffer_size
+    return end - 1 - query_stride * np.arange(num_queries - 1, -1, -1, dtype=np.int64)
+
+
+def oldest_slot(geometry: Geometry, event: int, query_stride: int, num_queries: int) -> int:
+    """The slot of the oldest query at event number `event`; the others follow it in their order, around the ring."""
+    return geometry.event_at(0, event) // query_stride % num_queries
 
 
 def prompt_query_positions(geometry: Geometry, num_prompt_tokens: int, query_stride: int, num_queries: int) -> IntArray:

@@ -28,7 +28,7 @@ def test_events_in_an_fp8_cache(model_dir: Path, monkeypatch: pytest.MonkeyPatch
     errors: list[Tensor] = []
     compress_group = KvModelState._compress_group
 
-    def both(state: Any, geometry: Any, prompts: Any, done: Any, req_slots: Tensor, blocks: Tensor) -> None:
+    def both(state: Any, geometry: Any, prompts: Any, done: Any, ring_starts: Tensor, blocks: Tensor) -> None:
         """By the kernels, then from the same cache by the method itself; the kernels' result stays."""
         layers = [t.view(torch.uint8) for t in (*state.cache.keys, *state.cache.values)]
         num_kept = geometry.shape(done[0]).num_kept
@@ -37,11 +37,11 @@ def test_events_in_an_fp8_cache(model_dir: Path, monkeypatch: pytest.MonkeyPatch
             return tuple(t[:, :num_kept].float() for t in gather_window_ref(blocks, state.cache, torch.float32))
 
         before = [t.clone() for t in layers]
-        compress_group(state, geometry, prompts, done, req_slots, blocks)
+        compress_group(state, geometry, prompts, done, ring_starts, blocks)
         after, actual = [t.clone() for t in layers], survivors()
         for t, old in zip(layers, before, strict=True):
             t.copy_(old)
-        state._compress_generic(geometry, prompts, done, req_slots, blocks)
+        state._compress_generic(geometry, prompts, done, ring_starts, blocks)
         for a, e in zip(actual, survivors(), strict=True):
             errors.append((a - e).norm(dim=(1, 3)) / e.norm(dim=(1, 3)))  # of each layer and head
         for t, new in zip(layers, after, strict=True):

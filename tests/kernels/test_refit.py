@@ -53,15 +53,15 @@ def error_of_changes(actual, expected, moved):
 )
 def test_refit(num_candidates, num_kept, num_heads, num_kv_heads, head_dim, dtype, kv_dtype, options, ridges, device):
     stored = kv_dtype or dtype
-    bank, slots, blocks, actual = make(
+    bank, starts, blocks, actual = make(
         num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, num_queries=7, kv_dtype=stored
     )
     kept = random_kept(2, actual, num_candidates, num_kept, device)
     turn = None if options is None else turn_of(bank, head_dim, device, **options)
     expected, moved = copy_of(actual), copy_of(actual)
 
-    refit(bank, slots, kept, blocks, actual, turn, *ridges)
-    refit_ref(bank, slots, kept, blocks, expected, turn, *ridges)
+    refit(bank, starts, kept, blocks, actual, turn, *ridges)
+    refit_ref(bank, starts, kept, blocks, expected, turn, *ridges)
     compact_ref(kept, blocks, moved)
 
     assert_close(actual, expected, stored)
@@ -73,34 +73,34 @@ def test_refit(num_candidates, num_kept, num_heads, num_kv_heads, head_dim, dtyp
 
 
 def test_more_requests_than_one_launch_takes(device, monkeypatch):
-    bank, slots, blocks, actual = make(32, 4, 2, 64, torch.float32, device)
+    bank, starts, blocks, actual = make(32, 4, 2, 64, torch.float32, device)
     kept = random_kept(2, actual, 32, 16, device)
     expected = copy_of(actual)
     for due in (0, 1):
-        refit(bank, slots[due:][:1], kept[due:][:1], blocks[due:][:1], expected, None, 1.0, 1.0)
+        refit(bank, starts[due:][:1], kept[due:][:1], blocks[due:][:1], expected, None, 1.0, 1.0)
     monkeypatch.setattr("kvllm.kernels.refit._BATCH", 1)
-    refit(bank, slots, kept, blocks, actual, None, 1.0, 1.0)
+    refit(bank, starts, kept, blocks, actual, None, 1.0, 1.0)
     assert_same_bits(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_strong_ridge_only_moves(dtype, device):
-    bank, slots, blocks, actual = make(64, 4, 2, 64, dtype, device)
+    bank, starts, blocks, actual = make(64, 4, 2, 64, dtype, device)
     kept = random_kept(2, actual, 64, 32, device)
     expected = copy_of(actual)
-    refit(bank, slots, kept, blocks, actual, None, 1e9, 1e9)
+    refit(bank, starts, kept, blocks, actual, None, 1e9, 1e9)
     compact_ref(kept, blocks, expected)
     assert_close(actual, expected, dtype)
 
 
 def test_queries_that_look_nowhere_change_no_key(device):
     """Zeros, as in the bank of an engine that only compiles: attention is even, and no shift can change it."""
-    bank, slots, blocks, actual = make(64, 4, 2, 64, torch.float32, device)
+    bank, starts, blocks, actual = make(64, 4, 2, 64, torch.float32, device)
     bank.queries.zero_()
     kept = random_kept(2, actual, 64, 32, device)
     keys, values = gather_window_ref(blocks, actual, torch.float32)
     moved = copy_of(actual)
-    refit(bank, slots, kept, blocks, actual, None, 1.0, 1e-6)
+    refit(bank, starts, kept, blocks, actual, None, 1.0, 1e-6)
     compact_ref(kept, blocks, moved)
     assert all(torch.equal(actual.raw(layer)[0], moved.raw(layer)[0]) for layer in range(2))
     mean = gather_window_ref(blocks, actual, torch.float32)[1][:, :32].mean(dim=1)
@@ -109,19 +109,19 @@ def test_queries_that_look_nowhere_change_no_key(device):
 
 @pytest.mark.parametrize("method", [Kara(key_ridge=1.0, value_ridge=0.5), Kara(value_ridge=1.0, lookahead=0)])
 def test_reference_is_kara(method, device):
-    bank, slots, blocks, cache = make(64, 6, 3, 80, torch.float32, device)
-    window, turn = window_of(method, bank, slots, blocks, cache)
+    bank, starts, blocks, cache = make(64, 6, 3, 80, torch.float32, device)
+    window, turn = window_of(method, bank, starts, blocks, cache)
     expected = method.compress(window, 16)
     kept = expected.indices.int().unflatten(0, (2, cache.num_layers)).contiguous()
-    refit_ref(bank, slots, kept, blocks, cache, turn, method.key_ridge, method.value_ridge)
+    refit_ref(bank, starts, kept, blocks, cache, turn, method.key_ridge, method.value_ridge)
     keys, values = gather_window_ref(blocks, cache, torch.float32)
     torch.testing.assert_close(keys[:, :16], expected.keys, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(values[:, :16], expected.values, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_due(device):
-    bank, slots, blocks, cache = make(64, 4, 2, 64, torch.bfloat16, device)
+    bank, starts, blocks, cache = make(64, 4, 2, 64, torch.bfloat16, device)
     expected = copy_of(cache)
     kept = torch.empty(0, 2, 2, 16, dtype=torch.int32, device=device)
-    refit(bank, slots[:0], kept, blocks[:0], cache, None, 1.0, 1.0)
+    refit(bank, starts[:0], kept, blocks[:0], cache, None, 1.0, 1.0)
     assert_same_bits(cache, expected)

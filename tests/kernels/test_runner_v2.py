@@ -157,7 +157,7 @@ def test_equals_reference(config: KvConfig, num_events: int, device: str, monkey
                 slot=2 - len(running),
                 num_prompt_tokens=20,
                 block_ids=block_ids[len(running)],
-                layers=[LayerCache(config.window_size) for _ in range(NUM_LAYERS)],
+                layers=[LayerCache(config.query_span) for _ in range(NUM_LAYERS)],
             )
             state.rows.set(request.slot, geometry, request.num_prompt_tokens)
             running.insert(0, request)
@@ -220,7 +220,7 @@ def test_plan_of_a_mixed_batch(device: str) -> None:
         seq_lens=torch.from_numpy(computed + counts).to(device),
     )  # fmt: skip
     state.preprocess_state(batch, (torch.zeros(3, MAX_BLOCKS, dtype=torch.int32, device=device),), None, None)
-    period, expected = config.window_size, []
+    period, expected = config.query_span, []
     for slot, own, prompt, first, count in rows:
         protected = own.protected_len(prompt) if own else 10**6
         for token in range(first, first + count):

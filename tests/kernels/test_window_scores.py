@@ -20,7 +20,7 @@ def assert_scores_close(actual, expected, turned_in=None):
 
 
 def make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, *, block_size=16, num_queries=5, **kwargs):
-    """bank, req_slots, candidate_blocks, cache of 2 due requests; rows of other requests are NaN."""
+    """bank, ring_starts, candidate_blocks, cache of 2 due requests; rows of other requests are NaN."""
     torch.manual_seed(1)
     blocks_each = num_candidates // block_size
     cache = random_cache(
@@ -36,23 +36,23 @@ def make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, *, bl
     numbers, scales = quantize(torch.randn(bank.queries.shape, device=device), bank.queries.dtype)
     bank.queries.copy_(numbers)
     bank.scales.copy_(scales)
-    slots = torch.tensor([3, 1], device=device)
+    starts = torch.tensor([bank.ring_start(3, 2), bank.ring_start(1, num_queries - 1)], device=device)
     bank.scales[:, [0, 2]] = torch.nan
-    return bank, slots, random_blocks(2, blocks_each, 2 * blocks_each + 3, device), cache
+    return bank, starts, random_blocks(2, blocks_each, 2 * blocks_each + 3, device), cache
 
 
-def window_of(method, bank, slots, blocks, cache):
-    """What a method sees of a float32 cache, with queries at places of a ring, and how it turns them."""
+def window_of(method, bank, starts, blocks, cache):
+    """What a method sees of a float32 cache, and how it turns its queries."""
     keys, values = gather_window_ref(blocks, cache, torch.float32)
     num_tokens, num_kv_heads, head_dim = keys.shape[1:]
     rope = Rope(frequencies(10000.0, head_dim, keys.device))
     window = Window(
-        queries=bank.of(slots).transpose(0, 1).flatten(0, 1),
-        query_positions=torch.tensor([75, 79, 63, 67, 71], device=keys.device),
+        queries=bank.of(starts).transpose(0, 1).flatten(0, 1),
+        query_positions=torch.tensor([63, 67, 71, 75, 79], device=keys.device),
         keys=keys,
         values=values,
         positions=torch.arange(num_tokens, device=keys.device).expand(len(keys), num_kv_heads, -1),
-        layers=torch.arange(cache.num_layers, device=keys.device).repeat(len(slots)),
+        layers=torch.arange(cache.num_layers, device=keys.device).repeat(len(starts)),
         query_shifts=bank.shifts,
         rope=rope,
     )
@@ -75,9 +75,9 @@ def window_of(method, bank, slots, blocks, cache):
     ],
 )
 def test_window_scores(num_candidates, num_heads, num_kv_heads, head_dim, dtype, value_norm, device):
-    bank, slots, blocks, cache = make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device)
-    actual = window_scores(bank, slots, blocks, cache, value_norm)
-    assert_scores_close(actual, window_scores_ref(bank, slots, blocks, cache, value_norm))
+    bank, starts, blocks, cache = make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device)
+    actual = window_scores(bank, starts, blocks, cache, value_norm)
+    assert_scores_close(actual, window_scores_ref(bank, starts, blocks, cache, value_norm))
 
 
 @pytest.mark.parametrize(
@@ -122,42 +122,42 @@ def turn_of(bank, head_dim, device, interleaved=False, num_pairs=None):
 def test_turned_queries_and_distinct_keys(
     num_candidates, num_heads, num_kv_heads, head_dim, dtype, options, keydiff_power, device
 ):
-    bank, slots, blocks, cache = make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, num_queries=10)
+    bank, starts, blocks, cache = make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, num_queries=10)
     turn = turn_of(bank, head_dim, device, **options)
-    actual = window_scores(bank, slots, blocks, cache, keydiff_power=keydiff_power, turn=turn)
-    expected = window_scores_ref(bank, slots, blocks, cache, keydiff_power=keydiff_power, turn=turn)
+    actual = window_scores(bank, starts, blocks, cache, keydiff_power=keydiff_power, turn=turn)
+    expected = window_scores_ref(bank, starts, blocks, cache, keydiff_power=keydiff_power, turn=turn)
     assert_scores_close(actual, expected, turned_in=dtype)
     assert not torch.allclose(
-        expected, window_scores_ref(bank, slots, blocks, cache, keydiff_power=keydiff_power), rtol=0.1
+        expected, window_scores_ref(bank, starts, blocks, cache, keydiff_power=keydiff_power), rtol=0.1
     )
 
 
 @pytest.mark.parametrize("num_candidates", [64, 288])
 def test_attention_floor(num_candidates, device):
-    bank, slots, blocks, cache = make(num_candidates, 4, 2, 128, torch.bfloat16, device)
-    actual = window_scores(bank, slots, blocks, cache, attention_floor=3.0)
-    assert_scores_close(actual, window_scores_ref(bank, slots, blocks, cache, attention_floor=3.0))
-    assert (actual > 1.5 * window_scores_ref(bank, slots, blocks, cache)).any()
+    bank, starts, blocks, cache = make(num_candidates, 4, 2, 128, torch.bfloat16, device)
+    actual = window_scores(bank, starts, blocks, cache, attention_floor=3.0)
+    assert_scores_close(actual, window_scores_ref(bank, starts, blocks, cache, attention_floor=3.0))
+    assert (actual > 1.5 * window_scores_ref(bank, starts, blocks, cache)).any()
 
 
 def test_large_logits_do_not_overflow(device):
-    bank, slots, blocks, cache = make(64, 4, 2, 64, torch.bfloat16, device)
+    bank, starts, blocks, cache = make(64, 4, 2, 64, torch.bfloat16, device)
     bank.scales.mul_(100)
-    scores = window_scores(bank, slots, blocks, cache)
+    scores = window_scores(bank, starts, blocks, cache)
     # Logits in the hundreds lose as many digits after the point.
-    torch.testing.assert_close(scores, window_scores_ref(bank, slots, blocks, cache), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(scores, window_scores_ref(bank, starts, blocks, cache), rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", [Kara(), Kara(keydiff_power=0.0), Kara(lookahead=0, value_norm=False)])
 def test_reference_is_kara(method, device):
-    bank, slots, blocks, cache = make(64, 6, 3, 80, torch.float32, device)
-    window, turn = window_of(method, bank, slots, blocks, cache)
+    bank, starts, blocks, cache = make(64, 6, 3, 80, torch.float32, device)
+    window, turn = window_of(method, bank, starts, blocks, cache)
     expected = method.score(window).unflatten(0, (2, cache.num_layers))
     options = (method.value_norm, method.keydiff_power, method.attention_floor)
-    actual = window_scores_ref(bank, slots, blocks, cache, *options, turn)
+    actual = window_scores_ref(bank, starts, blocks, cache, *options, turn)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-8)
 
 
 def test_nothing_due(device):
-    bank, slots, blocks, cache = make(64, 4, 2, 64, torch.bfloat16, device)
-    assert window_scores(bank, slots[:0], blocks[:0], cache).shape == (0, 2, 2, 64)
+    bank, starts, blocks, cache = make(64, 4, 2, 64, torch.bfloat16, device)
+    assert window_scores(bank, starts[:0], blocks[:0], cache).shape == (0, 2, 2, 64)

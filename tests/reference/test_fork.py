@@ -15,7 +15,7 @@ CONFIG = KvConfig(window_size=32, buffer_size=12, query_stride=4, retention_rati
 def test_a_fork_goes_on_as_a_request_of_its_own_and_leaves_the_first_alone():
     model, token_ids = tiny_model("qwen3"), text(150)
     expected, full = replay(model, token_ids, 21, CONFIG), replay(model, token_ids, 21)
-    request = Request(model, 21, max_queries=40)
+    request = Request(model, 21, max_queries=48)
     feed(request, token_ids, end=70)
     forks = [Request.fork(request, CONFIG), Request.fork(request, replace(CONFIG, method="recent"))]
     results = [feed(fork, token_ids) for fork in forks]
@@ -31,7 +31,7 @@ def test_what_cannot_be_forked_is_refused():
     model, token_ids = tiny_model("llama"), text(100)
     request = Request(model, 21, max_queries=16)
     feed(request, token_ids, end=60)
-    with pytest.raises(ValueError, match="keeps 16 queries, not 32"):
+    with pytest.raises(ValueError, match="keeps 16 queries, not 44"):
         Request.fork(request, CONFIG)
     feed(request, token_ids, end=80)
     with pytest.raises(ValueError, match="80 tokens are computed: past the first event"):

@@ -136,7 +136,7 @@ def check_against_masked(family, config, block_size, num_prompt_tokens, num_toke
         num_kept=config.budget_size if bounded else int(config.retention_ratio * config.window_size),
         interval=config.budget_interval if bounded else config.window_size,
         buffer_size=config.buffer_size,
-        query_span=config.window_size,
+        query_span=config.window_size + config.buffer_size,
         query_stride=config.query_stride,
         bounded=bounded,
         history_limit=config.history_size,
@@ -189,7 +189,7 @@ def test_bad_lengths_are_refused():
     with pytest.raises(ValueError, match="513 tokens: the model's context ends at 512"):
         Request(tiny_model("llama"), 10).step(text(513))
     few = KvConfig(policy="budget", budget_size=16, budget_interval=16, window_size=64, buffer_size=8, query_stride=8)
-    with pytest.raises(ValueError, match="window_size=64: .*only 40 tokens are generated before the first cut"):
+    with pytest.raises(ValueError, match="window_size=64: .*only 32 others are generated before the first cut"):
         Request(tiny_model("llama"), 10, few)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvllm.config import KvConfig
 from kvllm.kernels.block_tables import shorten_block_tables, shorten_block_tables_ref
 from kvllm.kernels.compact import compact, compact_ref
 from kvllm.kernels.paged import PagedCache
@@ -47,16 +48,17 @@ class Shape:
     num_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
-    query_stride: int = 4
+    query_stride: int = KvConfig().query_stride
+    query_span: int = KvConfig().query_span
     block_size: int = 16
-    num_candidates: int = 256
+    num_candidates: int = KvConfig().window_size
     num_kept: int = 80
     dtype: str = "bfloat16"
     kv_dtype: str = "bfloat16"
 
     @property
     def num_queries(self) -> int:
-        return self.num_candidates // self.query_stride
+        return self.query_span // self.query_stride
 
     @property
     def refits(self) -> bool:
@@ -147,7 +149,7 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
         pairs = due * shape.num_layers
         rows = pairs * shape.num_kv_heads
         logits = pairs * shape.num_heads * shape.num_queries * shape.num_candidates
-        slots = torch.randperm(most, device=DEVICE).split(due)
+        starts = bank.ring_start(torch.randperm(most, device=DEVICE), 5).split(due)
         scores = torch.rand(rows, shape.num_candidates, device=DEVICE)
         kept = random_kept(shape, due)
         size = (pairs, shape.num_kept, shape.num_kv_heads, shape.head_dim)
@@ -158,7 +160,7 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
                 due,
                 [
                     partial(window_scores, bank, s, blocks, cache, *weights)
-                    for s, blocks in zip(slots, sets, strict=False)
+                    for s, blocks in zip(starts, sets, strict=False)
                 ],
                 pairs * (token_bytes * shape.num_candidates + bank.num_bytes / (shape.num_layers * most))
                 + scores.nbytes,
@@ -193,7 +195,7 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
             refits: list[Callable[[], Any]] = [
                 # So strong a ridge that the cache, refitted again and again, stays what it is; the work is the same.
                 partial(refit, bank, s.int(), kept, blocks, cache, weights[-1], 1e9, 1e9)
-                for s, blocks in zip(slots, sets, strict=False)
+                for s, blocks in zip(starts, sets, strict=False)
             ]
             moved_bytes = token_bytes * (shape.num_candidates + shape.num_kept)
             num_bytes = pairs * (moved_bytes + bank.num_bytes / (shape.num_layers * most))
@@ -306,11 +308,11 @@ def check(shape: Shape) -> dict[str, float]:
     dtype = getattr(torch, shape.dtype)
     cache, blocks = random_cache(shape, 2)
     bank, weights = random_bank(shape, 3), kara_weights(shape)
-    slots = torch.tensor([2, 0], device=DEVICE)
+    starts = torch.tensor([bank.ring_start(2, 5), bank.ring_start(0, 0)], device=DEVICE)
     errors = {}
 
-    scores = window_scores_ref(bank, slots, blocks, cache, *weights)
-    errors["window_scores"] = relative_error([window_scores(bank, slots, blocks, cache, *weights)], [scores])
+    scores = window_scores_ref(bank, starts, blocks, cache, *weights)
+    errors["window_scores"] = relative_error([window_scores(bank, starts, blocks, cache, *weights)], [scores])
     rows = scores.flatten(0, 2)
     picked = (select_chunks(rows, shape.num_kept, 8, 0.5), select_chunks_ref(rows, shape.num_kept, 8, 0.5))
     errors["select_chunks"] = relative_error([picked[0]], [picked[1]])
@@ -328,7 +330,7 @@ def check(shape: Shape) -> dict[str, float]:
         reference(blocks, expected)
         errors[name] = relative_error(actual.keys + actual.values, expected.keys + expected.values)
     if shape.refits:
-        errors["refit"] = refit_error(bank, slots.int(), kept, blocks, cache, weights[-1])
+        errors["refit"] = refit_error(bank, starts.int(), kept, blocks, cache, weights[-1])
 
     query, key, value = random_tokens(shape, 7)
     codes = torch.tensor([5, -1, 0, -1, -1, 7, 2], dtype=torch.int32, device=DEVICE)
@@ -360,11 +362,11 @@ def check(shape: Shape) -> dict[str, float]:
     return errors
 
 
-def refit_error(bank: QueryBank, slots: Tensor, kept: Tensor, blocks: Tensor, cache: PagedCache, turn: Turn) -> float:
+def refit_error(bank: QueryBank, starts: Tensor, kept: Tensor, blocks: Tensor, cache: PagedCache, turn: Turn) -> float:
     """Of what a refit adds to the survivors that `compact` leaves, the larger of the keys' and the values' error."""
     actual, expected, moved = copy_of(cache), copy_of(cache), copy_of(cache)
-    refit(bank, slots, kept, blocks, actual, turn, 1.0, 1.0)
-    refit_ref(bank, slots, kept, blocks, expected, turn, 1.0, 1.0)
+    refit(bank, starts, kept, blocks, actual, turn, 1.0, 1.0)
+    refit_ref(bank, starts, kept, blocks, expected, turn, 1.0, 1.0)
     compact_ref(kept, blocks, moved)
     errors = []
     for side in ("keys", "values"):

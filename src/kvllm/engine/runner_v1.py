@@ -23,7 +23,7 @@ from kvllm.layout import Geometry, IntArray, Shape
 from kvllm.methods import make_method
 from kvllm.methods.base import Window
 from kvllm.query_bank import QueryBank
-from kvllm.query_ring import prompt_query_positions, query_positions
+from kvllm.query_ring import oldest_slot, prompt_query_positions, query_positions
 
 logger = init_logger(__name__)
 
@@ -191,7 +191,7 @@ class CompressorV1:
     def _compress_prompt(self, req_id: str, geometry: Geometry, prompt: int, cut: Shape, block_ids: Tensor) -> None:
         places = prompt_query_positions(geometry, prompt, self.config.query_stride, self.config.num_queries)
         shape = (len(self.layers), self.layers[0].num_kv_heads, cut.num_candidates)
-        window = self._window(req_id, block_ids, places, torch.arange(cut.num_candidates).expand(shape))
+        window = self._window(req_id, geometry, 0, block_ids, places, torch.arange(cut.num_candidates).expand(shape))
         kept = self.method.compress_prompt(window, cut.num_kept)
         self._write(block_ids, *kept_rows(window, kept))
 
@@ -199,17 +199,21 @@ class CompressorV1:
         nothing = torch.empty(len(self.layers), self.layers[0].num_kv_heads, 0, dtype=torch.int64)
         survivors = self.survivors.get(req_id, nothing)
         places = query_positions(geometry, event, self.config.query_stride, self.config.num_queries)
-        window = self._window(req_id, block_ids, places, candidate_positions(geometry, prompt, event, survivors))
+        positions = candidate_positions(geometry, prompt, event, survivors)
+        window = self._window(req_id, geometry, event, block_ids, places, positions)
         kept = self.method.compress(window, geometry.shape(event).num_kept)
         self._write(block_ids, *kept_rows(window, kept))
         if geometry.tracks_survivors:
             before = survivors[..., : geometry.candidate_offset(event)]
             self.survivors[req_id] = torch.cat([before, window.positions.gather(-1, kept.indices)], dim=-1)
 
-    def _window(self, req_id: str, block_ids: Tensor, places: IntArray, positions: Tensor) -> Window:
+    def _window(
+        self, req_id: str, geometry: Geometry, event: int, block_ids: Tensor, places: IntArray, positions: Tensor
+    ) -> Window:
         keys, values = self._read(block_ids)
+        oldest = oldest_slot(geometry, event, self.config.query_stride, self.config.num_queries)
         return Window(
-            queries=self.query_bank.of(self.rows[req_id]),
+            queries=self.query_bank.of(self.query_bank.ring_start(self.rows[req_id], oldest)),
             query_positions=torch.from_numpy(places),
             keys=keys,
             values=values,

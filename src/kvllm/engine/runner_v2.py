@@ -41,7 +41,7 @@ from kvllm.methods.base import Kept, Window
 from kvllm.methods.kara import Kara, turn_distances
 from kvllm.methods.rope import Turn
 from kvllm.query_bank import QueryBank
-from kvllm.query_ring import prompt_query_positions, query_positions
+from kvllm.query_ring import oldest_slot, prompt_query_positions, query_positions
 
 logger = init_logger(__name__)
 
@@ -126,7 +126,7 @@ class KvModelState(DefaultModelState):
             layer.head_size, config.query_stride, self.dtype, device,
         )  # fmt: skip
         self.rope = rope_of(model) if self.method.uses_rope else None
-        self.turns: dict[tuple[int, int], Turn] = {}
+        self.turns: dict[int, Turn] = {}
         # Text positions of survivors that will be candidates again, [max_num_reqs, num_layers, num_kv_heads, most of
         # them]; int32 holds them.
         self.survivors: Tensor | None = None
@@ -307,19 +307,18 @@ class KvModelState(DefaultModelState):
     # ------------------------------------------------------------------ compression
 
     def _compress(self, due: list[tuple[int, int]], block_table: Tensor) -> None:
-        """Compress what is due, (row of the batch, slot): at once what has one ratio, shape, and places of queries."""
-        groups: dict[tuple[Geometry, Shape, int], list[tuple[int, int, int]]] = {}
+        """Compress what is due, (row of the batch, slot): at once what has one ratio and shape."""
+        groups: dict[tuple[Geometry, Shape], list[tuple[int, int, int]]] = {}
         for row, slot in due:
             geometry, event = self.rows.geometries[slot], self.rows.count_event(slot)
             assert geometry is not None
-            key = geometry, geometry.shape(event), self._ring_place(geometry, event)
-            groups.setdefault(key, []).append((row, slot, event))
+            groups.setdefault((geometry, geometry.shape(event)), []).append((row, slot, event))
             prompt = self.rows.num_prompt_tokens[slot]
             if event == 0 and (cut := geometry.prompt_shape(prompt)):
                 whole = block_table[row : row + 1, : cut.num_candidates // self.block_size]
                 self._compress_prompt(geometry, prompt, cut, slot, whole)
         width = block_table.shape[1]
-        for (geometry, _, _), members in groups.items():
+        for (geometry, _), members in groups.items():
             rows, slots, done = zip(*members, strict=True)
             prompts = [self.rows.num_prompt_tokens[slot] for slot in slots]
             candidates = [
@@ -327,27 +326,28 @@ class KvModelState(DefaultModelState):
                 for row, prompt, event in zip(rows, prompts, done, strict=True)
                 for block in geometry.candidate_blocks(prompt, event)
             ]
-            sent = async_tensor_h2d([*slots, *candidates], dtype=torch.int32, device=self.device)
-            req_slots, index = sent.split((len(slots), len(candidates)))
+            starts = [self._ring_start(geometry, slot, event) for slot, event in zip(slots, done, strict=True)]
+            sent = async_tensor_h2d([*starts, *candidates], dtype=torch.int32, device=self.device)
+            ring_starts, index = sent.split((len(slots), len(candidates)))
             blocks = block_table.view(-1).index_select(0, index).view(len(slots), -1)
-            self._compress_group(geometry, prompts, done, req_slots, blocks)
+            self._compress_group(geometry, prompts, done, ring_starts, blocks)
 
-    def _ring_place(self, geometry: Geometry, event: int) -> int:
-        """Where in the ring's period an event falls: in every slot the query is then at the same place."""
-        return geometry.event_at(0, event) % self.query_bank.period
+    def _ring_start(self, geometry: Geometry, slot: int, event: int) -> int:
+        oldest = oldest_slot(geometry, event, self.config.query_stride, self.config.num_queries)
+        return self.query_bank.ring_start(slot, oldest)
 
     def _compress_group(
         self,
         geometry: Geometry,
         prompts: Sequence[int],
         done: Sequence[int],
-        req_slots: Tensor,
+        ring_starts: Tensor,
         candidates: Tensor,
     ) -> None:
         if self._fused:
-            self._compress_kara(geometry, done[0], req_slots, candidates)
+            self._compress_kara(geometry, done[0], ring_starts, candidates)
         else:
-            self._compress_generic(geometry, prompts, done, req_slots, candidates)
+            self._compress_generic(geometry, prompts, done, ring_starts, candidates)
 
     @cached_property
     def _fused(self) -> bool:
@@ -356,17 +356,17 @@ class KvModelState(DefaultModelState):
             return False
         return self.query_bank.queries.shape[-1] <= MOST_DIMS or not self.method.refits(num_kept=1)
 
-    def _compress_kara(self, geometry: Geometry, event: int, req_slots: Tensor, candidates: Tensor) -> None:
+    def _compress_kara(self, geometry: Geometry, event: int, ring_starts: Tensor, candidates: Tensor) -> None:
         assert self.cache is not None and isinstance(self.method, Kara)
         method, turn, num_kept = self.method, self._turn(geometry, event), geometry.shape(event).num_kept
         scores = window_scores(
-            self.query_bank, req_slots, candidates, self.cache, method.value_norm, method.keydiff_power,
+            self.query_bank, ring_starts, candidates, self.cache, method.value_norm, method.keydiff_power,
             method.attention_floor, turn,
         )  # fmt: skip
         kept = select_chunks(scores, num_kept, method.max_chunk_size, method.chunk_fill)
         if method.refits(num_kept):
             ridges = (method.key_ridge, method.value_ridge)
-            refit(self.query_bank, req_slots, kept, candidates, self.cache, turn, *ridges)
+            refit(self.query_bank, ring_starts, kept, candidates, self.cache, turn, *ridges)
         else:
             compact(kept, candidates, self.cache)
 
@@ -375,11 +375,11 @@ class KvModelState(DefaultModelState):
         return torch.from_numpy(places).to(self.device)
 
     def _turn(self, geometry: Geometry, event: int) -> Turn | None:
-        """Of the event's queries: the same at every event, or at every few (budget policy)."""
+        """Of the event's queries, oldest first: the same at every event of its shape."""
         assert isinstance(self.method, Kara)
         if self.rope is None:
             return None
-        key = self._ring_place(geometry, event), geometry.shape(event).num_candidates
+        key = geometry.shape(event).num_candidates
         if key not in self.turns:
             positions = self._query_positions(geometry, event)
             distances = turn_distances(positions, self.query_bank.shifts, self.method.lookahead)
@@ -392,7 +392,7 @@ class KvModelState(DefaultModelState):
         """Cut one prompt, by any method, some layers at a time: a long one is as many tokens as many windows."""
         assert self.cache is not None
         places = prompt_query_positions(geometry, prompt, self.config.query_stride, self.config.num_queries)
-        queries = self.query_bank.of(slot)
+        queries = self.query_bank.of(self._ring_start(geometry, slot, 0))
         text = torch.arange(cut.num_candidates, device=self.device)
         size = max(1, _GENERIC_BATCH * geometry.num_candidates * len(self.layers) // cut.num_candidates)
         parts = []
@@ -428,7 +428,7 @@ class KvModelState(DefaultModelState):
         geometry: Geometry,
         prompts: Sequence[int],
         done: Sequence[int],
-        req_slots: Tensor,
+        ring_starts: Tensor,
         candidates: Tensor,
     ) -> None:
         """Any method, through dense copies of a few windows at a time."""
@@ -438,22 +438,23 @@ class KvModelState(DefaultModelState):
         size = max(1, _GENERIC_BATCH * geometry.num_candidates // shape.num_candidates)
         for start in range(0, len(done), size):
             part = slice(start, start + size)
-            blocks, slots = candidates[part], req_slots[part].long()
-            window = self._window(geometry, prompts[part], done[part], blocks, slots)
+            blocks, starts = candidates[part], ring_starts[part].long()
+            window = self._window(geometry, prompts[part], done[part], blocks, starts)
             kept = self.method.compress(window, shape.num_kept)
             self._write(paired_rows(window, kept), blocks)
             if self.survivors is not None:
                 positions = window.positions.gather(-1, kept.indices).to(self.survivors.dtype)
                 positions = positions.unflatten(0, (len(blocks), len(self.layers)))
+                slots = starts // self.query_bank.num_queries
                 offsets = np.array([geometry.candidate_offset(event) for event in done[part]])
                 for offset in np.unique(offsets):
                     same = np.nonzero(offsets == offset)[0].tolist()
                     self.survivors[slots[same], ..., offset : offset + shape.num_kept] = positions[same]
 
     def _window(
-        self, geometry: Geometry, prompts: Sequence[int], done: Sequence[int], blocks: Tensor, slots: Tensor
+        self, geometry: Geometry, prompts: Sequence[int], done: Sequence[int], blocks: Tensor, starts: Tensor
     ) -> Window:
-        """What a method sees of the requests `slots`; the batch is (request, layer)."""
+        """What a method sees of some requests, by their `ring_starts`; the batch is (request, layer)."""
         assert self.cache is not None
         keys, values = gather_window(blocks, self.cache, self.dtype)
         survivors = self.survivors
@@ -463,15 +464,15 @@ class KvModelState(DefaultModelState):
             )
         positions = [
             candidate_positions(geometry, prompt, event, survivors[slot])
-            for prompt, event, slot in zip(prompts, done, slots, strict=True)
+            for prompt, event, slot in zip(prompts, done, starts // self.query_bank.num_queries, strict=True)
         ]
         return Window(
-            queries=self.query_bank.of(slots).transpose(0, 1).flatten(0, 1),
+            queries=self.query_bank.of(starts).transpose(0, 1).flatten(0, 1),
             query_positions=self._query_positions(geometry, done[0]),
             keys=keys,
             values=values,
             positions=torch.cat(positions),
-            layers=self.layer_indices.repeat(len(slots)),
+            layers=self.layer_indices.repeat(len(starts)),
             query_shifts=self.query_bank.shifts,
             rope=self.rope,
         )

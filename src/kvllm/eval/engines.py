@@ -60,6 +60,7 @@ class VllmEngine:
 
     def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Completion]]:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         from kvllm.generate import encode
 
@@ -74,6 +75,7 @@ class VllmEngine:
                 top_p=self.sampling.top_p,
                 seed=question.seed,
                 extra_args=extra,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
             engine.add_request(str(i), {"prompt_token_ids": encode(tokenizer, question.prompt, None)}, params)
         while engine.has_unfinished_requests():

@@ -34,7 +34,7 @@ def fork_all(
     which stands at its first compression
     """
     firsts = [first_event(config, num_prompt_tokens, block_size) for config in configs]
-    most_queries = max((config.window_size for config in configs), default=0)
+    most_queries = max((config.query_span for config in configs), default=0)
     full = Request(model, num_prompt_tokens, max_queries=most_queries)
     parts: list[Replay] = []
     forks: dict[int, Request] = {}

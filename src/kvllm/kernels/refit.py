@@ -19,6 +19,7 @@ from kvllm.kernels.window_scores import (
     _load_queries,
     _load_tile,
     _pairs,
+    _ring,
     query_arguments,
     query_sizes,
     turned_queries_ref,
@@ -38,7 +39,7 @@ MOST_DIMS = 128
 
 def refit_ref(
     bank: QueryBank,
-    req_slots: Tensor,
+    ring_starts: Tensor,
     kept: Tensor,
     candidate_blocks: Tensor,
     cache: PagedCache,
@@ -48,13 +49,13 @@ def refit_ref(
 ) -> None:
     """Candidate j := candidate kept[j], for every head its own, with keys and values refitted as Kara does; in float64.
 
-    req_slots:        [num_due], each due request's row in the bank
+    ring_starts:      [num_due], `QueryBank.ring_start` of each due request
     kept:             [num_due, num_layers, num_kv_heads, num_kept], ascending
     candidate_blocks: [num_due, num_candidates / block_size], block ids; no block twice
-    turn:             of distances [num_queries, 1, group_size]; None: the queries stay as they are
+    turn:             of distances [num_queries, 1, group_size], oldest first; None: the queries stay as they are
     key_ridge, value_ridge: 0: the keys, or the values, move bit for bit
     """
-    queries = turned_queries_ref(bank, req_slots, turn).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    queries = turned_queries_ref(bank, ring_starts, turn).permute(0, 2, 3, 1, 4).flatten(2, 3)
     window = gather_window_ref(candidate_blocks, cache, torch.float64)
     keys, values = (t.transpose(1, 2) for t in window)  # [batch, num_kv_heads, num_candidates, head_dim]
     logits = queries @ keys.transpose(-1, -2) * cache.head_dim**-0.5
@@ -92,7 +93,7 @@ def tiles(num_rows: int, head_dim: int, float32: bool) -> Tiles:
 
 def refit(
     bank: QueryBank,
-    req_slots: Tensor,
+    ring_starts: Tensor,
     kept: Tensor,
     candidate_blocks: Tensor,
     cache: PagedCache,
@@ -111,7 +112,7 @@ def refit(
     num_due, _, num_kv_heads, num_kept = kept.shape
     assert bank.queries.is_contiguous() and kept.is_contiguous() and candidate_blocks.stride(1) == 1
     assert (num_layers, num_kv_heads) == (cache.num_layers, cache.num_kv_heads) == kept.shape[1:3]
-    assert num_due == len(req_slots) == len(candidate_blocks) and head_dim == cache.head_dim
+    assert num_due == len(ring_starts) == len(candidate_blocks) and head_dim == cache.head_dim
     assert num_kept <= MOST_REFITTED and head_dim <= MOST_DIMS and bank.num_kv_heads == num_kv_heads
     if not num_due:
         return
@@ -139,9 +140,9 @@ def refit(
         FIT_VALUES=value_ridge > 0,
         BLOCK_K=block_k,
     )
-    parts: Iterable[tuple[Tensor, ...]] = [(candidate_blocks, kept, req_slots)]
+    parts: Iterable[tuple[Tensor, ...]] = [(candidate_blocks, kept, ring_starts)]
     if num_due > _BATCH:
-        parts = zip(*(t.split(_BATCH) for t in (candidate_blocks, kept, req_slots)), strict=True)
+        parts = zip(*(t.split(_BATCH) for t in (candidate_blocks, kept, ring_starts)), strict=True)
     for blocks, survivors, slots in parts:
         cached, asked = cache.arguments(blocks), query_arguments(bank, slots, turn)
         _attend_kernel[(len(slots) * heads * padded_rows // sizes.block_q,)](
@@ -175,7 +176,7 @@ def _attend_kernel(
     shares, missing, lost, kept,
     candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,
     stride_candidates, stride_kv_block, stride_kv_token, stride_kv_head,
-    numbers, scales, cos, sin, first, second, req_slots, max_num_reqs, softmax_scale, least_kept,
+    numbers, scales, cos, sin, first, second, ring_starts, max_num_reqs, softmax_scale, least_kept,
     NUM_LAYERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, NUM_CANDIDATES: tl.constexpr, NUM_KEPT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KV_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr,
     HAS_SCALE: tl.constexpr, NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr,
@@ -197,8 +198,9 @@ def _attend_kernel(
     firsts, seconds = _pairs(first, second, num_pairs, HALVES, BLOCK_H)
     dims = tl.arange(0, BLOCK_D)
     rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    layer_row, oldest = _ring(ring_starts, max_num_reqs, due, layer, NUM_ROWS // GROUP_SIZE)
     a, b, scale = _load_queries(
-        numbers, scales, cos, sin, rows, layer * max_num_reqs + tl.load(req_slots + due), head, firsts, seconds,
+        numbers, scales, cos, sin, rows, layer_row, oldest, head, firsts, seconds,
         NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, TURN, DOT_DTYPE, BLOCK_H,
     )  # fmt: skip
     if HAS_SCALE:
@@ -264,7 +266,7 @@ def _fit_kernel(
     shares, missing, lost, kept,
     candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,
     stride_candidates, stride_kv_block, stride_kv_token, stride_kv_head,
-    numbers, scales, cos, sin, first, second, req_slots, max_num_reqs, query_scale, key_ridge, value_ridge,
+    numbers, scales, cos, sin, first, second, ring_starts, max_num_reqs, query_scale, key_ridge, value_ridge,
     NUM_LAYERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, NUM_KEPT: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, KV_DTYPE: tl.constexpr, RAW_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr,
     HAS_SCALE: tl.constexpr, FP8_MAX: tl.constexpr, NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
@@ -315,8 +317,9 @@ def _fit_kernel(
             change_scale = 1.0
             if HAS_SCALE:
                 change_scale = tl.load(k_scale + layer)
+            layer_row, oldest = _ring(ring_starts, max_num_reqs, due, layer, NUM_ROWS // GROUP_SIZE)
             shift_a, shift_b = _fit_shift(
-                numbers, scales, cos, sin, layer * max_num_reqs + tl.load(req_slots + due), head, firsts, seconds,
+                numbers, scales, cos, sin, layer_row, oldest, head, firsts, seconds,
                 lost + batch * PADDED_ROWS, query_scale, key_ridge,
                 NUM_HEADS, GROUP_SIZE, NUM_ROWS, PADDED_ROWS, HEAD_DIM, TURN, DOT_DTYPE, STEPS, BLOCK_R, BLOCK_H,
             )  # fmt: skip
@@ -390,7 +393,7 @@ def _fit_values(
 
 @triton.jit
 def _fit_shift(
-    numbers, scales, cos, sin, layer_row, head, firsts, seconds, lost, query_scale, ridge,
+    numbers, scales, cos, sin, layer_row, oldest, head, firsts, seconds, lost, query_scale, ridge,
     NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr, PADDED_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, TURN: tl.constexpr, DOT_DTYPE: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -404,7 +407,7 @@ def _fit_shift(
     for start in range(0, PADDED_ROWS, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
         a, b, scale = _load_queries(
-            numbers, scales, cos, sin, rows, layer_row, head, firsts, seconds,
+            numbers, scales, cos, sin, rows, layer_row, oldest, head, firsts, seconds,
             NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, TURN, tl.float32, BLOCK_H,
         )  # fmt: skip
         scale = (scale * query_scale)[:, None]

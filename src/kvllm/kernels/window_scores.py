@@ -26,7 +26,7 @@ _TILE_BYTES = 64 * 1024
 
 def window_scores_ref(
     bank: QueryBank,
-    req_slots: Tensor,
+    ring_starts: Tensor,
     candidate_blocks: Tensor,
     cache: PagedCache,
     value_norm: bool = True,
@@ -36,12 +36,12 @@ def window_scores_ref(
 ) -> Tensor:
     """How much the queries of a request look at each of its candidates, weighted as `Kara.score` does; in float64.
 
-    req_slots:        [num_due], each due request's row in the bank
+    ring_starts:      [num_due], `QueryBank.ring_start` of each due request
     candidate_blocks: [num_due, num_candidates / block_size], block ids
-    turn:             of distances [num_queries, 1, group_size]; None: the queries stay as they are
+    turn:             of distances [num_queries, 1, group_size], oldest first; None: the queries stay as they are
     returns           [num_due, num_layers, num_kv_heads, num_candidates] in float32
     """
-    grouped = turned_queries_ref(bank, req_slots, turn)
+    grouped = turned_queries_ref(bank, ring_starts, turn)
     keys, values = gather_window_ref(candidate_blocks, cache, torch.float64)
     logits = torch.einsum("bqhgd,bthd->bhgqt", grouped, keys) * cache.head_dim**-0.5
     scores = logits.softmax(dim=-1).mean(dim=(2, 3))  # over the heads of a group and the queries
@@ -52,20 +52,20 @@ def window_scores_ref(
         anchor = normalize(keys, dim=-1).mean(dim=1, keepdim=True)
         cosines = cosine_similarity(keys, anchor, dim=-1).transpose(1, 2)
         scores = scores * (1 - cosines).clamp(min=0) ** keydiff_power
-    return scores.float().unflatten(0, (len(req_slots), cache.num_layers))
+    return scores.float().unflatten(0, (len(ring_starts), cache.num_layers))
 
 
-def turned_queries_ref(bank: QueryBank, req_slots: Tensor, turn: Turn | None) -> Tensor:
+def turned_queries_ref(bank: QueryBank, ring_starts: Tensor, turn: Turn | None) -> Tensor:
     """[num_due * num_layers, num_queries, num_kv_heads, group_size, head_dim] in float64."""
-    queries = bank.of(req_slots.long()).transpose(0, 1).flatten(0, 1).double()
+    queries = bank.of(ring_starts.long()).transpose(0, 1).flatten(0, 1).double()
     grouped = queries.unflatten(2, (bank.num_kv_heads, -1))
     return grouped if turn is None else turn.apply(grouped)
 
 
-def query_arguments(bank: QueryBank, req_slots: Tensor, turn: Turn | None) -> tuple[Any, ...]:
+def query_arguments(bank: QueryBank, ring_starts: Tensor, turn: Turn | None) -> tuple[Any, ...]:
     """What `_load_queries` needs to find them, from `numbers` to `max_num_reqs`."""
     turns = (turn.cos, turn.sin, turn.first, turn.second) if turn else (None, None, None, None)
-    return (bank.queries, bank.scales, *turns, req_slots, bank.queries.shape[1])
+    return (bank.queries, bank.scales, *turns, ring_starts, bank.queries.shape[1])
 
 
 def query_sizes(bank: QueryBank, turn: Turn | None, dot_dtype: torch.dtype) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def query_sizes(bank: QueryBank, turn: Turn | None, dot_dtype: torch.dtype) -> d
 
 def window_scores(
     bank: QueryBank,
-    req_slots: Tensor,
+    ring_starts: Tensor,
     candidate_blocks: Tensor,
     cache: PagedCache,
     value_norm: bool = True,
@@ -98,7 +98,7 @@ def window_scores(
     launch before it finds what weights the candidates, and another every query's denominator.
     """
     num_layers, _, _, _, head_dim = bank.queries.shape
-    num_due, num_candidates = len(req_slots), candidate_blocks.shape[1] * cache.block_size
+    num_due, num_candidates = len(ring_starts), candidate_blocks.shape[1] * cache.block_size
     assert bank.queries.is_contiguous() and candidate_blocks.stride(1) == 1 and head_dim == cache.head_dim
     assert num_layers == cache.num_layers and len(candidate_blocks) == num_due
     assert bank.num_kv_heads == cache.num_kv_heads
@@ -117,7 +117,7 @@ def window_scores(
     block_t, block_q = tile_sizes(num_candidates, num_rows, 2 * block_h, cache.dtype == torch.float32)
     num_tiles = ceil_div(num_candidates, block_t)
     exponent = head_dim**-0.5 / math.log(2)  # exp2 is cheaper than exp
-    asked = (*query_arguments(bank, req_slots, turn), exponent)
+    asked = (*query_arguments(bank, ring_starts, turn), exponent)
     asking |= dict(BLOCK_T=block_t, BLOCK_Q=block_q, num_stages=3)  # of 2 and 3 stages on an H100
     weights = log_sums = None
     if num_tiles > 1:
@@ -179,18 +179,26 @@ def _pairs(first, second, NUM_PAIRS: tl.constexpr, HALVES: tl.constexpr, BLOCK_H
 
 
 @triton.jit
+def _ring(ring_starts, max_num_reqs, due, layer, NUM_QUERIES: tl.constexpr):
+    """Of a request in a layer: its row among the bank's (layer, row) pairs, and the slot of its oldest query."""
+    start = tl.load(ring_starts + due).to(tl.int32)
+    return layer * max_num_reqs + start // NUM_QUERIES, start % NUM_QUERIES
+
+
+@triton.jit
 def _load_queries(
-    numbers, scales, cos, sin, rows, layer_row, head, firsts, seconds,
+    numbers, scales, cos, sin, rows, layer_row, oldest, head, firsts, seconds,
     NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
     TURN: tl.constexpr, DOT_DTYPE: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The first and the second dimensions of the turned queries, [BLOCK_Q, BLOCK_H] each, and their scales [BLOCK_Q].
 
-    Row r is query r // GROUP_SIZE of the group's head r % GROUP_SIZE. layer_row: of the bank's (layer, slot) pairs.
+    Row r is query r // GROUP_SIZE, oldest first, of the group's head r % GROUP_SIZE. layer_row, oldest: of `_ring`.
     """
     num_queries: tl.constexpr = NUM_ROWS // GROUP_SIZE
     num_pairs: tl.constexpr = HEAD_DIM // 2
-    vectors = (layer_row * num_queries + rows // GROUP_SIZE) * NUM_HEADS + head * GROUP_SIZE + rows % GROUP_SIZE
+    slots = (oldest + rows // GROUP_SIZE) % num_queries
+    vectors = (layer_row * num_queries + slots) * NUM_HEADS + head * GROUP_SIZE + rows % GROUP_SIZE
     pairs = tl.arange(0, BLOCK_H)
     mask = (rows < NUM_ROWS)[:, None] & (pairs < num_pairs)[None, :]
     numbers += vectors[:, None] * HEAD_DIM
@@ -297,7 +305,7 @@ def _scores_kernel(
     scores, weights, log_sums, floor,
     candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,
     stride_candidates, stride_kv_block, stride_kv_token, stride_kv_head,
-    numbers, scales, cos, sin, first, second, req_slots, max_num_reqs, softmax_scale,
+    numbers, scales, cos, sin, first, second, ring_starts, max_num_reqs, softmax_scale,
     NUM_LAYERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, NUM_CANDIDATES: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, KV_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, HAS_SCALE: tl.constexpr,
     NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr, DOT_DTYPE: tl.constexpr,
@@ -329,14 +337,14 @@ def _scores_kernel(
         tl.store(scores + pid * NUM_CANDIDATES + tokens, weight, mask=valid)
         tl.debug_barrier()
 
-    layer_row = layer * max_num_reqs + tl.load(req_slots + due)
+    layer_row, oldest = _ring(ring_starts, max_num_reqs, due, layer, NUM_ROWS // GROUP_SIZE)
     # A thread holds rows r and r + 8 of each 16 of a product, so these are added in its registers; only after the loop
     # are the rest, of other threads.
     total = tl.full([BLOCK_Q // 16, 8, BLOCK_T], 0.0, tl.float32)
     for start in range(0, NUM_ROWS, BLOCK_Q):
         rows = start + tl.arange(0, BLOCK_Q)
         a, b, scale = _load_queries(
-            numbers, scales, cos, sin, rows, layer_row, head, firsts, seconds,
+            numbers, scales, cos, sin, rows, layer_row, oldest, head, firsts, seconds,
             NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, TURN, DOT_DTYPE, BLOCK_H,
         )  # fmt: skip
         logits = tl.dot(a, keys_a, input_precision="ieee")
@@ -366,7 +374,7 @@ def _log_sums_kernel(
     log_sums,
     candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,
     stride_candidates, stride_kv_block, stride_kv_token, stride_kv_head,
-    numbers, scales, cos, sin, first, second, req_slots, max_num_reqs, softmax_scale,
+    numbers, scales, cos, sin, first, second, ring_starts, max_num_reqs, softmax_scale,
     NUM_LAYERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, NUM_CANDIDATES: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, KV_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, HAS_SCALE: tl.constexpr,
     NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr, DOT_DTYPE: tl.constexpr,
@@ -377,9 +385,9 @@ def _log_sums_kernel(
     num_pairs: tl.constexpr = HEAD_DIM // 2
     firsts, seconds = _pairs(first, second, num_pairs, HALVES, BLOCK_H)
     rows = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    layer_row = layer * max_num_reqs + tl.load(req_slots + due)
+    layer_row, oldest = _ring(ring_starts, max_num_reqs, due, layer, NUM_ROWS // GROUP_SIZE)
     a, b, scale = _load_queries(
-        numbers, scales, cos, sin, rows, layer_row, head, firsts, seconds,
+        numbers, scales, cos, sin, rows, layer_row, oldest, head, firsts, seconds,
         NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, TURN, DOT_DTYPE, BLOCK_H,
     )  # fmt: skip
     if HAS_SCALE:

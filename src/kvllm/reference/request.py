@@ -56,7 +56,7 @@ class Request:
             self.method = make_method(config)
             self.rope = rope_of(model) if self.method.uses_rope else None
         num_layers = model.config.get_text_config().num_hidden_layers
-        self.layers = [LayerCache(config.window_size if config else max_queries) for _ in range(num_layers)]
+        self.layers = [LayerCache(config.query_span if config else max_queries) for _ in range(num_layers)]
 
     @classmethod
     def fork(cls, full: Request, config: KvConfig, block_size: int = 16) -> Request:
@@ -67,8 +67,8 @@ class Request:
         forked = cls(full.model, full.num_prompt_tokens, config, block_size)
         if full.geometry is not None or full.num_computed_tokens > (forked.max_step() or full.num_computed_tokens):
             raise ValueError(f"{full.num_computed_tokens} tokens are computed: past the first event, or compressed.")
-        if any(layer.max_queries < config.window_size for layer in full.layers):
-            raise ValueError(f"the request keeps {full.layers[0].max_queries} queries, not {config.window_size}.")
+        if any(layer.max_queries < config.query_span for layer in full.layers):
+            raise ValueError(f"the request keeps {full.layers[0].max_queries} queries, not {config.query_span}.")
         forked.num_computed_tokens = full.num_computed_tokens
         forked.layers = [copy.copy(layer) for layer in full.layers]  # their tensors are replaced, never written into
         return forked
