@@ -232,7 +232,7 @@ def test_json_that_is_no_object_is_refused(text):
 def test_defaults_build_and_are_the_documented_ones():
     config = KvConfig()
     assert (config.method, config.policy, config.retention_ratio) == ("kara", "window", 0.3)
-    assert (config.window_size, config.buffer_size, config.max_chunk_size) == (256, 64, 8)
+    assert (config.window_size, config.buffer_size, config.max_chunk_size) == (256, 128, 8)
     geometry = Geometry.from_config(config, block_size=16)
     assert geometry is not None and geometry.num_kept == 80
 

@@ -231,7 +231,7 @@ def test_sizes_of_a_batch_are_those_of_each(geometry, requests):
 
 def test_the_designs_formulas():
     """num_compressed_windows and physical_len as docs/design.md, section 2, states them."""
-    geometry = Geometry.from_config(KvConfig(method="recent"), block_size=16)
+    geometry = Geometry.from_config(KvConfig(method="recent", buffer_size=64), block_size=16)
     assert geometry is not None and (geometry.num_kept, geometry.num_freed(500, 0)) == (80, 176)
     for prompt in (1, 15, 16, 17, 500):
         for computed in range(prompt, prompt + 1500):
@@ -242,7 +242,7 @@ def test_the_designs_formulas():
 
 def test_geometry_of_the_budget_policy():
     config = KvConfig(method="recent", policy="budget", budget_size=512, budget_interval=128)
-    assert Geometry.from_config(config, block_size=32) == Geometry(32, "budget", 640, 512, 128, 64)
+    assert Geometry.from_config(config, block_size=32) == Geometry(32, "budget", 640, 512, 128, 128)
 
 
 @ARITHMETIC
@@ -261,15 +261,15 @@ def test_a_history_limit_changes_nothing_before_it_is_reached(history_size, num_
 
 
 def test_an_answer_of_32k_tokens_fits_in_a_few_hundred_blocks():
-    """Prompt, limit, a window and the buffer, and never more: 256 + 2,000 + 256 + 64 tokens in blocks of 16."""
+    """Prompt, limit, a window and the buffer, and never more: 256 + 2,000 + 256 + 128 tokens in blocks of 16."""
     free, limited = (
         Geometry.from_config(KvConfig(method="recent", history_size=size), block_size=16) for size in (0, 2048)
     )
     assert free is not None and limited is not None
     # 25 windows leave 80 survivors each; as many as of 18 windows outlive the compression of the history.
     assert (limited.history_limit, limited.history_kept, limited.cycle) == (2000, 1440, 8)
-    assert limited.peak_blocks(256, 256 + 32768) == (256 + 2000 + 256 + 64) // 16 == 161
-    assert free.peak_blocks(256, 256 + 32768) == 667 and ceil_div(256 + 32768, 16) == 2064
+    assert limited.peak_blocks(256, 256 + 32768) == (256 + 2000 + 256 + 128) // 16 == 165
+    assert free.peak_blocks(256, 256 + 32768) == 670 and ceil_div(256 + 32768, 16) == 2064
 
 
 def test_a_prompt_budget_changes_nothing_for_shorter_prompts_nor_before_event_0():
@@ -285,7 +285,7 @@ def test_a_prompt_budget_changes_nothing_for_shorter_prompts_nor_before_event_0(
     )
     assert cut.physical_len(1000, due) == free.physical_len(1000, due) - (1008 - 128)
     # The whole prompt and the first window stay the peak for long: 8 blocks of the prompt's 63, and 5 a window.
-    assert cut.peak_blocks(1000, due + 1) == cut.peak_blocks(1000, due + 256 * 11) == due // 16 == 83
+    assert cut.peak_blocks(1000, due + 1) == cut.peak_blocks(1000, due + 256 * 11) == due // 16 == 87
     assert [len(run) for run in cut.freed_blocks(1000, 0)] == [63 - 8, 16 - 5]
 
 

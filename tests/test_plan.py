@@ -22,8 +22,8 @@ PARAMETERS = 1000 * 64 + 3 * (LAYER_MATRICES + 2 * 64) + 64
 
 def test_footprint_of_a_llama() -> None:
     # A token's KV: keys and values of 3 layers, 2 heads of 16 numbers, 2 bytes each.
-    # 16 requests have 64 queries of 3 layers and 4 heads, each 16 bytes and a scale of four.
-    expected = Footprint(2 * PARAMETERS, kv_per_token=2 * 3 * 2 * 16 * 2, query_bank=16 * 64 * 3 * 4 * (16 + 4))
+    # 16 requests have 48 queries of 3 layers and 4 heads, each 16 bytes and a scale of four.
+    expected = Footprint(2 * PARAMETERS, kv_per_token=2 * 3 * 2 * 16 * 2, query_bank=16 * 48 * 3 * 4 * (16 + 4))
     assert footprint(LlamaConfig(**SHAPE, tie_word_embeddings=True), KvConfig(), max_num_seqs=16) == expected
 
 

@@ -35,10 +35,10 @@ class KvConfig:
     window_size: int = field(
         default=256, metadata={"help": "Tokens compressed at once; a multiple of vLLM's block size."}
     )
-    buffer_size: int = field(default=64, metadata={"help": "Newest tokens, never compressed."})
+    buffer_size: int = field(default=128, metadata={"help": "Newest tokens, never compressed."})
     max_chunk_size: int = field(default=8, metadata={"help": "Longest chunk that Token2Chunk grows; 1 = none."})
     query_stride: int = field(
-        default=4, metadata={"help": "Each head keeps the query of every n-th token for scoring."}
+        default=8, metadata={"help": "Each head keeps the query of every n-th token for scoring."}
     )
     history_size: int = field(
         default=0,

@@ -53,9 +53,9 @@ def test_asynchronous_scheduling_gets_its_own_scheduler(model_dir: Path) -> None
         ({"retention_ratio": 0.97}, {}, r"retention_ratio=0.97: .*keeps every block"),
         ({"prompt_budget": 100}, {}, r"prompt_budget=100: must be a multiple of the KV block size, 32 .*use 128"),
         (
-            {"prompt_budget": 672},
+            {"prompt_budget": 608},
             {},
-            r"prefix_budget_exhausted: prompt_budget=672: .*256 .*64 .*max_model_len=1024.* at most 640",
+            r"prefix_budget_exhausted: prompt_budget=608: .*256 .*128 .*max_model_len=1024.* at most 576",
         ),
         ("0.3", {}, r"kvllm='0.3': expected a mapping"),
         ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, r"speculative_config=ngram"),

@@ -51,7 +51,7 @@ def model_state(config: KvConfig, cache: PagedCache, device: str) -> Any:
         NUM_LAYERS, MAX_REQS, config.num_queries, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, config.query_stride,
         torch.float32, device,
     )  # fmt: skip
-    state.rope, state.turns = rope_on(device) if state.method.uses_rope else None, {}
+    state.rope = rope_on(device) if state.method.uses_rope else None
     most_survivors = config.budget_size if config.policy == "budget" else config.history_size
     shape = (MAX_REQS, NUM_LAYERS, NUM_KV_HEADS, most_survivors)
     needed = most_survivors and not state._fused

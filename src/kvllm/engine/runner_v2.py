@@ -126,7 +126,6 @@ class KvModelState(DefaultModelState):
             layer.head_size, config.query_stride, self.dtype, device,
         )  # fmt: skip
         self.rope = rope_of(model) if self.method.uses_rope else None
-        self.turns: dict[int, Turn] = {}
         # Text positions of survivors that will be candidates again, [max_num_reqs, num_layers, num_kv_heads, most of
         # them]; int32 holds them.
         self.survivors: Tensor | None = None
@@ -358,7 +357,7 @@ class KvModelState(DefaultModelState):
 
     def _compress_kara(self, geometry: Geometry, event: int, ring_starts: Tensor, candidates: Tensor) -> None:
         assert self.cache is not None and isinstance(self.method, Kara)
-        method, turn, num_kept = self.method, self._turn(geometry, event), geometry.shape(event).num_kept
+        method, turn, num_kept = self.method, self._turn, geometry.shape(event).num_kept
         scores = window_scores(
             self.query_bank, ring_starts, candidates, self.cache, method.value_norm, method.keydiff_power,
             method.attention_floor, turn,
@@ -374,19 +373,17 @@ class KvModelState(DefaultModelState):
         places = query_positions(geometry, event, self.config.query_stride, self.config.num_queries)
         return torch.from_numpy(places).to(self.device)
 
-    def _turn(self, geometry: Geometry, event: int) -> Turn | None:
-        """Of the event's queries, oldest first: the same at every event of its shape."""
+    @cached_property
+    def _turn(self) -> Turn | None:
+        """Of the stored queries, oldest first: their distances from the newest one are the same at every event."""
         assert isinstance(self.method, Kara)
         if self.rope is None:
             return None
-        key = geometry.shape(event).num_candidates
-        if key not in self.turns:
-            positions = self._query_positions(geometry, event)
-            distances = turn_distances(positions, self.query_bank.shifts, self.method.lookahead)
-            # Tables as exact as the products: the kernel reads them for every head of every layer.
-            dtype = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
-            self.turns[key] = self.rope.turn(distances.unsqueeze(1), self.query_bank.queries.shape[-1], dtype)
-        return self.turns[key]
+        positions = torch.arange(self.config.num_queries, device=self.device) * self.config.query_stride
+        distances = turn_distances(positions, self.query_bank.shifts, self.method.lookahead)
+        # Tables as exact as the products: the kernel reads them for every head of every layer.
+        dtype = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
+        return self.rope.turn(distances.unsqueeze(1), self.query_bank.queries.shape[-1], dtype)
 
     def _compress_prompt(self, geometry: Geometry, prompt: int, cut: Shape, slot: int, blocks: Tensor) -> None:
         """Cut one prompt, by any method, some layers at a time: a long one is as many tokens as many windows."""
