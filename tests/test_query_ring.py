@@ -56,13 +56,13 @@ def test_query_positions_equal_simulated_rings(config, num_prompt_tokens, group_
             # Tokens that were candidates before (budget policy) may be gone, their queries are not: they count on
             # backwards as if nothing were.
             length, raw = len(cache) - first, geometry.interval + geometry.buffer_size
-            oldest = oldest_slot(geometry, event, config.query_stride, num_queries)
+            oldest = oldest_slot(config, geometry, event)
             in_order = [ring[oldest:] + ring[:oldest] for ring in rings]
             ring = in_order[0]
             assert ring == sorted(ring)
             fresh = [p for p in ring if event == 0 or position - p <= raw]
             expected = [cache.index(p) - first if p in fresh else length - (position - p) for p in ring]
-            actual = query_positions(geometry, event, config.query_stride, num_queries)
+            actual = query_positions(config, geometry, event)
             assert actual.dtype == np.int64 and actual.tolist() == expected
             assert max(ring) == position - 1 and position - min(map(min, rings)) <= config.query_span
             for other, shift in zip(in_order, shifts, strict=True):
@@ -82,11 +82,12 @@ def test_query_positions_equal_simulated_rings(config, num_prompt_tokens, group_
 
 def test_one_by_hand():
     """W=16, U=8, stride 4: an event finds 24 tokens, every fourth with its query, and the ring turned on."""
-    geometry = Geometry.from_config(KvConfig(window_size=16, buffer_size=8, query_stride=4, retention_ratio=0.5), 8)
+    config = KvConfig(window_size=16, buffer_size=8, query_stride=4, retention_ratio=0.5)
+    geometry = Geometry.from_config(config, 8)
     assert geometry is not None
     for event, oldest in enumerate([0, 4, 2, 0, 4]):
-        assert query_positions(geometry, event, 4, 6).tolist() == [3, 7, 11, 15, 19, 23]
-        assert oldest_slot(geometry, event, 4, 6) == oldest
+        assert query_positions(config, geometry, event).tolist() == [3, 7, 11, 15, 19, 23]
+        assert oldest_slot(config, geometry, event) == oldest
 
 
 @pytest.mark.parametrize(

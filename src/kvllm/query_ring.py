@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from kvllm.config import KvConfig
 from kvllm.layout import Geometry, IntArray
 
 
@@ -30,21 +31,21 @@ def slot_of(offset: Any, shift: Any, query_stride: int, num_queries: int) -> tup
     return place % query_stride == query_stride - 1, place // query_stride % num_queries
 
 
-def query_positions(geometry: Geometry, event: int, query_stride: int, num_queries: int) -> IntArray:
+def query_positions(config: KvConfig, geometry: Geometry, event: int) -> IntArray:
     """Place of each stored query (of a head with shift 0) at event number `event`, from the event's first candidate.
 
     returns [num_queries], ascending: oldest first. Places past the last candidate lie in the buffer
     """
     # Seen from the end the text is dense: what was evicted lies before the candidates, or among the survivors.
     end = geometry.shape(event).num_candidates + geometry.buffer_size
-    return end - 1 - query_stride * np.arange(num_queries - 1, -1, -1, dtype=np.int64)
+    return end - 1 - config.query_stride * np.arange(config.num_queries - 1, -1, -1, dtype=np.int64)
 
 
-def oldest_slot(geometry: Geometry, event: int, query_stride: int, num_queries: int) -> int:
+def oldest_slot(config: KvConfig, geometry: Geometry, event: int) -> int:
     """The slot of the oldest query at event number `event`; the others follow it in their order, around the ring."""
-    return geometry.event_at(0, event) // query_stride % num_queries
+    return geometry.event_at(0, event) // config.query_stride % config.num_queries
 
 
-def prompt_query_positions(geometry: Geometry, num_prompt_tokens: int, query_stride: int, num_queries: int) -> IntArray:
+def prompt_query_positions(config: KvConfig, geometry: Geometry, num_prompt_tokens: int) -> IntArray:
     """The same at event 0, but from the first token of the prompt; all queries lie behind the prompt."""
-    return geometry.protected_len(num_prompt_tokens) + query_positions(geometry, 0, query_stride, num_queries)
+    return geometry.protected_len(num_prompt_tokens) + query_positions(config, geometry, 0)

@@ -29,8 +29,8 @@ from kvllm.reference.request import compress_event
 from tests.kernels.paged_caches import random_cache
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 2, 4, 2, 16, 8
-MAX_REQS, MAX_BLOCKS = 3, 26
-SIZES: dict[str, Any] = {"window_size": 16, "buffer_size": 8, "retention_ratio": 0.5, "query_stride": 4}
+MAX_REQS, MAX_BLOCKS = 3, 30
+SIZES: dict[str, Any] = {"window_size": 16, "buffer_size": 16, "retention_ratio": 0.5, "query_stride": 4}
 NO_REFIT = {"key_ridge": 0.0, "value_ridge": 0.0}
 BUDGET: dict[str, Any] = {"budget_size": 16, "budget_interval": 8}
 
@@ -133,7 +133,9 @@ def begin_step(state: Any, running: list[Running], device: str) -> Tensor:
     ).split(),
 )
 def test_equals_reference(config: KvConfig, num_events: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two requests, the second three windows behind: events of both shapes, and with histories of two lengths, meet."""
+    """Two requests, the second three windows behind: what meets are rings that start elsewhere, events of both shapes,
+    and histories of two lengths.
+    """
     if config.prompt_budget:
         monkeypatch.setattr(runner_v2, "_GENERIC_BATCH", 1)  # a prompt of three blocks then goes one layer at a time
     # What is refitted, and cask's means, are sums; what only moves is the same bit for bit.

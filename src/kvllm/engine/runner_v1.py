@@ -189,31 +189,32 @@ class CompressorV1:
                 self._compress_prompt(req_ids[i], geometry, prompt, cut, torch.from_numpy(block_ids.astype(np.int64)))
 
     def _compress_prompt(self, req_id: str, geometry: Geometry, prompt: int, cut: Shape, block_ids: Tensor) -> None:
-        places = prompt_query_positions(geometry, prompt, self.config.query_stride, self.config.num_queries)
+        places = prompt_query_positions(self.config, geometry, prompt)
         shape = (len(self.layers), self.layers[0].num_kv_heads, cut.num_candidates)
-        window = self._window(req_id, geometry, 0, block_ids, places, torch.arange(cut.num_candidates).expand(shape))
+        ring_start = self._ring_start(req_id, geometry, 0)
+        window = self._window(ring_start, block_ids, places, torch.arange(cut.num_candidates).expand(shape))
         kept = self.method.compress_prompt(window, cut.num_kept)
         self._write(block_ids, *kept_rows(window, kept))
 
     def _compress_request(self, req_id: str, geometry: Geometry, prompt: int, event: int, block_ids: Tensor) -> None:
         nothing = torch.empty(len(self.layers), self.layers[0].num_kv_heads, 0, dtype=torch.int64)
         survivors = self.survivors.get(req_id, nothing)
-        places = query_positions(geometry, event, self.config.query_stride, self.config.num_queries)
+        places = query_positions(self.config, geometry, event)
         positions = candidate_positions(geometry, prompt, event, survivors)
-        window = self._window(req_id, geometry, event, block_ids, places, positions)
+        window = self._window(self._ring_start(req_id, geometry, event), block_ids, places, positions)
         kept = self.method.compress(window, geometry.shape(event).num_kept)
         self._write(block_ids, *kept_rows(window, kept))
         if geometry.tracks_survivors:
             before = survivors[..., : geometry.candidate_offset(event)]
             self.survivors[req_id] = torch.cat([before, window.positions.gather(-1, kept.indices)], dim=-1)
 
-    def _window(
-        self, req_id: str, geometry: Geometry, event: int, block_ids: Tensor, places: IntArray, positions: Tensor
-    ) -> Window:
+    def _ring_start(self, req_id: str, geometry: Geometry, event: int) -> int:
+        return self.query_bank.ring_start(self.rows[req_id], oldest_slot(self.config, geometry, event))
+
+    def _window(self, ring_start: int, block_ids: Tensor, places: IntArray, positions: Tensor) -> Window:
         keys, values = self._read(block_ids)
-        oldest = oldest_slot(geometry, event, self.config.query_stride, self.config.num_queries)
         return Window(
-            queries=self.query_bank.of(self.query_bank.ring_start(self.rows[req_id], oldest)),
+            queries=self.query_bank.of(ring_start),
             query_positions=torch.from_numpy(places),
             keys=keys,
             values=values,

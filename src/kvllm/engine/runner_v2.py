@@ -332,8 +332,7 @@ class KvModelState(DefaultModelState):
             self._compress_group(geometry, prompts, done, ring_starts, blocks)
 
     def _ring_start(self, geometry: Geometry, slot: int, event: int) -> int:
-        oldest = oldest_slot(geometry, event, self.config.query_stride, self.config.num_queries)
-        return self.query_bank.ring_start(slot, oldest)
+        return self.query_bank.ring_start(slot, oldest_slot(self.config, geometry, event))
 
     def _compress_group(
         self,
@@ -369,10 +368,6 @@ class KvModelState(DefaultModelState):
         else:
             compact(kept, candidates, self.cache)
 
-    def _query_positions(self, geometry: Geometry, event: int) -> Tensor:
-        places = query_positions(geometry, event, self.config.query_stride, self.config.num_queries)
-        return torch.from_numpy(places).to(self.device)
-
     @cached_property
     def _turn(self) -> Turn | None:
         """Of the stored queries, oldest first: their distances from the newest one are the same at every event."""
@@ -388,7 +383,7 @@ class KvModelState(DefaultModelState):
     def _compress_prompt(self, geometry: Geometry, prompt: int, cut: Shape, slot: int, blocks: Tensor) -> None:
         """Cut one prompt, by any method, some layers at a time: a long one is as many tokens as many windows."""
         assert self.cache is not None
-        places = prompt_query_positions(geometry, prompt, self.config.query_stride, self.config.num_queries)
+        places = prompt_query_positions(self.config, geometry, prompt)
         queries = self.query_bank.of(self._ring_start(geometry, slot, 0))
         text = torch.arange(cut.num_candidates, device=self.device)
         size = max(1, _GENERIC_BATCH * geometry.num_candidates * len(self.layers) // cut.num_candidates)
@@ -465,7 +460,7 @@ class KvModelState(DefaultModelState):
         ]
         return Window(
             queries=self.query_bank.of(starts).transpose(0, 1).flatten(0, 1),
-            query_positions=self._query_positions(geometry, done[0]),
+            query_positions=torch.from_numpy(query_positions(self.config, geometry, done[0])).to(self.device),
             keys=keys,
             values=values,
             positions=torch.cat(positions),

@@ -145,12 +145,12 @@ def compress_event(
     options: dict[str, Any] = {"shifts": torch.from_numpy(shifts).to(device), "rope": rope}
     start, kept_prompt = geometry.candidate_start(num_prompt_tokens, event), None
     if event == 0 and (cut := geometry.prompt_shape(num_prompt_tokens)):
-        places = prompt_query_positions(geometry, num_prompt_tokens, config.query_stride, config.num_queries)
+        places = prompt_query_positions(config, geometry, num_prompt_tokens)
         kept_prompt = compress(
             layers, method.compress_prompt, 0, *cut, places=torch.from_numpy(places).to(device), **options
         )
         start += cut.num_kept - cut.num_candidates
-    places = query_positions(geometry, event, config.query_stride, config.num_queries)
+    places = query_positions(config, geometry, event)
     kept = compress(
         layers, method.compress, start, *geometry.shape(event), places=torch.from_numpy(places).to(device), **options
     )
