@@ -8,8 +8,9 @@ import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
 from kvllm.config import KvConfig
+from kvllm.footprint import Footprint, default_max_num_seqs, fitting_max_num_seqs, footprint
 from kvllm.layout import Geometry
-from kvllm.plan import Footprint, default_max_num_seqs, footprint, parse_bytes, parse_lengths, plan, pool_bytes
+from kvllm.plan import parse_bytes, parse_lengths, plan, pool_bytes
 
 SHAPE: dict[str, Any] = dict(
     vocab_size=1000, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
@@ -34,7 +35,17 @@ def test_the_query_bank_follows_window_buffer_stride_and_dtype() -> None:
 
 
 def test_max_num_seqs_as_vllm_chooses_it() -> None:
-    assert [default_max_num_seqs(parse_bytes(size)) for size in ("24GiB", "69GiB", "80GB")] == [256, 256, 1024]
+    small = Footprint(weights=0, kv_per_token=1, query_bank=1)
+    sizes = [default_max_num_seqs(parse_bytes(size), 0.9, small) for size in ("24GiB", "69GiB", "80GB")]
+    assert sizes == [256, 256, 1024]
+
+
+def test_no_more_seqs_than_a_twentieth_of_the_memory_holds_the_queries_of() -> None:
+    one = Footprint(weights=400_000, kv_per_token=1, query_bank=100)
+    assert fitting_max_num_seqs(1_000_000, 0.9, one) == 248  # 250 in 25,000 of the 500,000 that are left
+    assert fitting_max_num_seqs(1_000_000, 0.9, one, num_shards=2) == 696  # half the weights, half of each bank
+    assert fitting_max_num_seqs(450_000, 0.9, one) == 8
+    assert default_max_num_seqs(1_000_000, 0.9, one) == 248
 
 
 def test_an_output_matrix_of_its_own_counts() -> None:

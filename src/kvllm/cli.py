@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -119,7 +120,11 @@ def plan(
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share that vLLM may use, as in vLLM.")] = 0.92,
     max_num_seqs: Annotated[
         int | None,
-        typer.Option(help="As in vLLM: the query bank's rows.", min=1, show_default="1024 from 70GiB on, else 256"),
+        typer.Option(
+            help="As in vLLM: the query bank's rows.",
+            min=1,
+            show_default="1024 from 70GiB on, else 256, or fewer that fit",
+        ),
     ] = None,
     reserve: Annotated[str, typer.Option(help="For activations and CUDA graphs.")] = "3GiB",
     weights: Annotated[str | None, typer.Option(help="Size of the weights.", show_default="from the config")] = None,
@@ -130,18 +135,18 @@ def plan(
 
     from kvllm import plan as planning
     from kvllm.config import KvConfig
+    from kvllm.footprint import default_max_num_seqs, footprint
     from kvllm.layout import Geometry
 
     config = KvConfig.from_dict(options)
     geometry = Geometry.from_config(config, block_size)
     device_bytes = planning.parse_bytes(memory)
-    num_seqs = max_num_seqs or planning.default_max_num_seqs(device_bytes)
     size = planning.parse_bytes(weights, "--weights") if weights else None
-    footprint = planning.footprint(AutoConfig.from_pretrained(model), config, num_seqs, kv_cache_dtype, size)
-    pool = planning.pool_bytes(
-        device_bytes, gpu_memory_utilization, planning.parse_bytes(reserve, "--reserve"), footprint
-    )
-    made = planning.plan(footprint, pool, geometry, block_size, prompt_tokens, planning.parse_lengths(length))
+    one = footprint(AutoConfig.from_pretrained(model), config, 1, kv_cache_dtype, size)
+    num_seqs = max_num_seqs or default_max_num_seqs(device_bytes, gpu_memory_utilization, one)
+    taken = replace(one, query_bank=num_seqs * one.query_bank)
+    pool = planning.pool_bytes(device_bytes, gpu_memory_utilization, planning.parse_bytes(reserve, "--reserve"), taken)
+    made = planning.plan(taken, pool, geometry, block_size, prompt_tokens, planning.parse_lengths(length))
     console.print(planning.summary(made), highlight=False)
     console.print(planning.table(made))
     if json_file:

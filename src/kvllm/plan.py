@@ -9,21 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
-from kvllm.config import KvConfig
+from kvllm.footprint import Footprint
 from kvllm.layout import Geometry, ceil_div
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-QUANTIZED_BITS = {"fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4}
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What a model takes of a device, in bytes."""
-
-    weights: int
-    kv_per_token: int
-    query_bank: int  # KvLLM's only
 
 
 @dataclass(frozen=True)
@@ -91,71 +80,6 @@ def pool_bytes(memory: int, utilization: float, reserve: int, footprint: Footpri
     return left
 
 
-def footprint(
-    config: Any, compression: KvConfig, max_num_seqs: int, kv_cache_dtype: str = "auto", weights: int | None = None
-) -> Footprint:
-    """Bytes of the weights (counted unless given), of one token's KV and of the query bank.
-
-    config: a transformers config
-    """
-    import torch
-
-    from kvllm.query_bank import QueryBank
-
-    _check_full_attention(config)
-    dtype = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
-    num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    kv_bytes = 1 if kv_cache_dtype.startswith("fp8") else DTYPE_BYTES[dtype]
-    bank = QueryBank.allocate(
-        num_layers, max_num_seqs, compression.num_queries, num_heads, num_kv_heads, head_dim,
-        compression.query_stride, getattr(torch, dtype), device="meta",
-    )  # fmt: skip
-    return Footprint(
-        weights=weight_bytes(config, DTYPE_BYTES[dtype]) if weights is None else weights,
-        kv_per_token=2 * num_layers * num_kv_heads * head_dim * kv_bytes,
-        query_bank=bank.num_bytes,
-    )
-
-
-def default_max_num_seqs(memory: int) -> int:
-    """What `vllm serve` takes on a GPU of this size, but for the A100 of 80 GB, where it takes 256."""
-    return 1024 if memory >= 70 * 2**30 else 256
-
-
-def weight_bytes(config: Any, dtype_bytes: int) -> int:
-    """Bytes of the parameters, counted on a model without storage."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    bits = quantized_bits(getattr(config, "quantization_config", None))
-    if bits:
-        del config.quantization_config  # the plain layers have the same shapes
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    dense = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-    total = 0
-    for parameter in model.parameters():  # tied weights come once
-        linear = parameter.dim() > 1 and id(parameter) not in dense
-        total += parameter.numel() * (bits if bits and linear else 8 * dtype_bytes) // 8
-    return total
-
-
-def quantized_bits(quantization: Any) -> int | None:
-    """Bits of a quantized linear weight, or None where nothing is quantized."""
-    if not quantization:
-        return None
-    options = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    bits = options.get("bits") or QUANTIZED_BITS.get(str(options.get("quant_method")))
-    if bits is None:
-        raise ValueError(
-            f"quantization {options.get('quant_method')!r}: its size does not follow from the config; "
-            "pass the weights' size with --weights, such as --weights 8GiB."
-        )
-    return int(bits)
-
-
 def summary(plan: Plan) -> str:
     """Where the memory goes, in one line."""
     gib = 2**30
@@ -192,10 +116,3 @@ def parse_lengths(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--length {text}: expected numbers of tokens with commas, such as 2048,8192.") from None
-
-
-def _check_full_attention(config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    if kinds or getattr(config, "kv_lora_rank", None):
-        what = ", ".join(sorted(kinds)) or "multi-head latent attention"
-        raise ValueError(f"{config.model_type}: has {what}, and KvLLM compresses models with full attention only.")

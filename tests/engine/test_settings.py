@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from kvllm.config import KvConfig
+from kvllm.engine import settings
 from kvllm.engine.settings import prepare
+from kvllm.footprint import footprint
 
 
 def vllm_config(model_dir: Path, kvllm: Any = None, **options: Any) -> Any:
@@ -40,6 +43,22 @@ def test_asynchronous_scheduling_gets_its_own_scheduler(model_dir: Path) -> None
     config.scheduler_config.async_scheduling = True
     prepare(config)
     assert config.scheduler_config.scheduler_cls == "kvllm.engine.scheduler.KvAsyncScheduler"
+
+
+def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memory(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = vllm_config(model_dir, {}).scheduler_config.max_num_seqs
+    one = footprint(AutoConfig.from_pretrained(model_dir, dtype="float32"), KvConfig(), 1)
+    memory = int((one.weights + 20 * (17 * one.query_bank)) / 0.92) + 1
+    monkeypatch.setattr(settings, "gpu_memory", lambda: memory)
+    lowered = vllm_config(model_dir, {})
+    assert lowered.scheduler_config.max_num_seqs == 16 < default
+    assert lowered.scheduler_config.scheduler_cls == "kvllm.engine.scheduler.KvScheduler"
+    assert vllm_config(model_dir, {}, max_num_seqs=100).scheduler_config.max_num_seqs == 100
+    assert vllm_config(model_dir).scheduler_config.max_num_seqs == default
+    monkeypatch.setattr(settings, "gpu_memory", lambda: 1 << 50)
+    assert vllm_config(model_dir, {}).scheduler_config.max_num_seqs == default
 
 
 @pytest.mark.parametrize(

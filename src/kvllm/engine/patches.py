@@ -47,10 +47,15 @@ class Patch:
 
 def with_prepared_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from kvllm.engine.settings import prepare
+        from kvllm.engine.settings import fewer_seqs, prepare
 
+        left_out = self.max_num_seqs is None
         vllm_config = original(self, *args, **kwargs)
-        prepare(vllm_config)
+        config = prepare(vllm_config)
+        if left_out and config is not None and (fewer := fewer_seqs(vllm_config, config)):
+            self.max_num_seqs = fewer  # vLLM derives other sizes from it
+            vllm_config = original(self, *args, **kwargs)
+            prepare(vllm_config)
         return vllm_config
 
     return create_engine_config

@@ -51,7 +51,7 @@ _PLANNED = 6
 # Windows that a method without kernels of its own sees at once: dense copies of all layers are large.
 _GENERIC_BATCH = 4
 
-_LARGE_BANK = 0.05  # share of the device's memory from which on max_num_seqs is worth a thought
+_LARGE_BANK = 0.05  # share of the device's memory from which on a max_num_seqs that was asked for is worth a thought
 
 
 @cache

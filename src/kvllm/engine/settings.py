@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
+
 from kvllm.config import KvConfig, check_retention_ratio
+from kvllm.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
 from kvllm.layout import Geometry, ceil_div
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
+
+logger = init_logger(__name__)
 
 SUPPORTED_VLLM = "0.32.0"
 CONFIG_KEY = "kvllm"
@@ -109,6 +115,42 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     scheduler = "KvAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "KvScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"kvllm.engine.scheduler.{scheduler}"
     return config
+
+
+def fewer_seqs(vllm_config: VllmConfig, config: KvConfig) -> int | None:
+    """A max_num_seqs below vLLM's default, whose query bank leaves a GPU to the KV cache; None where none is needed."""
+    memory = gpu_memory()
+    if memory is None:
+        return None
+    parallel, default = vllm_config.parallel_config, vllm_config.scheduler_config.max_num_seqs
+    # A copy: counting the parameters changes it. The dtype is the engine's, whatever the checkpoint's.
+    model = copy.deepcopy(vllm_config.model_config.hf_text_config)
+    model.dtype = vllm_config.model_config.dtype
+    try:
+        one = footprint(model, config, 1)
+    except ValueError as e:
+        logger.warning("KvLLM: max_num_seqs stays %d, since what the weights take is not known (%s)", default, e)
+        return None
+    num_shards = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    fitting = fitting_max_num_seqs(memory, vllm_config.cache_config.gpu_memory_utilization, one, num_shards)
+    if fitting >= default:
+        return None
+    logger.info(
+        "KvLLM: max_num_seqs=%d, not vLLM's default of %d: each takes %.1f MiB for its queries, and more would take "
+        "over %.0f%% of what the weights leave. Pass --max-num-seqs for another.",
+        fitting,
+        default,
+        one.query_bank / num_shards / 2**20,
+        100 * BANK_SHARE,
+    )
+    return fitting
+
+
+def gpu_memory() -> int | None:
+    """Bytes of this process's GPU; None on a CPU, where the KV cache is given its memory apart from all else."""
+    from vllm.platforms import current_platform
+
+    return current_platform.get_device_total_memory() if current_platform.is_cuda() else None
 
 
 def _check_prompt_can_be_cut(geometry: Geometry, num_prompt_tokens: int, fitting: int, num_blocks: int) -> None:
