@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ def test_asynchronous_scheduling_gets_its_own_scheduler(model_dir: Path) -> None
 
 
 def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memory(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to where pytest listens
+    caplog.set_level(logging.INFO, "vllm")
     default = vllm_config(model_dir, {}).scheduler_config.max_num_seqs
     one = footprint(AutoConfig.from_pretrained(model_dir, dtype="float32"), KvConfig(), 1)
     memory = int((one.weights + 20 * (17 * one.query_bank)) / 0.92) + 1
@@ -55,10 +58,19 @@ def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memor
     lowered = vllm_config(model_dir, {})
     assert lowered.scheduler_config.max_num_seqs == 16 < default
     assert lowered.scheduler_config.scheduler_cls == "kvllm.engine.scheduler.KvScheduler"
+    assert f"max_num_seqs=16, not vLLM's default of {default}" in caplog.text
     assert vllm_config(model_dir, {}, max_num_seqs=100).scheduler_config.max_num_seqs == 100
     assert vllm_config(model_dir).scheduler_config.max_num_seqs == default
     monkeypatch.setattr(settings, "gpu_memory", lambda: 1 << 50)
     assert vllm_config(model_dir, {}).scheduler_config.max_num_seqs == default
+
+    def unknown(*_: Any) -> None:
+        raise KeyError("architecture")
+
+    monkeypatch.setattr(settings, "gpu_memory", lambda: memory)
+    monkeypatch.setattr(settings, "footprint", unknown)
+    assert vllm_config(model_dir, {}).scheduler_config.max_num_seqs == default
+    assert f"max_num_seqs stays {default}" in caplog.text
 
 
 @pytest.mark.parametrize(

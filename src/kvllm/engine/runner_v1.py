@@ -25,7 +25,7 @@ from kvllm.methods.base import Window
 from kvllm.query_bank import QueryBank
 from kvllm.query_ring import oldest_slot, prompt_query_positions, query_positions
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
 
 class CompressorV1:

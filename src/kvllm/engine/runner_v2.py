@@ -43,7 +43,7 @@ from kvllm.methods.rope import Turn
 from kvllm.query_bank import QueryBank
 from kvllm.query_ring import oldest_slot, prompt_query_positions, query_positions
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
 # What is known of a request, a number each; the first _PLANNED of them go to the GPU in every step.
 _PROTECTED, _EVENTS, _KEPT, _DROPPED, _FIXED, _CUT, _START, _REMOVED = range(8)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
 SUPPORTED_VLLM = "0.32.0"
 CONFIG_KEY = "kvllm"
@@ -128,7 +128,7 @@ def fewer_seqs(vllm_config: VllmConfig, config: KvConfig) -> int | None:
     model.dtype = vllm_config.model_config.dtype
     try:
         one = footprint(model, config, 1)
-    except ValueError as e:
+    except Exception as e:  # whatever transformers makes of a model that only vLLM knows
         logger.warning("KvLLM: max_num_seqs stays %d, since what the weights take is not known (%s)", default, e)
         return None
     num_shards = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
