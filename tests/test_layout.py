@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvllm.config import KvConfig
-from kvllm.layout import Geometry, ceil_div, num_kept
+from kvllm.layout import Geometry, ceil_div, fitting_window_size, is_rounded, num_kept
 
 SIMULATIONS = settings(max_examples=60, deadline=None)
 ARITHMETIC = settings(max_examples=200, deadline=None)
@@ -307,3 +307,27 @@ def test_history_is_whole_groups(history_size, ratio, limit, kept):
 )
 def test_num_kept_rounds_to_whole_blocks(ratio, window, block, kept):
     assert num_kept(ratio, window, block) == kept
+
+
+@ARITHMETIC
+@given(st.floats(0.01, 0.99), st.integers(2, 64), st.sampled_from([1, 16, 32]))
+def test_a_window_size_that_comes_closer(ratio, blocks, block_size):
+    try:
+        kept = num_kept(ratio, blocks * block_size, block_size)
+    except ValueError:
+        return  # refused before anyone asks
+    closer = fitting_window_size(ratio, blocks * block_size, block_size)
+    share = num_kept(ratio, closer, block_size) / closer
+    assert abs(share - ratio) <= 0.05 * ratio and not is_rounded(ratio, closer, num_kept(ratio, closer, block_size))
+    if abs(kept / (blocks * block_size) - ratio) <= 0.05 * ratio:
+        assert closer == blocks * block_size
+
+
+@pytest.mark.parametrize(
+    "ratio, window_size, kept, rounded, closer",
+    [(0.3, 128, 32, True, 112), (0.3, 256, 80, False, 256), (0.2, 128, 32, True, 160), (0.1, 128, 16, True, 160)],
+)
+def test_rounded_ratios_by_hand(ratio, window_size, kept, rounded, closer):
+    assert num_kept(ratio, window_size, 16) == kept
+    assert is_rounded(ratio, window_size, kept) is rounded
+    assert fitting_window_size(ratio, window_size, 16) == closer

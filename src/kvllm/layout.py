@@ -296,6 +296,19 @@ def num_kept(retention_ratio: float, window_size: int, block_size: int) -> int:
     return blocks * block_size
 
 
+def is_rounded(retention_ratio: float, window_size: int, num_kept: int) -> bool:
+    """Whether whole blocks change the ratio by more than a tenth, which is worth a word."""
+    return abs(num_kept / window_size - retention_ratio) > 0.1 * retention_ratio
+
+
+def fitting_window_size(retention_ratio: float, window_size: int, block_size: int) -> int:
+    """The nearest window size of which whole blocks are this ratio to within a twentieth; the larger one of two."""
+    blocks = window_size // block_size
+    nearest = sorted(range(2, 2 * blocks + 100), key=lambda n: (abs(n - blocks), -n))
+    limit = 0.05 * retention_ratio
+    return block_size * next(n for n in nearest if abs(int(retention_ratio * n + 0.5) / n - retention_ratio) <= limit)
+
+
 def history_groups(history_size: int, num_kept: int) -> tuple[int, int]:
     """Groups of `num_kept` survivors that the history may hold, and that stay when it is compressed; (0, 0): no limit.
 

@@ -46,6 +46,17 @@ def test_asynchronous_scheduling_gets_its_own_scheduler(model_dir: Path) -> None
     assert config.scheduler_config.scheduler_cls == "kvllm.engine.scheduler.KvAsyncScheduler"
 
 
+def test_a_ratio_that_whole_blocks_change_is_said(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to where pytest listens
+    vllm_config(model_dir, {"retention_ratio": 0.5})
+    assert "retention_ratio" not in caplog.text
+    vllm_config(model_dir, {"retention_ratio": 0.3})
+    assert "retention_ratio=0.3: whole blocks of 32 tokens make it 0.25, 64 of window_size=256 tokens" in caplog.text
+    assert "window_size=224 comes closer" in caplog.text
+
+
 def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memory(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvllm.config import KvConfig
-from kvllm.layout import Geometry
+from kvllm.layout import Geometry, is_rounded
 
 # A claim that does not beat these is worth nothing, so they are always measured.
 BASELINES = ("random", "recent")
@@ -82,7 +82,7 @@ def rounding_notes(measured: Iterable[Case], block_size: int) -> list[str]:
             ratios.setdefault((config.window_size, geometry.num_kept), set()).add(config.retention_ratio)
     notes = []
     for (window, kept), asked in sorted(ratios.items()):
-        if len(asked) > 1 or any(abs(kept / window - ratio) > 0.1 * ratio for ratio in asked):
+        if len(asked) > 1 or any(is_rounded(ratio, window, kept) for ratio in asked):
             named = " and ".join(f"{ratio:g}" for ratio in sorted(asked))
             again = ": the same, measured again." if len(asked) > 1 else "."
             notes.append(
