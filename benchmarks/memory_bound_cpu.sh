@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-common=(.models/smollm2-135m --config stock --config kara:0.25:buffer_size=64 --concurrency 12 --num-requests 12 --prompt-len 64
+common=(.models/smollm2-135m --config stock --config kara:0.25 --concurrency 12 --num-requests 12 --prompt-len 64
     --block-size 32 --enforce-eager --max-seconds 300)
 case "${1:-short}" in
 # 4 requests of 2,000 tokens take 4 * 63 blocks of 32 tokens; one more is vLLM's null block.
