@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,6 +59,10 @@ class Window:
 
     def logits(self) -> Tensor:
         """[batch, num_kv_heads, group_size, num_queries, num_tokens] in float32: scaled dot products, unmasked."""
+        return self._logits
+
+    @cached_property
+    def _logits(self) -> Tensor:
         scale = self.keys.shape[-1] ** -0.5
         if self.keys.is_cpu:
             # One member at a time: a batched product rounds few queries differently, and would make what a request

@@ -104,7 +104,10 @@ class Kara(Method):
         return (self.key_ridge > 0 or self.value_ridge > 0) and num_kept <= MOST_REFITTED
 
     def score(self, window: Window) -> Tensor:
-        scores = attention_moment(self.ahead(window), self.moment, self.bidirectional)
+        return self._score(self.ahead(window))
+
+    def _score(self, window: Window) -> Tensor:
+        scores = attention_moment(window, self.moment, self.bidirectional)
         scores = scores + self.attention_floor / window.num_tokens
         if self.value_norm:
             scores = scores * window.values.float().norm(dim=-1).transpose(1, 2)
@@ -125,10 +128,10 @@ class Kara(Method):
         return token2chunk(scores, num_kept, self.max_chunk_size, self.chunk_fill)
 
     def compress(self, window: Window, num_kept: int) -> Kept:
-        kept = self.select(self.score(window), num_kept)
+        window = self.ahead(window)
+        kept = self.select(self._score(window), num_kept)
         if not self.refits(num_kept):
             return Kept(kept)
-        window = self.ahead(window)
         keys, values = gather_tokens(window.keys, kept), gather_tokens(window.values, kept)
         if self.key_ridge > 0:
             keys = keys + shift_keys(window, kept, self.key_ridge)
