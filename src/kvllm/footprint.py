@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,7 @@ def weight_bytes(config: Any, dtype_bytes: int) -> int:
 
     bits = quantized_bits(getattr(config, "quantization_config", None))
     if bits:
+        config = copy.copy(config)
         del config.quantization_config  # the plain layers have the same shapes
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -277,14 +277,14 @@ class Geometry:
 def num_kept(retention_ratio: float, window_size: int, block_size: int) -> int:
     """K: survivors of a window, `retention_ratio * window_size` rounded to whole blocks.
 
-    The one place that rounds. Raises ValueError where no block or no saving would be left.
+    Raises ValueError where no block or no saving would be left.
     """
     if window_size < 2 * block_size:
         raise ValueError(
             f"window_size={window_size}: with blocks of {block_size} tokens nothing could be freed; "
             f"use at least {2 * block_size}, or a smaller --block-size."
         )
-    blocks = int(retention_ratio * window_size / block_size + 0.5)
+    blocks = _kept_blocks(retention_ratio, window_size, block_size)
     if not 0 < blocks < window_size // block_size:
         lowest, highest = block_size / window_size, 1 - block_size / window_size
         what = "no block" if blocks == 0 else "every block"
@@ -296,17 +296,27 @@ def num_kept(retention_ratio: float, window_size: int, block_size: int) -> int:
     return blocks * block_size
 
 
-def is_rounded(retention_ratio: float, window_size: int, num_kept: int) -> bool:
-    """Whether whole blocks change the ratio by more than a tenth, which is worth a word."""
-    return abs(num_kept / window_size - retention_ratio) > 0.1 * retention_ratio
+def _kept_blocks(retention_ratio: float, window_size: int, block_size: int) -> int:
+    """The one place that rounds."""
+    return int(retention_ratio * window_size / block_size + 0.5)
+
+
+def is_rounded(retention_ratio: float, window_size: int, num_kept: int, limit: float = 0.1) -> bool:
+    """Whether whole blocks change the ratio by more than this share of it; more than a tenth is worth a word."""
+    return abs(num_kept / window_size - retention_ratio) > limit * retention_ratio
 
 
 def fitting_window_size(retention_ratio: float, window_size: int, block_size: int) -> int:
     """The nearest window size of which whole blocks are this ratio to within a twentieth; the larger one of two."""
     blocks = window_size // block_size
-    nearest = sorted(range(2, 2 * blocks + 100), key=lambda n: (abs(n - blocks), -n))
-    limit = 0.05 * retention_ratio
-    return block_size * next(n for n in nearest if abs(int(retention_ratio * n + 0.5) / n - retention_ratio) <= limit)
+    nearest = (n * block_size for n in sorted(range(2, 2 * blocks + 100), key=lambda n: (abs(n - blocks), -n)))
+    return next(
+        size
+        for size in nearest
+        if not is_rounded(
+            retention_ratio, size, block_size * _kept_blocks(retention_ratio, size, block_size), limit=0.05
+        )
+    )
 
 
 def history_groups(history_size: int, num_kept: int) -> tuple[int, int]:

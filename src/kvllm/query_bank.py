@@ -101,11 +101,15 @@ class QueryBank:
         """
         return row * self.num_queries + oldest_slot
 
+    def row_of(self, ring_start: Any) -> Any:
+        """The row in what `ring_start` made."""
+        return ring_start // self.num_queries
+
     def of(self, ring_starts: Tensor | int) -> Tensor:
         """[num_layers, *ring_starts, num_queries, num_heads, head_dim] in float32, oldest first."""
         starts = torch.as_tensor(ring_starts, device=self.queries.device)[..., None]
         slots = (starts + torch.arange(self.num_queries, device=starts.device)) % self.num_queries
-        rows = starts // self.num_queries
+        rows = self.row_of(starts)
         return dequantize(self.queries[:, rows, slots], self.scales[:, rows, slots])
 
 

@@ -47,5 +47,5 @@ def oldest_slot(config: KvConfig, geometry: Geometry, event: int) -> int:
 
 
 def prompt_query_positions(config: KvConfig, geometry: Geometry, num_prompt_tokens: int) -> IntArray:
-    """The same at event 0, but from the first token of the prompt; all queries lie behind the prompt."""
+    """`query_positions` at event 0, but from the first token of the prompt; all queries lie behind the prompt."""
     return geometry.protected_len(num_prompt_tokens) + query_positions(config, geometry, 0)

@@ -24,6 +24,17 @@ def vllm_config(model_dir: Path, kvllm: Any = None, **options: Any) -> Any:
     ).create_engine_config()
 
 
+@pytest.fixture
+def vllm_log(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> pytest.LogCaptureFixture:
+    """What is logged below "vllm", from INFO on."""
+    vllm_config(model_dir)  # the first of a process sets vLLM's logger up
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to where pytest listens
+    caplog.set_level(logging.INFO, "vllm")
+    return caplog
+
+
 def test_off_changes_nothing(model_dir: Path) -> None:
     config = vllm_config(model_dir)
     assert config.scheduler_config.scheduler_cls is None
@@ -46,22 +57,17 @@ def test_asynchronous_scheduling_gets_its_own_scheduler(model_dir: Path) -> None
     assert config.scheduler_config.scheduler_cls == "kvllm.engine.scheduler.KvAsyncScheduler"
 
 
-def test_a_ratio_that_whole_blocks_change_is_said(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to where pytest listens
+def test_a_ratio_that_whole_blocks_change_is_said(model_dir: Path, vllm_log: pytest.LogCaptureFixture) -> None:
     vllm_config(model_dir, {"retention_ratio": 0.5})
-    assert "retention_ratio" not in caplog.text
+    assert "retention_ratio" not in vllm_log.text
     vllm_config(model_dir, {"retention_ratio": 0.3})
-    assert "retention_ratio=0.3: whole blocks of 32 tokens make it 0.25, 64 of window_size=256 tokens" in caplog.text
-    assert "window_size=224 comes closer" in caplog.text
+    assert "retention_ratio=0.3: whole blocks of 32 tokens make it 0.25, 64 of window_size=256 tokens" in vllm_log.text
+    assert "window_size=224 comes closer" in vllm_log.text
 
 
 def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memory(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, vllm_log: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to where pytest listens
-    caplog.set_level(logging.INFO, "vllm")
     default = vllm_config(model_dir, {}).scheduler_config.max_num_seqs
     one = footprint(AutoConfig.from_pretrained(model_dir, dtype="float32"), KvConfig(), 1)
     memory = int((one.weights + 20 * (17 * one.query_bank)) / 0.92) + 1
@@ -69,7 +75,8 @@ def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memor
     lowered = vllm_config(model_dir, {})
     assert lowered.scheduler_config.max_num_seqs == 16 < default
     assert lowered.scheduler_config.scheduler_cls == "kvllm.engine.scheduler.KvScheduler"
-    assert f"max_num_seqs=16, not vLLM's default of {default}" in caplog.text
+    assert f"max_num_seqs=16, not vLLM's default of {default}" in vllm_log.text
+    assert vllm_log.text.count("whole blocks of 32 tokens") == 2  # once for each configuration so far
     assert vllm_config(model_dir, {}, max_num_seqs=100).scheduler_config.max_num_seqs == 100
     assert vllm_config(model_dir).scheduler_config.max_num_seqs == default
     monkeypatch.setattr(settings, "gpu_memory", lambda: 1 << 50)
@@ -81,7 +88,7 @@ def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memor
     monkeypatch.setattr(settings, "gpu_memory", lambda: memory)
     monkeypatch.setattr(settings, "footprint", unknown)
     assert vllm_config(model_dir, {}).scheduler_config.max_num_seqs == default
-    assert f"max_num_seqs stays {default}" in caplog.text
+    assert f"max_num_seqs stays {default}" in vllm_log.text
 
 
 @pytest.mark.parametrize(

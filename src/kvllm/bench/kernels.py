@@ -31,7 +31,7 @@ from kvllm.kernels.select_chunks import select_chunks, select_chunks_ref
 from kvllm.kernels.store_tokens import store_tokens, store_tokens_ref
 from kvllm.kernels.window_scores import window_scores, window_scores_ref
 from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window, scatter_window_ref
-from kvllm.methods.kara import Kara, turn_distances
+from kvllm.methods.kara import Kara
 from kvllm.methods.refit import STEPS
 from kvllm.methods.rope import Rope, Turn, frequencies
 from kvllm.query_bank import QueryBank, quantize
@@ -229,8 +229,7 @@ def kara_weights(shape: Shape) -> tuple[bool, float, float, Turn]:
     positions = torch.arange(shape.num_queries, device=DEVICE) * shape.query_stride
     shifts = torch.from_numpy(query_shifts(shape.query_stride, shape.num_heads // shape.num_kv_heads)).to(DEVICE)
     rope = Rope(frequencies(1e6, shape.head_dim, torch.device(DEVICE)))
-    distances = turn_distances(positions, shifts, kara.lookahead).unsqueeze(1)
-    turn = rope.turn(distances, shape.head_dim, torch.bfloat16)
+    turn = kara.turn(rope, positions, shifts, shape.head_dim, torch.bfloat16)
     return kara.value_norm, kara.keydiff_power, kara.attention_floor, turn
 
 

@@ -51,11 +51,10 @@ def with_prepared_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
         left_out = self.max_num_seqs is None
         vllm_config = original(self, *args, **kwargs)
-        config = prepare(vllm_config)
-        if left_out and config is not None and (fewer := fewer_seqs(vllm_config, config)):
+        if left_out and (fewer := fewer_seqs(vllm_config)):
             self.max_num_seqs = fewer  # vLLM derives other sizes from it
             vllm_config = original(self, *args, **kwargs)
-            prepare(vllm_config)
+        prepare(vllm_config)
         return vllm_config
 
     return create_engine_config

@@ -38,7 +38,7 @@ from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_wind
 from kvllm.layout import Geometry, IntArray, Shape, ceil_div
 from kvllm.methods import make_method
 from kvllm.methods.base import Kept, Window
-from kvllm.methods.kara import Kara, turn_distances
+from kvllm.methods.kara import Kara
 from kvllm.methods.rope import Turn
 from kvllm.query_bank import QueryBank
 from kvllm.query_ring import oldest_slot, prompt_query_positions, query_positions
@@ -375,10 +375,9 @@ class KvModelState(DefaultModelState):
         if self.rope is None:
             return None
         positions = torch.arange(self.config.num_queries, device=self.device) * self.config.query_stride
-        distances = turn_distances(positions, self.query_bank.shifts, self.method.lookahead)
         # Tables as exact as the products: the kernel reads them for every head of every layer.
         dtype = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
-        return self.rope.turn(distances.unsqueeze(1), self.query_bank.queries.shape[-1], dtype)
+        return self.method.turn(self.rope, positions, self.query_bank.shifts, self.query_bank.queries.shape[-1], dtype)
 
     def _compress_prompt(self, geometry: Geometry, prompt: int, cut: Shape, slot: int, blocks: Tensor) -> None:
         """Cut one prompt, by any method, some layers at a time: a long one is as many tokens as many windows."""
@@ -437,7 +436,7 @@ class KvModelState(DefaultModelState):
             if self.survivors is not None:
                 positions = window.positions.gather(-1, kept.indices).to(self.survivors.dtype)
                 positions = positions.unflatten(0, (len(blocks), len(self.layers)))
-                slots = starts // self.query_bank.num_queries
+                slots = self.query_bank.row_of(starts)
                 offsets = np.array([geometry.candidate_offset(event) for event in done[part]])
                 for offset in np.unique(offsets):
                     same = np.nonzero(offsets == offset)[0].tolist()
@@ -456,7 +455,7 @@ class KvModelState(DefaultModelState):
             )
         positions = [
             candidate_positions(geometry, prompt, event, survivors[slot])
-            for prompt, event, slot in zip(prompts, done, starts // self.query_bank.num_queries, strict=True)
+            for prompt, event, slot in zip(prompts, done, self.query_bank.row_of(starts), strict=True)
         ]
         return Window(
             queries=self.query_bank.of(starts).transpose(0, 1).flatten(0, 1),

@@ -117,15 +117,14 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     return config
 
 
-def fewer_seqs(vllm_config: VllmConfig, config: KvConfig) -> int | None:
+def fewer_seqs(vllm_config: VllmConfig) -> int | None:
     """A max_num_seqs below vLLM's default, whose query bank leaves a GPU to the KV cache; None where none is needed."""
-    memory = gpu_memory()
-    if memory is None:
+    config, memory = kv_config(vllm_config), gpu_memory()
+    if config is None or memory is None:
         return None
     parallel, default = vllm_config.parallel_config, vllm_config.scheduler_config.max_num_seqs
-    # A copy: counting the parameters changes it. The dtype is the engine's, whatever the checkpoint's.
-    model = copy.deepcopy(vllm_config.model_config.hf_text_config)
-    model.dtype = vllm_config.model_config.dtype
+    model = copy.copy(vllm_config.model_config.hf_text_config)
+    model.dtype = vllm_config.model_config.dtype  # the engine's, whatever the checkpoint's
     try:
         one = footprint(model, config, 1)
     except Exception as e:  # whatever transformers makes of a model that only vLLM knows

@@ -12,6 +12,7 @@ from kvllm.methods.base import Kept, Method, Window, top_k
 from kvllm.methods.checks import check_between, check_count
 from kvllm.methods.keydiff import KeyDiff
 from kvllm.methods.refit import gather_tokens, refit_values, shift_keys
+from kvllm.methods.rope import Rope, Turn
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -119,10 +120,21 @@ class Kara(Method):
         """The window with its queries turned to where those to come will stand."""
         if not self.uses_rope or window.rope is None:
             return window
-        distances = turn_distances(window.query_positions, window.query_shifts, self.lookahead)
         queries = window.queries.float().unflatten(2, (window.num_kv_heads, -1))
-        turn = window.rope.turn(distances.unsqueeze(1), window.keys.shape[-1])  # [num_queries, 1, group_size]
+        turn = self.turn(window.rope, window.query_positions, window.query_shifts, window.keys.shape[-1])
         return replace(window, queries=turn.apply(queries).flatten(2, 3))
+
+    def turn(
+        self,
+        rope: Rope,
+        query_positions: Tensor,
+        query_shifts: Tensor | None,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> Turn:
+        """What turns queries ahead, of distances [num_queries, 1, group_size]; dtype: of the sines and cosines."""
+        distances = turn_distances(query_positions, query_shifts, self.lookahead)
+        return rope.turn(distances.unsqueeze(1), head_dim, dtype)
 
     def select(self, scores: Tensor, num_kept: int) -> Tensor:
         return token2chunk(scores, num_kept, self.max_chunk_size, self.chunk_fill)
