@@ -1,0 +1,76 @@
+"""A request's list of blocks across its compressions, where the allocator's block may hold several kernel blocks.
+
+vLLM gives the layers of a hybrid model one page size, so an attention layer's block may hold hundreds of tokens, which
+its kernels see as many blocks of 16. Entry i of the list covers the logical tokens [i * A, (i + 1) * A). The prefix
+segment lies in the first entries, the tail segment where its logical indices say, and null entries fill the gap between
+them, so that the list keeps its length and vLLM's arithmetic stays true.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from kvllm.layout import Geometry, ceil_div
+
+Block = TypeVar("Block")
+
+
+def num_spares(geometry: Geometry, allocator_block_size: int) -> int:
+    """Emptied blocks that a request holds back, so that the survivors of its next events have somewhere to go.
+
+    None where allocator and kernel blocks are the same: every event empties its own window's. None either where each
+    window empties at least as many blocks as its survivors can need. Otherwise one is enough: with
+    T = tail_start // A and N = ceil(prefix_len / A), T - N falls by at most one from its maximum, since the tail moves
+    on by at least as many tokens as the prefix grows.
+    """
+    size = allocator_block_size
+    most_kept = ceil_div(geometry.kept_blocks, 1) * geometry.block_size  # type: ignore[type-var]
+    return int(size > geometry.block_size and geometry.interval // size < ceil_div(most_kept, size))
+
+
+def peak_allocator_blocks(
+    geometry: Geometry, num_prompt_tokens: int, num_tokens: int, allocator_block_size: int
+) -> int:
+    """The most allocator blocks that a request holds while it grows to `num_tokens`; exact for kernel-sized blocks.
+
+    Otherwise an upper bound: both segments may end inside a block, and the tail may start inside one.
+    """
+    uncompressed = ceil_div(num_tokens, allocator_block_size)
+    if allocator_block_size == geometry.block_size:
+        return geometry.peak_blocks(num_prompt_tokens, num_tokens)
+    tokens = geometry.peak_tokens(num_prompt_tokens, num_tokens)
+    return min(
+        uncompressed, ceil_div(tokens, allocator_block_size) + 2 + num_spares(geometry, allocator_block_size)
+    )
+
+
+def close_gap(
+    blocks: list[Block], null: Block, geometry: Geometry, num_prompt_tokens: int, event: int, allocator_block_size: int
+) -> list[Block]:
+    """Edit a request's list of blocks for event number `event`; returns the blocks to be freed, in text order.
+
+    The blocks that the event's survivors are written to move behind the prefix, in their order; where allocator and
+    kernel blocks are the same these are the first of the candidates. The other blocks that hold no token any longer are
+    replaced by `null` and returned, except for `num_spares`, which stay right behind the prefix.
+    """
+    size, done = allocator_block_size, event + 1
+    first = ceil_div(geometry.prompt_len(num_prompt_tokens, done) + _left_alone(geometry, event), size)
+    prefix_end = ceil_div(geometry.prefix_len(num_prompt_tokens, done), size)
+    tail = geometry.tail_start(num_prompt_tokens, done) // size
+    in_order = [*range(first, tail)]
+    if event == 0:  # what a prompt gives up comes last: the survivors are written to the window's own blocks
+        candidates = max(first, min(tail, geometry.tail_start(num_prompt_tokens, 0) // size))
+        in_order = [*range(candidates, tail), *range(first, candidates)]
+    emptied = [blocks[i] for i in in_order if blocks[i] is not null]
+    spares = num_spares(geometry, size)
+    for i in in_order:
+        blocks[i] = null
+    num_kept = max(0, min(prefix_end, tail) - first) + spares
+    for i, block in enumerate(emptied[:num_kept]):
+        blocks[first + i] = block
+    return emptied[num_kept:]
+
+
+def _left_alone(geometry: Geometry, event: int) -> int:
+    """Survivors that the event does not read."""
+    return geometry.survivors(event) - geometry.shape(event).num_history
