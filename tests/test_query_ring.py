@@ -68,7 +68,8 @@ def test_query_positions_equal_simulated_rings(config, num_prompt_tokens, group_
             for other, shift in zip(in_order, shifts, strict=True):
                 assert [p - shift for p in ring] == other
             # Any survivors will do: here the first ones. What follows the candidates moves up.
-            num_candidates, num_kept = geometry.shape(event)
+            shape = geometry.shape(event)
+            num_candidates, num_kept = shape.num_candidates, shape.num_kept
             del cache[first + num_kept : first + num_candidates]
             event += 1
         cache.append(position)

@@ -60,7 +60,7 @@ def demo(model: Path, max_tokens: int, dtype: str, options: Mapping[str, Any], c
     console.print("Stock vLLM ...")
     stock = run_generate([*arguments, "--prompt", PROMPT, "--stock"])
     geometry = Geometry.from_config(config, BLOCK_SIZE)
-    kept = f"keeping {geometry.num_kept} of {geometry.num_candidates} tokens" if geometry else "compressing nothing"
+    kept = f"keeping {config.retention_ratio:.0%} of each window" if geometry else "compressing nothing"
     console.print(f"KvLLM, {config.method}, {kept} at each compression ...", highlight=False)
     ours = run_generate([*arguments, "--prompt", PROMPT, *as_flags(options)])
     console.print("Replaying the stock answer under compression ...")

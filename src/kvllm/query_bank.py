@@ -78,16 +78,27 @@ class QueryBank:
         """
         return rows * self.period + offsets % self.period
 
-    def store(self, layer: int, query: Tensor, codes: Tensor) -> None:
-        """Keep the queries of those heads whose turn it is.
+    def targets(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Which queries of a step are kept and where, the same in every layer: what `put` takes.
 
-        query: [num_tokens, num_heads, head_dim], after RoPE
-        codes: [num_tokens], of `codes`, or -1: nothing is stored; no two tokens of a row a whole period apart
+        codes:  [num_tokens], of `codes`, or -1: nothing is stored; no two tokens of a row a whole period apart
+        returns token, member of the group, row and entry of the ring of each query that is kept
         """
         # Both [num_tokens, group_size].
         stored, slots = slot_of(codes[:, None] % self.period, self.shifts, self.query_stride, self.num_queries)
         token, member = (stored & (codes >= 0)[:, None]).nonzero(as_tuple=True)
-        row, slot = codes[token] // self.period, slots[token, member]
+        return token, member, codes[token] // self.period, slots[token, member]
+
+    def store(self, layer: int, query: Tensor, codes: Tensor) -> None:
+        """Keep the queries of those heads whose turn it is.
+
+        query: [num_tokens, num_heads, head_dim], after RoPE; codes: as of `targets`
+        """
+        self.put(layer, query, self.targets(codes))
+
+    def put(self, layer: int, query: Tensor, targets: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        """Keep the queries that `targets` chose."""
+        token, member, row, slot = targets
         grouped = query.unflatten(1, (self.num_kv_heads, self.group_size))[token, :, member]
         numbers, scales = quantize(grouped, self.queries.dtype)
         shape = (self.num_kv_heads, self.group_size)
@@ -105,12 +116,12 @@ class QueryBank:
         """The row in what `ring_start` made."""
         return ring_start // self.num_queries
 
-    def of(self, ring_starts: Tensor | int) -> Tensor:
+    def of(self, ring_starts: Tensor | int, layers: slice = slice(None)) -> Tensor:
         """[num_layers, *ring_starts, num_queries, num_heads, head_dim] in float32, oldest first."""
         starts = torch.as_tensor(ring_starts, device=self.queries.device)[..., None]
         slots = (starts + torch.arange(self.num_queries, device=starts.device)) % self.num_queries
         rows = self.row_of(starts)
-        return dequantize(self.queries[:, rows, slots], self.scales[:, rows, slots])
+        return dequantize(self.queries[layers][:, rows, slots], self.scales[layers][:, rows, slots])
 
 
 def quantize(vectors: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:

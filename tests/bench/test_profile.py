@@ -10,7 +10,7 @@ import pytest
 from kvllm.bench.profile import PARTS, profile_figures, read_kernels
 from kvllm.bench.serve import profile_line
 
-STEPS = [("_shorten_kernel", 1000.0 * i, 10.0) for i in range(4)]
+STEPS = [("_join_kernel", 1000.0 * i, 10.0) for i in range(4)]
 
 
 def test_time_of_each_part_by_step() -> None:

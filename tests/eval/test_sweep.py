@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kvllm.config import KvConfig
-from kvllm.eval.sweep import BASELINES, SWEEPS, cases, combinations, parse_cases, rounding_notes
+from kvllm.eval.sweep import BASELINES, SWEEPS, cases, combinations, parse_cases
 
 
 def test_lists_are_multiplied_also_inside_mappings():
@@ -55,15 +55,3 @@ def test_what_ships_names_known_methods_and_options():
     for path in SWEEPS.glob("*.json"):
         made = parse_cases([path.stem], None, "0.3")
         assert len(made) == len({case.label for case in made}) > 10
-
-
-def test_what_whole_blocks_make_of_a_ratio_is_said():
-    entry = {"method": "kara", "retention_ratio": [0.2, 0.3, 0.5], "window_size": 128, "buffer_size": 64}
-    bounded = {"method": "kara", "retention_ratio": 0.3, "policy": "budget", "budget_size": 256}
-    made = cases([entry, {"method": "kara", "retention_ratio": [0.3, 1.0]}, bounded])
-    assert rounding_notes(made, 16) == [
-        "retention ratio 0.2 and 0.3: with window_size=128 and blocks of 16 tokens, 32 of 128 tokens stay (0.25): the "
-        "same, measured again."
-    ]
-    (note,) = rounding_notes(cases([{"method": "kara", "retention_ratio": 0.3}]), 64)
-    assert note.endswith("blocks of 64 tokens, 64 of 256 tokens stay (0.25).")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kvllm.config import KvConfig
-from kvllm.kernels.block_tables import shorten_block_tables, shorten_block_tables_ref
+from kvllm.kernels.block_tables import join_segments, join_segments_ref
 from kvllm.kernels.compact import compact, compact_ref
 from kvllm.kernels.paged import PagedCache
 from kvllm.kernels.refit import MOST_DIMS, refit, refit_ref
@@ -143,7 +143,7 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
     dtype = getattr(torch, shape.dtype)
     token_bytes = 2 * shape.num_kv_heads * shape.head_dim * cache.dtype.itemsize  # keys and values of a layer
     model_bytes = 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize
-    out = [store_case(shape, bank, cache), shorten_case(shape)]
+    out = [store_case(shape, bank, cache), join_case(shape)]
     for due in num_due:
         sets = all_blocks[: most - most % due].split(due)  # blocks of disjoint groups of requests
         pairs = due * shape.num_layers
@@ -262,24 +262,23 @@ def random_tokens(shape: Shape, num_tokens: int) -> list[Tensor]:
     return list(qkv.split(heads, dim=1))
 
 
-def shorten_case(shape: Shape, num_reqs: int = 256, num_windows: int = 32) -> Case:
+def join_case(shape: Shape, num_reqs: int = 256, num_windows: int = 32) -> Case:
     """256 requests of 32 windows (8k tokens at the default)."""
-    arguments = shorten_arguments(shape, num_reqs, num_windows)
+    arguments = join_arguments(shape, num_reqs, num_windows)
     num_blocks = num_windows * shape.num_kept // shape.block_size
-    return Case("shorten_block_tables", num_reqs, [lambda: shorten_block_tables(*arguments)], 8 * num_reqs * num_blocks)
+    return Case("join_segments", num_reqs, [lambda: join_segments(*arguments)], 8 * num_reqs * num_blocks)
 
 
-def shorten_arguments(shape: Shape, num_reqs: int, num_windows: int) -> tuple[Any, ...]:
-    def column(value: int) -> Tensor:
-        return torch.full((num_reqs,), value, dtype=torch.int32, device=DEVICE)
-
-    blocks = (num_windows + 2) * shape.blocks_each
-    table = torch.randperm(num_reqs * blocks, device=DEVICE).int().view(num_reqs, blocks)
-    lengths = column(num_windows * shape.num_candidates + 64 + 1)
-    kept = column(shape.num_kept // shape.block_size)
-    constants = (shape.blocks_each, shape.blocks_each, shape.block_size, "window")
-    unused = (column(0) for _ in range(3))  # no history limit, no prompt cut
-    return (table, lengths, column(-1), column(0), column(num_windows), kept, *unused, *constants)
+def join_arguments(shape: Shape, num_reqs: int, num_windows: int) -> tuple[Any, ...]:
+    blocks, prefix = (num_windows + 2) * shape.blocks_each, num_windows * shape.num_kept // shape.block_size
+    table, survivors = (
+        torch.randperm(num_reqs * blocks, device=DEVICE).int().view(num_reqs, blocks) for _ in range(2)
+    )
+    lengths = torch.full((num_reqs,), num_windows * shape.num_candidates + 64 + 1, dtype=torch.int32, device=DEVICE)
+    plan = torch.tensor([0, prefix, num_windows * shape.blocks_each, 0], dtype=torch.int32, device=DEVICE)
+    plan = plan[:, None].repeat(1, num_reqs)
+    plan[3] = torch.randperm(num_reqs, device=DEVICE)
+    return table, lengths, torch.full_like(lengths, -1), survivors, plan, shape.block_size
 
 
 def random_cache(shape: Shape, num_due: int) -> tuple[PagedCache, Tensor]:
@@ -347,11 +346,11 @@ def check(shape: Shape) -> dict[str, float]:
     ]
     errors["store_tokens (all)"] = relative_error(*stored)
 
-    tables = shorten_arguments(shape, 3, 5)
+    tables = join_arguments(shape, 3, 5)
     expected_tables: Any = [t.clone() if isinstance(t, Tensor) else t for t in tables]
-    shorten_block_tables(*tables)
-    shorten_block_tables_ref(*expected_tables)
-    errors["shorten_block_tables"] = relative_error((tables[0], tables[2]), (expected_tables[0], expected_tables[2]))
+    join_segments(*tables)
+    join_segments_ref(*expected_tables)
+    errors["join_segments"] = relative_error((tables[0], tables[2]), (expected_tables[0], expected_tables[2]))
 
     for name, error in errors.items():
         # Turned queries are rounded to bfloat16; of a refit the weights too, and what is stored, in fp8 to three bits.

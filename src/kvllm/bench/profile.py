@@ -21,9 +21,9 @@ PARTS = {
         "_fit_kernel",
     ),
     "store_tokens": ("_store_tokens_kernel",),
-    "block_tables": ("_shorten_kernel",),
+    "block_tables": ("_join_kernel",),
 }
-STEP = "_shorten_kernel"  # runs once in every step
+STEP = "_join_kernel"  # runs once in every step
 
 
 def profiler_args(folder: Path) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def read_kernels(folder: Path) -> list[tuple[str, float, float]]:
 def profile_figures(kernels: list[tuple[str, float, float]]) -> dict[str, Any]:
     """Times in milliseconds of each part: the mean of a step, the most of any step, and the share of the mean step.
 
-    A step is counted from one shortening of the block tables to the next. Raises ValueError where there are not two.
+    A step is counted from one joining of the block tables to the next. Raises ValueError where there are not two.
     """
     begins = np.array([start for name, start, _ in kernels if name == STEP])
     if len(begins) < 3:

@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 
 from kvllm.config import KvConfig, check_retention_ratio
 from kvllm.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
-from kvllm.layout import Geometry, ceil_div, fitting_window_size, is_rounded
+from kvllm.layout import Geometry, ceil_div
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -164,34 +164,18 @@ def _check_prompt_can_be_cut(geometry: Geometry, num_prompt_tokens: int, fitting
         )
 
 
-def _say_rounding(config: KvConfig, geometry: Geometry) -> None:
-    ratio, window, kept = config.retention_ratio, config.window_size, geometry.num_kept
-    if is_rounded(ratio, window, kept):
-        logger.warning(
-            "KvLLM: retention_ratio=%g: whole blocks of %d tokens make it %.3g, %d of window_size=%d tokens. "
-            "window_size=%d comes closer.",
-            ratio,
-            geometry.block_size,
-            kept / window,
-            kept,
-            window,
-            fitting_window_size(ratio, window, geometry.block_size),
-        )
-
-
 def _check_geometry(config: KvConfig, block_size: int, max_model_len: int) -> None:
     """Raise ValueError for sizes that do not fit the block size, or a prompt budget that leaves no room to decode."""
     geometry = Geometry.from_config(config, block_size)
-    if geometry is not None and config.policy == "window":
-        _say_rounding(config, geometry)
     if geometry is None or not geometry.prompt_budget:
         return
     # The shortest prompt that is cut takes one block more than the budget, and is cut in a step that starts at event 0.
-    most = max_model_len - 1 - block_size - geometry.num_candidates - geometry.buffer_size
+    first = geometry.shape(0).num_candidates
+    most = max_model_len - 1 - block_size - first - geometry.buffer_size
     if geometry.prompt_budget > most:
         raise ValueError(
             f"prefix_budget_exhausted: prompt_budget={config.prompt_budget}: with a longer prompt, the first "
-            f"compression's {geometry.num_candidates} tokens and the buffer's {config.buffer_size} do not fit "
+            f"compression's {first} tokens and the buffer's {config.buffer_size} do not fit "
             f"max_model_len={max_model_len}, so no prompt would ever be cut. Use a prompt_budget of at most "
             f"{max(most, 0) // block_size * block_size} (0: prompts stay whole), or a larger --max-model-len."
         )

@@ -10,6 +10,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from kvllm.compression.blocks import close_gap
 from kvllm.engine.settings import kv_config
 from kvllm.layout import Geometry
 
@@ -67,8 +68,8 @@ class Progress:
 class KvManager(FullAttentionManager):
     """Frees what an event emptied, and keeps generated tokens of compressed requests out of the prefix cache.
 
-    The table keeps one entry per logical block, freed ones replaced by the null block, so slot mappings and
-    allocation stay vLLM's own.
+    The table keeps one entry per logical block: the prefix segment's first, then null blocks for what is gone, then the
+    tail segment's, so slot mappings and allocation stay vLLM's own.
     """
 
     def __init__(self, kv_cache_spec: KvSpec, **kwargs: Any) -> None:
@@ -106,9 +107,12 @@ class KvManager(FullAttentionManager):
         while progress.next_event <= num_computed_tokens:
             geometry, request, event = progress.geometry, progress.request, progress.num_events
             self.total_prompts_cut += event == 0 and will_cut_prompt(geometry, request)
-            for blocks in geometry.freed_blocks(request.num_prompt_tokens, event):
-                self._remove_blocks_in_range(request.request_id, blocks.start, blocks.stop)
-                self.total_blocks_freed += len(blocks)
+            blocks = self.req_to_blocks[request.request_id]
+            freed = close_gap(
+                blocks, self._null_block, geometry, request.num_prompt_tokens, event, geometry.block_size
+            )
+            self.block_pool.free_blocks(reversed(freed))  # the newest first, as vLLM frees a request
+            self.total_blocks_freed += len(freed)
             self.total_events += 1
             progress.num_events += 1
             progress.next_event = geometry.event_at(request.num_prompt_tokens, progress.num_events)

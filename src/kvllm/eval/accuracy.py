@@ -24,7 +24,7 @@ from kvllm.eval.problems import PROMPT_VERSION, Problem, load_problems, spread
 from kvllm.eval.report import Progress, interval, markdown
 from kvllm.eval.samples import FULL, Sample, read_samples, sample_key, write_sample
 from kvllm.eval.stats import Estimate, bootstrap_ratio, wilson
-from kvllm.eval.sweep import BASELINES, Case, parse_cases, say_rounding
+from kvllm.eval.sweep import BASELINES, Case, parse_cases
 from kvllm.methods import resolved
 
 # What must be the same for two parts of a run to belong together.
@@ -292,7 +292,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return Endpoint(options.endpoint, options.model, sampling, options.concurrency)
         engine = VllmEngine([options.model, *engine_flags], config, sampling)
         if config is not None:
-            say_rounding([case for case in cases if case.config.method == config["method"]], engine.block_size)
         return engine
 
     check_run(options.out / RUN, about)

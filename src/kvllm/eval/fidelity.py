@@ -23,7 +23,7 @@ from kvllm.eval.environment import environment
 from kvllm.eval.forks import first_event, fork_all
 from kvllm.eval.report import Progress, interval, markdown
 from kvllm.eval.stats import Estimate, bootstrap_ratio
-from kvllm.eval.sweep import Case, baseline_of, parse_cases, say_rounding
+from kvllm.eval.sweep import Case, baseline_of, parse_cases
 from kvllm.eval.traces import HALVES, Trace, half_of, read_traces
 from kvllm.layout import IntArray
 from kvllm.methods import resolved
@@ -221,7 +221,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     traces = half_of(read_traces(options.traces), options.half)[: options.limit]
     dtype = options.dtype if options.dtype != "auto" else ("float32" if options.device == "cpu" else "bfloat16")
     model = load_model(options.model, getattr(torch, dtype), options.device)
-    say_rounding(cases, options.block_size)
     start = time.perf_counter()
     results = measure(model, traces, cases, options.block_size, Progress("replays"))
     seconds = time.perf_counter() - start

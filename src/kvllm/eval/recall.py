@@ -27,7 +27,7 @@ from kvllm.eval.forks import fork_all
 from kvllm.eval.problems import load_problems
 from kvllm.eval.report import Progress, interval, markdown
 from kvllm.eval.stats import Estimate, wilson
-from kvllm.eval.sweep import Case, parse_cases, say_rounding
+from kvllm.eval.sweep import Case, parse_cases
 from kvllm.methods import resolved
 from kvllm.reference import Request, feed, load_model
 
@@ -250,7 +250,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     distances = [int(x) for x in options.distances.split(",")]
     depths = [float(x) for x in options.depths.split(",")]
     items = make_items(tokenizer, distances, depths, options.samples)
-    say_rounding(cases, options.block_size)
     start = time.perf_counter()
     answers = measure(model, tokenizer, items, cases, options.block_size, progress=Progress("texts"))
     seconds = time.perf_counter() - start

@@ -8,14 +8,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kvllm.config import KvConfig
-from kvllm.layout import Geometry, is_rounded
 
 # A claim that does not beat these is worth nothing, so they are always measured.
 BASELINES = ("random", "recent")
@@ -72,30 +70,6 @@ def baseline_of(config: KvConfig, method: str = "random") -> KvConfig:
     if config.policy == "budget":
         sizes += [config.budget_size, config.budget_interval]
     return replace(config, method=method, method_options={}, query_stride=math.gcd(*sizes), max_chunk_size=1)
-
-
-def rounding_notes(measured: Iterable[Case], block_size: int) -> list[str]:
-    """A line for each ratio that whole blocks change by more than a tenth, or make the same as another."""
-    ratios: dict[tuple[int, int], set[float]] = {}
-    for config in (case.config for case in measured):
-        if (geometry := Geometry.from_config(config, block_size)) and config.policy == "window":
-            ratios.setdefault((config.window_size, geometry.num_kept), set()).add(config.retention_ratio)
-    notes = []
-    for (window, kept), asked in sorted(ratios.items()):
-        if len(asked) > 1 or any(is_rounded(ratio, window, kept) for ratio in asked):
-            named = " and ".join(f"{ratio:g}" for ratio in sorted(asked))
-            again = ": the same, measured again." if len(asked) > 1 else "."
-            notes.append(
-                f"retention ratio {named}: with window_size={window} and blocks of {block_size} tokens, {kept} of "
-                f"{window} tokens stay ({kept / window:.3g}){again}"
-            )
-    return notes
-
-
-def say_rounding(measured: Iterable[Case], block_size: int) -> None:
-    """`rounding_notes` on stderr."""
-    for note in rounding_notes(measured, block_size):
-        print(note, file=sys.stderr)
 
 
 def combinations(entry: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

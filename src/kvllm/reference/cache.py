@@ -1,28 +1,30 @@
-"""The KV cache of one layer of one request, as plain tensors, and one compression of it."""
+"""The KV cache of a request as plain tensors, one a layer, and the compressor's view of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvllm.methods.base import Kept, Window
-from kvllm.methods.rope import Rope
+from kvllm.compression.rows import Due
+from kvllm.compression.store import ALL_LAYERS
+from kvllm.config import KvConfig
+from kvllm.methods.base import Kept
 from kvllm.query_bank import dequantize, quantize
+from kvllm.query_ring import query_shifts
 
 
 class LayerCache:
     """What one layer remembers. The tensors are replaced, never written into.
 
     keys, values: [num_tokens, num_kv_heads, head_dim], keys after RoPE: what is left of the text, in its order
-    positions:    [num_kv_heads, num_tokens], the place in the text of each
     queries:      [up to max_queries, num_heads, head_dim], after RoPE, of the newest tokens of the text
     """
 
     keys: Tensor
     values: Tensor
-    positions: Tensor
     queries: Tensor
 
     def __init__(self, max_queries: int) -> None:
@@ -32,62 +34,79 @@ class LayerCache:
     def append(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Take in new tokens: [num_new, num_heads or num_kv_heads, head_dim] each."""
         first, self.num_appended = self.num_appended, self.num_appended + len(keys)
-        positions = torch.arange(first, self.num_appended, device=keys.device).expand(keys.shape[1], -1)
         if first:
             keys, values = torch.cat([self.keys, keys]), torch.cat([self.values, values])
-            positions = torch.cat([self.positions, positions], dim=1)
             queries = torch.cat([self.queries, queries])
-        self.keys, self.values, self.positions = keys, values, positions
+        self.keys, self.values = keys, values
         self.queries = queries[max(0, len(queries) - self.max_queries) :]
 
 
-def compress(
-    layers: Sequence[LayerCache],
-    shrink: Callable[[Window, int], Kept],
-    start: int,
-    num_candidates: int,
-    num_kept: int,
-    places: Tensor,
-    shifts: Tensor,
-    rope: Rope | None = None,
-) -> Kept:
-    """Let the candidates [start, start + num_candidates) of every layer shrink to `num_kept`; the rest moves up.
+class Span(NamedTuple):
+    """Candidates by physical index."""
 
-    shrink: of a method, `compress` or `compress_prompt`
-    places: [num_queries], the queries to judge by, in this order, as indices from the first candidate; what lies
-            after the candidates is counted on
-    shifts: [group_size], by how many tokens the queries of each head of a group are older than that
-    """
-    end = start + num_candidates
-    behind = places - (len(layers[0].keys) - start)  # from the newest token back: -1 is the newest
-    window = Window(
-        queries=torch.stack([stored_queries(layer, behind, shifts) for layer in layers]),
-        query_positions=places,
-        keys=torch.stack([layer.keys[start:end] for layer in layers]),
-        values=torch.stack([layer.values[start:end] for layer in layers]),
-        positions=torch.stack([layer.positions[:, start:end] for layer in layers]),
-        layers=torch.arange(len(layers), device=places.device),
-        query_shifts=shifts,
-        rope=rope,
-    )
-    kept = shrink(window, num_kept)
-    keys = rows(window.keys, kept.indices) if kept.keys is None else kept.keys.to(window.keys)
-    values = rows(window.values, kept.indices) if kept.values is None else kept.values.to(window.values)
-    positions = window.positions.gather(2, kept.indices)
-    for i, layer in enumerate(layers):
-        layer.keys = torch.cat([layer.keys[:start], keys[i], layer.keys[end:]])
-        layer.values = torch.cat([layer.values[:start], values[i], layer.values[end:]])
-        layer.positions = torch.cat([layer.positions[:, :start], positions[i], layer.positions[:, end:]], dim=1)
-    return kept
+    start: int
+    num_tokens: int
 
 
-def stored_queries(layer: LayerCache, behind: Tensor, shifts: Tensor) -> Tensor:
-    """[num_queries, num_heads, head_dim] in float32: what the engines' query bank holds of the tokens `behind`."""
-    members = torch.arange(len(shifts), device=shifts.device)
-    grouped = layer.queries.unflatten(1, (-1, len(shifts)))  # [num_tokens, num_kv_heads, group_size, head_dim]
-    chosen = grouped[behind[:, None] - shifts, :, members]  # [num_queries, group_size, num_kv_heads, head_dim]
-    stored = torch.float32 if chosen.dtype == torch.float32 else torch.int8
-    return dequantize(*quantize(chosen.transpose(1, 2).flatten(1, 2), stored))
+class DenseStore:
+    """The compressor's view of the layers of one request."""
+
+    max_batch = 1
+
+    def __init__(self, config: KvConfig, layers: Sequence[LayerCache]) -> None:
+        self.config = config
+        self.layers = layers
+        self.num_layers = len(layers)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.layers[0].keys.shape[1]
+
+    def candidates(self, due: Sequence[Due]) -> Span:
+        (only,) = due
+        start = only.geometry.candidate_start(only.num_prompt_tokens, only.event)
+        return Span(start, only.geometry.shape(only.event).num_candidates)
+
+    def prompt(self, due: Due) -> Span:
+        cut = due.geometry.prompt_shape(due.num_prompt_tokens)
+        assert cut is not None
+        return Span(0, cut.num_raw)
+
+    def part(self, candidates: Span, events: slice) -> Span:
+        assert events.start == 0  # there is one
+        return candidates
+
+    def queries(self, candidates: Span, layers: slice = ALL_LAYERS) -> Tensor:
+        """What the engines' query bank holds of the newest tokens."""
+        return torch.stack([self._stored(layer) for layer in self.layers[layers]])
+
+    def _stored(self, layer: LayerCache) -> Tensor:
+        """[num_queries, num_heads, head_dim] in float32."""
+        stride, device = self.config.query_stride, layer.queries.device
+        group_size = layer.queries.shape[1] // layer.keys.shape[1]
+        # From the newest token back, which is -1; the heads of a group take turns.
+        behind = -1 - stride * torch.arange(self.config.num_queries - 1, -1, -1, device=device)
+        shifts = torch.from_numpy(query_shifts(stride, group_size)).to(device)
+        members = torch.arange(group_size, device=device)
+        grouped = layer.queries.unflatten(1, (-1, group_size))  # [num_tokens, num_kv_heads, group_size, head_dim]
+        chosen = grouped[behind[:, None] - shifts, :, members]  # [num_queries, group_size, num_kv_heads, head_dim]
+        stored = torch.float32 if chosen.dtype == torch.float32 else torch.int8
+        return dequantize(*quantize(chosen.transpose(1, 2).flatten(1, 2), stored))
+
+    def read(self, candidates: Span, layers: slice = ALL_LAYERS) -> tuple[Tensor, Tensor]:
+        span = slice(candidates.start, candidates.start + candidates.num_tokens)
+        chosen = self.layers[layers]
+        return torch.stack([x.keys[span] for x in chosen]), torch.stack([x.values[span] for x in chosen])
+
+    def write(self, candidates: Span, kept: Kept, layers: slice = ALL_LAYERS) -> None:
+        """The survivors replace the candidates; the rest moves up."""
+        start, end = candidates.start, candidates.start + candidates.num_tokens
+        keys, values = self.read(candidates, layers)
+        new_keys = rows(keys, kept.indices) if kept.keys is None else kept.keys.to(keys)
+        new_values = rows(values, kept.indices) if kept.values is None else kept.values.to(values)
+        for layer, k, v in zip(self.layers[layers], new_keys, new_values, strict=True):
+            layer.keys = torch.cat([layer.keys[:start], k, layer.keys[end:]])
+            layer.values = torch.cat([layer.values[:start], v, layer.values[end:]])
 
 
 def rows(tokens: Tensor, indices: Tensor) -> Tensor:

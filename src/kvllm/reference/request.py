@@ -5,20 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from kvllm.compression.compressor import Compressor, most_survivors
+from kvllm.compression.rows import Due
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry
 from kvllm.methods import make_method
-from kvllm.methods.base import Kept, Method
-from kvllm.methods.rope import Rope
-from kvllm.query_ring import prompt_query_positions, query_positions, query_shifts
+from kvllm.methods.base import Kept
+from kvllm.query_ring import query_shifts
 from kvllm.reference.attention import attention_through
-from kvllm.reference.cache import LayerCache, compress
+from kvllm.reference.cache import DenseStore, LayerCache
 from kvllm.reference.rope import rope_of
 
 
@@ -52,6 +52,7 @@ class Request:
         self.kept: list[Tensor] = []
         self.kept_prompt: Tensor | None = None
         self.num_computed_tokens = 0
+        self._compressor: Compressor | None = None
         if config and self.geometry:
             self.method = make_method(config)
             self.rope = rope_of(model) if self.method.uses_rope else None
@@ -108,18 +109,30 @@ class Request:
         return logits[0]
 
     def _compress_if_due(self) -> None:
-        geometry, config = self.geometry, self.config
         event = len(self.kept)
-        if geometry is None or config is None:
+        if self.geometry is None or self.config is None:
             return
-        if geometry.num_events(self.num_prompt_tokens, self.num_computed_tokens) == event:
+        if self.geometry.num_events(self.num_prompt_tokens, self.num_computed_tokens) == event:
             return
-        prompt, kept = compress_event(
-            self.layers, self.method, config, geometry, self.num_prompt_tokens, event, self.rope
-        )
-        self.kept.append(kept.indices)
-        if prompt is not None:
-            self.kept_prompt = prompt.indices
+        if self._compressor is None:
+            self._compressor = self._make_compressor(self.config, self.geometry)
+        self._compressor.compress([Due(0, 0, self.geometry, self.num_prompt_tokens, event)])
+
+    def _make_compressor(self, config: KvConfig, geometry: Geometry) -> Compressor:
+        layer, num_layers = self.layers[0], len(self.layers)
+        device, num_kv_heads = layer.keys.device, layer.keys.shape[1]
+        shifts = query_shifts(config.query_stride, layer.queries.shape[1] // num_kv_heads)
+        positions = torch.zeros(1, num_layers, num_kv_heads, most_survivors(config), dtype=torch.int32, device=device)
+        return Compressor(
+            config, self.method, DenseStore(config, self.layers), torch.arange(num_layers, device=device),
+            torch.from_numpy(shifts).to(device), self.rope, positions, observe=self._note,
+        )  # fmt: skip
+
+    def _note(self, kept: Kept, of_prompt: bool) -> None:
+        if of_prompt:
+            self.kept_prompt = kept.indices
+        else:
+            self.kept.append(kept.indices)
 
     def _check_layers(self) -> None:
         for i, layer in enumerate(self.layers):
@@ -128,33 +141,6 @@ class Request:
                     f"layer {i} of {type(self.model).__name__} keeps no KV cache of its own; every layer must be "
                     "full attention."
                 )
-
-
-def compress_event(
-    layers: Sequence[LayerCache],
-    method: Method,
-    config: KvConfig,
-    geometry: Geometry,
-    num_prompt_tokens: int,
-    event: int,
-    rope: Rope | None,
-) -> tuple[Kept | None, Kept]:
-    """What event number `event` does to the layers: (survivors of the prompt where it is cut, survivors)."""
-    device = layers[0].keys.device
-    shifts = query_shifts(config.query_stride, layers[0].queries.shape[1] // layers[0].keys.shape[1])
-    options: dict[str, Any] = {"shifts": torch.from_numpy(shifts).to(device), "rope": rope}
-    start, kept_prompt = geometry.candidate_start(num_prompt_tokens, event), None
-    if event == 0 and (cut := geometry.prompt_shape(num_prompt_tokens)):
-        places = prompt_query_positions(config, geometry, num_prompt_tokens)
-        kept_prompt = compress(
-            layers, method.compress_prompt, 0, *cut, places=torch.from_numpy(places).to(device), **options
-        )
-        start += cut.num_kept - cut.num_candidates
-    places = query_positions(config, geometry, event)
-    kept = compress(
-        layers, method.compress, start, *geometry.shape(event), places=torch.from_numpy(places).to(device), **options
-    )
-    return kept_prompt, kept
 
 
 def check_model(model: PreTrainedModel) -> None:

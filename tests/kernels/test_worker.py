@@ -1,4 +1,4 @@
-"""The V2 runner's steps on a cache made here leave in it what the reference's do. Needs no engine.
+"""What a worker keeps leaves in a paged cache what the reference keeps, step by step. Needs no engine.
 
 Here and not beside the engine's tests, since the kernels run: on a GPU, or in Triton's interpreter.
 """
@@ -13,19 +13,23 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from kvllm.compression.compressor import Compressor, most_survivors
+from kvllm.compression.rows import TAIL, Due
+from kvllm.compression.worker import Layers, WorkerState
 from kvllm.config import KvConfig
-from kvllm.engine import runner_v2
-from kvllm.engine.runner_v2 import KvModelState, RequestRows
-from kvllm.engine.settings import Geometries
+from kvllm.engine.runner_v2 import physical_lengths
+from kvllm.engine.store_gpu import GpuStore
+from kvllm.kernels import kara as kara_kernels
+from kvllm.kernels.block_tables import join_segments
+from kvllm.kernels.fused import fused_kernels, has_fused_kernels
 from kvllm.kernels.paged import PagedCache
+from kvllm.kernels.store_tokens import store_tokens
 from kvllm.layout import Geometry
 from kvllm.methods import make_method
 from kvllm.methods.rope import Rope, frequencies
-from kvllm.query_bank import QueryBank
-from kvllm.reference.cache import LayerCache
-from kvllm.reference.request import compress_event
+from kvllm.query_ring import query_shifts
+from kvllm.reference.cache import DenseStore, LayerCache
 from tests.kernels.paged_caches import random_cache
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 2, 4, 2, 16, 8
@@ -39,24 +43,19 @@ def rope_on(device: str) -> Rope:
     return Rope(frequencies(1000.0, HEAD_DIM, torch.device(device)))
 
 
-def model_state(config: KvConfig, cache: PagedCache, device: str) -> Any:
-    """What compression needs of a KvModelState, which vLLM alone can build."""
-    state: Any = object.__new__(KvModelState)
-    state.config, state.method, state.geometries = config, make_method(config), Geometries(config, BLOCK_SIZE)
-    state.block_size, state.cache, state.device, state.dtype = BLOCK_SIZE, cache, torch.device(device), torch.float32
-    state.max_num_reqs, state.max_num_tokens = MAX_REQS, 64
-    state.layers, state.layer_indices = [None] * NUM_LAYERS, torch.arange(NUM_LAYERS, device=device)
-    state.rows = RequestRows.empty(MAX_REQS)
-    state.query_bank = QueryBank.allocate(
-        NUM_LAYERS, MAX_REQS, config.num_queries, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, config.query_stride,
-        torch.float32, device,
+def worker_state(config: KvConfig, cache: PagedCache, device: str, head_dim: int = HEAD_DIM) -> WorkerState:
+    """What the V2 runner keeps, over a cache made here."""
+    method = make_method(config)
+    layers = Layers(range(NUM_LAYERS), NUM_HEADS, NUM_KV_HEADS, head_dim, torch.float32)
+    state = WorkerState(
+        config, layers, rope_on(device) if method.uses_rope else None, MAX_REQS, 64, device,
+        has_fused_kernels(method, head_dim),
     )  # fmt: skip
-    state.rope = rope_on(device) if state.method.uses_rope else None
-    most_survivors = config.budget_size if config.policy == "budget" else config.history_size
-    shape = (MAX_REQS, NUM_LAYERS, NUM_KV_HEADS, most_survivors)
-    needed = most_survivors and not state._fused
-    state.survivors = torch.zeros(shape, dtype=torch.int32, device=device) if needed else None
-    state._allocate_step()
+    store = GpuStore(
+        config, state.bank, BLOCK_SIZE, MAX_BLOCKS * BLOCK_SIZE,
+        lambda numbers: torch.tensor(numbers, device=device), cache=cache, dtype=torch.float32,
+    )  # fmt: skip
+    state.attach(store, fused_kernels(method, config, state.bank, cache, state.rope))
     return state
 
 
@@ -70,6 +69,7 @@ class Running:
     layers: list[LayerCache]
     computed: int = 0
     num_events: int = 0
+    compressor: Compressor | None = None
     new: tuple[Tensor, Tensor, Tensor] = field(init=False)  # queries, keys, values [num_layers, num_new, heads, dim]
 
     def draw(self, generator: torch.Generator) -> None:
@@ -80,33 +80,35 @@ class Running:
         )
 
     def compress_if_due(self, config: KvConfig, geometry: Geometry) -> None:
-        event = self.num_events
-        if geometry.num_events(self.num_prompt_tokens, self.computed) == event:
+        if geometry.num_events(self.num_prompt_tokens, self.computed) == self.num_events:
             return
-        method = make_method(config)
-        rope = rope_on("cpu") if method.uses_rope else None
-        compress_event(self.layers, method, config, geometry, self.num_prompt_tokens, event, rope)
+        if self.compressor is None:
+            method, shape = make_method(config), (1, NUM_LAYERS, NUM_KV_HEADS, most_survivors(config))
+            self.compressor = Compressor(
+                config, method, DenseStore(config, self.layers), torch.arange(NUM_LAYERS),
+                torch.from_numpy(query_shifts(config.query_stride, NUM_HEADS // NUM_KV_HEADS)),
+                rope_on("cpu") if method.uses_rope else None, torch.zeros(shape, dtype=torch.int32),
+            )  # fmt: skip
+        self.compressor.compress([Due(0, 0, geometry, self.num_prompt_tokens, self.num_events)])
         self.num_events += 1
 
 
-def begin_step(state: Any, running: list[Running], device: str) -> Tensor:
-    """What the V2 runner does before a step's forward pass; returns the batch's shortened block tables."""
+def begin_step(state: WorkerState, running: list[Running], device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What a runner does before a step's forward pass.
+
+    returns the batch's block tables and lengths as attention reads them, and the tokens removed
+    """
     counts = np.array([r.new[0].shape[1] for r in running])
-    computed = np.array([r.computed for r in running])
-    seq_lens = torch.from_numpy(computed + counts).int().to(device)
-    batch = SimpleNamespace(
-        num_reqs=len(running),
-        req_ids=[str(r.slot) for r in running],
-        idx_mapping_np=np.array([r.slot for r in running]),
-        num_computed_tokens_np=computed,
-        num_scheduled_tokens=counts,
-        num_tokens=int(counts.sum()),
-        num_tokens_after_padding=int(counts.sum()),
-        seq_lens=seq_lens,
-    )
+    computed, rows = np.array([r.computed for r in running]), np.array([r.slot for r in running])
     tables = torch.stack([r.block_ids for r in running])
-    state.preprocess_state(batch, (tables,), None, None)
-    return tables
+    removed = state.begin_step(rows, computed, [str(r.slot) for r in running], tables)
+    host = np.full(state.plan_size + int(counts.sum()), 77, np.int32)
+    state.write_plan(host, rows, computed, counts)
+    state.step[: len(host)].copy_(torch.from_numpy(host))
+    seq_lens = torch.from_numpy(computed + counts).int().to(device)
+    assert state.store is not None
+    join_segments(tables, seq_lens, seq_lens, state.store.survivor_blocks, state.plan, BLOCK_SIZE)
+    return tables, seq_lens, torch.from_numpy(removed)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,7 @@ def test_equals_reference(config: KvConfig, num_events: int, device: str, monkey
     and histories of two lengths.
     """
     if config.prompt_budget:
-        monkeypatch.setattr(runner_v2, "_GENERIC_BATCH", 1)  # a prompt of three blocks then goes one layer at a time
+        monkeypatch.setattr(GpuStore, "max_batch", 1)  # a prompt of three blocks then goes one layer at a time
     # What is refitted, and cask's means, are sums; what only moves is the same bit for bit.
     method = make_method(config)
     moved = 0.0 if config.method == "kara" else 1e-6
@@ -148,8 +150,9 @@ def test_equals_reference(config: KvConfig, num_events: int, device: str, monkey
         num_layers=NUM_LAYERS, num_blocks=MAX_REQS * MAX_BLOCKS, block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS,
         head_dim=HEAD_DIM, dtype=torch.float32, device=device,
     )  # fmt: skip
-    state = model_state(config, cache, device)
-    geometry = state.geometries.of(None)
+    state = worker_state(config, cache, device)
+    geometry = Geometry.from_config(config, BLOCK_SIZE)
+    assert geometry is not None
     block_ids = torch.randperm(MAX_REQS * MAX_BLOCKS, generator=generator).int().view(MAX_REQS, MAX_BLOCKS).to(device)
     running: list[Running] = []
     last = geometry.event_at(20, num_events - 1) + 2
@@ -165,13 +168,13 @@ def test_equals_reference(config: KvConfig, num_events: int, device: str, monkey
             running.insert(0, request)
         for request in running:
             request.draw(generator)
-        tables = begin_step(state, running, device)
+        tables, seq_lens, removed = begin_step(state, running, device)
         for i, request in enumerate(running):
             request.compress_if_due(config, geometry)
             num_new = request.new[0].shape[1]
             length = len(request.layers[0].keys) if request.computed else 0
-            assert int(state.seq_lens[i]) == length + num_new
-            assert request.computed - state.num_removed[i] == length
+            assert int(seq_lens[i]) == length + num_new
+            assert request.computed - int(removed[i]) == length
             tokens = torch.arange(length, device=device)
             at = (tables[i, tokens // BLOCK_SIZE].long(), tokens % BLOCK_SIZE)
             for layer in range(NUM_LAYERS if length else 0):
@@ -184,8 +187,10 @@ def test_equals_reference(config: KvConfig, num_events: int, device: str, monkey
             tokens = torch.arange(request.computed, request.computed + request.new[0].shape[1], device=device)
             slots.append(request.block_ids[tokens // BLOCK_SIZE].long() * BLOCK_SIZE + tokens % BLOCK_SIZE)
         for layer in range(NUM_LAYERS):
-            new = (torch.cat([request.new[i][layer] for request in running]).to(device) for i in range(3))
-            state._store(layer, *new, torch.cat(slots))
+            queries, keys, values = (
+                torch.cat([request.new[i][layer] for request in running]).to(device) for i in range(3)
+            )
+            store_tokens(queries, state.bank, layer, state.codes, keys, values, cache, torch.cat(slots))
         for request in running:
             for layer, (queries, keys, values) in enumerate(zip(*request.new, strict=True)):
                 request.layers[layer].append(queries, keys, values)
@@ -197,8 +202,9 @@ def test_equals_reference(config: KvConfig, num_events: int, device: str, monkey
 def test_heads_that_the_kernels_do_not_refit(
     options: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_v2, "MOST_DIMS", HEAD_DIM - 1)
-    monkeypatch.setattr(runner_v2, "refit", None)
+    monkeypatch.setattr(kara_kernels, "MOST_DIMS", HEAD_DIM - 1)
+    monkeypatch.setattr(kara_kernels, "refit", None)
+    assert not has_fused_kernels(make_method(KvConfig()), HEAD_DIM)
     test_equals_reference(KvConfig(method="kara", **options, **SIZES), 5, device, monkeypatch)
 
 
@@ -206,41 +212,47 @@ def test_plan_of_a_mixed_batch(device: str) -> None:
     """A decode, a chunk longer than the ring, one that is not compressed, and padding."""
     config = KvConfig(method="kara", **SIZES)
     cache = random_cache(
-        num_layers=1, num_blocks=1, block_size=BLOCK_SIZE, num_kv_heads=1, head_dim=16, dtype=torch.float32,
-        device=device,
+        num_layers=NUM_LAYERS, num_blocks=1, block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM,
+        dtype=torch.float32, device=device,
     )  # fmt: skip
-    state = model_state(config, cache, device)
-    geometry, addresses = state.geometries.of(None), (state.plan[0].data_ptr(), state.bank_codes.data_ptr())
-    rows = [(2, geometry, 5, 12, 1), (0, geometry, 3, 0, 40), (1, None, 5, 12, 2)]
-    for slot, own, prompt, _, _ in rows:
-        state.rows.set(slot, own, prompt)
-    state.plan[runner_v2._EVENTS].fill_(9)
-    computed, counts = np.array([r[3] for r in rows], np.int32), np.array([r[4] for r in rows], np.int32)
-    batch = SimpleNamespace(
-        num_reqs=3, idx_mapping_np=np.array([r[0] for r in rows]), num_computed_tokens_np=computed,
-        num_scheduled_tokens=counts, num_tokens=43, num_tokens_after_padding=48,
-        seq_lens=torch.from_numpy(computed + counts).to(device),
-    )  # fmt: skip
-    state.preprocess_state(batch, (torch.zeros(3, MAX_BLOCKS, dtype=torch.int32, device=device),), None, None)
+    state, geometry = worker_state(config, cache, device), Geometry.from_config(config, BLOCK_SIZE)
+    assert geometry is not None
+    rows: list[tuple[int, Geometry | None, int, int, int]] = [
+        (2, geometry, 5, 12, 1), (0, geometry, 3, 0, 40), (1, None, 5, 12, 2),
+    ]  # fmt: skip
+    for row, own, prompt, _, _ in rows:
+        state.rows.set(row, own, prompt)
+    order, computed, counts = (np.array([r[i] for r in rows]) for i in (0, 3, 4))
+    table = torch.zeros(3, MAX_BLOCKS, dtype=torch.int32, device=device)
+    assert state.begin_step(order, computed, ["a", "b", "c"], table).tolist() == [0, 0, 0]
+    host = np.full(state.plan_size + 48, 77, np.int32)
+    state.write_plan(host, order, computed, counts)
     period, expected = config.query_span, []
-    for slot, own, prompt, first, count in rows:
+    for row, own, prompt, first, count in rows:
         protected = own.protected_len(prompt) if own else 10**6
         for token in range(first, first + count):
             stored = token >= protected and token >= first + count - period
-            expected.append(slot * period + (token - protected) % period if stored else -1)
-    assert state.bank_codes[:48].tolist() == [*expected, *[-1] * 5]
-    assert state.plan[runner_v2._EVENTS].tolist()[:3] == [0, 0, 0]
-    assert (state.plan[0].data_ptr(), state.bank_codes.data_ptr()) == addresses
+            expected.append(row * period + (token - protected) % period if stored else -1)
+    assert host[state.plan_size :].tolist() == [*expected, *[-1] * 5]
+    plan = host[: state.plan_size].reshape(4, -1)
+    assert plan[TAIL].tolist() == [0, 0, 0, 0] and plan[3].tolist()[:3] == [2, 0, 1]
 
-    # Attention sees what is left of a request; afterwards the batch is what it was.
-    state.prepared, state.num_removed = batch, np.array([8, 0, 3])
-    batch.seq_lens_cpu_upper_bound = torch.tensor([13, 40, 14, 0], dtype=torch.int32)
-    before = dict(vars(batch))
-    seen: dict[str, Any] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DefaultModelState, "prepare_attn", lambda _, batch, *args: seen.update(vars(batch)))
-        state.prepare_attn(batch, None, ())
-    assert seen["seq_lens_cpu_upper_bound"].tolist() == [5, 40, 11, 0]
-    assert seen["seq_lens"].data_ptr() == state.seq_lens.data_ptr() and seen["seq_lens"].tolist() == [13, 40, 14]
-    assert all(vars(batch)[name] is value for name, value in before.items())
-    assert before["seq_lens_cpu_upper_bound"].tolist() == [13, 40, 14, 0]
+
+def test_attention_sees_physical_lengths_and_the_batch_keeps_its_own() -> None:
+    logical, bound = torch.tensor([13, 40, 14]), torch.tensor([13, 40, 14, 0])
+    batch = SimpleNamespace(seq_lens=logical, seq_lens_cpu_upper_bound=bound)
+    with pytest.raises(KeyError), physical_lengths(batch, logical - 8, bound - 8):
+        assert batch.seq_lens.tolist() == [5, 32, 6] and batch.seq_lens_cpu_upper_bound.tolist() == [5, 32, 6, -8]
+        raise KeyError
+    assert batch.seq_lens is logical and batch.seq_lens_cpu_upper_bound is bound
+
+
+def test_a_request_that_skips_a_compression_is_an_error(device: str) -> None:
+    config = KvConfig(method="random", **SIZES)
+    state = WorkerState(config, Layers([0], 2, 1, 8, torch.float32), None, MAX_REQS, 64, device)
+    geometry = Geometry.from_config(config, BLOCK_SIZE)
+    assert geometry is not None
+    state.rows.set(1, geometry, 5)
+    late = np.array([geometry.event_at(5, 1)])
+    with pytest.raises(RuntimeError, match=r"\{'late': \(0, 2\)\}"):
+        state.rows.begin_step(np.array([1]), late, ["late"])

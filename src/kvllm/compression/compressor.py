@@ -1,0 +1,155 @@
+"""One compression, from what is due to what is written: the same for both of vLLM's runners and the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvllm.compression.rows import Due
+from kvllm.compression.store import ALL_LAYERS, Store
+from kvllm.config import KvConfig
+from kvllm.layout import Geometry, Shape
+from kvllm.methods.base import Kept, Method, Window
+from kvllm.methods.rope import Rope
+from kvllm.query_ring import prompt_query_positions, query_positions
+
+# Kernels that do what a method does, without copies of the candidates: (candidates of the store, number kept).
+Fused = Callable[[Any, int], None]
+
+
+class Compressor:
+    """Runs a method over the candidates of due events.
+
+    layers:    [num_layers], the model's number of each layer of the store (int64)
+    shifts:    [group_size], of `kvllm.query_ring.query_shifts`
+    positions: where survivors become candidates again, their positions in the text,
+               [max_num_reqs, num_layers, num_kv_heads, most survivors]; None: not needed, or the kernels need none
+    fused:     used instead of the method, if there is one
+    observe:   called with each event's `Kept` and whether it is the prompt's; not by `fused`
+    """
+
+    def __init__(
+        self,
+        config: KvConfig,
+        method: Method,
+        store: Store,
+        layers: Tensor,
+        shifts: Tensor,
+        rope: Rope | None,
+        positions: Tensor | None = None,
+        fused: Fused | None = None,
+        observe: Callable[[Kept, bool], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.method = method
+        self.store = store
+        self.layers = layers
+        self.shifts = shifts
+        self.rope = rope
+        self.positions = positions
+        self.fused = fused
+        self.observe = observe
+
+    def compress(self, due: Sequence[Due]) -> None:
+        """Compress what is due; events of one geometry and shape together."""
+        groups: dict[tuple[Geometry, Shape], list[Due]] = {}
+        for each in due:
+            groups.setdefault((each.geometry, each.geometry.shape(each.event)), []).append(each)
+        for (_, shape), group in groups.items():
+            self.compress_group(group, shape, self.store.candidates(group))
+        for each in due:
+            cut = each.geometry.prompt_shape(each.num_prompt_tokens)
+            if each.event == 0 and cut is not None:
+                self._compress_prompt(each, cut)
+
+    def compress_group(self, group: Sequence[Due], shape: Shape, candidates: Any) -> None:
+        """Events of one geometry and shape, whose candidates are these."""
+        if self.fused is not None:
+            if shape.num_kept < shape.num_candidates:
+                self.fused(candidates, shape.num_kept)
+            return
+        # The survivors and a window are as many tokens as many windows.
+        size = max(1, self.store.max_batch * group[0].geometry.interval // shape.num_candidates)
+        for start in range(0, len(group), size):
+            part = slice(start, start + size)
+            self._compress_part(group[part], shape, self.store.part(candidates, part))
+
+    def _compress_part(self, part: Sequence[Due], shape: Shape, candidates: Any) -> None:
+        where = torch.from_numpy(query_positions(self.config, part[0].geometry, part[0].event))
+        positions = torch.cat([self._candidate_positions(each) for each in part])
+        window = self._window(candidates, ALL_LAYERS, where, positions, self.layers.repeat(len(part)))
+        if shape.num_kept < shape.num_candidates:
+            kept = paired(window, self.method.compress(window, shape.num_kept))
+            self.store.write(candidates, kept)
+        else:  # as the rounding of ratios near 1 has it now and then
+            kept = Kept(torch.arange(shape.num_candidates, device=positions.device).expand_as(positions))
+        if self.positions is not None and part[0].geometry.tracks_survivors:
+            found = window.positions.gather(-1, kept.indices).to(self.positions.dtype)
+            for each, own in zip(part, found.unflatten(0, (len(part), -1)), strict=True):
+                first = each.geometry.survivors(each.event) - shape.num_history
+                self.positions[each.row, ..., first : first + shape.num_kept] = own
+        if self.observe is not None:
+            self.observe(kept, False)
+
+    def _compress_prompt(self, due: Due, cut: Shape) -> None:
+        """Cut one prompt, some layers at a time: a long one is as many tokens as many windows."""
+        candidates = self.store.prompt(due)
+        where = torch.from_numpy(prompt_query_positions(self.config, due.geometry, due.num_prompt_tokens))
+        num_layers = self.store.num_layers
+        size = max(1, self.store.max_batch * due.geometry.interval * num_layers // cut.num_raw)
+        parts = []
+        for start in range(0, num_layers, size):
+            layers = slice(start, min(start + size, num_layers))
+            window = self._window(candidates, layers, where, None, self.layers[layers])
+            parts.append(paired(window, self.method.compress_prompt(window, cut.num_kept)))
+            self.store.write(candidates, parts[-1], layers)
+        if self.observe is not None:
+            self.observe(Kept(torch.cat([part.indices for part in parts])), True)
+
+    def _window(
+        self, candidates: Any, layers: slice, query_positions: Tensor, positions: Tensor | None, numbers: Tensor
+    ) -> Window:
+        """What the method sees; positions None: the candidates are the first tokens of the text."""
+        keys, values = self.store.read(candidates, layers)
+        if positions is None:
+            positions = torch.arange(keys.shape[1], device=keys.device).expand(len(keys), keys.shape[2], -1)
+        return Window(
+            queries=self.store.queries(candidates, layers),
+            query_positions=query_positions.to(keys.device),
+            keys=keys,
+            values=values,
+            positions=positions,
+            layers=numbers,
+            query_shifts=self.shifts,
+            rope=self.rope,
+        )
+
+    def _candidate_positions(self, due: Due) -> Tensor:
+        """[num_layers, num_kv_heads, num_candidates] (int64): the position of each candidate in the text."""
+        shape, end = due.geometry.shape(due.event), due.geometry.tail_start(due.num_prompt_tokens, due.event + 1)
+        raw = torch.arange(end - shape.num_raw, end, device=self.layers.device)
+        raw = raw.expand(self.store.num_layers, self.store.num_kv_heads, -1)
+        if not shape.num_history:
+            return raw
+        assert self.positions is not None
+        survivors = due.geometry.survivors(due.event)
+        own = self.positions[due.row, ..., survivors - shape.num_history : survivors]
+        return torch.cat([own.long(), raw], dim=-1)
+
+
+def most_survivors(config: KvConfig) -> int:
+    """Survivors of a request that may become candidates again, at most, whatever its ratio."""
+    return config.budget_size if config.policy == "budget" else config.history_size
+
+
+def paired(window: Window, kept: Kept) -> Kept:
+    """`kept` with new keys and new values, or with neither."""
+    if kept.keys is None and kept.values is None:
+        return kept
+    index = kept.indices.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, window.keys.shape[-1])
+    keys = window.keys.gather(1, index) if kept.keys is None else kept.keys
+    values = window.values.gather(1, index) if kept.values is None else kept.values
+    return Kept(kept.indices, keys, values)

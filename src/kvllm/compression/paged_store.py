@@ -1,0 +1,109 @@
+"""Where the candidates of running requests lie in a paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvllm.compression.rows import Due
+from kvllm.compression.store import ALL_LAYERS
+from kvllm.config import KvConfig
+from kvllm.layout import ceil_div
+from kvllm.query_bank import QueryBank
+from kvllm.query_ring import oldest_slot
+
+
+@dataclass(frozen=True)
+class PagedCandidates:
+    """blocks:      [num_due, num_candidates / block_size], block ids
+    ring_starts: [num_due], `QueryBank.ring_start` of each
+    """
+
+    blocks: Tensor
+    ring_starts: Tensor
+
+
+class PagedStore:
+    """Finds candidates in vLLM's block table, and remembers which blocks the survivors of each request lie in.
+
+    vLLM's table keeps an entry for every logical block of a request, so survivors, which move behind the prompt, have a
+    table of their own, and the two are joined for attention (`kvllm.kernels.block_tables`).
+
+    survivor_blocks: [max_num_reqs, max_blocks] int32, block ids by physical index; means nothing in front of the
+                     prefix segment's survivors and behind them
+    to_device:       a tensor (int64) of a list of numbers, on the cache's device
+    """
+
+    max_batch = 1
+
+    def __init__(
+        self,
+        config: KvConfig,
+        bank: QueryBank,
+        block_size: int,
+        max_model_len: int,
+        to_device: Callable[[list[int]], Tensor] = torch.tensor,
+    ) -> None:
+        self.config = config
+        self.bank = bank
+        self.num_layers, max_num_reqs = bank.queries.shape[:2]
+        self.num_kv_heads = bank.num_kv_heads
+        self.block_size = block_size
+        self.to_device = to_device
+        shape = (max_num_reqs, ceil_div(max_model_len, block_size))
+        self.survivor_blocks = torch.zeros(shape, dtype=torch.int32, device=bank.queries.device)
+        self.block_table: Tensor | None = None
+
+    def begin_step(self, block_table: Tensor) -> None:
+        """block_table: [num_reqs, any] int32, logical, of the step's batch"""
+        self.block_table = block_table
+
+    def candidates(self, due: Sequence[Due]) -> PagedCandidates:
+        """The survivors among them lie in front of the raw ones. From here on the first blocks hold the survivors."""
+        assert self.block_table is not None
+        table, width, own_width = self.block_table, self.block_table.stride(0), self.survivor_blocks.stride(0)
+        shape = due[0].geometry.shape(due[0].event)
+        num_history, num_raw, num_kept = (size // self.block_size for size in shape)
+        starts, history, raw, kept = [], [], [], []
+        for each in due:
+            prompt, event = each.num_prompt_tokens, each.event
+            first = each.geometry.prompt_len(prompt, event + 1) // self.block_size
+            first += each.geometry.survivors(event) // self.block_size - num_history
+            tail = each.geometry.tail_start(prompt, event) // self.block_size
+            row = each.row * own_width + first
+            starts.append(self._ring_start(each))
+            history += range(row, row + num_history)
+            raw += range(each.index * width + tail, each.index * width + tail + num_raw)
+            kept += range(row, row + num_kept)
+        sent = self.to_device([*starts, *raw, *history, *kept])
+        ring_starts, raw_index, history_index, kept_index = sent.split([len(starts), len(raw), len(history), len(kept)])
+        blocks = _flat(table).index_select(0, raw_index).view(len(due), -1)
+        survivors = self.survivor_blocks.view(-1)
+        if num_history:
+            blocks = torch.cat([survivors.index_select(0, history_index).view(len(due), -1), blocks], dim=1)
+        survivors.index_copy_(0, kept_index, blocks[:, :num_kept].reshape(-1))
+        return PagedCandidates(blocks, ring_starts)
+
+    def prompt(self, due: Due) -> PagedCandidates:
+        assert self.block_table is not None
+        cut = due.geometry.prompt_shape(due.num_prompt_tokens)
+        assert cut is not None
+        blocks = self.block_table[due.index : due.index + 1, : cut.num_raw // self.block_size]
+        return PagedCandidates(blocks, self.to_device([self._ring_start(due)]))
+
+    def part(self, candidates: PagedCandidates, events: slice) -> PagedCandidates:
+        return PagedCandidates(candidates.blocks[events], candidates.ring_starts[events])
+
+    def queries(self, candidates: PagedCandidates, layers: slice = ALL_LAYERS) -> Tensor:
+        return self.bank.of(candidates.ring_starts, layers).transpose(0, 1).flatten(0, 1)
+
+    def _ring_start(self, due: Due) -> int:
+        return self.bank.ring_start(due.row, oldest_slot(self.config, due.geometry, due.event))
+
+
+def _flat(table: Tensor) -> Tensor:
+    """The table as one row, whose entry (i, j) is number i * stride + j; rows may be longer than what is in use."""
+    return table.as_strided(((len(table) - 1) * table.stride(0) + table.shape[1],), (1,))

@@ -1,0 +1,149 @@
+"""What compression knows of the requests that run: one row each, in plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kvllm.config import KvConfig
+from kvllm.layout import Geometry, IntArray
+
+# The columns of `RequestRows`; the first NUM_PLANNED of them describe a block table (`kvllm.kernels.block_tables`).
+PROMPT, PREFIX, TAIL, EVENTS, START, REMOVED = range(6)
+NUM_PLANNED = 3
+
+
+class Due(NamedTuple):
+    """A compression that is due."""
+
+    index: int  # of the request in the step's batch
+    row: int  # of the request in everything that is kept by request: the query bank, positions, block ids
+    geometry: Geometry
+    num_prompt_tokens: int
+    event: int
+
+
+class RequestRows:
+    """The request in each row: its geometry, and where its two segments are.
+
+    columns: [6, max_num_reqs]: blocks of the PROMPT that are left; blocks of the PREFIX segment; logical index, in
+             blocks, of the TAIL segment; EVENTS done (all four 0 before the first event); START, the computed tokens
+             from which on queries are kept, past every length where nothing is compressed; tokens REMOVED so far
+    """
+
+    def __init__(self, config: KvConfig, max_num_reqs: int) -> None:
+        self.geometries: list[Geometry | None] = [None] * max_num_reqs
+        self.num_prompt_tokens = [0] * max_num_reqs
+        self.columns: IntArray = np.zeros((6, max_num_reqs), np.int64)
+        self.columns[START] = np.iinfo(np.int64).max // 2
+        # When an event happens does not depend on a request's ratio.
+        budget = config.policy == "budget"
+        self._interval = config.budget_interval if budget else config.window_size
+        self._waiting = config.buffer_size + (config.budget_size if budget else 0)
+
+    def set(self, row: int, geometry: Geometry | None, num_prompt_tokens: int) -> None:
+        """A request that starts, or starts again, takes a row."""
+        self.geometries[row], self.num_prompt_tokens[row] = geometry, num_prompt_tokens
+        column = self.columns[:, row]
+        column[:] = 0
+        column[START] = np.iinfo(np.int64).max // 2
+        if geometry is not None:
+            column[START] = geometry.protected_len(num_prompt_tokens)
+
+    def begin_step(self, rows: IntArray, num_computed_tokens: IntArray, names: Sequence[str]) -> list[Due]:
+        """The compressions that a step of these requests begins with. They count as done from here on.
+
+        rows, num_computed_tokens: [num_reqs]; names: what an error calls them
+        Raises RuntimeError where a request went past a compression, or back before one.
+        """
+        grown = num_computed_tokens - self.columns[START, rows]
+        events = np.maximum((grown - self._waiting) // self._interval, 0)
+        behind = events - self.columns[EVENTS, rows]
+        if not behind.any():
+            return []
+        if (wrong := (behind < 0) | (behind > 1)).any():
+            counts = {names[i]: (int(events[i] - behind[i]), int(events[i])) for i in np.nonzero(wrong)[0]}
+            raise RuntimeError(
+                f"KvLLM: compressions done, and compressions due by length, of each request: {counts}. They may differ "
+                "by one at most. This is a bug in KvLLM; please report it."
+            )
+        return [self._advance(int(i), int(rows[i])) for i in np.nonzero(behind)[0]]
+
+    def _advance(self, index: int, row: int) -> Due:
+        geometry, prompt, column = self.geometries[row], self.num_prompt_tokens[row], self.columns[:, row]
+        assert geometry is not None
+        event, size = int(column[EVENTS]), geometry.block_size
+        column[EVENTS] = done = event + 1
+        column[PROMPT] = geometry.prompt_len(prompt, done) // size
+        column[PREFIX] = geometry.prefix_len(prompt, done) // size
+        column[TAIL] = geometry.tail_start(prompt, done) // size
+        column[REMOVED] = geometry.num_removed(prompt, done)
+        return Due(index, row, geometry, prompt, event)
+
+    def query_codes(
+        self, rows: IntArray, num_computed_tokens: IntArray, counts: IntArray, period: int, total: int
+    ) -> IntArray:
+        """What the query bank is told of each token of a step (`QueryBank.codes`); -1: its queries are not kept.
+
+        rows, num_computed_tokens, counts: [num_reqs]; counts: tokens of each request in this step
+        period: of the query ring; total: entries to return, those past the step's tokens are -1
+        """
+        offsets = num_computed_tokens - self.columns[START, rows]
+        oldest: IntArray | int = 0
+        if (num_tokens := int(counts.sum())) > len(rows):
+            request = np.repeat(np.arange(len(rows)), counts)
+            within = np.arange(num_tokens) - np.repeat(np.cumsum(counts) - counts, counts)
+            # A chunk may be longer than the ring: of tokens for one entry only the newest counts.
+            oldest = np.maximum(offsets + counts - period, 0)[request]
+            offsets, rows = offsets[request] + within, rows[request]
+        codes = np.full(total, -1, np.int64)
+        codes[:num_tokens] = np.where(offsets >= oldest, rows * period + offsets % period, -1)
+        return codes
+
+
+class RunningRequests:
+    """The rows of the requests that the scheduler has running, by id, where a runner has no rows of its own.
+
+    A request runs from the first step that schedules it until the scheduler reports it preempted or finished. Steps
+    that leave it out change nothing: it keeps its KV blocks and continues where it was, so it needs its queries. A
+    preempted request is computed again from its first token, so nothing of it is kept.
+
+    So there is always a free row: at most `max_num_seqs` requests run at once, and the step that first schedules a
+    request also reports every one that has left since the step before, which must be released first.
+    """
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self.max_num_seqs = max_num_seqs
+        self._free_rows = list(range(max_num_seqs))
+        self._rows: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __contains__(self, req_id: object) -> bool:
+        return req_id in self._rows
+
+    def __getitem__(self, req_id: str) -> int:
+        return self._rows[req_id]
+
+    def admit(self, req_id: str) -> int:
+        """Give the request a row, which it must not have yet. RuntimeError if `max_num_seqs` others hold one."""
+        if not self._free_rows:
+            raise RuntimeError(
+                f"KvLLM: request {req_id} is scheduled while max_num_seqs={self.max_num_seqs} others are running: "
+                f"{sorted(self._rows)}. This is a bug in KvLLM; please report it."
+            )
+        assert req_id not in self._rows
+        row = self._rows[req_id] = self._free_rows.pop()
+        return row
+
+    def release(self, req_ids: Iterable[str]) -> None:
+        """Forget requests that were preempted or have finished. Ids of others, never admitted, are ignored."""
+        for req_id in req_ids:
+            if (row := self._rows.pop(req_id, None)) is not None:
+                self._free_rows.append(row)

@@ -1,0 +1,118 @@
+"""All that compression keeps beside a model in a worker, and what it does at the start of a step. Needs no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvllm.compression.compressor import Compressor, Fused, most_survivors
+from kvllm.compression.paged_store import PagedStore
+from kvllm.compression.rows import NUM_PLANNED, PREFIX, PROMPT, REMOVED, TAIL, RequestRows
+from kvllm.config import KvConfig
+from kvllm.layout import IntArray, ceil_div
+from kvllm.methods import make_method
+from kvllm.methods.rope import Rope
+from kvllm.query_bank import QueryBank
+
+assert (PROMPT, PREFIX, TAIL) == tuple(range(NUM_PLANNED))  # the plan's first rows; the request's own row follows
+PLAN_ROWS = NUM_PLANNED + 1
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The attention layers that are compressed: all of one shape.
+
+    numbers: the model's number of each
+    dtype:   the model's
+    """
+
+    numbers: Sequence[int]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+class WorkerState:
+    """Stored queries, what is known of each running request, and the compressor over their cache.
+
+    Allocated with the model, so before vLLM profiles its memory and sizes the KV pool; `attach` follows once the cache
+    exists.
+    """
+
+    def __init__(
+        self,
+        config: KvConfig,
+        layers: Layers,
+        rope: Rope | None,
+        max_num_reqs: int,
+        max_num_tokens: int,
+        device: torch.device | str = "cpu",
+        fused: bool = False,
+    ) -> None:
+        """fused: whether `attach` will bring kernels that need no positions of survivors"""
+        self.config = config
+        self.method = make_method(config)
+        self.layers = layers
+        self.rope = rope
+        self.rows = RequestRows(config, max_num_reqs)
+        self.bank = QueryBank.allocate(
+            len(layers.numbers), max_num_reqs, config.num_queries, layers.num_heads, layers.num_kv_heads,
+            layers.head_dim, config.query_stride, layers.dtype, device,
+        )  # fmt: skip
+        self.positions: Tensor | None = None
+        if (most := most_survivors(config)) and not fused:
+            shape = (max_num_reqs, len(layers.numbers), layers.num_kv_heads, most)
+            self.positions = torch.zeros(shape, dtype=torch.int32, device=device)  # no text is longer
+        self.store: PagedStore | None = None
+        self.compressor: Compressor | None = None
+        # What a step tells the device: the plan of `join_segments` and the bank's codes, side by side for one copy.
+        self.plan_stride = ceil_div(max_num_reqs, 4) * 4  # every row starts at a multiple of 16 bytes
+        self.plan_size = PLAN_ROWS * self.plan_stride
+        self.step = torch.zeros(self.plan_size + max_num_tokens, dtype=torch.int32, device=device)
+        self.plan = self.step[: self.plan_size].view(PLAN_ROWS, -1)
+        self.codes = self.step[self.plan_size :]
+        self.codes.fill_(-1)
+
+    def attach(self, store: PagedStore, fused: Fused | None = None) -> None:
+        """Compress in this store from now on."""
+        self.store = store
+        numbers = torch.tensor(self.layers.numbers, device=self.bank.queries.device)
+        self.compressor = Compressor(
+            self.config, self.method, store, numbers, self.bank.shifts, self.rope, self.positions, fused
+        )
+
+    def begin_step(
+        self, rows: IntArray, num_computed_tokens: IntArray, names: Sequence[str], block_table: Tensor
+    ) -> IntArray:
+        """Compress what is due before the step; returns the tokens that each request has lost so far, [num_reqs].
+
+        rows, num_computed_tokens: [num_reqs]; block_table: [num_reqs, any], logical
+        """
+        assert self.store is not None and self.compressor is not None
+        if due := self.rows.begin_step(rows, num_computed_tokens, names):
+            self.store.begin_step(block_table)
+            self.compressor.compress(due)
+        return self.rows.columns[REMOVED, rows]
+
+    def write_plan(
+        self,
+        host: npt.NDArray[np.int32],
+        rows: IntArray,
+        num_computed_tokens: IntArray,
+        counts: IntArray,
+    ) -> None:
+        """What the device has to know of the step, for `step`; after `begin_step`.
+
+        host: [plan_size + tokens of the step, padding included], written
+        """
+        plan, codes = host[: self.plan_size].reshape(PLAN_ROWS, -1), host[self.plan_size :]
+        plan[:NUM_PLANNED, : len(rows)] = self.rows.columns[:NUM_PLANNED, rows]
+        plan[NUM_PLANNED, : len(rows)] = rows
+        plan[TAIL, len(rows) :] = 0  # of a request without events nothing else is read
+        codes[:] = self.rows.query_codes(rows, num_computed_tokens, counts, self.bank.period, len(codes))

@@ -1,0 +1,45 @@
+"""The paged cache of vLLM's CPU backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvllm.compression.paged_store import PagedCandidates, PagedStore
+from kvllm.compression.store import ALL_LAYERS
+from kvllm.engine import cpu_cache
+from kvllm.methods.base import Kept
+
+
+class CpuStore(PagedStore):
+    """layers: vLLM's attention layers, whose caches exist from the first step on"""
+
+    def __init__(self, *args: Any, layers: Sequence[Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.layers = layers
+        self._reader: cpu_cache.PackedReader | None = None
+
+    def read(self, candidates: PagedCandidates, layers: slice = ALL_LAYERS) -> tuple[Tensor, Tensor]:
+        if self._reader is None:
+            self._reader = cpu_cache.PackedReader(self.layers[0].kv_cache, self.layers[0].isa)
+        pairs = [
+            self._reader.read(layer.kv_cache, blocks)
+            for blocks in candidates.blocks.long()
+            for layer in self.layers[layers]
+        ]
+        return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
+
+    def write(self, candidates: PagedCandidates, kept: Kept, layers: slice = ALL_LAYERS) -> None:
+        keys, values = kept.keys, kept.values
+        if keys is None or values is None:
+            index = kept.indices.transpose(1, 2).unsqueeze(-1)
+            keys, values = (rows.gather(1, index.expand(-1, -1, -1, rows.shape[-1])) for rows in self.read(candidates, layers))
+        tokens = torch.arange(keys.shape[1])
+        rows = zip(keys, values, strict=True)
+        for blocks in candidates.blocks.long():
+            slots = blocks[tokens // self.block_size] * self.block_size + tokens % self.block_size
+            for layer in self.layers[layers]:
+                cpu_cache.write(layer.kv_cache, *next(rows), slots, layer.isa)

@@ -1,0 +1,40 @@
+"""The paged cache of vLLM's GPU backends, read and written by Triton kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvllm.compression.paged_store import PagedCandidates, PagedStore
+from kvllm.compression.store import ALL_LAYERS
+from kvllm.kernels.compact import compact
+from kvllm.kernels.paged import PagedCache
+from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window
+from kvllm.methods.base import Kept
+
+
+class GpuStore(PagedStore):
+    """dtype: the model's, in which methods see keys and values"""
+
+    max_batch = 4  # dense copies of all layers are large
+
+    def __init__(self, *args: Any, cache: PagedCache, dtype: torch.dtype, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cache = cache
+        self.dtype = dtype
+
+    def read(self, candidates: PagedCandidates, layers: slice = ALL_LAYERS) -> tuple[Tensor, Tensor]:
+        if layers == ALL_LAYERS:
+            return gather_window(candidates.blocks, self.cache, self.dtype)
+        # Of a prompt: not the kernel, which would be compiled again for every length of one.
+        return gather_window_ref(candidates.blocks, self.cache.part(layers), self.dtype)
+
+    def write(self, candidates: PagedCandidates, kept: Kept, layers: slice = ALL_LAYERS) -> None:
+        cache = self.cache if layers == ALL_LAYERS else self.cache.part(layers)
+        if kept.keys is None or kept.values is None:
+            indices = kept.indices.int().unflatten(0, (len(candidates.blocks), cache.num_layers)).contiguous()
+            compact(indices, candidates.blocks, cache)
+        else:
+            scatter_window(kept.keys, kept.values, candidates.blocks, cache)
