@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,12 +18,16 @@ from kvllm.engine import cpu_cache
 from kvllm.engine.attention import capture_queries, shortening_backend
 from kvllm.engine.positions import candidate_positions, kept_rows
 from kvllm.engine.rope import rope_of
+from kvllm.engine.rows import RunningRequests
 from kvllm.engine.settings import Geometries, kv_config
 from kvllm.layout import Geometry, IntArray, Shape
 from kvllm.methods import make_method
 from kvllm.methods.base import Window
 from kvllm.query_bank import QueryBank
 from kvllm.query_ring import oldest_slot, prompt_query_positions, query_positions
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
@@ -50,10 +54,7 @@ class CompressorV1:
             layer.head_size, config.query_stride, runner.model_config.dtype,
         )  # fmt: skip
         self.rope = rope_of(runner.model) if self.method.uses_rope else None
-        self.free_rows = list(range(runner.max_num_reqs))
-        self.rows: dict[str, int] = {}  # request -> row of the query bank
-        self.events: dict[str, int] = {}  # request -> events done
-        self.survivors: dict[str, Tensor] = {}  # request -> text positions of its survivors, if they can be candidates
+        self.running = RunningRequests(runner.max_num_reqs)
         self.reader: cpu_cache.PackedReader | None = None
         # What the current step stores: tokens of the batch, and what the bank is told of each.
         self.stored_tokens: Tensor | None = None
@@ -66,6 +67,14 @@ class CompressorV1:
             each.attn_backend = shortening_backend(each.attn_backend, self._shorten)
         logger.info("KvLLM: %s, query bank of %.0f MiB", config, self.query_bank.num_bytes / 2**20)
 
+    def release(self, scheduler_output: SchedulerOutput) -> None:
+        """Forget the requests that no longer run: called in every step, before the runner updates its own states.
+
+        A preempted request may be resumed, and the id of a finished one used again, in the same step.
+        """
+        self.running.release(scheduler_output.finished_req_ids)
+        self.running.release(scheduler_output.preempted_req_ids or ())
+
     def skip_step(self) -> None:
         """Prepare a step that is not a real batch."""
         self.stored_tokens = self.block_index = self.num_removed = None
@@ -73,7 +82,6 @@ class CompressorV1:
     def begin_step(self, num_scheduled_tokens: dict[str, int]) -> None:
         """Compact what is due and plan the step: called after slot mappings, before attention is planned."""
         self.skip_step()
-        self._forget_finished()
         batch = self.runner.input_batch
         req_ids = batch.req_ids[: batch.num_reqs]
         geometries: list[Geometry | None] = []
@@ -87,24 +95,20 @@ class CompressorV1:
             if geometry is None:
                 continue
             events[i] = geometry.num_events(request.num_prompt_tokens, int(batch.num_computed_tokens_cpu[i]))
-            done = self.events.get(req_id, 0)
-            if events[i] == done + 1:
+            running = self.running.admit(req_id)
+            if events[i] == running.num_events + 1:
                 due.append(i)
-            elif events[i] > done:
-                raise RuntimeError(f"KvLLM: request {req_id} went past a compression; {done} done, {events[i]} due.")
-            self.events[req_id] = int(events[i])
+            elif events[i] != running.num_events:
+                raise RuntimeError(
+                    f"KvLLM: request {req_id} has been compressed {running.num_events} times, and its length asks for "
+                    f"{events[i]}. This is a bug in KvLLM; please report it."
+                )
+            running.num_events = int(events[i])
         if due:
             self._compress(due, req_ids, geometries, prompts, events)
         self._plan_capture(req_ids, geometries, prompts, num_scheduled_tokens)
         if events.any():
             self._plan_attention(geometries, prompts, events)
-
-    def _forget_finished(self) -> None:
-        for req_id in [r for r in self.rows if r not in self.runner.requests]:
-            self.free_rows.append(self.rows.pop(req_id))
-        for req_id in [r for r in self.events if r not in self.runner.requests]:
-            del self.events[req_id]
-            self.survivors.pop(req_id, None)
 
     def _plan_capture(
         self, req_ids: list[str], geometries: list[Geometry | None], prompts: IntArray, scheduled: dict[str, int]
@@ -119,12 +123,10 @@ class CompressorV1:
                 # A chunk may be longer than the ring: of tokens for one slot only the newest counts.
                 first = max(computed, geometry.protected_len(int(prompts[i])), end - self.query_bank.period)
                 if first < end:
-                    if req_id not in self.rows:
-                        self.rows[req_id] = self.free_rows.pop()
                     stored = np.arange(first, end)
                     offsets = stored - geometry.protected_len(int(prompts[i]))
                     tokens.append(start + stored - computed)
-                    codes.append(self.query_bank.codes(self.rows[req_id], offsets))
+                    codes.append(self.query_bank.codes(self.running[req_id].row, offsets))
             start += count
         if tokens:
             self.stored_tokens = torch.from_numpy(np.concatenate(tokens))
@@ -197,8 +199,10 @@ class CompressorV1:
         self._write(block_ids, *kept_rows(window, kept))
 
     def _compress_request(self, req_id: str, geometry: Geometry, prompt: int, event: int, block_ids: Tensor) -> None:
-        nothing = torch.empty(len(self.layers), self.layers[0].num_kv_heads, 0, dtype=torch.int64)
-        survivors = self.survivors.get(req_id, nothing)
+        running = self.running[req_id]
+        survivors = running.survivors
+        if survivors is None:
+            survivors = torch.empty(len(self.layers), self.layers[0].num_kv_heads, 0, dtype=torch.int64)
         places = query_positions(self.config, geometry, event)
         positions = candidate_positions(geometry, prompt, event, survivors)
         window = self._window(self._ring_start(req_id, geometry, event), block_ids, places, positions)
@@ -206,10 +210,10 @@ class CompressorV1:
         self._write(block_ids, *kept_rows(window, kept))
         if geometry.tracks_survivors:
             before = survivors[..., : geometry.candidate_offset(event)]
-            self.survivors[req_id] = torch.cat([before, window.positions.gather(-1, kept.indices)], dim=-1)
+            running.survivors = torch.cat([before, window.positions.gather(-1, kept.indices)], dim=-1)
 
     def _ring_start(self, req_id: str, geometry: Geometry, event: int) -> int:
-        return self.query_bank.ring_start(self.rows[req_id], oldest_slot(self.config, geometry, event))
+        return self.query_bank.ring_start(self.running[req_id].row, oldest_slot(self.config, geometry, event))
 
     def _window(self, ring_start: int, block_ids: Tensor, places: IntArray, positions: Tensor) -> Window:
         keys, values = self._read(block_ids)

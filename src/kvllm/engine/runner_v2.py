@@ -231,9 +231,14 @@ class KvModelState(DefaultModelState):
         grown = offsets - (self.num_candidates + self.config.buffer_size)
         events = np.maximum(grown // self.interval + 1, 0)
         if (due := events != columns[_EVENTS]).any():
-            if (events > columns[_EVENTS] + 1).any():
-                late = [input_batch.req_ids[i] for i in np.nonzero(events > columns[_EVENTS] + 1)[0]]
-                raise RuntimeError(f"KvLLM: requests {late} went past a compression.")
+            if (wrong := due & (events != columns[_EVENTS] + 1)).any():
+                counts = {
+                    input_batch.req_ids[i]: (int(columns[_EVENTS, i]), int(events[i])) for i in wrong.nonzero()[0]
+                }
+                raise RuntimeError(
+                    f"KvLLM: compressions done, and compressions due by length, of each request: {counts}. They may "
+                    "differ by one at most. This is a bug in KvLLM; please report it."
+                )
             self._compress([(i, int(slots[i])) for i in due.nonzero()[0].tolist()], block_tables[0])
             columns = self.rows.columns.take(slots, axis=1)
         self._send_plan(input_batch, slots, columns, offsets)
