@@ -51,7 +51,6 @@ def test_better_priorities_arrive_while_all_seats_are_taken(
             if output.finished:
                 outputs[output.request_id] = list(output.outputs[0].token_ids)
         num_steps += 1
-        assert len(compressor_of(llm).running) <= 2
     assert engine_stats(llm)["num_preemptions"] > 0
     assert len({req_id for req_id, _ in seen}) == 4 and max(events for _, events in seen) == 2
     assert list(outputs)[-1] in "ab"  # c and d overtook one of them
