@@ -113,6 +113,15 @@ def with_adopted_layers(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_model
 
 
+def with_released_requests(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _update_states(self: Any, scheduler_output: Any) -> Any:
+        if (compressor := getattr(self, "kv_compressor", None)) is not None:
+            compressor.release(scheduler_output)
+        return original(self, scheduler_output)
+
+    return _update_states
+
+
 def with_compression_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
         compressor = getattr(self, "kv_compressor", None)
@@ -179,6 +188,14 @@ PATCHES = (
         parameters=("self", "load_dummy_weights"),
         wrap=with_adopted_layers,
         why="the V1 runner has no per-request state to extend: ours is made beside the model",
+        drop_when="the CPU platform moves to the V2 runner",
+    ),
+    Patch(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states",
+        vllm="0.32.0",
+        parameters=("self", "scheduler_output"),
+        wrap=with_released_requests,
+        why="only here the V1 runner learns, even in a step without tokens, which requests were preempted or finished",
         drop_when="the CPU platform moves to the V2 runner",
     ),
     Patch(
