@@ -193,6 +193,33 @@ def test_equals_reference(config: KvConfig, num_events: int, device: str, monkey
     assert running[0].num_events == num_events
 
 
+@pytest.mark.parametrize("history_size", [0, 48])
+def test_every_shape_that_a_request_may_choose_is_compiled_before_serving(
+    history_size: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels are compiled for a number of candidates and one of survivors: none may be new to a live step."""
+    sizes = SIZES | {"window_size": 48, "retention_ratio": 0.2, "history_size": history_size}
+    config = KvConfig(method="kara", request_ratios="0.3-0.6,0.85,1.0", **sizes)
+    cache = random_cache(
+        num_layers=NUM_LAYERS, num_blocks=MAX_BLOCKS, block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM, dtype=torch.float32, device=device,
+    )  # fmt: skip
+    state, compiled = model_state(config, cache, device), []
+    compress_group = KvModelState._compress_group
+
+    def note(self: Any, geometry: Geometry, prompts: Any, done: Any, ring_starts: Tensor, blocks: Tensor) -> None:
+        compiled.append(geometry.shape(done[0]))
+        assert blocks.shape == (1, compiled[-1].num_candidates // BLOCK_SIZE)
+        compress_group(self, geometry, prompts, done, ring_starts, blocks)
+
+    monkeypatch.setattr(KvModelState, "_compress_group", note)
+    state._warm_up()
+    assert len(compiled) == len(set(compiled))
+    ratios = [0.2, 0.85, *np.random.default_rng(0).uniform(0.3, 0.6, 200)]
+    needed = {state.geometries.of_ratio(float(r)).shape(event) for r in ratios for event in range(30)}
+    assert needed == set(compiled)
+
+
 @pytest.mark.parametrize("options", [{}, {"history_size": 24}, {"policy": "budget", **BUDGET}])
 def test_heads_that_the_kernels_do_not_refit(
     options: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch

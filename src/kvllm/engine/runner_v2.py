@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from kvllm.engine.attention import capture_queries, store_with_queries
 from kvllm.engine.positions import candidate_positions, paired_rows
 from kvllm.engine.rope import rope_of
-from kvllm.engine.settings import Geometries, kv_config
+from kvllm.engine.settings import Geometries, allowed_geometries, kv_config
 from kvllm.kernels.block_tables import shorten_block_tables
 from kvllm.kernels.compact import compact
 from kvllm.kernels.paged import PagedCache
@@ -192,16 +192,17 @@ class KvModelState(DefaultModelState):
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Compile the kernels of the engine's own ratio now, not in the step that first needs them."""
-        geometry = Geometry.from_config(self.config, self.block_size)
-        if geometry is None:
-            return
-        for event in geometry.first_of_each_shape:
-            # All candidates in the null block, which nobody reads.
-            num_blocks = geometry.shape(event).num_candidates // self.block_size
-            blocks = torch.zeros(1, num_blocks, dtype=torch.int32, device=self.device)
-            row = torch.zeros(1, dtype=torch.int32, device=self.device)
-            self._compress_group(geometry, [1], [event], row, blocks)
+        """Compile the kernels of every shape that an event can have now, not in the step that first needs them."""
+        done: set[Shape] = set()
+        for geometry in allowed_geometries(self.config, self.block_size):
+            for event in geometry.first_of_each_shape:
+                if (shape := geometry.shape(event)) in done:
+                    continue
+                done.add(shape)
+                # All candidates in the null block, which nobody reads.
+                blocks = torch.zeros(1, shape.num_candidates // self.block_size, dtype=torch.int32, device=self.device)
+                row = torch.zeros(1, dtype=torch.int32, device=self.device)
+                self._compress_group(geometry, [1], [event], row, blocks)
 
     @staticmethod
     def _query_scale(layer: Any) -> float:
