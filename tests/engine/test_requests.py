@@ -139,12 +139,13 @@ def test_a_max_tokens_that_was_left_out_is_capped_by_what_fits(model_dir: Path) 
     assert arrive(650, max_tokens=None).max_tokens == 704 - 650
 
 
-def test_a_models_own_default_of_max_tokens_is_capped_too(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's server fills in `max_new_tokens` of the model's generation config."""
+def test_a_default_of_max_tokens_is_capped_too(model_dir: Path) -> None:
+    """vLLM's server fills in `max_new_tokens` of the model's generation config; `SamplingParams` has 16."""
     config = vllm_config(model_dir, request_ratios="1.0")
     config.model_config.override_generation_config = {"max_new_tokens": 400}
     arrive = arrival(config)
     assert arrive(500, ratio=1.0, max_tokens=400).max_tokens == 204
+    assert arrive(700, ratio=1.0).max_tokens == 4 and refusal(arrive, 700, ratio=1.0, max_tokens=17)[0] == "max_tokens"
     assert refusal(arrive, 500, ratio=1.0, max_tokens=401)[0] == "max_tokens"
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
-from vllm.sampling_params import BeamSearchParams
+from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from kvllm.engine.settings import RATIO_KEY, Geometries, kv_config, representative_ratios, request_ratio
@@ -16,7 +16,6 @@ from kvllm.layout import Geometry, ceil_div
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.config.cache import CacheConfig
-    from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -71,8 +70,11 @@ class RequestCheck:
         self.vllm_config = vllm_config
         self.block_size = vllm_config.cache_config.block_size
         self.geometries = Geometries(config, self.block_size)
-        # What vLLM's server puts in place of a max_tokens that was left out, where the model has a default.
-        self.default_max_tokens = vllm_config.model_config.get_diff_sampling_param().get("max_tokens")
+        # What vLLM puts in place of a max_tokens that was left out: the model's own default, or that of SamplingParams
+        # and /v1/completions. (Elsewhere it is what max_model_len leaves.)
+        self.default_max_tokens = {
+            SamplingParams().max_tokens, vllm_config.model_config.get_diff_sampling_param().get("max_tokens"),
+        }  # fmt: skip
 
     def __call__(self, request: EngineCoreRequest, params: SamplingParams) -> SamplingParams:
         """The parameters to run the request with: `params`, or a copy with a lower `max_tokens`."""
@@ -139,9 +141,9 @@ class RequestCheck:
                 "(--gpu-memory-utilization, --kv-cache-memory-bytes)",
                 parameter="input_tokens",  # vLLM's name for it, in its refusal of prompts beyond max_model_len
             )
-        # vLLM's servers fill in a max_tokens that was left out before the request gets here. A client that asks for as
-        # much as the model allows, or for the model's own default, cannot be told from one that asks for nothing.
-        if max_tokens == room or max_tokens == self.default_max_tokens:
+        # vLLM fills in a max_tokens that was left out before the request gets here. A client that asks for as much as
+        # max_model_len allows, or for exactly a default, cannot be told from one that asks for nothing.
+        if max_tokens == room or max_tokens in self.default_max_tokens:
             if params.min_tokens > most:
                 other = self._other_ratio(num_prompt_tokens, params.min_tokens, num_blocks)
                 raise VLLMValidationError(
