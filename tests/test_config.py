@@ -36,6 +36,39 @@ def test_check_retention_ratio_returns_a_float():
     assert check_retention_ratio(1) == 1.0 and isinstance(check_retention_ratio(1), float)
 
 
+@pytest.mark.parametrize(
+    "text, ranges",
+    [
+        ("", ()),
+        ("0.5", ((0.5, 0.5),)),
+        (" 0.2 - .5, 1 ", ((0.2, 0.5), (1.0, 1.0))),
+        ("1.0,0.25", ((1.0, 1.0), (0.25, 0.25))),
+    ],
+)
+def test_request_ratios_are_ratios_and_ranges(text, ranges):
+    config = KvConfig(method="recent", retention_ratio=0.3, request_ratios=text)
+    assert config.request_ratio_ranges == ((0.3, 0.3), *ranges)
+    assert config.allows_ratio(0.3) and not config.allows_ratio(0.7)
+    assert all(config.allows_ratio(low) and config.allows_ratio((low + high) / 2) for low, high in ranges)
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("half", "'half' is neither a ratio nor a range"),
+        ("0.2,", "'' is neither"),
+        ("0.2-0.3-0.4", "'0.2-0.3-0.4' is neither"),
+        ("0.5-0.2", "the range 0.5-0.2 ends below its start"),
+        ("0.2-1.5", "in (0, 1]"),
+        ("0", "in (0, 1]"),
+        ([0.2, 0.5], "expected str"),
+    ],
+)
+def test_request_ratios_that_are_none_are_refused(value, message):
+    said = refusal({"request_ratios": value})
+    assert said.startswith(f"request_ratios={value!r}: ") and message in said
+
+
 SIZES = ("window_size", "buffer_size", "max_chunk_size", "query_stride", "budget_size", "budget_interval")
 
 
@@ -174,6 +207,7 @@ FULL: dict[str, Any] = {
     "method_options": {"average": True},
     "policy": "budget",
     "retention_ratio": 0.25,
+    "request_ratios": "0.2-0.5,1.0",
     "window_size": 512,
     "buffer_size": 32,
     "max_chunk_size": 4,

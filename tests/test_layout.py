@@ -248,7 +248,7 @@ def test_the_designs_formulas() -> None:
 
 def test_geometry_of_the_budget_policy() -> None:
     geometry = geometry_of(32, policy="budget", budget_size=512, budget_interval=128)
-    assert geometry.shapes() == [(0, 640, 512), (512, 128, 512)]
+    assert geometry.shapes() == {(0, 640, 512): 0, (512, 128, 512): 1}
     assert [geometry.survivors(events) for events in range(4)] == [0, 512, 512, 512]
     assert geometry.event_at(100, 0) == 128 + 640 + 128 and geometry.event_at(100, 2) == 128 + 640 + 2 * 128 + 128
     # The prompt, the budget, an interval and the buffer, and never more.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from math import ceil, floor
 from typing import Any
 
 from kvllm.methods import check_method
@@ -31,6 +33,13 @@ class KvConfig:
     )
     retention_ratio: float = field(
         default=0.3, metadata={"help": "Share of a window that survives, in (0, 1]; 1.0 = no compression."}
+    )
+    request_ratios: str = field(
+        default="",
+        metadata={
+            "help": "Ratios that requests may choose with kv_retention_ratio besides the engine's own: single ratios "
+            "and ranges, such as 0.2-0.5,1.0. Empty: none."
+        },
     )
     window_size: int = field(
         default=256, metadata={"help": "Tokens compressed at once; a multiple of vLLM's block size."}
@@ -64,6 +73,7 @@ class KvConfig:
     def __post_init__(self) -> None:
         check_retention_ratio(self.retention_ratio)
         self._check_types()
+        parse_ratios(self.request_ratios)
         if self.policy not in POLICIES:
             raise ValueError(f"policy={self.policy!r}: must be one of {', '.join(POLICIES)}.")
         for name in ("window_size", "buffer_size", "max_chunk_size", "query_stride", "budget_size", "budget_interval"):
@@ -106,6 +116,33 @@ class KvConfig:
         return self.retention_ratio < 1.0
 
     @property
+    def request_ratio_ranges(self) -> tuple[tuple[float, float], ...]:
+        """The ratios that a request may choose, as inclusive ranges (low, high); the engine's own comes first."""
+        return ((self.retention_ratio, self.retention_ratio), *parse_ratios(self.request_ratios))
+
+    def allows_ratio(self, ratio: float) -> bool:
+        """Whether a request may choose this retention ratio."""
+        return any(low <= ratio <= high for low, high in self.request_ratio_ranges)
+
+    @property
+    def all_ratios(self) -> list[float]:
+        """Every ratio that a request is served with, the engine's own first: of a range, its ends and hundredths."""
+        ratios: list[float] = []
+        for low, high in self.request_ratio_ranges:
+            hundredths = (n / 100 for n in range(ceil(100 * low), floor(100 * high) + 1))
+            ratios += [low, *hundredths, high] if low < high else [low]
+        return list(dict.fromkeys(ratios))
+
+    def nearest_ratio(self, ratio: float) -> float:
+        """The one of `all_ratios` that a request with this ratio is served with; all of them are compiled at start.
+
+        A ratio that requests may not choose is returned as it is.
+        """
+        if not self.allows_ratio(ratio):
+            return ratio
+        return min(self.all_ratios, key=lambda other: abs(other - ratio))
+
+    @property
     def query_span(self) -> int:
         """Newest tokens that queries are kept of: as many as a window and the buffer have."""
         return self.window_size + self.buffer_size
@@ -143,9 +180,37 @@ class KvConfig:
 
 def check_retention_ratio(value: Any, name: str = "retention_ratio") -> float:
     """Return `value` as a float; raise ValueError unless it is a share in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= 1:
+        wrong_type = "" if is_number else f"expected a number, not {type(value).__name__}; "
         raise ValueError(
-            f"{name}={value!r}: this is the share that survives, in (0, 1]. To drop 30% of each window, use 0.7; "
-            "to turn compression off, use 1.0."
+            f"{name}={value!r}: {wrong_type}this is the share that survives, in (0, 1]. To drop 30% of each window, "
+            "use 0.7; to turn compression off, use 1.0."
         )
     return float(value)
+
+
+_NUMBER = r"(\d+\.?\d*|\.\d+)"
+_RATIO_OR_RANGE = re.compile(rf"\s*{_NUMBER}\s*(?:-\s*{_NUMBER}\s*)?")
+
+
+def parse_ratios(text: str) -> tuple[tuple[float, float], ...]:
+    """The inclusive ranges (low, high) of `request_ratios`, such as "0.2-0.5,1.0"; a single ratio is both ends.
+
+    Raises ValueError for anything else, and for ratios outside (0, 1].
+    """
+    ranges = []
+    for item in text.split(",") if text.strip() else ():
+        match = _RATIO_OR_RANGE.fullmatch(item)
+        if match is None:
+            raise ValueError(
+                f"request_ratios={text!r}: {item!r} is neither a ratio nor a range LOW-HIGH; write for instance "
+                "'0.2-0.5,1.0', or '' to let requests choose nothing."
+            )
+        low, high = (float(number) for number in (match[1], match[2] or match[1]))
+        for end in (low, high):
+            check_retention_ratio(end, f"request_ratios={text!r}: ratio")
+        if low > high:
+            raise ValueError(f"request_ratios={text!r}: the range {item.strip()} ends below its start; swap its ends.")
+        ranges.append((low, high))
+    return tuple(ranges)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from math import ceil
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -26,7 +27,7 @@ def ceil_div(a: Int, b: int) -> Int:
 
 
 class Shape(NamedTuple):
-    """What one event does, in tokens: survivors of earlier events and raw tokens that it reads, tokens that it keeps."""
+    """Tokens of one event: survivors of earlier ones and raw tokens that it reads, and those that it keeps."""
 
     num_history: int
     num_raw: int
@@ -129,15 +130,15 @@ class Geometry:
         raw = self._consumed(event + 1) - self._consumed(event)
         return Shape(history, raw, self.survivors(event + 1) - self.survivors(event) + history)
 
-    def shapes(self) -> list[Shape]:
-        """Every shape that events can have: what has to be compiled before the first request."""
-        shapes = set()
-        if self.kept_blocks:
-            fewest, most = int(self.kept_blocks), ceil_div(self.kept_blocks, 1)  # type: ignore[type-var]
-            shapes = {Shape(0, self.interval, blocks * self.block_size) for blocks in (fewest, most)}
+    def shapes(self) -> dict[Shape, int]:
+        """Every shape that events have, with the first event of each: what has to be compiled before serving."""
+        events = []
+        if self.kept_blocks:  # the rounding repeats
+            windows = np.arange(min(self.kept_blocks.denominator, self.first_cut) + 1)
+            events += np.unique(np.diff(self._rounded(windows)), return_index=True)[1].tolist()
         if self.tracks_survivors:
-            shapes |= {self.shape(event) for event in (self.first_cut, self.first_cut + self.cycle)}
-        return sorted(shapes)
+            events += [self.first_cut, self.first_cut + self.cycle]
+        return {self.shape(event): event for event in reversed(events)}
 
     def _cuts_history(self, event: int) -> bool:
         return event >= self.first_cut and (event - self.first_cut) % self.cycle == 0
@@ -254,16 +255,16 @@ class Geometry:
 
 def _kept_blocks(retention_ratio: float, window_size: int, block_size: int) -> Fraction:
     """Blocks that a window keeps on average; ValueError where a window would keep less than one."""
+    # Decimal fractions stay what they are, and so exact; the sums of `Geometry` stay within 64 bits.
+    ratio = max(Fraction(retention_ratio).limit_denominator(10_000), Fraction(1, 10_000))
+    fitting = block_size * max(2, ceil(1 / ratio))
     if window_size < 2 * block_size:
         raise ValueError(
             f"window_size={window_size}: with blocks of {block_size} tokens nothing could be freed; "
-            f"use at least {2 * block_size}, or a smaller --block-size."
+            f"use at least {fitting}, or a smaller --block-size."
         )
-    # Decimal fractions stay what they are, and so exact; the sums below stay within 64 bits.
-    ratio = Fraction(retention_ratio).limit_denominator(10_000)
     kept = ratio * Fraction(window_size, block_size)
     if kept < 1:
-        fitting = int(ceil_div(Fraction(1) / max(ratio, Fraction(1, 10_000)), 1)) * block_size  # type: ignore[type-var]
         raise ValueError(
             f"retention_ratio={retention_ratio}: every window keeps at least one block, {block_size} tokens, which is "
             f"{block_size / window_size:.3g} of window_size={window_size}. Use that ratio or more, or a window_size of "
@@ -278,7 +279,7 @@ def _history_limit(history_size: int, kept_blocks: Fraction, block_size: int) ->
 
     def windows_in(blocks: int) -> int:
         """The most windows whose rounded share fits: the largest n with n * kept_blocks < blocks + 1/2."""
-        return ceil_div((blocks + Fraction(1, 2)) / kept_blocks, 1) - 1  # type: ignore[type-var, return-value]
+        return ceil((blocks + Fraction(1, 2)) / kept_blocks) - 1
 
     first_cut = windows_in(limit)
     if first_cut < 1:

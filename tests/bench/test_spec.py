@@ -54,7 +54,8 @@ def test_ratios_share_an_engine_and_stock_has_its_own() -> None:
         [("stock", 4), ("stock", 8)],
     ]
     assert [job.plugins for job in jobs] == ["", "kvllm", "kvllm", "kvllm", ""]
-    assert jobs[1].options == {"method": "kara", "retention_ratio": 0.5}
+    # The requests of the other runs carry their ratios, which the engine must allow.
+    assert jobs[1].options == {"method": "kara", "retention_ratio": 0.5, "request_ratios": "0.3,1.0"}
 
 
 def test_engine_arguments() -> None:

@@ -1,4 +1,4 @@
-"""Requests in one pool of blocks, with allocator blocks as large as a kernel's and larger: nothing is lost or shared."""
+"""Requests in one pool, with allocator blocks as large as a kernel's and larger: nothing is lost or shared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NULL = -1
 
 @dataclass
 class Pool:
-    """Blocks and what each of their kernel blocks holds; a freed block is the next to be handed out, with its contents."""
+    """Blocks, and what each of their kernel blocks holds; a freed block is handed out next, with its contents."""
 
     size: int
     free: list[int] = field(default_factory=list)

@@ -24,7 +24,7 @@ from kvllm.reference import load_model, replay
 from tests.conftest import DEFAULT_MODEL
 
 BLOCK_SIZE = 32
-CONFIG = KvConfig(window_size=64, buffer_size=32, retention_ratio=0.5)
+CONFIG = KvConfig(window_size=64, buffer_size=32, retention_ratio=0.5, request_ratios="1.0")
 NEAR_TIE = 1e-3  # a first difference is accepted only where the reference's two best logits lie this close
 
 

@@ -170,13 +170,14 @@ def test_rope_positions_are_logical(llm: Any, monkeypatch: pytest.MonkeyPatch) -
         (1.5, r"kv_retention_ratio=1.5: .*in \(0, 1\]"),
         ("half", r"kv_retention_ratio='half': .*in \(0, 1\]"),
         (True, r"kv_retention_ratio=True"),
-        (0.1, r"retention_ratio=0.1: .*keeps no block.*"),
-        (0.9, r"retention_ratio=0.9: .*keeps every block"),
+        ("0.5", r"kv_retention_ratio='0.5': expected a number, not str"),
+        (0.4, r"kv_retention_ratio=0.4: this server allows 0.5, 1.0\. Leave kv_retention_ratio out"),
     ],
 )
 def test_a_bad_ratio_is_refused_when_the_request_arrives(llm: Any, ratio: Any, message: str) -> None:
-    with pytest.raises(VLLMValidationError, match=message):
+    with pytest.raises(VLLMValidationError, match=message) as refusal:
         llm.generate([{"prompt_token_ids": words(10)}], params(5, kv_retention_ratio=ratio), use_tqdm=False)
+    assert refusal.value.parameter == "kv_retention_ratio"
     assert_pool_whole(llm)
 
 

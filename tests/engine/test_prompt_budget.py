@@ -13,7 +13,9 @@ from kvllm.config import KvConfig
 from kvllm.engine.stats import engine_stats
 from tests.engine.conftest import assert_equals_reference, assert_pool_whole, engine, watch_blocks, words
 
-CONFIG = KvConfig(method="cask", window_size=64, buffer_size=32, retention_ratio=0.5, prompt_budget=64)
+CONFIG = KvConfig(
+    method="cask", window_size=64, buffer_size=32, retention_ratio=0.5, request_ratios="1.0", prompt_budget=64
+)
 NUM_BLOCKS = 32  # a prompt of 300 tokens holds 10, and 13 just before it is cut
 
 

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kvllm.engine.rows import RunningRequests
 from vllm.engine.arg_utils import EngineArgs
 
 from kvllm.config import KvConfig
 from kvllm.engine import runner_v2
 from kvllm.engine.patches import apply_patches
-from kvllm.engine.rows import RunningRequests
 from kvllm.kernels.block_tables import shorten_block_tables_ref
 from kvllm.kernels.compact import compact_ref
 from kvllm.kernels.store_tokens import store_tokens_ref

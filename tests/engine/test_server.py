@@ -14,10 +14,18 @@ import pytest
 
 from tests.server import kvllm_serve
 
+POOL = 1280  # tokens, in blocks of 32; the model allows 2,048
+
 
 @pytest.fixture(scope="module")
-def base_url(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with kvllm_serve(model_dir, tmp_path_factory.mktemp("server") / "log") as url:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server") / "log"
+
+
+@pytest.fixture(scope="module")
+def base_url(model_dir: Path, log: Path) -> Iterator[str]:
+    pool = ("--max-model-len", "2048", "--num-gpu-blocks-override", str(POOL // 32 + 1))
+    with kvllm_serve(model_dir, log, *pool) as url:
         yield url
 
 
@@ -75,8 +83,61 @@ def test_sixteen_at_once_with_an_abort_midway_and_prefix_hits(client: Any, base_
     assert metric(base_url, "vllm:kv_cache_usage_perc") == 0
 
 
-def test_a_bad_ratio_is_a_bad_request(client: Any) -> None:
-    with pytest.raises(openai.BadRequestError, match="kv_retention_ratio=1.5"):
+@pytest.mark.parametrize(
+    "ratio, message",
+    [
+        (1.5, r"kv_retention_ratio=1.5: .*in \(0, 1\]"),
+        ("0.5", "kv_retention_ratio='0.5': expected a number, not str"),
+        (0.2, r"kv_retention_ratio=0.2: this server allows 0.5, 0.25-0.5, 1.0. Leave .* out .*--request-ratios"),
+    ],
+)
+def test_a_bad_ratio_is_a_bad_request(client: Any, ratio: Any, message: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=message) as error:
         client.completions.create(
-            model="small", prompt="Hello", max_tokens=4, extra_body={"vllm_xargs": {"kv_retention_ratio": 1.5}}
+            model="small", prompt="Hello", max_tokens=4, extra_body={"vllm_xargs": {"kv_retention_ratio": ratio}}
         )
+    assert error.value.param == "kv_retention_ratio"
+
+
+def ask(client: Any, api: str, num_words: int, max_tokens: int | None, **xargs: Any) -> Any:
+    """An answer that does not end by itself, to a prompt of about `num_words` tokens."""
+    text, body = " word" * num_words, {"ignore_eos": True, "vllm_xargs": {"kv_retention_ratio": 1.0} | xargs}
+    limit: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
+    if api == "chat":
+        messages: Any = [{"role": "user", "content": text}]
+        return client.chat.completions.create(model="small", messages=messages, extra_body=body, **limit)
+    return client.completions.create(model="small", prompt=text, extra_body=body, **limit)
+
+
+@pytest.mark.parametrize("api, num_words", [("chat", 1150), ("completions", 1270)])
+def test_a_max_tokens_that_was_left_out_ends_where_the_pool_does(client: Any, api: str, num_words: int) -> None:
+    """On the completions API 16 is what is left out."""
+    answer = ask(client, api, num_words, None)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.total_tokens == POOL and answer.usage.completion_tokens > 0
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_a_prompt_that_cannot_fit_is_refused_as_that(client: Any, api: str) -> None:
+    for max_tokens in (None, 5):
+        with pytest.raises(openai.BadRequestError, match=f"prompt of .* at most {POOL - 1} tokens") as error:
+            ask(client, api, 1300, max_tokens)
+        assert error.value.param == "input_tokens" and "max_tokens" not in str(error.value)
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_a_max_tokens_that_does_not_fit_is_named(client: Any, api: str) -> None:
+    with pytest.raises(
+        openai.BadRequestError, match=r"max_tokens=700: .*at most \d+, or kv_retention_ratio=0.5"
+    ) as error:
+        ask(client, api, 700, 700)
+    assert error.value.param == "max_tokens"
+
+
+def test_beam_search_answers_and_says_once_that_it_is_not_compressed(client: Any, log: Path) -> None:
+    for _ in range(2):
+        answer = client.completions.create(
+            model="small", prompt="Count: one, two,", max_tokens=4, n=2, extra_body={"use_beam_search": True}
+        )
+        assert len(answer.choices) == 2
+    assert log.read_text().count("beam search is not compressed") == 1

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from kvllm.engine.rows import RunningRequests
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -31,7 +32,6 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
 from kvllm.config import KvConfig
-from kvllm.engine.rows import RunningRequests
 from kvllm.engine.runner_v1 import CompressorV1
 from kvllm.engine.runner_v2 import KvModelState, RequestRows
 from kvllm.engine.scheduler import KvAsyncScheduler, KvScheduler

@@ -53,6 +53,7 @@ def test_one_engine_a_method_and_the_full_cache_in_the_first(tmp_path):
     samples = run("sums", plan(CASES, PROBLEMS, 2), Adder, tmp_path / "log", None, grade, "test")
     assert [options["method"] for options in Adder.started if options] == ["kara", "snapkv"] and Adder.closed == 2
     assert all("retention_ratio" not in options for options in Adder.started if options)
+    assert [options["request_ratios"] for options in Adder.started if options] == ["1.0,0.3,0.5", "0.3,0.5"]
     assert len(samples) == 2 * 2 * (1 + 4) and samples == read_samples(tmp_path / "log")
     summaries = summarise(samples)
     assert [(s.name, s.ratio, s.accuracy.value) for s in summaries] == [

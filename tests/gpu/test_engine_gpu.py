@@ -26,7 +26,7 @@ from tests.models import VOCAB_SIZE, save_random_llama
 from tests.near_ties import Match, check_greedy
 
 BLOCK_SIZE = 16
-CONFIG = KvConfig(window_size=64, buffer_size=32, retention_ratio=0.5)
+CONFIG = KvConfig(window_size=64, buffer_size=32, retention_ratio=0.5, request_ratios="1.0")
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_generic_methods(method: str, model_dir: Path, reference_model: Any) -> 
 @pytest.mark.parametrize("method", ["kara", "random"])
 def test_history_is_compressed_again(method: str, model_dir: Path, reference_model: Any) -> None:
     """Under CUDA graphs: after four windows every other event takes the history too; other ratios, other cycles."""
-    config = replace(CONFIG, method=method, history_size=128)
+    config = replace(CONFIG, method=method, history_size=128, request_ratios="0.25,0.75")
     llm = start(model_dir, config)
     prompts = [prompt(n, n) for n in (5, 64, 300)]
     for p, output in zip(prompts, greedy(llm, prompts, 700), strict=True):

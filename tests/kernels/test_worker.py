@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from kvllm.compression.compressor import Compressor, most_survivors
+from kvllm.compression.paged_store import PagedCandidates
 from kvllm.compression.rows import TAIL, Due
 from kvllm.compression.worker import Layers, WorkerState
 from kvllm.config import KvConfig
 from kvllm.engine.runner_v2 import physical_lengths
+from kvllm.engine.settings import Geometries, allowed_geometries
 from kvllm.engine.store_gpu import GpuStore
 from kvllm.kernels import kara as kara_kernels
 from kvllm.kernels.block_tables import join_segments
@@ -196,6 +198,31 @@ def test_equals_reference(config: KvConfig, num_events: int, device: str, monkey
                 request.layers[layer].append(queries, keys, values)
             request.computed += request.new[0].shape[1]
     assert running[0].num_events == num_events
+
+
+@pytest.mark.parametrize("history_size", [0, 48])
+def test_every_shape_that_a_request_may_choose_is_compiled_before_serving(
+    history_size: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels are compiled for a number of candidates and one of survivors: none may be new to a live step."""
+    sizes = SIZES | {"window_size": 48, "retention_ratio": 0.2, "history_size": history_size}
+    config = KvConfig(method="kara", request_ratios="0.3-0.33,0.85,1.0", **sizes)
+    cache = random_cache(
+        num_layers=NUM_LAYERS, num_blocks=MAX_BLOCKS, block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM, dtype=torch.float32, device=device,
+    )  # fmt: skip
+    state, compiled = worker_state(config, cache, device), []
+    assert state.compressor is not None and state.compressor.fused is not None
+
+    def fused(candidates: PagedCandidates, num_kept: int) -> None:
+        compiled.append((candidates.blocks.shape[1] * BLOCK_SIZE, num_kept))
+
+    monkeypatch.setattr(state.compressor, "fused", fused)
+    geometries = Geometries(config, BLOCK_SIZE)
+    state.warm_up(allowed_geometries(config, BLOCK_SIZE))
+    ratios = [0.2, 0.85, *np.random.default_rng(0).uniform(0.3, 0.33, 200)]
+    shapes = {geometries.of_ratio(float(r)).shape(event) for r in ratios for event in range(60)}
+    assert {(s.num_candidates, s.num_kept) for s in shapes if s.num_kept < s.num_candidates} == set(compiled)
 
 
 @pytest.mark.parametrize("options", [{}, {"history_size": 24}, {"policy": "budget", **BUDGET}])

@@ -189,9 +189,13 @@ def engine_jobs(spec: BenchSpec) -> list[EngineJob]:
 
 
 def _engine_options(group: list[Configuration]) -> dict[str, Any] | None:
-    """The largest ratio plans the pool most carefully; 1.0 only where no run compresses."""
+    """The largest ratio plans the pool most carefully; 1.0 only where no run compresses. Requests may choose any."""
     if group[0].options is None:
         return None
     ratios = [c.options["retention_ratio"] for c in group if c.options]
-    compressing = [r for r in ratios if r < 1.0]
-    return {**group[0].options, "retention_ratio": max(compressing or ratios)}
+    own = max([r for r in ratios if r < 1.0] or ratios)
+    options = {**group[0].options, "retention_ratio": own}
+    others = [repr(r) for r in dict.fromkeys(ratios) if r != own]
+    if others:
+        options["request_ratios"] = ",".join(filter(None, [options.get("request_ratios"), *others]))
+    return options

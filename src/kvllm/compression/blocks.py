@@ -8,6 +8,7 @@ them, so that the list keeps its length and vLLM's arithmetic stays true.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import TypeVar
 
 from kvllm.layout import Geometry, ceil_div
@@ -24,7 +25,7 @@ def num_spares(geometry: Geometry, allocator_block_size: int) -> int:
     on by at least as many tokens as the prefix grows.
     """
     size = allocator_block_size
-    most_kept = ceil_div(geometry.kept_blocks, 1) * geometry.block_size  # type: ignore[type-var]
+    most_kept = ceil(geometry.kept_blocks) * geometry.block_size
     return int(size > geometry.block_size and geometry.interval // size < ceil_div(most_kept, size))
 
 
@@ -39,9 +40,7 @@ def peak_allocator_blocks(
     if allocator_block_size == geometry.block_size:
         return geometry.peak_blocks(num_prompt_tokens, num_tokens)
     tokens = geometry.peak_tokens(num_prompt_tokens, num_tokens)
-    return min(
-        uncompressed, ceil_div(tokens, allocator_block_size) + 2 + num_spares(geometry, allocator_block_size)
-    )
+    return min(uncompressed, ceil_div(tokens, allocator_block_size) + 2 + num_spares(geometry, allocator_block_size))
 
 
 def close_gap(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from kvllm.compression.compressor import Compressor, Fused, most_survivors
-from kvllm.compression.paged_store import PagedStore
-from kvllm.compression.rows import NUM_PLANNED, PREFIX, PROMPT, REMOVED, TAIL, RequestRows
+from kvllm.compression.paged_store import PagedCandidates, PagedStore
+from kvllm.compression.rows import NUM_PLANNED, PREFIX, PROMPT, REMOVED, TAIL, Due, RequestRows
 from kvllm.config import KvConfig
-from kvllm.layout import IntArray, ceil_div
+from kvllm.layout import Geometry, IntArray, Shape, ceil_div
 from kvllm.methods import make_method
 from kvllm.methods.rope import Rope
 from kvllm.query_bank import QueryBank
@@ -86,6 +86,21 @@ class WorkerState:
         self.compressor = Compressor(
             self.config, self.method, store, numbers, self.bank.shifts, self.rope, self.positions, fused
         )
+
+    def warm_up(self, geometries: Iterable[Geometry]) -> None:
+        """Compile the kernels of every shape that an event can have now, not in the step that first needs them."""
+        assert self.store is not None and self.compressor is not None
+        done: set[Shape] = set()
+        for geometry in geometries:
+            for shape, event in geometry.shapes().items():
+                if shape in done:
+                    continue
+                done.add(shape)
+                # All candidates in the null block, which nobody reads.
+                num_blocks = shape.num_candidates // geometry.block_size
+                blocks = torch.zeros(1, num_blocks, dtype=torch.int32, device=self.step.device)
+                candidates = PagedCandidates(blocks, self.store.to_device([0]))
+                self.compressor.compress_group([Due(0, 0, geometry, 1, event)], shape, candidates)
 
     def begin_step(
         self, rows: IntArray, num_computed_tokens: IntArray, names: Sequence[str], block_table: Tensor

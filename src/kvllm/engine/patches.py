@@ -65,10 +65,33 @@ def with_checked_request(original: Callable[..., Any]) -> Callable[..., Any]:
         from kvllm.engine.requests import check_engine_request
 
         request = original(self, *args, **kwargs)
-        check_engine_request(self.vllm_config, request)
+        check_engine_request(self, request)
         return request
 
     return process_inputs
+
+
+def with_noted_beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
+    def resolve_watermarking(self: Any, params: Any) -> Any:
+        from kvllm.engine.requests import note_beam_search
+
+        note_beam_search(self.vllm_config, params)
+        return original(self, params)
+
+    return resolve_watermarking
+
+
+def with_noted_pool(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _apply_ready_response(self: Any, payload: Any) -> None:
+        from kvllm.engine.requests import note_pool
+
+        cache_config = self.vllm_config.cache_config
+        before = cache_config.num_gpu_blocks or 0
+        original(self, payload)
+        if added := (cache_config.num_gpu_blocks or 0) - before:
+            note_pool(cache_config, added)
+
+    return _apply_ready_response
 
 
 def with_compressed_spec(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,8 +186,25 @@ PATCHES = (
             "kv_hints",
         ),  # fmt: skip
         wrap=with_checked_request,
-        why="a request's own retention ratio is refused with HTTP 400 before it is queued",
-        drop_when="vLLM validates extra_args through a plugin for more than logits processors",
+        why="a request that cannot be served is refused with HTTP 400 before it is queued, and max_tokens is capped",
+        drop_when="vLLM lets a plugin validate requests with more than logits processors",
+    ),
+    Patch(
+        "vllm.v1.engine.input_processor:InputProcessor.resolve_watermarking",
+        vllm="0.32.0",
+        parameters=("self", "params"),
+        wrap=with_noted_beam_search,
+        why="the one method that both beam searches, offline and online, call with their parameters: say that beam "
+        "search is not compressed",
+        drop_when="a beam search is one request of the engine",
+    ),
+    Patch(
+        "vllm.v1.engine.core_client:MPClient._apply_ready_response",
+        vllm="0.32.0",
+        parameters=("self", "payload"),
+        wrap=with_noted_pool,
+        why="a client adds up the pools of the engines that it manages, however many; a request must fit in one",
+        drop_when="vLLM keeps the size of each engine's pool in the client",
     ),
     Patch(
         "vllm.model_executor.layers.attention.attention:Attention.get_kv_cache_spec",

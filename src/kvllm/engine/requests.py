@@ -1,42 +1,190 @@
-"""Checking requests where they arrive, so that a wrong one is refused and none is served wrong."""
+"""Checking requests on arrival: what cannot be served is refused before it is queued, with HTTP 400 over HTTP."""
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
-from kvllm.engine.settings import RATIO_KEY, Geometries, check_request, kv_config
+from kvllm.engine.settings import RATIO_KEY, Geometries, kv_config, request_ratio
+from kvllm.layout import Geometry, ceil_div
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.config.cache import CacheConfig
     from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.input_processor import InputProcessor
+
+logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
+
+_SMALLEST_POOL = "kvllm_smallest_pool"  # attribute of vLLM's CacheConfig
 
 
-def check_engine_request(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
-    """Raise VLLMValidationError (HTTP 400) for a request that compression cannot serve."""
-    config = kv_config(vllm_config)
+def check_engine_request(processor: InputProcessor, request: EngineCoreRequest) -> None:
+    """Check a request that `processor` has just built, and cap its `max_tokens` where the client left it out.
+
+    Raises VLLMValidationError for a request that compression cannot serve, naming the parameter at fault.
+    """
     params = request.sampling_params
-    if config is None or params is None:
+    if params is None or kv_config(processor.vllm_config) is None:
         return
-    geometries = Geometries(config, vllm_config.cache_config.block_size)
-    num_prompt_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
-    max_model_len = vllm_config.model_config.max_model_len
-    max_tokens = min(params.max_tokens or max_model_len, max_model_len - num_prompt_tokens)
-    try:
-        check_request(geometries, params, num_prompt_tokens, max_tokens, _num_blocks(vllm_config))
-    except ValueError as e:
-        raise VLLMValidationError(str(e), parameter=RATIO_KEY) from e
-    if request.resumable and geometries.of(params) is not None:
-        raise VLLMValidationError(
-            f"streaming input sessions cannot be compressed; send the request with {RATIO_KEY}=1.0",
-            parameter=RATIO_KEY,
+    check = vars(processor).get("kvllm_check")
+    if check is None:  # the first request: the engine has started, and its block size is final
+        check = vars(processor)["kvllm_check"] = RequestCheck(processor.vllm_config)
+    request.sampling_params = check(request, params)
+
+
+def note_beam_search(vllm_config: VllmConfig, params: object) -> None:
+    """Say once that beam search is not compressed."""
+    if isinstance(params, BeamSearchParams) and kv_config(vllm_config) is not None:
+        logger.warning_once(
+            "KvLLM: beam search is not compressed: vLLM runs each of its steps as a new request for one token, whose "
+            "prompt is all the text so far. Sampling (n > 1) is compressed."
         )
 
 
-def _num_blocks(vllm_config: VllmConfig) -> int:
-    """Blocks of one engine's pool, less the null block; 0 where this process does not know them."""
-    total = vllm_config.cache_config.num_gpu_blocks or 0
-    # The client adds up the pools of its data-parallel engines.
-    return max(total // vllm_config.parallel_config.data_parallel_size - 1, 0)
+def note_pool(cache_config: CacheConfig, num_blocks: int) -> None:
+    """Remember the smallest pool among the engines of a client; vLLM keeps only the sum of their `num_blocks`."""
+    smallest = getattr(cache_config, _SMALLEST_POOL, num_blocks)
+    setattr(cache_config, _SMALLEST_POOL, min(smallest, num_blocks))
+
+
+def usable_blocks(cache_config: CacheConfig) -> int:
+    """Blocks that one request can have on any engine: the pool less its null block; 0 where it is not known here."""
+    # An engine in this process reports nothing: `num_gpu_blocks` is then its own.
+    num_blocks = getattr(cache_config, _SMALLEST_POOL, None) or cache_config.num_gpu_blocks or 0
+    return max(num_blocks - 1, 0)
+
+
+class RequestCheck:
+    """Checks the requests of one front end."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        config = kv_config(vllm_config)
+        assert config is not None
+        self.config = config
+        self.vllm_config = vllm_config
+        self.block_size = vllm_config.cache_config.block_size
+        self.geometries = Geometries(config, self.block_size)
+        # What vLLM puts in place of a max_tokens that was left out: the model's own default, or that of SamplingParams
+        # and /v1/completions. (Elsewhere it is what max_model_len leaves.)
+        self.default_max_tokens = {
+            SamplingParams().max_tokens, vllm_config.model_config.get_diff_sampling_param().get("max_tokens"),
+        }  # fmt: skip
+
+    def __call__(self, request: EngineCoreRequest, params: SamplingParams) -> SamplingParams:
+        """The parameters to run the request with: `params`, or a copy with a lower `max_tokens`."""
+        geometry = self._geometry(params)
+        num_blocks = usable_blocks(self.vllm_config.cache_config)
+        if request.resumable:
+            self._check_resumable(geometry, num_blocks)
+        if not num_blocks:
+            return params
+        num_prompt_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+        return self._fit(params, geometry, num_prompt_tokens, num_blocks)
+
+    def _geometry(self, params: SamplingParams) -> Geometry | None:
+        try:
+            ratio = request_ratio(self.config, params)
+            if not self.config.allows_ratio(ratio):
+                raise ValueError(
+                    f"{RATIO_KEY}={ratio}: this server allows {self._allowed()}. Leave {RATIO_KEY} out for the "
+                    "server's own ratio; its operator can allow others with --request-ratios."
+                )
+            return self.geometries.of_ratio(ratio)
+        except ValueError as e:
+            raise VLLMValidationError(str(e), parameter=RATIO_KEY) from e
+
+    def _allowed(self) -> str:
+        (own, _), *others = self.config.request_ratio_ranges
+        if not others:
+            return f"only its own ratio, {own}"
+        return ", ".join([f"{own}", *(str(low) if low == high else f"{low}-{high}" for low, high in others)])
+
+    def _check_resumable(self, geometry: Geometry | None, num_blocks: int) -> None:
+        """A streaming input session has no prompt whose length is known when it starts."""
+        if geometry is not None:
+            remedy = f"send the request with {RATIO_KEY}=1.0"
+            if not self.config.allows_ratio(1.0):
+                remedy += ", which the server's operator must allow first, with --request-ratios 1.0"
+            raise VLLMValidationError(f"streaming input sessions cannot be compressed; {remedy}", parameter="resumable")
+        max_model_len = self.vllm_config.model_config.max_model_len
+        if num_blocks and ceil_div(max_model_len, self.block_size) > num_blocks:
+            raise VLLMValidationError(
+                f"a streaming input session may grow to max_model_len={max_model_len} tokens and is not compressed, "
+                f"and the KV cache holds {num_blocks * self.block_size}; start the server with a --max-model-len of at "
+                f"most {num_blocks * self.block_size}, or with a larger KV cache",
+                parameter="resumable",
+            )
+
+    def _fit(
+        self, params: SamplingParams, geometry: Geometry | None, num_prompt_tokens: int, num_blocks: int
+    ) -> SamplingParams:
+        """Cap or refuse a request that cannot run to its end alone in a pool of `num_blocks` blocks."""
+        max_model_len = self.vllm_config.model_config.max_model_len
+        room = max_model_len - num_prompt_tokens
+        max_tokens = min(params.max_tokens or room, room)
+        needed = self._peak_blocks(geometry, num_prompt_tokens, max_tokens)
+        if needed <= num_blocks:
+            return params
+        most = self._max_tokens_that_fit(geometry, num_prompt_tokens, num_blocks)
+        if most < 1:
+            # Before the first token nothing has been compressed, whatever the ratio.
+            raise VLLMValidationError(
+                f"a prompt of {num_prompt_tokens} tokens does not fit: prompt and first generated token must fit in "
+                f"the KV cache, which holds {num_blocks * self.block_size} tokens; use a prompt of at most "
+                f"{num_blocks * self.block_size - 1} tokens, or start the server with a larger KV cache "
+                "(--gpu-memory-utilization, --kv-cache-memory-bytes)",
+                parameter="input_tokens",  # vLLM's name for it, in its refusal of prompts beyond max_model_len
+            )
+        # vLLM fills in a max_tokens that was left out before the request gets here. A client that asks for as much as
+        # max_model_len allows, or for exactly a default, cannot be told from one that asks for nothing.
+        if max_tokens == room or max_tokens in self.default_max_tokens:
+            if params.min_tokens > most:
+                other = self._other_ratio(num_prompt_tokens, params.min_tokens, num_blocks)
+                raise VLLMValidationError(
+                    f"min_tokens={params.min_tokens}: with a prompt of {num_prompt_tokens} tokens at most {most} more "
+                    f"fit in the KV cache; use min_tokens of at most {most}{other}",
+                    parameter="min_tokens",
+                )
+            capped = copy.copy(params)  # the caller may use its own for other prompts
+            capped.max_tokens = most
+            return capped
+        remedy = f"Use max_tokens of at most {most}{self._other_ratio(num_prompt_tokens, max_tokens, num_blocks)}."
+        if geometry is not None and geometry.prompt_shape(num_prompt_tokens):
+            due = geometry.event_at(num_prompt_tokens, 0)
+            if num_prompt_tokens + most < due:
+                raise VLLMValidationError(
+                    f"prefix_budget_exhausted: a prompt of {num_prompt_tokens} tokens is cut to "
+                    f"prompt_budget={geometry.prompt_budget} once {due - num_prompt_tokens} tokens are generated, and "
+                    f"takes {ceil_div(due, self.block_size)} KV blocks until then; the pool has {num_blocks}. {remedy} "
+                    "A shorter prompt helps too.",
+                    parameter="max_tokens",
+                )
+        raise VLLMValidationError(
+            f"max_tokens={max_tokens}: with a prompt of {num_prompt_tokens} tokens this request needs {needed} KV "
+            f"blocks at its peak and the pool has {num_blocks}. {remedy}",
+            parameter="max_tokens",
+        )
+
+    def _peak_blocks(self, geometry: Geometry | None, num_prompt_tokens: int, num_generated: int) -> int:
+        total = num_prompt_tokens + num_generated
+        return ceil_div(total, self.block_size) if geometry is None else geometry.peak_blocks(num_prompt_tokens, total)
+
+    def _max_tokens_that_fit(self, geometry: Geometry | None, num_prompt_tokens: int, num_blocks: int) -> int:
+        """Most tokens that the request can generate; 0 or less where not even one."""
+        if geometry is None:
+            return num_blocks * self.block_size - num_prompt_tokens
+        return geometry.max_tokens_that_fit(num_prompt_tokens, num_blocks) - num_prompt_tokens
+
+    def _other_ratio(self, num_prompt_tokens: int, num_generated: int, num_blocks: int) -> str:
+        """The highest allowed ratio with which the request would fit, as another remedy; "" if there is none."""
+        for ratio in sorted(self.config.all_ratios, reverse=True):
+            geometry = self.geometries.of_ratio(ratio)
+            if self._peak_blocks(geometry, num_prompt_tokens, num_generated) <= num_blocks:
+                return f", or {RATIO_KEY}={ratio}"
+        return ""

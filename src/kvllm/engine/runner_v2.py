@@ -23,18 +23,15 @@ from vllm.utils.torch_utils import async_tensor_h2d, is_quantized_kv_cache
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from kvllm.compression.paged_store import PagedCandidates
-from kvllm.compression.rows import Due
 from kvllm.compression.worker import Layers, WorkerState
 from kvllm.engine.attention import capture_queries, store_with_queries
 from kvllm.engine.rope import rope_of
-from kvllm.engine.settings import Geometries, kv_config
+from kvllm.engine.settings import Geometries, allowed_geometries, kv_config
 from kvllm.engine.store_gpu import GpuStore
 from kvllm.kernels.block_tables import join_segments
 from kvllm.kernels.fused import fused_kernels, has_fused_kernels
 from kvllm.kernels.paged import PagedCache
 from kvllm.kernels.store_tokens import store_tokens
-from kvllm.layout import Geometry
 from kvllm.methods import make_method
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
@@ -119,24 +116,10 @@ class KvModelState(DefaultModelState):
             cache=cache, dtype=self.dtype,
         )  # fmt: skip
         state.attach(store, fused_kernels(state.method, self.config, state.bank, cache, state.rope))
-        self._warm_up()
+        state.warm_up(allowed_geometries(self.config, store.block_size))
 
     def _to_device(self, numbers: list[int]) -> Tensor:
         return async_tensor_h2d(numbers, dtype=torch.int64, device=self.device)
-
-    def _warm_up(self) -> None:
-        """Compile the kernels of every shape that an event can have now, not in the step that first needs them."""
-        geometry = Geometry.from_config(self.config, self.geometries.block_size)
-        compressor = self.compression.compressor
-        assert compressor is not None
-        if geometry is None:
-            return
-        for shape in geometry.shapes():
-            # All candidates in the null block, which nobody reads; the event only says how old the queries are.
-            blocks = torch.zeros(1, shape.num_candidates // geometry.block_size, dtype=torch.int32, device=self.device)
-            event = next(e for e in (0, geometry.first_cut) if geometry.shape(e).num_history == shape.num_history)
-            candidates = PagedCandidates(blocks, self._to_device([0]))
-            compressor.compress_group([Due(0, 0, geometry, 1, event)], shape, candidates)
 
     @staticmethod
     def _query_scale(layer: Any) -> float:

@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 
 from kvllm.config import KvConfig, check_retention_ratio
 from kvllm.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
-from kvllm.layout import Geometry, ceil_div
+from kvllm.layout import Geometry
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,7 +40,8 @@ def kv_config(vllm_config: VllmConfig) -> KvConfig | None:
 def request_ratio(config: KvConfig, params: SamplingParams | None) -> float:
     """The retention ratio of one request: its own `kv_retention_ratio`, or the engine's.
 
-    Raises ValueError unless it is in (0, 1].
+    Raises ValueError unless it is a number in (0, 1]. Whether a request may choose it is checked on arrival
+    (`engine/requests.py`).
     """
     extra = (params.extra_args or {}) if params is not None else {}
     if RATIO_KEY not in extra:
@@ -49,45 +50,29 @@ def request_ratio(config: KvConfig, params: SamplingParams | None) -> float:
 
 
 class Geometries:
-    """The geometry of each request, by its ratio; the same on the scheduler's and the worker's side."""
+    """The geometry of each request, by its ratio; the same in the client, the scheduler and the worker."""
 
     def __init__(self, config: KvConfig, block_size: int) -> None:
         self.config = config
         self.block_size = block_size
-        self._by_ratio: dict[float, Geometry | None] = {}
+        self._made: dict[float, Geometry | None] = {}  # bounded: of a range of ratios only hundredths are made
 
     def of(self, params: SamplingParams | None) -> Geometry | None:
         """None where the request is not compressed; ValueError if its ratio does not fit the sizes."""
-        ratio = request_ratio(self.config, params)
-        if ratio not in self._by_ratio:
-            self._by_ratio[ratio] = Geometry.from_config(self.config, self.block_size, ratio)
-        return self._by_ratio[ratio]
+        return self.of_ratio(request_ratio(self.config, params))
+
+    def of_ratio(self, ratio: float) -> Geometry | None:
+        """The geometry of a request that may choose this ratio."""
+        ratio = self.config.nearest_ratio(ratio)
+        if ratio not in self._made:
+            self._made[ratio] = Geometry.from_config(self.config, self.block_size, ratio)
+        return self._made[ratio]
 
 
-def check_request(
-    geometries: Geometries, params: SamplingParams, num_prompt_tokens: int, max_tokens: int, num_blocks: int
-) -> None:
-    """Raise ValueError unless this request can run to its end alone in the pool.
-
-    max_tokens: most tokens it may generate; num_blocks: blocks of the pool, 0 if not known here.
-    """
-    geometry = geometries.of(params)
-    if not num_blocks:
-        return
-    total = num_prompt_tokens + max_tokens
-    if geometry is None:
-        needed, fitting = ceil_div(total, geometries.block_size), num_blocks * geometries.block_size
-    else:
-        needed = geometry.peak_blocks(num_prompt_tokens, total)
-        fitting = geometry.max_tokens_that_fit(num_prompt_tokens, num_blocks)
-    if needed > num_blocks:
-        if geometry is not None and geometry.prompt_shape(num_prompt_tokens):
-            _check_prompt_can_be_cut(geometry, num_prompt_tokens, fitting, num_blocks)
-        raise ValueError(
-            f"max_tokens={max_tokens}: with a prompt of {num_prompt_tokens} tokens this request needs {needed} KV "
-            f"blocks at its peak and the pool has {num_blocks}; use max_tokens of at most "
-            f"{max(fitting - num_prompt_tokens, 0)}, or a lower {RATIO_KEY}."
-        )
+def allowed_geometries(config: KvConfig, block_size: int) -> list[Geometry]:
+    """Every geometry that a compressed request can have, each once."""
+    made = (Geometry.from_config(config, block_size, ratio) for ratio in config.all_ratios)
+    return list(dict.fromkeys(geometry for geometry in made if geometry is not None))
 
 
 def prepare(vllm_config: VllmConfig) -> KvConfig | None:
@@ -152,21 +137,13 @@ def gpu_memory() -> int | None:
     return current_platform.get_device_total_memory() if current_platform.is_cuda() else None
 
 
-def _check_prompt_can_be_cut(geometry: Geometry, num_prompt_tokens: int, fitting: int, num_blocks: int) -> None:
-    """Raise ValueError where the pool is full before the prompt is cut; fitting: most tokens that the pool holds."""
-    due = geometry.event_at(num_prompt_tokens, 0)
-    if fitting < due:
-        raise ValueError(
-            f"prefix_budget_exhausted: a prompt of {num_prompt_tokens} tokens is cut to "
-            f"prompt_budget={geometry.prompt_budget} once {due - num_prompt_tokens} tokens are generated, and takes "
-            f"{ceil_div(due, geometry.block_size)} KV blocks until then; the pool has {num_blocks}. Use a shorter "
-            f"prompt, or max_tokens of at most {max(fitting - num_prompt_tokens, 0)}."
-        )
-
-
 def _check_geometry(config: KvConfig, block_size: int, max_model_len: int) -> None:
     """Raise ValueError for sizes that do not fit the block size, or a prompt budget that leaves no room to decode."""
     geometry = Geometry.from_config(config, block_size)
+    try:
+        allowed_geometries(config, block_size)
+    except ValueError as e:
+        raise ValueError(f"request_ratios={config.request_ratios!r}: {e}") from e
     if geometry is None or not geometry.prompt_budget:
         return
     # The shortest prompt that is cut takes one block more than the budget, and is cut in a step that starts at event 0.

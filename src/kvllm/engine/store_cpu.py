@@ -36,7 +36,8 @@ class CpuStore(PagedStore):
         keys, values = kept.keys, kept.values
         if keys is None or values is None:
             index = kept.indices.transpose(1, 2).unsqueeze(-1)
-            keys, values = (rows.gather(1, index.expand(-1, -1, -1, rows.shape[-1])) for rows in self.read(candidates, layers))
+            own = self.read(candidates, layers)
+            keys, values = (rows.gather(1, index.expand(-1, -1, -1, rows.shape[-1])) for rows in own)
         tokens = torch.arange(keys.shape[1])
         rows = zip(keys, values, strict=True)
         for blocks in candidates.blocks.long():

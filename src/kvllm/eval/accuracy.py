@@ -63,7 +63,17 @@ def plan(cases: Sequence[Case], problems: Sequence[Problem], samples: int) -> di
     first = next(iter(engines), None)
     full = [Job(p, s, FULL, None, 1.0) for p, s in asked]
     engines[first] = full + engines.get(first, [])
-    return engines
+    return {_allowing_ratios(key, jobs): jobs for key, jobs in engines.items()}
+
+
+def _allowing_ratios(engine: str | None, jobs: Sequence[Job]) -> str | None:
+    """The engine's options, with the ratios of its jobs among those that its requests may choose."""
+    if engine is None:
+        return None
+    options = json.loads(engine)
+    wanted = dict.fromkeys(repr(job.ratio) for job in jobs if job.ratio is not None)
+    options["request_ratios"] = ",".join(filter(None, [options["request_ratios"], *wanted]))
+    return json.dumps(options, sort_keys=True)
 
 
 def run(
@@ -290,9 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def start(config: dict[str, Any] | None) -> Engine:
         if options.endpoint:
             return Endpoint(options.endpoint, options.model, sampling, options.concurrency)
-        engine = VllmEngine([options.model, *engine_flags], config, sampling)
-        if config is not None:
-        return engine
+        return VllmEngine([options.model, *engine_flags], config, sampling)
 
     check_run(options.out / RUN, about)
     samples = run(

@@ -26,9 +26,7 @@ def covers(method: Method, head_dim: int) -> bool:
 
 
 @serves(Kara, covers)
-def kara_kernels(
-    method: Method, config: KvConfig, bank: QueryBank, cache: PagedCache, rope: Rope | None
-) -> Fused:
+def kara_kernels(method: Method, config: KvConfig, bank: QueryBank, cache: PagedCache, rope: Rope | None) -> Fused:
     """Kara over the paged cache."""
     assert isinstance(method, Kara)
     turn = _turn(method, config, bank, cache, rope)
