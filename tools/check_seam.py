@@ -38,7 +38,7 @@ from tools.syntax_tree import (
 ROOT = Path(__file__).parent.parent
 # Declare the seam themselves.
 DECLARATIONS = ("kvllm.engine.seam", "kvllm.engine.touch")
-# Where the objects whose attributes are assigned may be vLLM's.
+# Where most objects are vLLM's.
 ENGINE = "kvllm.engine."
 # In the place of a vLLM class: an object that is certainly not vLLM's.
 OURS = Found(Module("ours", ROOT, ast.Module([], []), False, (0, 0)), None)
@@ -442,13 +442,16 @@ class _SourceCheck:
 
     def check_assignment(self, node: ast.Attribute, types: dict[str, Found | None], ours: ast.ClassDef | None) -> None:
         """An attribute that is set on anything but our own objects must be declared."""
-        if not self.module.name.startswith(ENGINE):
+        if not self.uses_vllm:
             return
         if ours is not None and ast.unparse(node.value) == "self":
             return  # `check_overrides` looks at these
         if isinstance(node.value, ast.Name) and (types.get(node.value.id) is OURS or node.value.id in self.functions):
             return
-        if not self.check.is_declared(self.type_of(node.value, types), node.attr):
+        owner = self.type_of(node.value, types)
+        if owner is None and node.attr in self.check.own_names and not self.module.name.startswith(ENGINE):
+            return  # outside the engine, an object with an attribute of ours is taken for ours
+        if not self.check.is_declared(owner, node.attr):
             self.report(node, f"sets {ast.unparse(node)}, which the seam does not declare")
 
     # ------------------------------------------------------------------ inference

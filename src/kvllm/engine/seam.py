@@ -178,6 +178,12 @@ ASSIGNMENTS = (
         drop_when=PLUGIN_SCHEDULER,
     ),
     Assignment(
+        module="vllm.v1.core.sched.scheduler",
+        names=("Scheduler.schedule(self, throttle_prefills=False)",),
+        why="`kvllm generate` counts the blocks that stock vLLM holds after every step",
+        drop_when="vLLM reports the peak of the blocks in use",
+    ),
+    Assignment(
         module="vllm.v1.core.kv_cache_manager",
         names=("KVCacheManager.watermark_blocks",),
         why="admission leaves running requests the blocks of their next interval",
