@@ -1,6 +1,6 @@
 # Everything here sets itself up: it needs Python 3.11 or newer, and a package index.
 # A second run reuses the environment (.venv) and the model (.models).
-.PHONY: help setup lint test demo clean
+.PHONY: help setup lint check-seam test demo clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -20,6 +20,7 @@ help:
 	@echo "make demo   stock vLLM against KvLLM on a small model, side by side"
 	@echo "make test   lint, types and tests"
 	@echo "make lint   ruff and mypy alone"
+	@echo "make check-seam [VLLM=FOLDER]  what we use of vLLM, against the installed one or FOLDER/vllm"
 	@echo "make setup  the environment alone, in .venv"
 	@echo "make clean  remove the environment and the caches, not the models"
 
@@ -39,8 +40,12 @@ lint: $(INSTALLED)
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
+# What src/kvllm/engine/seam.py declares, against our source and a vLLM that need not be importable.
+check-seam: $(INSTALLED)
+	PYTHONPATH=src .venv/bin/python -m tools.check_seam $(VLLM)
+
 # Two workers with one thread each: engines that spin with two threads each starve one another.
-test: lint $(MODEL)/config.json
+test: lint check-seam $(MODEL)/config.json
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 demo: $(INSTALLED) $(MODEL)/config.json

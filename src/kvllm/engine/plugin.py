@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from kvllm.engine.settings import CONFIG_KEY, SUPPORTED_VLLM
+from kvllm.engine.seam import RELEASES
+from kvllm.engine.settings import CONFIG_KEY
 
 
 def register() -> None:
-    """Install the seams. Without `additional_config["kvllm"]` none of them changes anything. Can run twice."""
+    """Install the patches. Without `additional_config["kvllm"]` they change nothing. Can run twice."""
     from vllm.version import __version__ as version
 
-    if version.partition("+")[0] != SUPPORTED_VLLM:
+    if not is_supported(version):
         _refuse_when_configured(version)
         return
     from vllm.v1.engine.core import EngineCore
 
-    from kvllm.engine.patches import apply_patches
+    from kvllm.engine.seam import apply_patches
     from kvllm.engine.stats import core_stats
 
     apply_patches()
@@ -25,8 +26,13 @@ def register() -> None:
     EngineCore.kvllm_stats = core_stats  # type: ignore[attr-defined]
 
 
+def is_supported(version: str) -> bool:
+    """Whether `version`, such as 0.33.0+cpu, is of a release that KvLLM was checked with."""
+    return ".".join(version.split(".")[:2]) in RELEASES
+
+
 def _refuse_when_configured(version: str) -> None:
-    """On another vLLM touch nothing but the place that would start a KvLLM engine."""
+    """On an unsupported vLLM, patch only the function that would start a KvLLM engine."""
     from vllm.engine.arg_utils import EngineArgs
 
     original = EngineArgs.create_engine_config
@@ -37,8 +43,8 @@ def _refuse_when_configured(version: str) -> None:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if CONFIG_KEY in (self.additional_config or {}):
             raise ValueError(
-                f"vllm=={version}: this KvLLM works with vllm=={SUPPORTED_VLLM}; install that version, or remove "
-                f"{CONFIG_KEY!r} from additional_config."
+                f"vllm=={version}: this KvLLM works with vLLM {' and '.join(RELEASES)}; install one of these "
+                f"releases, or remove {CONFIG_KEY!r} from additional_config."
             )
         return original(self, *args, **kwargs)
 

@@ -19,12 +19,13 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.platform_utils import is_pin_memory_available
-from vllm.utils.torch_utils import async_tensor_h2d, is_quantized_kv_cache
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from kvllm.compression.worker import Layers, WorkerState
 from kvllm.engine.attention import capture_queries, store_with_queries
+from kvllm.engine.compat import is_quantized_kv_cache
 from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, allowed_geometries, kv_config
 from kvllm.engine.store_gpu import GpuStore

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
-SUPPORTED_VLLM = "0.32.0"
 CONFIG_KEY = "kvllm"
 RATIO_KEY = "kv_retention_ratio"
 # vLLM's own defaults leave little to choose between: a window of 256 tokens must be many blocks.
