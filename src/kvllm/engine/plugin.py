@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from kvllm.engine.settings import CONFIG_KEY, SUPPORTED_VLLM
+from kvllm.errors import UsageError
 
 
 def register() -> None:
@@ -36,7 +37,7 @@ def _refuse_when_configured(version: str) -> None:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if CONFIG_KEY in (self.additional_config or {}):
-            raise ValueError(
+            raise UsageError(
                 f"vllm=={version}: this KvLLM works with vllm=={SUPPORTED_VLLM}; install that version, or remove "
                 f"{CONFIG_KEY!r} from additional_config."
             )

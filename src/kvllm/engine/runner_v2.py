@@ -27,6 +27,7 @@ from kvllm.engine.attention import capture_queries, store_with_queries
 from kvllm.engine.positions import candidate_positions, paired_rows
 from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, kv_config
+from kvllm.errors import UsageError
 from kvllm.kernels.block_tables import shorten_block_tables
 from kvllm.kernels.compact import compact
 from kvllm.kernels.paged import PagedCache
@@ -56,9 +57,9 @@ _LARGE_BANK = 0.05  # share of the device's memory from which on a max_num_seqs 
 
 @cache
 def compressing(cls: type) -> type:
-    """`cls` with compression; ValueError for a model state that we do not know to be plain full attention."""
+    """`cls` with compression; UsageError for a model state that we do not know to be plain full attention."""
     if cls is not DefaultModelState:
-        raise ValueError(f"KvLLM does not support models with {cls.__name__}: all layers must be full attention.")
+        raise UsageError(f"KvLLM does not support models with {cls.__name__}: all layers must be full attention.")
     return KvModelState
 
 
@@ -177,7 +178,7 @@ class KvModelState(DefaultModelState):
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         if list(block_tables.block_sizes) != [self.block_size]:
-            raise ValueError(
+            raise UsageError(
                 f"KvLLM needs one KV cache group with blocks of {self.block_size} tokens; vLLM made "
                 f"{list(block_tables.block_sizes)}."
             )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from kvllm.config import KvConfig, check_retention_ratio
+from kvllm.errors import UsageError
 from kvllm.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
 from kvllm.layout import Geometry, ceil_div, fitting_window_size, is_rounded
 
@@ -30,7 +31,7 @@ BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "TRITON_ATTN")}
 
 
 def kv_config(vllm_config: VllmConfig) -> KvConfig | None:
-    """Our options in `additional_config`, or None where KvLLM is not asked for; ValueError if they are wrong."""
+    """Our options in `additional_config`, or None where KvLLM is not asked for; UsageError if they are wrong."""
     additional = vllm_config.additional_config
     if not isinstance(additional, dict) or CONFIG_KEY not in additional:
         return None
@@ -40,7 +41,7 @@ def kv_config(vllm_config: VllmConfig) -> KvConfig | None:
 def request_ratio(config: KvConfig, params: SamplingParams | None) -> float:
     """The retention ratio of one request: its own `kv_retention_ratio`, or the engine's.
 
-    Raises ValueError unless it is in (0, 1].
+    Raises UsageError unless it is in (0, 1].
     """
     extra = (params.extra_args or {}) if params is not None else {}
     if RATIO_KEY not in extra:
@@ -57,7 +58,7 @@ class Geometries:
         self._by_ratio: dict[float, Geometry | None] = {}
 
     def of(self, params: SamplingParams | None) -> Geometry | None:
-        """None where the request is not compressed; ValueError if its ratio does not fit the sizes."""
+        """None where the request is not compressed; UsageError if its ratio does not fit the sizes."""
         ratio = request_ratio(self.config, params)
         if ratio not in self._by_ratio:
             self._by_ratio[ratio] = Geometry.from_config(self.config, self.block_size, ratio)
@@ -67,7 +68,7 @@ class Geometries:
 def check_request(
     geometries: Geometries, params: SamplingParams, num_prompt_tokens: int, max_tokens: int, num_blocks: int
 ) -> None:
-    """Raise ValueError unless this request can run to its end alone in the pool.
+    """Raise UsageError unless this request can run to its end alone in the pool.
 
     max_tokens: most tokens it may generate; num_blocks: blocks of the pool, 0 if not known here.
     """
@@ -83,7 +84,7 @@ def check_request(
     if needed > num_blocks:
         if geometry is not None and geometry.prompt_shape(num_prompt_tokens):
             _check_prompt_can_be_cut(geometry, num_prompt_tokens, fitting, num_blocks)
-        raise ValueError(
+        raise UsageError(
             f"max_tokens={max_tokens}: with a prompt of {num_prompt_tokens} tokens this request needs {needed} KV "
             f"blocks at its peak and the pool has {num_blocks}; use max_tokens of at most "
             f"{max(fitting - num_prompt_tokens, 0)}, or a lower {RATIO_KEY}."
@@ -93,7 +94,7 @@ def check_request(
 def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     """Check a new engine's configuration and fit it to compression; a no-op where KvLLM is not asked for.
 
-    Raises ValueError, naming the option, its value and the remedy, for what cannot be served.
+    Raises UsageError, naming the option, its value and the remedy, for what cannot be served.
     """
     config = kv_config(vllm_config)
     if config is None:
@@ -102,14 +103,14 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
 
     device = current_platform.device_type
     if device not in DEFAULT_BLOCK_SIZE:
-        raise ValueError(f"KvLLM runs on {', '.join(DEFAULT_BLOCK_SIZE)}; this platform is {device!r}.")
+        raise UsageError(f"KvLLM runs on {', '.join(DEFAULT_BLOCK_SIZE)}; this platform is {device!r}.")
     cache = vllm_config.cache_config
     if not cache.user_specified_block_size:
         cache.block_size = DEFAULT_BLOCK_SIZE[device]
         cache.user_specified_block_size = True
     _check_geometry(config, cache.block_size, vllm_config.model_config.max_model_len)
     for option, value, remedy in _refused(vllm_config, device):
-        raise ValueError(f"KvLLM does not support {option}={value}: {remedy}.")
+        raise UsageError(f"KvLLM does not support {option}={value}: {remedy}.")
     # Cascade attention reads the prefix of the unshortened tables.
     vllm_config.model_config.disable_cascade_attn = True
     scheduler = "KvAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "KvScheduler"
@@ -153,10 +154,10 @@ def gpu_memory() -> int | None:
 
 
 def _check_prompt_can_be_cut(geometry: Geometry, num_prompt_tokens: int, fitting: int, num_blocks: int) -> None:
-    """Raise ValueError where the pool is full before the prompt is cut; fitting: most tokens that the pool holds."""
+    """Raise UsageError where the pool is full before the prompt is cut; fitting: most tokens that the pool holds."""
     due = geometry.event_at(num_prompt_tokens, 0)
     if fitting < due:
-        raise ValueError(
+        raise UsageError(
             f"prefix_budget_exhausted: a prompt of {num_prompt_tokens} tokens is cut to "
             f"prompt_budget={geometry.prompt_budget} once {due - num_prompt_tokens} tokens are generated, and takes "
             f"{ceil_div(due, geometry.block_size)} KV blocks until then; the pool has {num_blocks}. Use a shorter "
@@ -180,7 +181,7 @@ def _say_rounding(config: KvConfig, geometry: Geometry) -> None:
 
 
 def _check_geometry(config: KvConfig, block_size: int, max_model_len: int) -> None:
-    """Raise ValueError for sizes that do not fit the block size, or a prompt budget that leaves no room to decode."""
+    """Raise UsageError for sizes that do not fit the block size, or a prompt budget that leaves no room to decode."""
     geometry = Geometry.from_config(config, block_size)
     if geometry is not None and config.policy == "window":
         _say_rounding(config, geometry)
@@ -189,7 +190,7 @@ def _check_geometry(config: KvConfig, block_size: int, max_model_len: int) -> No
     # The shortest prompt that is cut takes one block more than the budget, and is cut in a step that starts at event 0.
     most = max_model_len - 1 - block_size - geometry.num_candidates - geometry.buffer_size
     if geometry.prompt_budget > most:
-        raise ValueError(
+        raise UsageError(
             f"prefix_budget_exhausted: prompt_budget={config.prompt_budget}: with a longer prompt, the first "
             f"compression's {geometry.num_candidates} tokens and the buffer's {config.buffer_size} do not fit "
             f"max_model_len={max_model_len}, so no prompt would ever be cut. Use a prompt_budget of at most "
