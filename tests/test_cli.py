@@ -12,9 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from kvllm import cli
-from kvllm.cli_options import flag
+from kvllm.cli_options import flag, shown
 from kvllm.config import KvConfig
+from kvllm.errors import UsageError
+from kvllm.eval.stats import wilson
 from kvllm.layout import Geometry
+from kvllm.options import options_of
+from kvllm.vllm_args import check_plugin_is_loaded
 
 runner = CliRunner(env={"COLUMNS": "200"})
 CONFIG = {
@@ -73,16 +77,30 @@ def test_methods_lists_the_registry() -> None:
         assert name in printed
 
 
+def test_methods_shows_each_option_with_its_default_bounds_and_help() -> None:
+    from kvllm.methods import SHARED_OPTIONS, methods
+
+    printed = runner.invoke(cli.app, ["methods"], catch_exceptions=False, env={"COLUMNS": "500"}).stdout
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+    for cls in methods().values():
+        for option in options_of(cls).values():
+            if option.name not in SHARED_OPTIONS:
+                assert [option.name, shown(option.default), option.accepts, option.help] in rows
+    assert ["chunk_fill", "0.5", "a number in [0, 1)"] in [row[:3] for row in rows]
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["--method", "kaar"], ["'kaar'", "did you mean 'kara'?"]),
         (["--retention-ratio", "30"], ["retention_ratio=30", "(0, 1]"]),
         (["--window-size", "264"], ["window_size=264", "multiple", "16"]),
-        (["--window-size", "0"], ["window_size=0", "positive"]),
+        (["--window-size", "0"], ["window_size=0", ">= 1"]),
         (["--retention-ratio", "0.999"], ["retention_ratio=0.999", "every block"]),
         (["--method-options", "{"], ["--method-options {", "JSON"]),
-        (["--method-options", '{"alpha": 1}'], ["'alpha'", "kara"]),
+        (["--method-options", '{"chunk_fill": "x"}'], ["chunk_fill='x'", "[0, 1)", "not a string"]),
+        (["--retention-ratio", "nan"], ["retention_ratio=nan", "(0, 1]"]),
+        (["--method-options", '{"alpha": 1}'], ["method_options of kara: alpha=1", "attention_floor"]),
         (["--memory", "80GX"], ["80GX", "80GiB"]),
         (["--memory", "1MiB"], ["nothing for the KV cache"]),
         (["--max-num-seqs", "1000000"], ["nothing for the KV cache", "--max-num-seqs"]),
@@ -113,6 +131,81 @@ def test_an_error_that_is_not_ours_keeps_its_traceback(monkeypatch: pytest.Monke
     monkeypatch.setattr(cli, "app", broken)
     with pytest.raises(json.JSONDecodeError):
         cli.main([])
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ValueError from our own files is no refusal: only UsageError is."""
+    monkeypatch.setattr(cli, "app", lambda _: wilson(3, 2))
+    with pytest.raises(ValueError, match="3 successes in 2 trials"):
+        cli.main([])
+
+
+def test_a_refusal_shows_its_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVLLM_TRACEBACK", "1")
+    with pytest.raises(UsageError, match="--prompt-file"):
+        cli.main(["generate", "model"])
+
+
+@pytest.mark.parametrize("plugins", ["", "something_else", "something_else, kvllm"])
+@pytest.mark.parametrize("command", [
+    ["generate", "model", "--prompt", "a"],
+    ["serve", "model"],
+    ["demo", "--model", "model"],
+    ["eval", "accuracy", "model", "--out", "OUT", "--methods", "kara"],
+])  # fmt: skip
+def test_no_command_compresses_without_the_plugin(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    command: list[str],
+    plugins: str,
+) -> None:
+    """vLLM would ignore additional_config["kvllm"] and run stock."""
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    err = refused(capsys, *(str(tmp_path / "run") if word == "OUT" else word for word in command))
+    assert f"VLLM_PLUGINS={plugins!r}" in err and "kvllm, or unset VLLM_PLUGINS" in err
+    assert not (tmp_path / "run" / "samples.jsonl").exists()
+
+
+def test_a_plugin_that_is_not_installed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kvllm.vllm_args.entry_points", lambda **_: [])
+    assert "no plugin named 'kvllm'" in refused(capsys, "serve", "model")
+
+
+@pytest.mark.parametrize("plugins", [None, "kvllm", "other,kvllm"])
+def test_the_plugin_is_found_where_vllm_loads_it(monkeypatch: pytest.MonkeyPatch, plugins: str | None) -> None:
+    if plugins is None:
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    check_plugin_is_loaded()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--kv-cache-dtype", "fp8"], ["KvLLM does not support kv_cache_dtype=fp8"]),  # ours
+        (["--max-model-len", "99999999"], ["max_model_len"]),  # vLLM's, by pydantic
+    ],
+)
+def test_what_the_engine_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    model_dir: Path,
+    flags: list[str],
+    words: list[str],
+) -> None:
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):  # the command sets them
+        monkeypatch.setenv(name, {"VLLM_LOGGING_LEVEL": "WARNING"}.get(name, "0"))
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["generate", str(model_dir), "--prompt", "a", "--dtype", "float32", *flags])
+    assert exit.value.code == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("Error: the engine refused to start: ") and "errors.pydantic.dev" not in line
+    for word in words:
+        assert word in line
 
 
 def test_plan_writes_what_it_prints(config_dir: Path, tmp_path: Path) -> None:

@@ -7,10 +7,29 @@ from typing import Any
 import pytest
 
 from kvllm.config import KvConfig, check_retention_ratio
+from kvllm.errors import UsageError
 from kvllm.layout import Geometry
 from kvllm.methods import make_method
 from kvllm.methods.h2o import H2O
 from kvllm.methods.recent import Recent
+from kvllm.options import options_of
+
+FULL: dict[str, Any] = {
+    "method": "h2o",
+    "method_options": {"average": True},
+    "policy": "budget",
+    "retention_ratio": 0.25,
+    "request_ratios": "0.2-0.5,1.0",
+    "window_size": 512,
+    "buffer_size": 32,
+    "max_chunk_size": 4,
+    "query_stride": 4,
+    "history_size": 0,
+    "budget_size": 1024,
+    "budget_interval": 64,
+    "prompt_budget": 96,
+    "seed": 7,
+}
 
 
 def refusal(options: dict) -> str:
@@ -23,7 +42,7 @@ def refusal(options: dict) -> str:
 def test_retention_ratio_outside_0_1_is_refused(ratio):
     message = refusal({"retention_ratio": ratio})
     assert f"retention_ratio={ratio!r}" in message
-    assert "the share that survives, in (0, 1]" in message and "use 1.0" in message
+    assert "must be a number in (0, 1]" in message and "to turn compression off use 1.0" in message
 
 
 @pytest.mark.parametrize("ratio", [0, 1.01, True, "0.3", None])
@@ -75,16 +94,17 @@ SIZES = ("window_size", "buffer_size", "max_chunk_size", "query_stride", "budget
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("value", [0, -16])
 def test_sizes_must_be_positive(name, value):
-    assert f"{name}={value}: must be positive" in refusal({name: value})
+    assert refusal({name: value}).startswith(f"{name}={value}: must be an integer >= 1. ")
 
 
 def test_history_size_is_a_number_of_tokens_or_0():
-    assert "history_size=-1: must be a number of tokens, or 0 for no limit" in refusal({"history_size": -1})
+    message = refusal({"history_size": -1})
+    assert message.startswith("history_size=-1: must be an integer >= 0. ") and "0 = no limit" in message
     assert KvConfig(method="recent", history_size=0).history_size == 0
 
 
 def test_prompt_budget_is_whole_blocks_or_0():
-    assert "prompt_budget=-16: must be a number of tokens, or 0" in refusal({"prompt_budget": -16})
+    assert refusal({"prompt_budget": -16}).startswith("prompt_budget=-16: must be an integer >= 0. Tokens kept of ")
     for policy in ("window", "budget"):
         config = KvConfig(method="recent", policy=policy, prompt_budget=100)
         with pytest.raises(
@@ -112,12 +132,45 @@ def test_a_history_that_holds_no_window_is_refused_with_a_remedy_that_works():
 @pytest.mark.parametrize("name", (*SIZES, "history_size", "prompt_budget", "seed"))
 @pytest.mark.parametrize("value", [64.0, "64", True, None])
 def test_sizes_must_be_integers(name, value):
-    assert refusal({name: value}).startswith(f"{name}={value!r}: expected int")
+    assert refusal({name: value}).startswith(f"{name}={value!r}: must be an integer")
 
 
 @pytest.mark.parametrize("name, value", [("method", 3), ("policy", None), ("method_options", ["a"])])
 def test_other_types_are_checked_too(name, value):
-    assert refusal({name: value}).startswith(f"{name}={value!r}: expected ")
+    assert refusal({name: value}).startswith(f"{name}={value!r}: must be ")
+
+
+WRONG: dict[type, list[Any]] = {
+    str: [3, True],
+    int: ["4", True, 2.5],
+    float: ["0.5", True, float("nan")],
+    dict: [3, "{}"],
+}
+
+
+@pytest.mark.parametrize(
+    "name, value", [(f.name, v) for f in dataclasses.fields(KvConfig) for v in WRONG[type(FULL[f.name])]]
+)
+def test_every_option_refuses_other_types_in_one_line_with_a_remedy(name, value):
+    message = refusal({name: value})
+    assert message.startswith(f"{name}={value!r}: must be ") and "\n" not in message
+    assert options_of(KvConfig)[name].help.split(". ")[0] in message
+
+
+def test_a_requests_ratio_of_the_wrong_type_is_refused_with_the_type():
+    with pytest.raises(UsageError, match=r"^kv_retention_ratio='0.5': must be a number in \(0, 1\], not a string\. "):
+        check_retention_ratio("0.5", name="kv_retention_ratio")
+
+
+def test_a_key_that_is_no_text_is_refused():
+    assert refusal({1: 2}).startswith("1=2: no such option; options are method, ")
+
+
+def test_the_options_are_copied():
+    options = {"average": True}
+    config = KvConfig(method="h2o", method_options=options)
+    options["average"] = False
+    assert config.method_options == {"average": True}
 
 
 def test_unknown_policy_is_refused_with_the_known_ones():
@@ -126,29 +179,29 @@ def test_unknown_policy_is_refused_with_the_known_ones():
 
 
 def test_unknown_method_is_refused_with_a_suggestion():
-    assert refusal({"method": "recnt"}) == "no method named 'recnt'; did you mean 'recent'?"
+    assert refusal({"method": "recnt"}) == "method='recnt': no such method; did you mean 'recent'?"
 
 
 def test_a_method_like_no_other_is_refused_with_the_list():
     message = refusal({"method": "zzzzzz"})
-    assert "no method named 'zzzzzz'" in message and "recent" in message
+    assert "method='zzzzzz': no such method; methods are " in message and "recent" in message
 
 
 def test_unknown_key_is_refused_with_a_suggestion():
-    assert refusal({"retention": 0.3}) == "kvllm has no option 'retention'; did you mean 'retention_ratio'?"
+    assert refusal({"retention": 0.3}) == "retention=0.3: no such option; did you mean 'retention_ratio'?"
 
 
 def test_a_key_like_no_other_is_refused_with_the_list():
     message = refusal({"zzzzzz": 0.3})
-    assert "'zzzzzz'" in message
+    assert message.startswith("zzzzzz=0.3: no such option; options are ")
     assert all(f.name in message for f in dataclasses.fields(KvConfig))
 
 
 def test_unknown_method_option_is_refused_with_the_methods_own():
     message = refusal({"method": "keydiff", "method_options": {"colour": "red"}})
-    assert "keydiff has no option 'colour'" in message and "options are none" in message
+    assert message == "method_options of keydiff: colour='red': no such option; options are none."
     message = refusal({"method": "h2o", "method_options": {"averag": True}})
-    assert "h2o has no option 'averag'" in message and "average" in message
+    assert message == "method_options of h2o: averag=True: no such option; did you mean 'average'?"
 
 
 @pytest.mark.parametrize("name, value", [("window_size", 252), ("buffer_size", 60)])
@@ -200,24 +253,6 @@ def test_ratio_1_turns_compression_off(policy):
 
 def test_ratio_1_does_not_ask_for_whole_blocks():
     assert Geometry.from_config(KvConfig(method="recent", window_size=248, retention_ratio=1), block_size=16) is None
-
-
-FULL: dict[str, Any] = {
-    "method": "h2o",
-    "method_options": {"average": True},
-    "policy": "budget",
-    "retention_ratio": 0.25,
-    "request_ratios": "0.2-0.5,1.0",
-    "window_size": 512,
-    "buffer_size": 32,
-    "max_chunk_size": 4,
-    "query_stride": 4,
-    "history_size": 0,
-    "budget_size": 1024,
-    "budget_interval": 64,
-    "prompt_budget": 96,
-    "seed": 7,
-}
 
 
 def test_dict_and_json_round_trip():

@@ -15,8 +15,10 @@ from rich.table import Table
 
 import kvllm
 from kvllm.bench.cli import app as bench_app
-from kvllm.cli_options import flag, with_config
+from kvllm.cli_options import flag, shown, with_config
+from kvllm.errors import UsageError
 from kvllm.eval.cli import app as eval_app
+from kvllm.options import options_of
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=kvllm.__doc__)
 app.add_typer(bench_app, name="bench")
@@ -30,14 +32,14 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: what the user can mend is one line on stderr and exit code 2, not a traceback.
+    """Entry point: a UsageError is one line on stderr and exit code 2, not a traceback.
 
     KVLLM_TRACEBACK=1 in the environment shows the traceback all the same.
     """
     try:
         app(arguments)
-    except ValueError as e:
-        if os.environ.get("KVLLM_TRACEBACK") or not _raised_by_us(e):
+    except UsageError as e:
+        if os.environ.get("KVLLM_TRACEBACK"):
             raise
         typer.echo(f"Error: {e}", err=True)
         raise SystemExit(2) from e
@@ -79,9 +81,11 @@ def generate(
     from kvllm.generate import generate as run
 
     if (prompt is None) == (prompt_file is None):
-        raise ValueError("give the prompt with either --prompt or --prompt-file.")
+        raise UsageError("give the prompt with either --prompt or --prompt-file.")
+    if prompt_file and not prompt_file.is_file():
+        raise UsageError(f"--prompt-file {prompt_file}: no such file.")
     if stock and options:
-        raise ValueError(f"--stock leaves KvLLM out, so {', '.join(map(flag, options))} would have no effect.")
+        raise UsageError(f"--stock leaves KvLLM out, so {', '.join(map(flag, options))} would have no effect.")
     text = prompt_file.read_text() if prompt_file else prompt or ""
     sampling = Sampling(max_tokens, temperature, top_p, top_k, repetition_penalty, sampling_seed, ignore_eos)
     generation = run(context.args, None if stock else options, text, sampling, chat, progress_console)
@@ -171,16 +175,21 @@ def demo(
 
 @app.command()
 def methods() -> None:
-    """List the compression methods and their options."""
-    from dataclasses import fields
+    """List the compression methods and the options of each (--method-options)."""
+    from rich.text import Text
 
     from kvllm.methods import SHARED_OPTIONS
     from kvllm.methods import methods as registry
 
-    table = Table("method", "what it keeps", "--method-options")
+    table = Table("method, its options", "default", "accepts", "what it keeps, what the option does")
     for name, cls in registry().items():
-        own = [f.name for f in fields(cls) if f.name not in SHARED_OPTIONS]  # type: ignore[arg-type]
-        table.add_row(name, (cls.__doc__ or "").strip().splitlines()[0], ", ".join(own))
+        table.add_section()
+        table.add_row(Text(name, "bold"), "", "", Text((cls.__doc__ or "").strip().splitlines()[0], "bold"))
+        for option in options_of(cls).values():
+            if option.name not in SHARED_OPTIONS:
+                # Text: brackets, as in [0, 1], are no markup.
+                cells = (f"  {option.name}", shown(option.default), option.accepts, option.help)
+                table.add_row(*map(Text, cells))
     console.print(table)
 
 
@@ -194,14 +203,6 @@ def fetch(
 
     made, found = fetch_model(name, folder)
     console.print(f"{name}: {'found' if found else 'made'} in {made}, weights match their SHA-256", highlight=False)
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    """Whether our code refused something, rather than failed in what it called."""
-    traceback = error.__traceback__
-    while traceback and traceback.tb_next:
-        traceback = traceback.tb_next
-    return traceback is not None and Path(__file__).parent in Path(traceback.tb_frame.f_code.co_filename).parents
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any
 
 import typer
 
 from kvllm.config import KvConfig
+from kvllm.options import Option, options_of, parse_json
 
 PANEL = "Compression"
-TYPES = {"str": str, "int": int, "float": float}
+TYPES = {"string": str, "integer": int, "number": float}  # all others are JSON
 # vLLM has flags of these names, and they mean something else.
 PREFIXED = ("seed",)
 
@@ -22,10 +22,6 @@ PREFIXED = ("seed",)
 def flag(field_name: str) -> str:
     """The flag of a KvConfig field, such as --retention-ratio."""
     return "--" + ("kv-" if field_name in PREFIXED else "") + field_name.replace("_", "-")
-
-
-def default_of(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def with_config(command: Callable[..., None]) -> Callable[..., None]:
@@ -39,33 +35,34 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(**arguments: Any) -> None:
-        given = {f.name: arguments.pop(f.name) for f in fields(KvConfig)}
+        given = {name: arguments.pop(name) for name in options_of(KvConfig)}
         command(**arguments, options=parse({name: value for name, value in given.items() if value is not None}))
 
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "options"]
-    parameters = own + [_parameter(f) for f in fields(KvConfig)]
+    parameters = own + [_parameter(option) for option in options_of(KvConfig).values()]
     wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapped
 
 
 def parse(given: Mapping[str, Any]) -> dict[str, Any]:
-    """KvConfig fields from the flags' values: JSON where a field is a mapping."""
-    parsed = dict(given)
-    for f in fields(KvConfig):
-        if f.name in parsed and str(f.type) not in TYPES:
-            try:
-                parsed[f.name] = json.loads(parsed[f.name])
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{flag(f.name)} {parsed[f.name]}: not valid JSON ({e}).") from e
-    return parsed
+    """KvConfig fields from the flags' values: JSON where a field is neither text nor a number."""
+    options = options_of(KvConfig)
+    return {
+        name: value if options[name].type in TYPES else parse_json(flag(name), value) for name, value in given.items()
+    }
 
 
-def _parameter(field: Field[Any]) -> inspect.Parameter:
-    default = default_of(field)
-    shown = str(default) if str(field.type) in TYPES else json.dumps(default)
-    option = typer.Option(flag(field.name), help=field.metadata["help"], show_default=shown, rich_help_panel=PANEL)
+def shown(default: Any) -> str:
+    """A default as the user would write it."""
+    return default if isinstance(default, str) else json.dumps(default)
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    declared = typer.Option(
+        flag(option.name), help=option.help, show_default=shown(option.default), rich_help_panel=PANEL
+    )
     # None stands for "left out", so that a choice made elsewhere (--additional-config) is not overridden.
-    kind: Any = TYPES.get(str(field.type), str)
-    annotation: Any = Annotated[kind | None, option]
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    kind: Any = TYPES.get(option.type, str)
+    annotation: Any = Annotated[kind | None, declared]
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

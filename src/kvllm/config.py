@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from math import ceil, floor
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from kvllm.methods import check_method
+from pydantic import Field, TypeAdapter
 
-POLICIES = ("window", "budget")
+from kvllm.errors import UsageError
+from kvllm.methods import make_method
+from kvllm.options import STRICT, Count, check_value, parse_json, strict_dataclass
+
+RetentionRatio = Annotated[
+    float,
+    Field(
+        gt=0,
+        le=1,
+        description="Share of a window that is kept: to evict 30% use 0.7, to turn compression off use 1.0.",
+    ),
+]
+RETENTION_RATIO = TypeAdapter(RetentionRatio, config=STRICT)
 
 
-@dataclass(frozen=True, kw_only=True)
+@strict_dataclass(kw_only=True)
 class KvConfig:
     """The one home of these defaults: every front end takes its options from here.
 
@@ -23,92 +33,63 @@ class KvConfig:
     once an engine exists, so what depends on it is checked by `kvllm.layout.Geometry`.
     """
 
-    method: str = field(default="kara", metadata={"help": "Method that scores and selects; see `kvllm methods`."})
-    method_options: Mapping[str, Any] = field(
-        default_factory=dict, metadata={"help": "The method's own options, as JSON."}
+    method: str = Field("kara", description="Method that scores and selects; `kvllm methods` lists them.")
+    method_options: Mapping[str, Any] = Field(
+        default_factory=dict, description="The method's own options, as JSON; `kvllm methods` lists them."
     )
-    policy: str = field(
-        default="window",
-        metadata={"help": "window: each window is compressed once; budget: cut to `budget_size`, again and again."},
+    policy: Literal["window", "budget"] = Field(
+        "window",
+        description="window: each window is compressed once; budget: cut to `budget_size`, again and again.",
     )
-    retention_ratio: float = field(
-        default=0.3, metadata={"help": "Share of a window that survives, in (0, 1]; 1.0 = no compression."}
+    retention_ratio: RetentionRatio = 0.3
+    window_size: Count = Field(256, description="Tokens compressed at once; a multiple of vLLM's block size.")
+    buffer_size: Count = Field(128, description="Newest tokens, never compressed.")
+    max_chunk_size: Count = Field(8, description="Longest chunk that Token2Chunk grows; 1 = none.")
+    query_stride: Count = Field(8, description="Each head keeps the query of every n-th token for scoring.")
+    history_size: int = Field(
+        0,
+        ge=0,
+        description="policy=window: maximum number of tokens kept of old windows, at which they are compressed "
+        "again; 0 = no limit.",
     )
-    request_ratios: str = field(
-        default="",
-        metadata={
-            "help": "Ratios that requests may choose with kv_retention_ratio besides the engine's own: single ratios "
-            "and ranges, such as 0.2-0.5,1.0. Empty: none."
-        },
+    request_ratios: str = Field(
+        "",
+        description="Ratios that requests may choose with kv_retention_ratio besides the engine's own: single ratios "
+        "and ranges, such as 0.2-0.5,1.0. Empty: none.",
     )
-    window_size: int = field(
-        default=256, metadata={"help": "Tokens compressed at once; a multiple of vLLM's block size."}
+    budget_size: Count = Field(
+        2048, description="policy=budget: generated tokens kept; a multiple of vLLM's block size."
     )
-    buffer_size: int = field(default=128, metadata={"help": "Newest tokens, never compressed."})
-    max_chunk_size: int = field(default=8, metadata={"help": "Longest chunk that Token2Chunk grows; 1 = none."})
-    query_stride: int = field(
-        default=8, metadata={"help": "Each head keeps the query of every n-th token for scoring."}
+    budget_interval: Count = Field(
+        128, description="policy=budget: tokens between two cuts; a multiple of vLLM's block size."
     )
-    history_size: int = field(
-        default=0,
-        metadata={
-            "help": "policy=window: tokens kept of old windows, at most; then they are compressed again. 0 = no limit."
-        },
+    prompt_budget: int = Field(
+        0,
+        ge=0,
+        description="Tokens kept of a longer prompt, which is cut at the request's first compression; a multiple of "
+        "vLLM's block size. 0 = prompts stay whole.",
     )
-    budget_size: int = field(
-        default=2048, metadata={"help": "policy=budget: generated tokens kept; a multiple of the block size."}
-    )
-    budget_interval: int = field(
-        default=128, metadata={"help": "policy=budget: tokens between two cuts; a multiple of the block size."}
-    )
-    prompt_budget: int = field(
-        default=0,
-        metadata={
-            "help": "Tokens that survive of a longer prompt, cut at the request's first compression; a multiple of the "
-            "block size. 0 = prompts stay whole."
-        },
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the methods that draw at random."})
+    seed: int = Field(0, description="Seed of the methods that draw at random.")
 
     def __post_init__(self) -> None:
-        check_retention_ratio(self.retention_ratio)
-        self._check_types()
         parse_ratios(self.request_ratios)
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy={self.policy!r}: must be one of {', '.join(POLICIES)}.")
-        for name in ("window_size", "buffer_size", "max_chunk_size", "query_stride", "budget_size", "budget_interval"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be positive, a number of tokens.")
-        if self.history_size < 0:
-            raise ValueError(f"history_size={self.history_size}: must be a number of tokens, or 0 for no limit.")
-        if self.prompt_budget < 0:
-            raise ValueError(
-                f"prompt_budget={self.prompt_budget}: must be a number of tokens, or 0: prompts stay whole."
-            )
         if self.history_size and self.policy != "window":
-            raise ValueError(
+            raise UsageError(
                 f"history_size={self.history_size}: only for policy=window; with policy={self.policy} the memory is "
                 "bounded by budget_size. Leave history_size at 0, or use policy=window."
             )
         for name in self._aligned_to_stride():
             if getattr(self, name) % self.query_stride:
-                raise ValueError(
+                raise UsageError(
                     f"query_stride={self.query_stride}: must divide {name}={getattr(self, name)}, "
                     f"so that every window is scored by the same number of queries; try a power of two."
                 )
-        check_method(self)
+        make_method(self)  # refuses wrong options
 
     def _aligned_to_stride(self) -> tuple[str, ...]:
         if self.policy == "window":
             return ("window_size", "buffer_size")
         return ("window_size", "buffer_size", "budget_size", "budget_interval")
-
-    def _check_types(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            expected = {"str": str, "int": int, "float": (int, float)}.get(str(f.type), Mapping)
-            if not isinstance(value, expected) or isinstance(value, bool):  # type: ignore[arg-type]
-                raise ValueError(f"{f.name}={value!r}: expected {f.type}.")
 
     @property
     def enabled(self) -> bool:
@@ -156,38 +137,22 @@ class KvConfig:
     def from_dict(cls, options: Mapping[str, Any]) -> KvConfig:
         """Build from a mapping, such as `additional_config["kvllm"]`; an unknown key is refused by name."""
         if not isinstance(options, Mapping):
-            raise ValueError(f"kvllm={options!r}: expected a mapping of options, such as {{'retention_ratio': 0.3}}.")
-        known = [f.name for f in fields(cls)]
-        for key in options:
-            if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"options are {', '.join(known)}."
-                raise ValueError(f"kvllm has no option {key!r}; {hint}")
-        return cls(**options)
+            raise UsageError(f"kvllm={options!r}: expected a mapping of options, such as {{'retention_ratio': 0.3}}.")
+        return cls(**{str(name): value for name, value in options.items()})
 
     @classmethod
     def from_json(cls, text: str) -> KvConfig:
         """Build from a JSON object in a string."""
-        try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as e:
-            raise ValueError(f"kvllm options are not valid JSON ({e}): {text}") from e
+        return cls.from_dict(parse_json("kvllm", text))
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that `from_dict` takes back and JSON can hold."""
         return asdict(replace(self, method_options=dict(self.method_options)))
 
 
-def check_retention_ratio(value: Any, name: str = "retention_ratio") -> float:
-    """Return `value` as a float; raise ValueError unless it is a share in (0, 1]."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= 1:
-        wrong_type = "" if is_number else f"expected a number, not {type(value).__name__}; "
-        raise ValueError(
-            f"{name}={value!r}: {wrong_type}this is the share that survives, in (0, 1]. To drop 30% of each window, "
-            "use 0.7; to turn compression off, use 1.0."
-        )
-    return float(value)
+def check_retention_ratio(value: object, name: str = "retention_ratio") -> float:
+    """Return `value` as a float; raise UsageError, under `name`, unless it is a number in (0, 1]."""
+    return check_value(RETENTION_RATIO, name, value)
 
 
 _NUMBER = r"(\d+\.?\d*|\.\d+)"
@@ -197,13 +162,13 @@ _RATIO_OR_RANGE = re.compile(rf"\s*{_NUMBER}\s*(?:-\s*{_NUMBER}\s*)?")
 def parse_ratios(text: str) -> tuple[tuple[float, float], ...]:
     """The inclusive ranges (low, high) of `request_ratios`, such as "0.2-0.5,1.0"; a single ratio is both ends.
 
-    Raises ValueError for anything else, and for ratios outside (0, 1].
+    Raises UsageError for anything else, and for ratios outside (0, 1].
     """
     ranges = []
     for item in text.split(",") if text.strip() else ():
         match = _RATIO_OR_RANGE.fullmatch(item)
         if match is None:
-            raise ValueError(
+            raise UsageError(
                 f"request_ratios={text!r}: {item!r} is neither a ratio nor a range LOW-HIGH; write for instance "
                 "'0.2-0.5,1.0', or '' to let requests choose nothing."
             )
@@ -211,6 +176,6 @@ def parse_ratios(text: str) -> tuple[tuple[float, float], ...]:
         for end in (low, high):
             check_retention_ratio(end, f"request_ratios={text!r}: ratio")
         if low > high:
-            raise ValueError(f"request_ratios={text!r}: the range {item.strip()} ends below its start; swap its ends.")
+            raise UsageError(f"request_ratios={text!r}: the range {item.strip()} ends below its start; swap its ends.")
         ranges.append((low, high))
     return tuple(ranges)

@@ -16,8 +16,10 @@ from rich.table import Table
 
 from kvllm.cli_options import flag
 from kvllm.config import KvConfig
+from kvllm.errors import UsageError
 from kvllm.generate import Generation
 from kvllm.layout import Geometry
+from kvllm.vllm_args import check_plugin_is_loaded
 
 PROMPT = (
     "Explain, step by step and in great detail, how a computer adds, multiplies and sorts numbers. "
@@ -51,6 +53,7 @@ class Comparison:
 
 def demo(model: Path, max_tokens: int, dtype: str, options: Mapping[str, Any], console: Console) -> None:
     """Run both engines, each in a process of its own, and print what came out."""
+    check_plugin_is_loaded()
     config = KvConfig.from_dict(options)
     vllm_flags = ["--dtype", dtype, "--block-size", str(BLOCK_SIZE), "--max-model-len", str(max_tokens + MAX_PROMPT)]
     # Eager, since compiling needs a C++ compiler; a small pool, since one request is all there is.
@@ -90,7 +93,7 @@ def run_generate(arguments: Sequence[str]) -> Generation:
             process = subprocess.run(command, stdout=out)
         if process.returncode:
             tail = "\n".join(log.read_text().splitlines()[-20:])
-            raise ValueError(f"`{' '.join(command)}` failed with exit code {process.returncode}.\n{tail}")
+            raise UsageError(f"`{' '.join(command)}` failed with exit code {process.returncode}.\n{tail}")
         return Generation(**json.loads(result.read_text()))
 
 

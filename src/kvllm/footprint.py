@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvllm.config import KvConfig
+from kvllm.errors import UsageError
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 QUANTIZED_BITS = {"fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4}
@@ -95,7 +96,7 @@ def quantized_bits(quantization: Any) -> int | None:
     options = quantization if isinstance(quantization, dict) else quantization.to_dict()
     bits = options.get("bits") or QUANTIZED_BITS.get(str(options.get("quant_method")))
     if bits is None:
-        raise ValueError(
+        raise UsageError(
             f"quantization {options.get('quant_method')!r}: its size does not follow from the config; "
             "pass the weights' size with --weights, such as --weights 8GiB."
         )
@@ -106,4 +107,4 @@ def _check_full_attention(config: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
     if kinds or getattr(config, "kv_lora_rank", None):
         what = ", ".join(sorted(kinds)) or "multi-head latent attention"
-        raise ValueError(f"{config.model_type}: has {what}, and KvLLM compresses models with full attention only.")
+        raise UsageError(f"{config.model_type}: has {what}, and KvLLM compresses models with full attention only.")

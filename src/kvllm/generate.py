@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kvllm.errors import UsageError
 from kvllm.layout import ceil_div
 
 
@@ -82,7 +84,7 @@ def generate(
     try:
         llm = LLM.from_engine_args(args)
     except ValueError as e:
-        raise ValueError(f"the engine refused to start. {e}") from e
+        raise UsageError(f"the engine refused to start: {_reason(e)}") from e
     stats = _stock_stats(llm) if options is None else _engine_stats(llm)
     prompt_ids = encode(llm.get_tokenizer(), prompt, chat)
     engine = llm.llm_engine
@@ -108,6 +110,14 @@ def generate(
         seconds=seconds,
         tokens_per_second=len(token_ids) / seconds,
     )
+
+
+def _reason(error: ValueError) -> str:
+    """The message on one line, without what pydantic adds where vLLM checks its configuration with it."""
+    text = str(error)
+    if isinstance(error, ValidationError):
+        text = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
+    return " ".join(text.split())
 
 
 # Peak of the KV blocks in use, windows compressed, block size.
@@ -141,10 +151,10 @@ def _stock_stats(llm: Any) -> Stats:
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool | None) -> list[int]:
-    """Token ids of the prompt; ValueError where a chat template is asked for and the model has none."""
+    """Token ids of the prompt; UsageError where a chat template is asked for and the model has none."""
     has_template = getattr(tokenizer, "chat_template", None) is not None
     if chat and not has_template:
-        raise ValueError("--chat: this model's tokenizer has no chat template; use --no-chat.")
+        raise UsageError("--chat: this model's tokenizer has no chat template; use --no-chat.")
     if chat is False or not has_template:
         return list(tokenizer.encode(prompt))
     messages = [{"role": "user", "content": prompt}]

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvllm.config import KvConfig, check_retention_ratio
+from kvllm.errors import UsageError
 
 IntArray = npt.NDArray[np.int64]
 Int = TypeVar("Int", int, IntArray)
@@ -73,7 +74,7 @@ class Geometry:
     def from_config(cls, config: KvConfig, block_size: int, retention_ratio: float | None = None) -> Geometry | None:
         """The geometry of `config`, or None where nothing is compressed (ratio 1.0).
 
-        Raises ValueError, naming option, value and remedy, where the sizes do not fit the block size.
+        Raises UsageError, naming option, value and remedy, where the sizes do not fit the block size.
         """
         ratio = check_retention_ratio(config.retention_ratio if retention_ratio is None else retention_ratio)
         if ratio >= 1.0:
@@ -99,7 +100,7 @@ class Geometry:
             _check_multiple(name, getattr(config, name), block_size)
         most = config.budget_size + config.budget_interval
         if config.window_size > most:
-            raise ValueError(
+            raise UsageError(
                 f"window_size={config.window_size}: with policy=budget it is the number of tokens whose queries score, "
                 f"besides the buffer's, and only {most} others are generated before the first cut; use {most} or less."
             )
@@ -254,18 +255,18 @@ class Geometry:
 
 
 def _kept_blocks(retention_ratio: float, window_size: int, block_size: int) -> Fraction:
-    """Blocks that a window keeps on average; ValueError where a window would keep less than one."""
+    """Blocks that a window keeps on average; UsageError where a window would keep less than one."""
     # Decimal fractions stay what they are, and so exact; the sums of `Geometry` stay within 64 bits.
     ratio = max(Fraction(retention_ratio).limit_denominator(10_000), Fraction(1, 10_000))
     fitting = block_size * max(2, ceil(1 / ratio))
     if window_size < 2 * block_size:
-        raise ValueError(
+        raise UsageError(
             f"window_size={window_size}: with blocks of {block_size} tokens nothing could be freed; "
             f"use at least {fitting}, or a smaller --block-size."
         )
     kept = ratio * Fraction(window_size, block_size)
     if kept < 1:
-        raise ValueError(
+        raise UsageError(
             f"retention_ratio={retention_ratio}: every window keeps at least one block, {block_size} tokens, which is "
             f"{block_size / window_size:.3g} of window_size={window_size}. Use that ratio or more, or a window_size of "
             f"at least {fitting}."
@@ -284,7 +285,7 @@ def _history_limit(history_size: int, kept_blocks: Fraction, block_size: int) ->
     first_cut = windows_in(limit)
     if first_cut < 1:
         one = int(kept_blocks + Fraction(1, 2)) * block_size
-        raise ValueError(
+        raise UsageError(
             f"history_size={history_size}: one window alone leaves {one} survivors. Use at least {one}, a lower "
             "retention_ratio, or 0 for no limit."
         )
@@ -295,7 +296,7 @@ def _history_limit(history_size: int, kept_blocks: Fraction, block_size: int) ->
 def _check_multiple(name: str, value: int, block_size: int) -> None:
     if value % block_size:
         nearest = ceil_div(value, block_size) * block_size
-        raise ValueError(
+        raise UsageError(
             f"{name}={value}: must be a multiple of the KV block size, {block_size} tokens; "
             f"use {nearest}, or choose a --block-size that divides {value}."
         )

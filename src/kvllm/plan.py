@@ -9,8 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
+from kvllm.errors import UsageError
 from kvllm.footprint import Footprint
 from kvllm.layout import Geometry, ceil_div
+from kvllm.options import parse_numbers
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -57,7 +59,7 @@ def plan(
     rows = []
     for length in lengths:
         if length <= num_prompt_tokens:
-            raise ValueError(
+            raise UsageError(
                 f"--length {length}: this is the total, prompt included, and must be more than --prompt-tokens "
                 f"{num_prompt_tokens}."
             )
@@ -72,7 +74,7 @@ def pool_bytes(memory: int, utilization: float, reserve: int, footprint: Footpri
     """What is left for KvLLM's KV cache, as vLLM reckons: a share of the memory, less all that comes before it."""
     left = int(memory * utilization) - reserve - footprint.weights - footprint.query_bank
     if left <= 0:
-        raise ValueError(
+        raise UsageError(
             f"--memory {memory / 2**30:.1f}GiB: the weights ({footprint.weights / 2**30:.1f} GiB), the query bank "
             f"({footprint.query_bank / 2**30:.1f} GiB, less with a smaller --max-num-seqs) and the reserve "
             f"({reserve / 2**30:.1f} GiB) leave nothing for the KV cache at --gpu-memory-utilization {utilization}."
@@ -106,13 +108,10 @@ def parse_bytes(text: str, option: str = "--memory") -> int:
     """A number of bytes, such as 80GiB, 24G or 512MB."""
     match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?)B?\s*", text.upper())
     if not match or match[2] not in UNITS or match[1].count(".") > 1 or match[1] == ".":
-        raise ValueError(f"{option} {text}: expected a size such as 80GiB, 24GB or 512MiB.")
+        raise UsageError(f"{option} {text}: expected a size such as 80GiB, 24GB or 512MiB.")
     return int(float(match[1]) * UNITS[match[2]])
 
 
 def parse_lengths(text: str) -> list[int]:
     """Total lengths, such as 2048,8192."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--length {text}: expected numbers of tokens with commas, such as 2048,8192.") from None
+    return parse_numbers("--length", text, int, "2048,8192")

@@ -3,31 +3,52 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from kvllm.config import KvConfig
+from kvllm.errors import UsageError
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 KEY = "kvllm"  # ours in vLLM's additional_config
 ADDITIONAL = "--additional-config"
+PLUGINS = "vllm.general_plugins"  # the entry point group by which vLLM finds us
 
 
 def merge_options(additional_config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """vLLM's additional_config with our options in it, those of the command line above those already there.
 
-    Raises ValueError where the options are not a valid KvConfig, before any engine starts.
+    Raises UsageError where the options are not a valid KvConfig, before any engine starts.
     """
     additional = dict(additional_config or {})
     config = KvConfig.from_dict({**additional.get(KEY, {}), **options})
     return {**additional, KEY: config.to_dict()}
 
 
+def check_plugin_is_loaded() -> None:
+    """Raise UsageError where vLLM would not load our plugin: it would ignore our options and compress nothing."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and KEY not in allowed.split(","):
+        remedy = f"VLLM_PLUGINS={allowed},{KEY}" if allowed.strip() else f"VLLM_PLUGINS={KEY}"
+        raise UsageError(
+            f"VLLM_PLUGINS={allowed!r}: vLLM loads only the plugins named there, so it would run without KvLLM and "
+            f"compress nothing; use {remedy}, or unset VLLM_PLUGINS."
+        )
+    if not entry_points(group=PLUGINS, name=KEY):
+        raise UsageError(
+            f"vLLM finds no plugin named {KEY!r} (entry point group {PLUGINS}), so it would compress nothing; install "
+            "KvLLM with pip, not by PYTHONPATH alone."
+        )
+
+
 def serve_arguments(arguments: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     """Arguments for `vllm`: serve, what the user passed, and one --additional-config that holds it all."""
+    check_plugin_is_loaded()
     _, parsed = _parse_serve(["serve", *arguments])
     merged = merge_options(parsed.additional_config, options)
     return ["serve", *without_additional_config(arguments), ADDITIONAL, json.dumps(merged)]
@@ -61,6 +82,8 @@ def _parse_serve(arguments: Sequence[str]) -> tuple[Any, Any]:
 
 def engine_args(arguments: Sequence[str], options: Mapping[str, Any] | None) -> EngineArgs:
     """vLLM's engine arguments from MODEL and any of its flags; options None: KvLLM stays out."""
+    if options is not None:
+        check_plugin_is_loaded()
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -98,9 +98,9 @@ def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memor
 @pytest.mark.parametrize(
     "kvllm, options, message",
     [
-        ({"retention_ration": 0.3}, {}, r"no option 'retention_ration'; did you mean 'retention_ratio'"),
+        ({"retention_ration": 0.3}, {}, r"retention_ration=0.3: no such option; did you mean 'retention_ratio'"),
         ({"retention_ratio": 0}, {}, r"retention_ratio=0: .*in \(0, 1\]"),
-        ({"method": "kaar"}, {}, r"no method named 'kaar'; did you mean 'kara'"),
+        ({"method": "kaar"}, {}, r"method='kaar': no such method; did you mean 'kara'"),
         ({"window_size": 80}, {"block_size": 64}, r"window_size=80: must be a multiple of the KV block size, 64"),
         ({"retention_ratio": 0.05}, {}, r"retention_ratio=0.05: .*keeps no block"),
         ({"retention_ratio": 0.97}, {}, r"retention_ratio=0.97: .*keeps every block"),

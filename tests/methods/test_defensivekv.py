@@ -74,9 +74,9 @@ def test_carries_mass_stops_before_the_share_is_reached():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="first_mass=1.1: must be a number from 0 to 1"):
+    with pytest.raises(ValueError, match=r"first_mass=1.1: must be a number in \[0, 1\]"):
         DefensiveKV(first_mass=1.1)
     with pytest.raises(ValueError, match="kernel_size=2: must be odd"):
         DefensiveKV(kernel_size=2)
-    with pytest.raises(ValueError, match="num_observed=0: must be a whole number, 1 or more"):
+    with pytest.raises(ValueError, match="num_observed=0: must be an integer >= 1"):
         DefensiveKV(num_observed=0)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, fields
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 
 from kvllm.config import KvConfig
-from kvllm.methods import all_options, make_method, methods, resolved
+from kvllm.errors import UsageError
+from kvllm.methods import SHARED_OPTIONS, all_options, make_method, methods, resolved
 from kvllm.methods.base import top_k
 from kvllm.methods.kara import Kara
+from kvllm.options import options_of
 from tests.methods.windows import one_of, random_window, tensors_of
 
 
@@ -92,3 +98,106 @@ def test_what_a_measurement_records_makes_the_same_method(options):
         kara = kara["base_options"]
     assert kara["attention_floor"] == config.method_options.get("attention_floor", Kara().attention_floor)
     assert kara["lookahead"] == Kara().lookahead
+
+
+# Values that are of no use to an option of this type, though Python could convert or would accept some of them.
+WRONG_TYPES: dict[Any, list[Any]] = {
+    int: ["4", True, 4.0, 2.5, math.nan, None, [4]],
+    float: ["0.5", True, math.nan, math.inf, -math.inf, None, [0.5]],
+    bool: ["false", 0, 1.0, None],
+    str: [3, True, None, ["a"]],
+    Mapping: [3, "x", ["a"], None, {1: 2}],
+}
+
+
+def wrong_types() -> list[Any]:
+    """(method, option, value) for every option of every method."""
+    found = []
+    for method, cls in methods().items():
+        for name, hint in get_type_hints(cls).items():
+            kinds = get_args(hint) if NoneType in get_args(hint) else (hint,)
+            kind = get_origin(kinds[0]) or kinds[0]
+            values = WRONG_TYPES[str if kind is Literal else kind]
+            found += [(method, name, value) for value in values if value is not None or NoneType not in kinds]
+    return found
+
+
+@pytest.mark.parametrize("method, name, value", wrong_types())
+def test_every_option_of_every_method_refuses_other_types_by_name(method, name, value):
+    with pytest.raises(UsageError) as error:
+        KvConfig(method=method, method_options={name: value})
+    message = str(error.value)
+    assert message.startswith(f"method_options of {method}: {name}={value!r}: must be ") and "\n" not in message
+    assert options_of(methods()[method])[name].accepts in message
+
+
+# One value just outside of what each bounded option accepts.
+OUT_OF_RANGE = {
+    "anchor_share": 0.51, "attention_floor": -1, "chunk_fill": 1, "chunk_length": 0, "core_share": 0.51,
+    "epsilon": -0.1, "first_mass": 1.1, "importance_weight": -0.1, "kernel_size": 2, "key_ridge": -1,
+    "keydiff_power": 16.1, "lookahead": -1, "max_chunk_size": 0, "max_gap": 0, "max_segment": 0,
+    "min_quota": -1, "min_segment": 0,
+    "min_similarity": 1.1, "moment": "median", "num_future_tokens": 0, "num_observed": 0, "num_sink_tokens": -1,
+    "rope_theta": 1, "segment_mass": 1.1, "similarity_threshold": -1.1, "value_ridge": 2e6, "variant": "papre",
+}  # fmt: skip
+UNBOUNDED = {"a string", "true or false", "a mapping of names to values", "an integer"}
+BOUNDED = [(m, o.name) for m, cls in methods().items() for o in options_of(cls).values() if o.accepts not in UNBOUNDED]
+
+
+@pytest.mark.parametrize("method, name", BOUNDED)
+def test_every_bounded_option_refuses_what_is_out_of_range_by_name(method, name):
+    value = OUT_OF_RANGE[name]
+    with pytest.raises(UsageError) as error:
+        KvConfig(method=method, method_options={name: value})
+    assert str(error.value).startswith(f"method_options of {method}: {name}={value!r}: must be ")
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_method_refuses_an_unknown_option_by_name(method):
+    with pytest.raises(UsageError) as error:
+        KvConfig(method=method, method_options={"colour": "red"})
+    assert str(error.value).startswith(f"method_options of {method}: colour='red': no such option; options are ")
+    for name in options_of(methods()[method]):
+        with pytest.raises(UsageError, match=f"{name}x=1: no such option; did you mean '{name}'"):
+            KvConfig(method=method, method_options={f"{name}x": 1})
+
+
+@pytest.mark.parametrize("method", ["ams", "cask", "chunkkv"])
+@pytest.mark.parametrize("options, words", [
+    ({"lookahead": 2.5}, "lookahead=2.5: must be an integer >= 0, not a float"),
+    ({"lookahaed": 3}, "lookahaed=3: no such option; did you mean 'lookahead'"),
+    ({"chunk_fill": math.nan}, "chunk_fill=nan: must be a number in [0, 1)"),
+])  # fmt: skip
+def test_options_of_a_base_are_checked_as_strictly(method, options, words):
+    with pytest.raises(UsageError) as error:
+        KvConfig(method=method, method_options={"base": "kara", "base_options": options})
+    assert str(error.value).startswith(f"method_options of {method}: base_options of kara: {words}")
+
+
+def test_a_whole_number_may_stand_for_a_float():
+    kara = Kara(keydiff_power=0, chunk_fill=0)
+    assert isinstance(kara.keydiff_power, float) and kara == Kara(keydiff_power=0.0, chunk_fill=0.0)
+    assert hash(kara) == hash(Kara(keydiff_power=0.0, chunk_fill=0.0)) != hash(Kara())
+
+
+def test_built_in_python_a_method_is_checked_too():
+    with pytest.raises(UsageError, match="^lookahead='x': must be an integer >= 0, not a string"):
+        Kara(lookahead="x")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="^lookahaed=3: no such option; did you mean 'lookahead'"):
+        Kara(lookahaed=3)  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match="^bidirectional=1: must be true or false, not an integer"):
+        Kara(1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cls", [KvConfig, *methods().values()])
+def test_every_option_has_help(cls):
+    missing = [o.name for o in options_of(cls).values() if not o.help.endswith(".")]
+    assert not missing
+    assert set(options_of(cls)) == {f.name for f in fields(cls)}
+
+
+def test_options_that_a_method_shares_with_the_configuration_have_one_default():
+    for cls in methods().values():
+        for name in SHARED_OPTIONS:
+            if name in options_of(cls):
+                assert options_of(cls)[name].default == options_of(KvConfig)[name].default

@@ -50,7 +50,7 @@ def test_importance_alone_is_snapkv():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="importance_weight=1.5: must be a number from 0 to 1"):
+    with pytest.raises(ValueError, match=r"importance_weight=1.5: must be a number in \[0, 1\]"):
         RKV(importance_weight=1.5)
     with pytest.raises(ValueError, match="similarity_threshold='0.5'"):
         RKV(similarity_threshold="0.5")  # type: ignore[arg-type]

@@ -46,5 +46,5 @@ def test_only_the_newest_queries_count_whatever_their_slot():
 def test_options():
     with pytest.raises(ValueError, match="kernel_size=4: must be odd"):
         SnapKV(kernel_size=4)
-    with pytest.raises(ValueError, match="num_observed=0: must be 1 or more"):
+    with pytest.raises(ValueError, match="num_observed=0: must be an integer >= 1"):
         SnapKV(num_observed=0)

@@ -22,5 +22,5 @@ def test_the_first_and_the_newest_are_kept(num_sink_tokens, num_kept, expected):
 
 
 def test_options():
-    with pytest.raises(ValueError, match="num_sink_tokens=-1: must be 0 or more"):
+    with pytest.raises(ValueError, match="num_sink_tokens=-1: must be an integer >= 0"):
         StreamingLLM(num_sink_tokens=-1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kvllm.bench.spec import BenchSpec
+from kvllm.options import parse_json
 
 app = typer.Typer(no_args_is_help=True, help="Throughput of the engine, and time of each kernel.")
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here, as JSON.")]
@@ -27,7 +27,7 @@ def with_spec(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(model: str, **arguments: Any) -> None:
         given = {f.name: arguments.pop(f.name) for f in options}
         if given["engine_args"] is not None:
-            given["engine_args"] = json.loads(given["engine_args"])
+            given["engine_args"] = parse_json("--engine-args", given["engine_args"])
         chosen = {name: value for name, value in given.items() if value not in (None, [])}
         command(**arguments, spec=BenchSpec(model=model, **chosen))
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from kvllm.errors import UsageError
+
 POOL_FULL = 0.95  # share of the KV pool in use from which on memory sets the pace
 Array = npt.NDArray[np.float64]
 
@@ -73,7 +75,7 @@ def steady_window(trace: Trace, first_wave_s: float = 0.0) -> tuple[int, int, st
     time, running, waiting = (np.asarray(x) for x in (trace.time, trace.running, trace.waiting))
     after = np.flatnonzero(time >= first_wave_s)
     if not len(after):
-        raise ValueError("the run ended before its first requests did: give it more --max-seconds or more requests.")
+        raise UsageError("the run ended before its first requests did: give it more --max-seconds or more requests.")
     full = after[np.asarray(trace.usage)[after] >= POOL_FULL]
     bound = "pool" if len(full) else "seats"
     begin = int(full[0]) if len(full) else int(after[np.argmax(running[after])])
@@ -97,7 +99,7 @@ class RunFigures:
 
 def run_figures(trace: Trace, num_kv_blocks: int, num_finished: int) -> RunFigures:
     if not trace.time:
-        raise ValueError("the run ended before its first token: give it more --max-seconds.")
+        raise UsageError("the run ended before its first token: give it more --max-seconds.")
     return RunFigures(
         run_tokens_per_s=sum(trace.tokens) / trace.time[-1],
         run_r_eff=effective_ratio(trace.samples),
@@ -110,10 +112,10 @@ def run_figures(trace: Trace, num_kv_blocks: int, num_finished: int) -> RunFigur
 
 
 def steady_figures(trace: Trace, first_wave_s: float = 0.0) -> SteadyFigures:
-    """Raises ValueError where the trace holds no steady state of two steps."""
+    """Raises UsageError where the trace holds no steady state of two steps."""
     begin, end, bound = steady_window(trace, first_wave_s)
     if end - begin < 2:
-        raise ValueError(f"the steady state lasted {end - begin} step(s): give more requests or more output tokens.")
+        raise UsageError(f"the steady state lasted {end - begin} step(s): give more requests or more output tokens.")
     time = np.asarray(trace.time)
     start, stop = float(time[begin]), float(time[end - 1])
     # Step `begin` ended at `start`: its tokens are not of the interval.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kvllm.config import KvConfig
+from kvllm.errors import UsageError
 from kvllm.kernels.block_tables import join_segments, join_segments_ref
 from kvllm.kernels.compact import compact, compact_ref
 from kvllm.kernels.paged import PagedCache
@@ -98,7 +99,7 @@ def bench_kernels(
 ) -> list[dict[str, Any]]:
     """Check, time and print every kernel; returns the table's rows."""
     if not torch.cuda.is_available():
-        raise RuntimeError("kvllm bench kernels needs a CUDA device: in Triton's interpreter times mean nothing.")
+        raise UsageError("kvllm bench kernels needs a CUDA device: in Triton's interpreter times mean nothing.")
     shape = shape or Shape()
     errors = check(shape)
     peaks = measure_peaks()

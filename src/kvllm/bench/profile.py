@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from kvllm.errors import UsageError
+
 # The Triton kernels of each part; methods without kernels of their own run in PyTorch, and are not told apart here.
 PARTS = {
     "compression": (
@@ -52,11 +54,11 @@ def read_kernels(folder: Path) -> list[tuple[str, float, float]]:
 def profile_figures(kernels: list[tuple[str, float, float]]) -> dict[str, Any]:
     """Times in milliseconds of each part: the mean of a step, the most of any step, and the share of the mean step.
 
-    A step is counted from one joining of the block tables to the next. Raises ValueError where there are not two.
+    A step is counted from one joining of the block tables to the next. Raises UsageError where there are not two.
     """
     begins = np.array([start for name, start, _ in kernels if name == STEP])
     if len(begins) < 3:
-        raise ValueError(f"{len(begins)} steps of KvLLM in the trace: profile more steps.")
+        raise UsageError(f"{len(begins)} steps of KvLLM in the trace: profile more steps.")
     steps = np.diff(begins)
     figures: dict[str, Any] = {"num_steps": len(steps), "step_ms": steps.mean() / 1e3}
     for part, names in PARTS.items():

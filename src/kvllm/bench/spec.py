@@ -10,6 +10,7 @@ from typing import Any
 
 from kvllm.bench.shapes import SHAPES
 from kvllm.config import KvConfig
+from kvllm.errors import UsageError
 
 STOCK, OFF = "stock", "off"
 CONFIG_SYNTAX = "stock, off (plugin loaded, nothing configured) or METHOD:RATIO[:OPTION=VALUE,...]"
@@ -35,11 +36,11 @@ class Configuration:
         try:
             options: dict[str, Any] = {"method": method, "retention_ratio": float(ratio)}
         except ValueError as e:
-            raise ValueError(f"config={text!r}: expected {CONFIG_SYNTAX}.") from e
+            raise UsageError(f"config={text!r}: expected {CONFIG_SYNTAX}.") from e
         for item in filter(None, extra.split(",")):
             key, equals, value = item.partition("=")
             if not equals:
-                raise ValueError(f"config={text!r}: {item!r} is not OPTION=VALUE.")
+                raise UsageError(f"config={text!r}: {item!r} is not OPTION=VALUE.")
             name, _, inner = key.partition(".")
             if inner:
                 options.setdefault(name, {})[inner] = _value(value)
@@ -106,18 +107,18 @@ class BenchSpec:
     def __post_init__(self) -> None:
         for name in ("prompt_len", "output_len", "max_seconds"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be positive.")
+                raise UsageError(f"{name}={getattr(self, name)}: must be positive.")
         if not self.config or not self.concurrency or min(self.concurrency) < 1:
-            raise ValueError("give at least one --config and one --concurrency of 1 or more.")
+            raise UsageError("give at least one --config and one --concurrency of 1 or more.")
         if self.model not in SHAPES and not (Path(self.model) / "config.json").is_file():
-            raise ValueError(f"model={self.model!r}: no folder with a config.json, and none of {', '.join(SHAPES)}.")
+            raise UsageError(f"model={self.model!r}: no folder with a config.json, and none of {', '.join(SHAPES)}.")
         self.configurations()
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> BenchSpec:
         known = [f.name for f in fields(cls)]
         if unknown := [key for key in options if key not in known]:
-            raise ValueError(f"kvllm bench serve has no option {unknown[0]!r}; options are {', '.join(known)}.")
+            raise UsageError(f"kvllm bench serve has no option {unknown[0]!r}; options are {', '.join(known)}.")
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,17 +16,18 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvllm.engine.settings import BACKENDS
 from kvllm.engine.spec import KvSpec
+from kvllm.errors import UsageError
 
 Capture = Callable[[int, Tensor, Tensor, Tensor], None]
 Store = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None"], None]
 
 
 def compressed_spec(layer_name: str, spec: Any) -> Any:
-    """Our spec with the fields of a layer's own; ValueError where the layer is not plain full attention."""
+    """Our spec with the fields of a layer's own; UsageError where the layer is not plain full attention."""
     if spec is None:
         return None
     if type(spec) is not FullAttentionSpec:
-        raise ValueError(
+        raise UsageError(
             f"KvLLM does not support layer {layer_name} with {type(spec).__name__}: all layers must be full attention."
         )
     return KvSpec(**{f.name: getattr(spec, f.name) for f in fields(spec)})
@@ -36,12 +37,12 @@ def capture_queries(layers: list[Any], capture: Capture, device: str) -> None:
     """Hand each layer's post-RoPE queries to `capture(layer_index, query, key, value)` before its attention runs.
 
     query, key, value: [num_tokens, num_heads or num_kv_heads, head_dim], padded as the layer sees it
-    Raises ValueError where a layer's backend is not one that compression supports.
+    Raises UsageError where a layer's backend is not one that compression supports.
     """
     for layer in layers:
         backend = layer.attn_backend.get_name()
         if backend not in BACKENDS[device]:
-            raise ValueError(
+            raise UsageError(
                 f"KvLLM does not support attention_backend={backend}: use one of {', '.join(BACKENDS[device])}."
             )
     for index, layer in enumerate(layers):

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvllm.engine.seam import RELEASES
 from kvllm.engine.settings import CONFIG_KEY
+from kvllm.errors import UsageError
 
 
 def register() -> None:
@@ -42,7 +43,7 @@ def _refuse_when_configured(version: str) -> None:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if CONFIG_KEY in (self.additional_config or {}):
-            raise ValueError(
+            raise UsageError(
                 f"vllm=={version}: this KvLLM works with vLLM {' and '.join(RELEASES)}; install one of these "
                 f"releases, or remove {CONFIG_KEY!r} from additional_config."
             )

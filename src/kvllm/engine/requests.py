@@ -11,6 +11,7 @@ from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from kvllm.engine.settings import RATIO_KEY, Geometries, kv_config, request_ratio
+from kvllm.errors import UsageError
 from kvllm.layout import Geometry, ceil_div
 
 if TYPE_CHECKING:
@@ -91,12 +92,12 @@ class RequestCheck:
         try:
             ratio = request_ratio(self.config, params)
             if not self.config.allows_ratio(ratio):
-                raise ValueError(
+                raise UsageError(
                     f"{RATIO_KEY}={ratio}: this server allows {self._allowed()}. Leave {RATIO_KEY} out for the "
                     "server's own ratio; its operator can allow others with --request-ratios."
                 )
             return self.geometries.of_ratio(ratio)
-        except ValueError as e:
+        except UsageError as e:
             raise VLLMValidationError(str(e), parameter=RATIO_KEY) from e
 
     def _allowed(self) -> str:

@@ -7,17 +7,18 @@ from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
 
+from kvllm.errors import UsageError
 from kvllm.methods.rope import Rope, check_same_in_every_layer
 
 
 def rope_of(model: torch.nn.Module) -> Rope | None:
-    """None where the model has no RoPE; ValueError where its layers have different ones, or one of an unknown kind."""
+    """None where the model has no RoPE; UsageError where its layers have different ones, or one of an unknown kind."""
     package = rotary_embedding.__name__
     modules = [m for m in model.modules() if type(m).__module__.startswith(package)]
     modules = [m for m in modules if not isinstance(m, ApplyRotaryEmb)]  # a part of the others
     for module in modules:
         if not isinstance(module, RotaryEmbeddingBase):
-            raise ValueError(
+            raise UsageError(
                 f"KvLLM: how {type(module).__name__} of {type(model).__name__} turns queries is not known; "
                 "use method_options lookahead=0, or another method."
             )
@@ -28,7 +29,7 @@ def rope_of(model: torch.nn.Module) -> Rope | None:
     first = ropes[0]
     for other in ropes[1:]:
         if other.interleaved != first.interleaved or not torch.equal(other.frequencies, first.frequencies):
-            raise ValueError(
+            raise UsageError(
                 f"KvLLM: the layers of {type(model).__name__} have different rotary embeddings; "
                 "use method_options lookahead=0, or another method."
             )

@@ -29,6 +29,7 @@ from kvllm.engine.compat import is_quantized_kv_cache
 from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, allowed_geometries, kv_config
 from kvllm.engine.store_gpu import GpuStore
+from kvllm.errors import UsageError
 from kvllm.kernels.block_tables import join_segments
 from kvllm.kernels.fused import fused_kernels, has_fused_kernels
 from kvllm.kernels.paged import PagedCache
@@ -42,9 +43,9 @@ _LARGE_BANK = 0.05  # share of the device's memory from which on a max_num_seqs 
 
 @cache
 def compressing(cls: type) -> type:
-    """`cls` with compression; ValueError for a model state that we do not know to be plain full attention."""
+    """`cls` with compression; UsageError for a model state that we do not know to be plain full attention."""
     if cls is not DefaultModelState:
-        raise ValueError(f"KvLLM does not support models with {cls.__name__}: all layers must be full attention.")
+        raise UsageError(f"KvLLM does not support models with {cls.__name__}: all layers must be full attention.")
     return KvModelState
 
 
@@ -96,7 +97,7 @@ class KvModelState(DefaultModelState):
         super().initialize_kv_cache(kv_cache_config, block_tables)
         block_size = self.geometries.block_size
         if list(block_tables.block_sizes) != [block_size]:
-            raise ValueError(
+            raise UsageError(
                 f"KvLLM needs one KV cache group with blocks of {block_size} tokens; vLLM made "
                 f"{list(block_tables.block_sizes)}."
             )

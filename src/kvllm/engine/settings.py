@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from kvllm.config import KvConfig, check_retention_ratio
+from kvllm.errors import UsageError
 from kvllm.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
 from kvllm.layout import Geometry
 
@@ -29,7 +30,7 @@ BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "TRITON_ATTN")}
 
 
 def kv_config(vllm_config: VllmConfig) -> KvConfig | None:
-    """Our options in `additional_config`, or None where KvLLM is not asked for; ValueError if they are wrong."""
+    """Our options in `additional_config`, or None where KvLLM is not asked for; UsageError if they are wrong."""
     additional = vllm_config.additional_config
     if not isinstance(additional, dict) or CONFIG_KEY not in additional:
         return None
@@ -39,7 +40,7 @@ def kv_config(vllm_config: VllmConfig) -> KvConfig | None:
 def request_ratio(config: KvConfig, params: SamplingParams | None) -> float:
     """The retention ratio of one request: its own `kv_retention_ratio`, or the engine's.
 
-    Raises ValueError unless it is a number in (0, 1]. Whether a request may choose it is checked on arrival
+    Raises UsageError unless it is a number in (0, 1]. Whether a request may choose it is checked on arrival
     (`engine/requests.py`).
     """
     extra = (params.extra_args or {}) if params is not None else {}
@@ -57,7 +58,7 @@ class Geometries:
         self._made: dict[float, Geometry | None] = {}  # bounded: of a range of ratios only hundredths are made
 
     def of(self, params: SamplingParams | None) -> Geometry | None:
-        """None where the request is not compressed; ValueError if its ratio does not fit the sizes."""
+        """None where the request is not compressed; UsageError if its ratio does not fit the sizes."""
         return self.of_ratio(request_ratio(self.config, params))
 
     def of_ratio(self, ratio: float) -> Geometry | None:
@@ -77,7 +78,7 @@ def allowed_geometries(config: KvConfig, block_size: int) -> list[Geometry]:
 def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     """Check a new engine's configuration and fit it to compression; a no-op where KvLLM is not asked for.
 
-    Raises ValueError, naming the option, its value and the remedy, for what cannot be served.
+    Raises UsageError, naming the option, its value and the remedy, for what cannot be served.
     """
     config = kv_config(vllm_config)
     if config is None:
@@ -86,14 +87,14 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
 
     device = current_platform.device_type
     if device not in DEFAULT_BLOCK_SIZE:
-        raise ValueError(f"KvLLM runs on {', '.join(DEFAULT_BLOCK_SIZE)}; this platform is {device!r}.")
+        raise UsageError(f"KvLLM runs on {', '.join(DEFAULT_BLOCK_SIZE)}; this platform is {device!r}.")
     cache = vllm_config.cache_config
     if not cache.user_specified_block_size:
         cache.block_size = DEFAULT_BLOCK_SIZE[device]
         cache.user_specified_block_size = True
     _check_geometry(config, cache.block_size, vllm_config.model_config.max_model_len)
     for option, value, remedy in _refused(vllm_config, device):
-        raise ValueError(f"KvLLM does not support {option}={value}: {remedy}.")
+        raise UsageError(f"KvLLM does not support {option}={value}: {remedy}.")
     # Cascade attention reads the prefix of the unshortened tables.
     vllm_config.model_config.disable_cascade_attn = True
     scheduler = "KvAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "KvScheduler"
@@ -137,19 +138,19 @@ def gpu_memory() -> int | None:
 
 
 def _check_geometry(config: KvConfig, block_size: int, max_model_len: int) -> None:
-    """Raise ValueError for sizes that do not fit the block size, or a prompt budget that leaves no room to decode."""
+    """Raise UsageError for sizes that do not fit the block size, or a prompt budget that leaves no room to decode."""
     geometry = Geometry.from_config(config, block_size)
     try:
         allowed_geometries(config, block_size)
-    except ValueError as e:
-        raise ValueError(f"request_ratios={config.request_ratios!r}: {e}") from e
+    except UsageError as e:
+        raise UsageError(f"request_ratios={config.request_ratios!r}: {e}") from e
     if geometry is None or not geometry.prompt_budget:
         return
     # The shortest prompt that is cut takes one block more than the budget, and is cut in a step that starts at event 0.
     first = geometry.shape(0).num_candidates
     most = max_model_len - 1 - block_size - first - geometry.buffer_size
     if geometry.prompt_budget > most:
-        raise ValueError(
+        raise UsageError(
             f"prefix_budget_exhausted: prompt_budget={config.prompt_budget}: with a longer prompt, the first "
             f"compression's {first} tokens and the buffer's {config.buffer_size} do not fit "
             f"max_model_len={max_model_len}, so no prompt would ever be cut. Use a prompt_budget of at most "

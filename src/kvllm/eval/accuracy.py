@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from kvllm.errors import UsageError
 from kvllm.eval.engines import Endpoint, Engine, Question, Sampling, VllmEngine
 from kvllm.eval.environment import environment
 from kvllm.eval.problems import PROMPT_VERSION, Problem, load_problems, spread
@@ -26,6 +27,8 @@ from kvllm.eval.samples import FULL, Sample, read_samples, sample_key, write_sam
 from kvllm.eval.stats import Estimate, bootstrap_ratio, wilson
 from kvllm.eval.sweep import BASELINES, Case, parse_cases
 from kvllm.methods import resolved
+from kvllm.options import parse_numbers
+from kvllm.vllm_args import check_plugin_is_loaded
 
 # What must be the same for two parts of a run to belong together.
 RUN = "run.json"
@@ -155,7 +158,7 @@ class Summary:
 def summarise(samples: Sequence[Sample]) -> list[Summary]:
     """The full cache first, then by ratio and accuracy."""
     if ungraded := sum(s.correct is None for s in samples):
-        raise ValueError(f"{ungraded} samples are not graded; run `kvllm eval grade` on the log.")
+        raise UsageError(f"{ungraded} samples are not graded; run `kvllm eval grade` on the log.")
     groups: dict[str, list[Sample]] = {}
     for s in samples:
         groups.setdefault(json.dumps([s.name, s.ratio, s.config], sort_keys=True), []).append(s)
@@ -237,14 +240,14 @@ def write_results(folder: Path, samples: Sequence[Sample], about: Mapping[str, A
 
 
 def check_run(path: Path, about: Mapping[str, Any]) -> None:
-    """Write what the run is, or raise ValueError where the folder holds another."""
+    """Write what the run is, or raise UsageError where the folder holds another."""
     if not path.exists():
         path.write_text(json.dumps(about, indent=1) + "\n")
         return
     before = json.loads(path.read_text())
     if different := sorted(key for key in before | about if before.get(key) != about.get(key)):
         shown = ", ".join(f"{key}={before.get(key)!r}, now {about.get(key)!r}" for key in different)
-        raise ValueError(f"{path.parent} holds another run ({shown}); use another --out.")
+        raise UsageError(f"{path.parent} holds another run ({shown}); use another --out.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -288,14 +291,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases: list[Case] = []
     if options.endpoint:
         if engine_flags or options.methods or options.configs:
-            raise ValueError("--endpoint: the server's method and flags are its own; only --ratios can be chosen.")
-        ratios = [float(r) for r in options.ratios.split(",")] if options.ratios else [None]
+            raise UsageError("--endpoint: the server's method and flags are its own; only --ratios can be chosen.")
+        ratios = parse_numbers("--ratios", options.ratios, float, "0.3,0.5") if options.ratios else [None]
         asked = [(p, s) for s in range(options.samples) for p in problems]
         engines = {None: [Job(p, s, FULL if r == 1 else ENDPOINT, None, r) for r in ratios for p, s in asked]}
     else:
         baselines = [name for name in options.baselines.split(",") if name]
         cases = parse_cases(options.configs, options.methods, options.ratios, options.common, baselines)
         engines = plan(cases, problems, options.samples)
+        if any(config is not None for config in engines):
+            check_plugin_is_loaded()  # before a stock engine answers for hours
 
     def start(config: dict[str, Any] | None) -> Engine:
         if options.endpoint:

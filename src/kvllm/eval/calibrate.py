@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvllm.errors import UsageError
 from kvllm.eval.report import Progress
 from kvllm.eval.traces import HALVES, Trace, half_of, read_traces
 from kvllm.methods.rope import Rope
@@ -34,10 +35,10 @@ def queries_before_rope(model: PreTrainedModel, trace: Trace, frequencies: Tenso
 
 
 def rope_frequencies(model: PreTrainedModel) -> Tensor:
-    """[head_dim / 2] in float64; ValueError where the model's RoPE is more than a turn of every pair."""
+    """[head_dim / 2] in float64; UsageError where the model's RoPE is more than a turn of every pair."""
     rotary = model.base_model.rotary_emb
     if rotary.attention_scaling != 1.0:
-        raise ValueError(f"{type(model).__name__}: its RoPE scales attention by {rotary.attention_scaling}; not done.")
+        raise UsageError(f"{type(model).__name__}: its RoPE scales attention by {rotary.attention_scaling}; not done.")
     return rotary.inv_freq.double().cpu()
 
 

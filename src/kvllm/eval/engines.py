@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from kvllm.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -67,7 +69,7 @@ class VllmEngine:
         engine, tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
         for i, question in enumerate(questions):
             if self.stock and question.ratio not in (None, 1.0):
-                raise ValueError(f"retention ratio {question.ratio}: this engine is stock vLLM.")
+                raise UsageError(f"retention ratio {question.ratio}: this engine is stock vLLM.")
             extra = None if self.stock or question.ratio is None else {"kv_retention_ratio": question.ratio}
             params = SamplingParams(
                 max_tokens=self.sampling.max_tokens,
@@ -127,7 +129,7 @@ class Endpoint:
         # A reasoning parser splits the thoughts off; tokens are counted together either way.
         thoughts = getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None) or ""
         if response.usage is None:
-            raise ValueError(f"{self.client.base_url} reports no usage, so the answer's length is not known.")
+            raise UsageError(f"{self.client.base_url} reports no usage, so the answer's length is not known.")
         text = thoughts + (message.content or "")
         return Completion(text, response.usage.completion_tokens, str(choice.finish_reason))
 

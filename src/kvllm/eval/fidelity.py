@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from kvllm.errors import UsageError
 from kvllm.eval.environment import environment
 from kvllm.eval.forks import first_event, fork_all
 from kvllm.eval.report import Progress, interval, markdown
@@ -120,7 +121,7 @@ def measure(
     # Before the first of many replays, not after the last.
     lengths = [(trace.num_prompt_tokens, len(trace.token_ids) - 1) for trace in traces]
     if short := [c.label for c in cases if all(first_event(c.config, p, block_size) >= n for p, n in lengths)]:
-        raise ValueError(f"no trace is long enough to be compressed by {', '.join(short)}; use longer traces.")
+        raise UsageError(f"no trace is long enough to be compressed by {', '.join(short)}; use longer traces.")
     results = [Result(case) for case in cases]
     for i, trace in enumerate(traces):
         for j, rows in enumerate(measure_trace(model, trace, cases, block_size)):

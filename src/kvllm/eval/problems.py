@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from kvllm.errors import UsageError
+
 DATA = Path(__file__).parent / "data"
 SHIPPED = {"math500": DATA / "math500.jsonl", "gsm8k": DATA / "gsm8k_test.jsonl"}
 NOT_SHIPPED = ("aime24", "aime25")
@@ -34,15 +36,15 @@ def load_problems(task: str, data: Path | None = None) -> list[Problem]:
     """The problems of a shipped task, or of the file `data` (then `task` is only a name)."""
     if data is None:
         if task in NOT_SHIPPED:
-            raise ValueError(f"task {task}: its text has no open licence and does not ship; name a file with --data.")
+            raise UsageError(f"task {task}: its text has no open licence and does not ship; name a file with --data.")
         if task not in SHIPPED:
-            raise ValueError(f"no task named {task!r}; use {', '.join(SHIPPED)}, or name a file with --data.")
+            raise UsageError(f"no task named {task!r}; use {', '.join(SHIPPED)}, or name a file with --data.")
         data = SHIPPED[task]
     problems = []
     for number, line in enumerate(data.read_text(encoding="utf-8").splitlines(), start=1):
         row = json.loads(line)
         if missing := {"problem", "answer"} - row.keys():
-            raise ValueError(f"{data}, line {number}: has no {' and no '.join(sorted(missing))}.")
+            raise UsageError(f"{data}, line {number}: has no {' and no '.join(sorted(missing))}.")
         problems.append(Problem(str(row.get("id", number - 1)), row["problem"], str(row["answer"])))
     return problems
 
@@ -52,5 +54,5 @@ def spread(items: Sequence[T], count: int | None) -> list[T]:
     if count is None or count >= len(items):
         return list(items)
     if count < 1:
-        raise ValueError(f"{count} of {len(items)} items: must be 1 or more.")
+        raise UsageError(f"{count} of {len(items)} items: must be 1 or more.")
     return [items[i * len(items) // count] for i in range(count)]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer
 
+from kvllm.errors import UsageError
 from kvllm.eval.environment import environment
 from kvllm.eval.forks import fork_all
 from kvllm.eval.problems import load_problems
@@ -29,6 +30,7 @@ from kvllm.eval.report import Progress, interval, markdown
 from kvllm.eval.stats import Estimate, wilson
 from kvllm.eval.sweep import Case, parse_cases
 from kvllm.methods import resolved
+from kvllm.options import parse_numbers
 from kvllm.reference import Request, feed, load_model
 
 if TYPE_CHECKING:
@@ -106,7 +108,7 @@ def make_items(
                 asked = tokenizer.encode(needle.question, add_special_tokens=False)
                 room = distance - len(stated)
                 if room < 0:
-                    raise ValueError(f"distance {distance}: the needle alone takes {len(stated)} tokens.")
+                    raise UsageError(f"distance {distance}: the needle alone takes {len(stated)} tokens.")
                 before = round(depth * room)
                 text = [*prompt, *filler[:before], *stated, *filler[before:room], *asked]
                 items.append(Item(distance, depth, sample, needle, text, len(prompt)))
@@ -247,8 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype = options.dtype if options.dtype != "auto" else ("float32" if options.device == "cpu" else "bfloat16")
     model = load_model(options.model, getattr(torch, dtype), options.device)
     tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
-    distances = [int(x) for x in options.distances.split(",")]
-    depths = [float(x) for x in options.depths.split(",")]
+    distances = parse_numbers("--distances", options.distances, int, "512,1024")
+    depths = parse_numbers("--depths", options.depths, float, "0.1,0.5,0.9")
     items = make_items(tokenizer, distances, depths, options.samples)
     start = time.perf_counter()
     answers = measure(model, tokenizer, items, cases, options.block_size, progress=Progress("texts"))

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from kvllm.config import KvConfig
+from kvllm.errors import UsageError
+from kvllm.options import parse_json, parse_numbers
 
 # A claim that does not beat these is worth nothing, so they are always measured.
 BASELINES = ("random", "recent")
@@ -108,18 +110,15 @@ def parse_cases(
     entries: list[Mapping[str, Any]] = []
     shared = dict(common or {})
     if ratios:
-        shared["retention_ratio"] = [float(ratio) for ratio in ratios.split(",")]
+        shared["retention_ratio"] = parse_numbers("--ratios", ratios, float, "0.3,0.5")
     for text in configs:
         if not text.lstrip().startswith(("[", "{")):
             shipped = SWEEPS / f"{text}.json"
             text = (shipped if shipped.exists() else Path(text)).read_text()
-        try:
-            parsed = json.loads(text)
-        except json.JSONDecodeError as e:
-            raise ValueError(f"--configs: not valid JSON ({e}): {text[:80]}") from e
+        parsed = parse_json("--configs", text)
         entries += parsed if isinstance(parsed, list) else [parsed]
     if methods:
         entries.append({"method": methods.split(",")})
     if not entries:
-        raise ValueError("nothing to measure: give --methods or --configs.")
+        raise UsageError("nothing to measure: give --methods or --configs.")
     return cases(entries, shared, baselines)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvllm.errors import UsageError
 from kvllm.eval.problems import load_problems, spread
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Trace:
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_prompt_tokens < len(self.token_ids):
-            raise ValueError(f"trace {self.id}: {len(self.token_ids)} tokens, {self.num_prompt_tokens} of the prompt.")
+            raise UsageError(f"trace {self.id}: {len(self.token_ids)} tokens, {self.num_prompt_tokens} of the prompt.")
 
 
 def write_traces(path: Path, traces: Sequence[Trace]) -> None:
@@ -48,7 +49,7 @@ def half_of(traces: Sequence[Trace], half: str | None) -> list[Trace]:
     if half is None:
         return list(traces)
     if half not in HALVES:
-        raise ValueError(f"half={half!r}: must be one of {', '.join(HALVES)}.")
+        raise UsageError(f"half={half!r}: must be one of {', '.join(HALVES)}.")
     return list(traces[HALVES.index(half) :: 2])
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from kvllm.errors import UsageError, within
+from kvllm.options import no_such, options_of
 
 if TYPE_CHECKING:
     from kvllm.config import KvConfig
@@ -45,22 +46,24 @@ def _import_modules() -> None:
 
 
 def make_method(config: KvConfig) -> Method:
-    """The method that `config` asks for, with its options; ValueError names what is wrong with them."""
+    """The method that `config` asks for, with its options; UsageError names what is wrong with them."""
+    cls = method_class("method", config.method)
+    shared = {name: getattr(config, name) for name in SHARED_OPTIONS if name in options_of(cls)}
+    return build(cls, config.method, "method_options", {**shared, **config.method_options})
+
+
+def method_class(option: str, name: str) -> type[Method]:
+    """The method of this name; UsageError, naming the option that holds the name, where there is none."""
     known = methods()
-    cls = known.get(config.method)
-    if cls is None:
-        close = difflib.get_close_matches(config.method, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"methods are {', '.join(known)}."
-        raise ValueError(f"no method named {config.method!r}; {hint}")
-    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    for key in config.method_options:
-        if key not in names:
-            raise ValueError(
-                f"method_options={dict(config.method_options)}: {config.method} has no option {key!r}; "
-                f"its options are {', '.join(names) or 'none'}."
-            )
-    shared = {name: getattr(config, name) for name in SHARED_OPTIONS if name in names}
-    return cls(**(shared | dict(config.method_options)))
+    if name not in known:
+        raise UsageError(f"{option}={name!r}: {no_such('method', name, known)}")
+    return known[name]
+
+
+def build(cls: type[Method], name: str, option: str, options: Mapping[str, Any]) -> Method:
+    """The method with these options, which the user gave as `option`; UsageError names what is wrong with them."""
+    with within(f"{option} of {name}"):
+        return cls(**options)
 
 
 def resolved(config: KvConfig) -> dict[str, Any]:
@@ -70,12 +73,7 @@ def resolved(config: KvConfig) -> dict[str, Any]:
 
 
 def all_options(method: Method) -> dict[str, Any]:
-    """A method's fields; of one on a base, the base's own too."""
-    options = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
+    """A method's options and their values; of one on a base, the base's own too."""
+    options = {name: getattr(method, name) for name in options_of(type(method))}
     scorer = getattr(method, "scorer", None)
     return options if scorer is None else options | {"base_options": all_options(scorer)}
-
-
-def check_method(config: KvConfig) -> None:
-    """Raise ValueError unless `make_method` can build what `config` asks for."""
-    make_method(config)

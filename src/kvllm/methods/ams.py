@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from kvllm.errors import UsageError
 from kvllm.methods import register
 from kvllm.methods.attention import observed_attention, pool
 from kvllm.methods.base import Window
 from kvllm.methods.bases import OnBase
-from kvllm.methods.checks import check_between, check_count, check_kernel
+from kvllm.options import BaseOptions, Count, KernelSize, Share, strict_dataclass
 
 
 @register("ams")
-@dataclass(frozen=True)
+@strict_dataclass
 class AMS(OnBase):
     """Cut the window where attention mass adds up, give each segment a quota, fill it by a base score.
 
@@ -27,27 +25,21 @@ class AMS(OnBase):
     loops. The running credit over earlier compressions needs a state that a method does not have; under the window
     policy every token is judged once, so it would change nothing there. The first 4 and newest 32 tokens, which
     the paper keeps, lie in the prompt and the buffer. The queries are the buffer's stored ones, up to 32.
-
-    base, base_options: the method that scores inside a segment
     """
 
-    base: str = "rkv"
-    base_options: Mapping[str, Any] = field(default_factory=dict)
-    num_observed: int = 32
-    kernel_size: int = 5
-    segment_mass: float = 0.02
-    min_segment: int = 32
-    max_segment: int = 1024
-    min_quota: int = 8
+    base: str = Field("rkv", description="Method that scores the tokens inside a segment.")
+    base_options: BaseOptions = Field(default_factory=dict)
+    num_observed: Count = Field(32, description="Number of newest stored queries that the mass is taken from.")
+    kernel_size: KernelSize = 5
+    segment_mass: Share = Field(0.02, description="Share of the attention mass at which a segment ends.")
+    min_segment: Count = Field(32, description="Fewest tokens in a segment.")
+    max_segment: Count = Field(1024, description="Most tokens in a segment, at least `min_segment`.")
+    min_quota: int = Field(8, ge=0, description="Tokens that every segment keeps, whatever its mass.")
 
     def __post_init__(self) -> None:
-        check_count("num_observed", self.num_observed)
-        check_kernel("kernel_size", self.kernel_size)
-        check_between("segment_mass", self.segment_mass, 0, 1)
-        check_count("min_segment", self.min_segment)
-        check_count("max_segment", self.max_segment, lowest=self.min_segment)
-        check_count("min_quota", self.min_quota, lowest=0)
-        _ = self.scorer  # refuses what it cannot build
+        super().__post_init__()
+        if self.max_segment < self.min_segment:
+            raise UsageError(f"max_segment={self.max_segment}: must be min_segment={self.min_segment} or more.")
 
     def score(self, window: Window) -> Tensor:
         """The order in which slots are given out, so that the K best fill every quota."""

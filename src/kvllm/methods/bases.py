@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
-from kvllm.methods import methods
+from kvllm.methods import build, method_class
 from kvllm.methods.base import Method
 
 
@@ -18,29 +16,13 @@ class OnBase(Method):
     base: str
     base_options: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        _ = self.scorer  # refuses what it cannot build
+
     @cached_property
     def scorer(self) -> Method:
-        return base_method(self.base, self.base_options)
+        return build(method_class("base", self.base), self.base, "base_options", self.base_options)
 
     @property
     def uses_rope(self) -> bool:
         return self.scorer.uses_rope
-
-
-def base_method(base: str, base_options: Mapping[str, Any]) -> Method:
-    """The method named `base` with its options; ValueError names what is wrong with them."""
-    known = methods()
-    if base not in known:
-        close = difflib.get_close_matches(str(base), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"methods are {', '.join(known)}."
-        raise ValueError(f"base={base!r}: no method has this name; {hint}")
-    if not isinstance(base_options, Mapping):
-        raise ValueError(f"base_options={base_options!r}: must be a mapping of {base}'s own options.")
-    names = [f.name for f in fields(known[base])]  # type: ignore[arg-type]
-    for key in base_options:
-        if key not in names:
-            raise ValueError(
-                f"base_options={dict(base_options)}: {base} has no option {key!r}; "
-                f"its options are {', '.join(names) or 'none'}."
-            )
-    return known[base](**base_options)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad, softplus
 
 from kvllm.methods import register
 from kvllm.methods.base import Kept, Window, top_k
 from kvllm.methods.bases import OnBase
-from kvllm.methods.checks import check_between, check_count, check_rope_theta
 from kvllm.methods.rope import unrotate
+from kvllm.options import BaseOptions, Cosine, Count, RopeTheta, strict_dataclass
 
 
 @register("cask")
-@dataclass(frozen=True)
+@strict_dataclass
 class CASK(OnBase):
     """Keep the best half of K as they are; merge neighbours among the rest until K entries are left.
 
@@ -40,26 +37,18 @@ class CASK(OnBase):
     Differs: each layer and KV head chooses for itself, as above; the cut waits for the first window, whose queries
     judge the prompt (CASK cuts at the end of prefill, with calibrated scores that need no queries); the budget is a
     setting of its own (CASK: what the newest tokens leave of one budget for prompt and answer).
-
-    anchor_share: share of the prompt's budget that is kept for coverage, at most half
-    core_share: share of K that is core, at most half: any such core leaves enough mergeable neighbours to reach K
     """
 
-    base: str = "kara"
-    base_options: Mapping[str, Any] = field(default_factory=dict)
-    core_share: float = 0.5
-    anchor_share: float = 0.0625
-    max_gap: int = 32
-    min_similarity: float = 0.985
-    rope_theta: float | None = None
-
-    def __post_init__(self) -> None:
-        check_between("core_share", self.core_share, 0, 0.5)
-        check_between("anchor_share", self.anchor_share, 0, 0.5)
-        check_count("max_gap", self.max_gap)
-        check_between("min_similarity", self.min_similarity, -1, 1)
-        check_rope_theta(self.rope_theta)
-        _ = self.scorer  # refuses what it cannot build
+    base: str = Field("kara", description="Method that scores the tokens.")
+    base_options: BaseOptions = Field(default_factory=dict)
+    # At most half of K: any such core leaves enough mergeable neighbours to reach K.
+    core_share: float = Field(0.5, ge=0, le=0.5, description="Share of the kept tokens that are core, never merged.")
+    anchor_share: float = Field(
+        0.0625, ge=0, le=0.5, description="Share of the prompt's budget that is kept at even distances, for coverage."
+    )
+    max_gap: Count = Field(32, description="Distance in tokens up to which neighbours are merged first.")
+    min_similarity: Cosine = Field(0.985, description="Cosine of two keys from which on neighbours are merged first.")
+    rope_theta: RopeTheta = None
 
     def score(self, window: Window) -> Tensor:
         return self.scorer.score(window)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
 from kvllm.methods import register
 from kvllm.methods.base import Window
 from kvllm.methods.bases import OnBase
-from kvllm.methods.checks import check_count
+from kvllm.options import BaseOptions, Count, strict_dataclass
 
 
 @register("chunkkv")
-@dataclass(frozen=True)
+@strict_dataclass
 class ChunkKV(OnBase):
     """Cut the window into chunks of `chunk_length` tokens and keep those with the best mean score.
 
@@ -25,17 +22,11 @@ class ChunkKV(OnBase):
     for all heads of a layer.
     Differs: exactly K tokens stay, so the last chunk to fit is cut to its best tokens, where kvpress keeps whole
     chunks only and so another number. Layers do not share a choice (the paper reuses one for its neighbours).
-
-    base, base_options: the method that scores
     """
 
-    base: str = "snapkv"
-    base_options: Mapping[str, Any] = field(default_factory=dict)
-    chunk_length: int = 20
-
-    def __post_init__(self) -> None:
-        check_count("chunk_length", self.chunk_length)
-        _ = self.scorer  # refuses what it cannot build
+    base: str = Field("snapkv", description="Method that scores the tokens.")
+    base_options: BaseOptions = Field(default_factory=dict)
+    chunk_length: Count = Field(20, description="Tokens in a chunk.")
 
     def score(self, window: Window) -> Tensor:
         """Whole numbers: every token of a better chunk above every token of a worse one."""

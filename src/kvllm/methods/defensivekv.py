@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvllm.methods import register
 from kvllm.methods.attention import observed_attention, pool
 from kvllm.methods.base import Method, Window
-from kvllm.methods.checks import check_between, check_count, check_kernel
+from kvllm.options import Count, KernelSize, Share, strict_dataclass
 
 
 @register("defensivekv")
-@dataclass(frozen=True)
+@strict_dataclass
 class DefensiveKV(Method):
     """Keep the tokens that carry most of the mean attention, then those that any query or head might need.
 
@@ -27,14 +26,9 @@ class DefensiveKV(Method):
     paper's correction of `first_mass` for it falls away.
     """
 
-    num_observed: int = 32
-    kernel_size: int = 5
-    first_mass: float = 0.9
-
-    def __post_init__(self) -> None:
-        check_count("num_observed", self.num_observed)
-        check_kernel("kernel_size", self.kernel_size)
-        check_between("first_mass", self.first_mass, 0, 1)
+    num_observed: Count = Field(32, description="Number of newest stored queries that are used.")
+    kernel_size: KernelSize = 5
+    first_mass: Share = Field(0.9, description="Share of the mean attention whose tokens are kept before all others.")
 
     def score(self, window: Window) -> Tensor:
         weights, mean = observed_attention(window, self.num_observed)

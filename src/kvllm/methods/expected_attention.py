@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvllm.methods import register
 from kvllm.methods.attention import text_places
 from kvllm.methods.base import Method, Window
-from kvllm.methods.checks import check_between, check_count, check_flag, check_rope_theta
 from kvllm.methods.rope import Rope, frequencies
+from kvllm.options import Count, RopeTheta, Share, strict_dataclass
 
 
 @register("expected_attention")
-@dataclass(frozen=True)
+@strict_dataclass
 class ExpectedAttention(Method):
     """Keep the keys with the largest expected exp(q.k / sqrt(d)) for queries drawn from a normal distribution.
 
@@ -25,22 +26,17 @@ class ExpectedAttention(Method):
     lie in the protected prompt. By default the stored queries count as they are, after RoPE: the rotations of the
     newest tokens stand for those of the next ones. With `rope_theta` the rotation is undone and replaced by the
     average over the next `num_future_tokens` places, as in the paper (plain RoPE only, no scaling).
-
-    epsilon: added to the expected weight before the value's norm counts (kvpress: 0; AMS uses 1e-2)
     """
 
-    rope_theta: float | None = None
-    num_future_tokens: int = 512
-    use_covariance: bool = True
-    use_value_norm: bool = True
-    epsilon: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_rope_theta(self.rope_theta)
-        check_count("num_future_tokens", self.num_future_tokens)
-        check_flag("use_covariance", self.use_covariance)
-        check_flag("use_value_norm", self.use_value_norm)
-        check_between("epsilon", self.epsilon, 0, 1)
+    rope_theta: RopeTheta = None
+    num_future_tokens: Count = Field(
+        512, description="Number of positions that the rotation is averaged over, where `rope_theta` is given."
+    )
+    use_covariance: bool = Field(True, description="Count the variance of the queries, not only their mean.")
+    use_value_norm: bool = Field(True, description="Weight each key by the norm of its value.")
+    epsilon: Share = Field(
+        0.0, description="Added to the expected weight before the norm of the value counts (kvpress: 0, AMS: 0.01)."
+    )
 
     def score(self, window: Window) -> Tensor:
         queries = window.grouped_queries()

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvllm.methods import register
 from kvllm.methods.base import Kept, Method, Window, top_k
-from kvllm.methods.checks import check_between, check_count
 from kvllm.methods.keydiff import KeyDiff
 from kvllm.methods.refit import gather_tokens, refit_values, shift_keys
 from kvllm.methods.rope import Rope, Turn
+from kvllm.options import Count, strict_dataclass
 
 GOLDEN = (5**0.5 - 1) / 2
-
-
-MOMENTS = ("mean", "rms", "max")
 # What is published of the method, and nothing of ours.
 PAPER = {
     "bidirectional": True,
@@ -29,64 +28,77 @@ PAPER = {
     "key_ridge": 0.0,
     "value_ridge": 0.0,
 }
-VARIANTS = ("tuned", "paper")
 # Survivors that are fitted at once: their matrix fits a GPU's multiprocessor, and the few stored queries can tell them
 # apart. Of more than that enough stay as they are.
 MOST_REFITTED = 128
 
 
 @register("kara")
-@dataclass(frozen=True)
+@strict_dataclass
 class Kara(Method):
-    """Keep what the window's and the buffer's queries look at, those before a key included.
+    """Keep what the window's and the buffer's queries look at, those before a key included."""
 
-    bidirectional:     False is the causal ablation: a query sees only the keys up to its own place
-    lookahead:         > 0: RoPE turns each query on to a place up to this many tokens after the newest, where the
-                       queries to come will stand; so no key is judged from before it, nor from too near (ours). Without
-                       RoPE, and in the causal ablation, nothing turns
-    value_norm:        weight a key's attention by the length of the value that it brings
-    keydiff_power:     > 0: weight it too by this power of 1 - cosine of the key to the mean key of the window
-                       (KeyDiff), since of many keys alike a few will do
-    attention_floor:   what every key gets beside its attention, in shares of the mean attention of a key. What no query
-                       has looked at yet, and one may ask for later, is then judged by its value and its key (ours)
-    max_chunk_size:    longest chunk, its two picks included, that Token2Chunk fills; 1 or 2 fill nothing
-    chunk_fill:        a filler is worth this share of the weaker of its two picks
-    moment:            how the weights that a key gets are summed up: their mean, root mean square, or the maximum over
-                       the queries (mean over the heads of a group)
-    key_ridge:         > 0: shift the kept keys so that they win back the evicted ones' attention; the smaller the
-                       stronger (`kvllm.methods.refit.shift_keys`)
-    value_ridge:       > 0: change the kept values so that they bring what the whole window brought
-                       (`kvllm.methods.refit.refit_values`); both only where at most MOST_REFITTED tokens stay
-    variant:           "paper" sets the plain form of the paper, whatever the options above it say
-
-    """
-
-    bidirectional: bool = True
-    lookahead: int = 300
-    value_norm: bool = True
-    keydiff_power: float = 2.0
-    attention_floor: float = 1.0
-    max_chunk_size: int = 8
-    chunk_fill: float = 0.5
-    moment: str = "mean"
-    key_ridge: float = 1.0
-    value_ridge: float = 1.0
-    variant: str = "tuned"
+    bidirectional: bool = Field(
+        True, description="False is the causal ablation: a query judges only the keys up to its own position."
+    )
+    lookahead: int = Field(
+        300,
+        ge=0,
+        description="RoPE rotates each query to a position up to this many tokens after the newest, where future "
+        "queries will be; 0 = none. So no key is judged from before it, nor from too near (ours). Without RoPE, and in "
+        "the causal ablation, nothing is rotated.",
+    )
+    value_norm: bool = Field(True, description="Weight a key's attention by the norm of its value.")
+    keydiff_power: float = Field(
+        2.0,
+        ge=0,
+        le=16,
+        description="Weight it too by this power of 1 - cosine of the key to the mean key of the window (KeyDiff), "
+        "since of many similar keys a few will do; 0 = none.",
+    )
+    attention_floor: float = Field(
+        1.0,
+        ge=0,
+        le=1e6,
+        description="What every key gets beside its attention, in units of the mean attention of a key. What no query "
+        "has looked at yet, and one may ask for later, is then judged by its value and its key (ours).",
+    )
+    max_chunk_size: Count = Field(
+        8, description="Longest chunk, its two picks included, that Token2Chunk fills; 1 or 2 fill nothing."
+    )
+    # Below 1: there a filler could push out the very pick that it was filled for.
+    chunk_fill: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="A token that fills a chunk is worth this share of the weaker of its two picks; 0 turns "
+        "Token2Chunk off.",
+    )
+    moment: Literal["mean", "rms", "max"] = Field(
+        "mean",
+        description="How the weights that a key gets are summed up: their mean, root mean square, or the maximum over "
+        "the queries (mean over the heads of a group).",
+    )
+    key_ridge: float = Field(
+        1.0,
+        ge=0,
+        le=1e6,
+        description="Shift the kept keys so that they win back the evicted ones' attention; the smaller the stronger, "
+        f"0 = off. Only where at most {MOST_REFITTED} tokens are kept at once.",
+    )
+    value_ridge: float = Field(
+        1.0,
+        ge=0,
+        le=1e6,
+        description="Change the kept values so that they approximate the output of the whole window; the smaller the "
+        f"stronger, 0 = off. Only where at most {MOST_REFITTED} tokens are kept at once.",
+    )
+    variant: Literal["tuned", "paper"] = Field(
+        "tuned",
+        description='"paper" sets the plain form of the paper, whatever the options above it say.',
+    )
 
     def __post_init__(self) -> None:
-        if self.max_chunk_size < 1:
-            raise ValueError(f"max_chunk_size={self.max_chunk_size}: must be positive; 1 turns Token2Chunk off.")
-        if not 0 <= self.chunk_fill < 1:
-            # At 1 a filler could push out the very pick that it was filled for.
-            raise ValueError(f"chunk_fill={self.chunk_fill}: a share in [0, 1); 0 turns Token2Chunk off.")
-        check_count("lookahead", self.lookahead, 0)
-        check_between("keydiff_power", self.keydiff_power, 0, 16)
-        check_between("attention_floor", self.attention_floor, 0, 1e6)
-        check_between("key_ridge", self.key_ridge, 0, 1e6)
-        check_between("value_ridge", self.value_ridge, 0, 1e6)
-        for name, known in (("moment", MOMENTS), ("variant", VARIANTS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(known)}.")
         if self.variant == "paper":
             for name, value in PAPER.items():
                 object.__setattr__(self, name, value)

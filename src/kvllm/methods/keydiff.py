@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from kvllm.methods import register
 from kvllm.methods.base import Method, Window
+from kvllm.options import strict_dataclass
 
 
 @register("keydiff")
-@dataclass(frozen=True)
+@strict_dataclass
 class KeyDiff(Method):
     """Keep the keys with the smallest cosine to the mean of the normalised keys; looks at no query.
 

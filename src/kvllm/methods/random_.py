@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvllm.methods import register
 from kvllm.methods.base import Method, Window
+from kvllm.options import strict_dataclass
 
 _LOW32 = 0xFFFFFFFF
 
 
 @register("random")
-@dataclass(frozen=True)
+@strict_dataclass
 class Random(Method):
     """Keep tokens drawn uniformly, for each layer and KV head on its own.
 
@@ -22,7 +22,7 @@ class Random(Method):
     on every device.
     """
 
-    seed: int = 0
+    seed: int = Field(0, description="Seed of the draws.")
 
     def score(self, window: Window) -> Tensor:
         heads = torch.arange(window.num_kv_heads, device=window.positions.device)

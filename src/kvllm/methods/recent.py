@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from kvllm.methods import register
 from kvllm.methods.base import Method, Window
+from kvllm.options import strict_dataclass
 
 
 @register("recent")
-@dataclass(frozen=True)
+@strict_dataclass
 class Recent(Method):
     """Keep the newest candidates, the same ones for every head and layer.
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvllm.methods import register
 from kvllm.methods.base import Method, Window
-from kvllm.methods.checks import check_between
 from kvllm.methods.snapkv import SnapKV
+from kvllm.options import Cosine, Count, KernelSize, Share, strict_dataclass
 
 
 @register("rkv")
-@dataclass(frozen=True)
+@strict_dataclass
 class RKV(Method):
     """Keep by importance_weight * importance - (1 - importance_weight) * redundancy.
 
@@ -22,19 +21,14 @@ class RKV(Method):
     other keys of the head after a softmax over tokens; the newest of a set of similar keys is spared.
     Differs: the newest 8 tokens, which R-KV always keeps and also counts as similar keys, are the buffer here and no
     candidates. The 8 queries are stored ones, so they span 8 * `query_stride` tokens.
-
-    importance_weight: lambda of the paper (0.1 in its evaluation, 0.07 as its class default)
     """
 
-    importance_weight: float = 0.1
-    similarity_threshold: float = 0.5
-    num_observed: int = 8
-    kernel_size: int = 7
-
-    def __post_init__(self) -> None:
-        check_between("importance_weight", self.importance_weight, 0, 1)
-        check_between("similarity_threshold", self.similarity_threshold, -1, 1)
-        _ = self.importance  # checks the other two
+    importance_weight: Share = Field(
+        0.1, description="The paper's lambda: 0.1 in its evaluation, 0.07 as its class default."
+    )
+    similarity_threshold: Cosine = Field(0.5, description="Cosine above which two keys count as similar.")
+    num_observed: Count = Field(8, description="Number of newest stored queries that importance is taken from.")
+    kernel_size: KernelSize = 7
 
     @property
     def importance(self) -> SnapKV:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvllm.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -64,9 +66,9 @@ class Turn:
 
 
 def check_same_in_every_layer(config: Any, model: str) -> None:
-    """Raise ValueError where a model's config says that some of its layers have no RoPE (SmolLM3, Llama 4)."""
+    """Raise UsageError where a model's config says that some of its layers have no RoPE (SmolLM3, Llama 4)."""
     if not all(getattr(config, "no_rope_layers", None) or [1]):
-        raise ValueError(
+        raise UsageError(
             f"KvLLM: some layers of {model} have no RoPE (no_rope_layers); use method_options lookahead=0, or another "
             "method."
         )

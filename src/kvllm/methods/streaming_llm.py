@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvllm.methods import register
 from kvllm.methods.base import Method, Window
+from kvllm.options import strict_dataclass
 
 
 @register("streaming_llm")
-@dataclass(frozen=True)
+@strict_dataclass
 class StreamingLLM(Method):
     """Keep the first tokens of the window and its newest ones; looks at no query and no key.
 
     Keys keep the rotation of their place in the text; the paper numbers them anew inside the cache.
     """
 
-    num_sink_tokens: int = 4
-
-    def __post_init__(self) -> None:
-        if self.num_sink_tokens < 0:
-            raise ValueError(f"num_sink_tokens={self.num_sink_tokens}: must be 0 or more.")
+    num_sink_tokens: int = Field(4, ge=0, description="Tokens at the start of the window that are kept.")
 
     def score(self, window: Window) -> Tensor:
         """The later the higher, the sinks above all."""

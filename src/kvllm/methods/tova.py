@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from kvllm.methods import register
 from kvllm.methods.attention import causal_attention
 from kvllm.methods.base import Method, Window
+from kvllm.options import strict_dataclass
 
 
 @register("tova")
-@dataclass(frozen=True)
+@strict_dataclass
 class TOVA(Method):
     """Keep what the newest query looks at, averaged over all heads: one choice for all heads of a layer.
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kvllm.errors import UsageError
 from kvllm.methods import register
 from kvllm.methods.attention import text_places
 from kvllm.methods.base import Method, Window
+from kvllm.options import strict_dataclass
 
 FORMAT = {  # tensors of a statistics file and their shapes
     "mean_real": "[num_layers, num_heads, head_dim / 2]",
@@ -25,7 +27,7 @@ FORMAT = {  # tensors of a statistics file and their shapes
 
 
 @register("triattention")
-@dataclass(frozen=True)
+@strict_dataclass
 class TriAttention(Method):
     """Keep the keys that fit the mean query of each head, averaged over the distances at which it may come.
 
@@ -34,20 +36,22 @@ class TriAttention(Method):
     and variance 1 over the candidates; the maximum over the group.
     Differs: each layer keeps its own choice, as each head does (the paper's per_head mode shares one over the layers).
     "Now" is the newest stored query's place. The prompt is protected and the newest tokens are the buffer.
-
-    statistics: a file written by `save_statistics`, taken from the model that is served, with all of its heads
     """
 
-    statistics: str = ""
+    statistics: str = Field(
+        "",
+        description="Path of a file with the query statistics of the model that is served, of all of its heads; "
+        "`kvllm eval calibrate` writes one. There is no default.",
+    )
 
     def __post_init__(self) -> None:
         if not self.statistics:
-            raise ValueError(
-                "method_options: triattention needs statistics, the path of a file with the model's query statistics "
-                "(kvllm.methods.triattention.save_statistics writes one)."
+            raise UsageError(
+                "statistics='': triattention needs the path of a file with the model's query statistics; "
+                "`kvllm eval calibrate` writes one."
             )
         if not Path(self.statistics).is_file():
-            raise ValueError(f"statistics={self.statistics!r}: no such file; triattention needs it for this model.")
+            raise UsageError(f"statistics={self.statistics!r}: no such file; triattention needs it for this model.")
         load_statistics(self.statistics, torch.device("cpu"))
 
     def score(self, window: Window) -> Tensor:
@@ -77,7 +81,7 @@ class TriAttention(Method):
     def _check_fit(self, statistics: dict[str, Tensor], window: Window) -> None:
         num_layers, num_heads, pairs = statistics["mean_real"].shape
         if (num_heads, 2 * pairs) != (window.queries.shape[2], window.keys.shape[3]):
-            raise ValueError(
+            raise UsageError(
                 f"statistics={self.statistics!r}: taken from a model with {num_heads} heads of {2 * pairs}, but this "
                 f"one has {window.queries.shape[2]} of {window.keys.shape[3]} (on this rank); take them anew."
             )
@@ -119,12 +123,12 @@ def save_statistics(path: str, queries: Tensor, frequencies: Tensor, scale: Tens
 
 @lru_cache(maxsize=8)
 def load_statistics(path: str, device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a statistics file; ValueError where it is none."""
+    """The tensors of a statistics file; UsageError where it is none."""
     try:
         tensors = load_file(path, device=str(device))
     except SafetensorError as e:
-        raise ValueError(f"statistics={path!r}: not a safetensors file ({e}).") from e
+        raise UsageError(f"statistics={path!r}: not a safetensors file ({e}).") from e
     for name, shape in FORMAT.items():
         if name not in tensors:
-            raise ValueError(f"statistics={path!r}: has no tensor {name!r} {shape}; take the statistics anew.")
+            raise UsageError(f"statistics={path!r}: has no tensor {name!r} {shape}; take the statistics anew.")
     return tensors

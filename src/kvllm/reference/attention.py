@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from kvllm.errors import UsageError
 from kvllm.reference.cache import LayerCache
 
 NAME = "kvllm_reference"
@@ -44,7 +45,7 @@ def attend(
     """
     for name in UNSUPPORTED:
         if options.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} uses {name}={options[name]}, which the reference does not do.")
+            raise UsageError(f"{type(module).__name__} uses {name}={options[name]}, which the reference does not do.")
     cache = _layers.get()[module.layer_idx]  # type: ignore[index]
     num_new = query.shape[2]
     cache.append(*(x[0].transpose(0, 1) for x in (query, key, value)))

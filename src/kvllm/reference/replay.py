@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvllm.config import KvConfig
+from kvllm.errors import UsageError
 from kvllm.reference.request import Request
 
 MAX_STEP = 512  # tokens: the logits of a step are vocab_size wide, so this bounds the memory
@@ -41,7 +42,7 @@ def replay(
 ) -> Replay:
     """Feed the text, cut only at the compressions; every token sees what it would have seen when it was generated."""
     if not 1 <= num_prompt_tokens < len(token_ids):
-        raise ValueError(
+        raise UsageError(
             f"num_prompt_tokens={num_prompt_tokens}: a text of {len(token_ids)} tokens has a prompt of 1 to "
             f"{len(token_ids) - 1}."
         )
@@ -101,7 +102,7 @@ def kl_by_row(full: Replay, compressed: Replay) -> Tensor:
     if full.full_logprobs is None or compressed.full_logprobs is None:
         raise ValueError("KL needs both replays made with keep_full=True.")
     if full.full_logprobs.shape != compressed.full_logprobs.shape:
-        raise ValueError(
+        raise UsageError(
             f"replays of different texts: {tuple(full.full_logprobs.shape)}, {tuple(compressed.full_logprobs.shape)}."
         )
     parts = zip(full.full_logprobs.split(MAX_STEP), compressed.full_logprobs.split(MAX_STEP), strict=True)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from kvllm.compression.compressor import Compressor, most_survivors
 from kvllm.compression.rows import Due
 from kvllm.config import KvConfig
+from kvllm.errors import UsageError
 from kvllm.layout import Geometry
 from kvllm.methods import make_method
 from kvllm.methods.base import Kept
@@ -95,7 +96,7 @@ class Request:
         context_len = self.model.config.get_text_config().max_position_embeddings
         end = self.num_computed_tokens + len(token_ids)
         if end > context_len:
-            raise ValueError(f"{end} tokens: the model's context ends at {context_len}.")
+            raise UsageError(f"{end} tokens: the model's context ends at {context_len}.")
         self._compress_if_due()
         device = self.model.device
         with attention_through(self.model, self.layers):
@@ -137,7 +138,7 @@ class Request:
     def _check_layers(self) -> None:
         for i, layer in enumerate(self.layers):
             if layer.num_appended != self.num_computed_tokens:
-                raise ValueError(
+                raise UsageError(
                     f"layer {i} of {type(self.model).__name__} keeps no KV cache of its own; every layer must be "
                     "full attention."
                 )
@@ -150,7 +151,7 @@ def check_model(model: PreTrainedModel) -> None:
     if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         kinds = {f"sliding_window={config.sliding_window}"}
     if others := kinds - {"full_attention"}:
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__} has layers of kind {', '.join(sorted(others))}; only models whose layers are all "
             "full attention can be compressed."
         )

@@ -7,11 +7,12 @@ import sys
 import torch
 from transformers import PreTrainedModel
 
+from kvllm.errors import UsageError
 from kvllm.methods.rope import Rope, check_same_in_every_layer
 
 
 def rope_of(model: PreTrainedModel) -> Rope | None:
-    """None where the model has no RoPE; ValueError where it cannot be told which dimensions turn together."""
+    """None where the model has no RoPE; UsageError where it cannot be told which dimensions turn together."""
     rotary = getattr(model.base_model, "rotary_emb", None)
     if rotary is None:
         return None
@@ -20,7 +21,7 @@ def rope_of(model: PreTrainedModel) -> Rope | None:
     rotate_half = getattr(sys.modules[type(model).__module__], "rotate_half", None)
     turned = rotate_half(torch.arange(4)).tolist() if rotate_half else None
     if turned not in ([-2, -3, 0, 1], [-1, 0, -3, 2]):
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__}: which dimensions its RoPE turns together is not known; "
             "use method_options lookahead=0, or another method."
         )
