@@ -49,7 +49,9 @@ class CompressorV1:
             len(self.layers), runner.max_num_reqs, config.num_queries, layer.num_heads, layer.num_kv_heads,
             layer.head_size, config.query_stride, runner.model_config.dtype,
         )  # fmt: skip
-        self.rope = rope_of(runner.model) if self.method.uses_rope else None
+        self.rope = None
+        if self.method.uses_rope:
+            self.rope = rope_of(runner.model, self.layers, runner.model_config, runner.device)
         self.free_rows = list(range(runner.max_num_reqs))
         self.rows: dict[str, int] = {}  # request -> row of the query bank
         self.events: dict[str, int] = {}  # request -> events done

@@ -125,7 +125,9 @@ class KvModelState(DefaultModelState):
             len(self.layers), self.max_num_reqs, config.num_queries, layer.num_heads, layer.num_kv_heads,
             layer.head_size, config.query_stride, self.dtype, device,
         )  # fmt: skip
-        self.rope = rope_of(model) if self.method.uses_rope else None
+        self.rope = None
+        if self.method.uses_rope:
+            self.rope = rope_of(model, self.layers, vllm_config.model_config, device)
         # Text positions of survivors that will be candidates again, [max_num_reqs, num_layers, num_kv_heads, most of
         # them]; int32 holds them.
         self.survivors: Tensor | None = None
@@ -399,7 +401,7 @@ class KvModelState(DefaultModelState):
                 positions=text.expand(len(keys), keys.shape[2], -1),
                 layers=self.layer_indices[layers],
                 query_shifts=self.query_bank.shifts,
-                rope=self.rope,
+                rope=self.rope and self.rope.take(layers),
             )
             parts.append(paired_rows(window, self.method.compress_prompt(window, cut.num_kept)))
         rows = [[t for t in (part.indices, part.keys, part.values) if t is not None] for part in parts]
@@ -465,5 +467,5 @@ class KvModelState(DefaultModelState):
             positions=torch.cat(positions),
             layers=self.layer_indices.repeat(len(starts)),
             query_shifts=self.query_bank.shifts,
-            rope=self.rope,
+            rope=self.rope and self.rope.take(torch.arange(len(self.layers)).repeat(len(starts))),
         )
