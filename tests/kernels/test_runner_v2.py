@@ -36,7 +36,10 @@ BUDGET: dict[str, Any] = {"budget_size": 16, "budget_interval": 8}
 
 
 def rope_on(device: str) -> Rope:
-    return Rope(frequencies(1000.0, HEAD_DIM, torch.device(device)))
+    """The second layer has none."""
+    rope = Rope.of_layers([Rope(frequencies(1000.0, HEAD_DIM, torch.device(device))), None])
+    assert rope is not None and rope.frequencies.shape == (NUM_LAYERS, HEAD_DIM // 2)
+    return rope
 
 
 def model_state(config: KvConfig, cache: PagedCache, device: str) -> Any:

@@ -24,8 +24,10 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM
 
+from kvllm.config import KvConfig
 from kvllm.methods.kara import Kara
 from kvllm.methods.rope import frequencies
+from kvllm.reference import Request
 from kvllm.reference.rope import rope_of
 from tests.reference.models import FAMILIES, tiny_model
 
@@ -148,6 +150,29 @@ def test_frequencies_that_change_with_the_length_are_refused():
     model = model_of(Phi3Config(**SIZES, **longrope(HEAD_DIM, longest - 1)))
     with pytest.raises(ValueError, match="'longrope' changes .* of more than 4095 tokens, .* lookahead=0"):
         rope_of(model)
+
+
+@pytest.mark.parametrize("method", ["expected_attention", "cask", "ams"])
+def test_a_base_that_is_not_the_model_s_is_refused(method):
+    """A method that is told `rope_theta` undoes plain RoPE of all dimensions, in every layer."""
+
+    def start(config: Any, rope_theta: float) -> Request:
+        options: dict[str, Any] = {"rope_theta": rope_theta}
+        if method == "ams":
+            options = {"base": "cask", "base_options": options}
+        return Request(model_of(config), 5, KvConfig(method=method, method_options=options))
+
+    start(LlamaConfig(**SIZES), 1e4)
+    for config in (
+        LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+        LlamaConfig(**SIZES, rope_parameters=YARN),
+        CohereConfig(**SIZES),
+        SmolLM3Config(**(SIZES | {"num_hidden_layers": 2}), no_rope_layers=[1, 0]),
+    ):
+        with pytest.raises(ValueError, match="rope_theta=10000.0: the model's rotary embedding is another one"):
+            start(config, 1e4)
+    with pytest.raises(ValueError, match="rope_theta=10000.0: the model has no rotary embedding"):
+        start(GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2), 1e4)
 
 
 def test_queries_that_are_rotated_in_part_at_their_end_are_refused():

@@ -52,6 +52,7 @@ class CompressorV1:
         self.rope = None
         if self.method.uses_rope:
             self.rope = rope_of(runner.model, self.layers, runner.model_config, runner.device)
+            self.method.check_rope(self.rope)
         self.free_rows = list(range(runner.max_num_reqs))
         self.rows: dict[str, int] = {}  # request -> row of the query bank
         self.events: dict[str, int] = {}  # request -> events done

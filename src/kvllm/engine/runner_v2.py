@@ -128,6 +128,7 @@ class KvModelState(DefaultModelState):
         self.rope = None
         if self.method.uses_rope:
             self.rope = rope_of(model, self.layers, vllm_config.model_config, device)
+            self.method.check_rope(self.rope)
         # Text positions of survivors that will be candidates again, [max_num_reqs, num_layers, num_kv_heads, most of
         # them]; int32 holds them.
         self.survivors: Tensor | None = None

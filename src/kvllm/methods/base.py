@@ -94,6 +94,9 @@ class Method(ABC):
         """Whether the method needs `Window.rope`, without which it would take the model for one that has none."""
         return False
 
+    def check_rope(self, rope: Rope | None) -> None:  # noqa: B027 (most have nothing to check)
+        """Raise ValueError where the method's options contradict the model's rotary embedding; asked at start."""
+
     @abstractmethod
     def score(self, window: Window) -> Tensor:
         """[batch, num_kv_heads, num_tokens] in float32: the higher, the longer a token should live."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from kvllm.methods import methods
 from kvllm.methods.base import Method
+from kvllm.methods.rope import Rope
 
 
 class OnBase(Method):
@@ -25,6 +26,10 @@ class OnBase(Method):
     @property
     def uses_rope(self) -> bool:
         return self.scorer.uses_rope
+
+    def check_rope(self, rope: Rope | None) -> None:
+        if self.scorer.uses_rope:
+            self.scorer.check_rope(rope)
 
 
 def base_method(base: str, base_options: Mapping[str, Any]) -> Method:

@@ -14,7 +14,7 @@ from kvllm.methods import register
 from kvllm.methods.base import Kept, Window, top_k
 from kvllm.methods.bases import OnBase
 from kvllm.methods.checks import check_between, check_count, check_rope_theta
-from kvllm.methods.rope import unrotate
+from kvllm.methods.rope import Rope, check_plain, unrotate
 
 
 @register("cask")
@@ -60,6 +60,15 @@ class CASK(OnBase):
         check_between("min_similarity", self.min_similarity, -1, 1)
         check_rope_theta(self.rope_theta)
         _ = self.scorer  # refuses what it cannot build
+
+    @property
+    def uses_rope(self) -> bool:
+        return self.rope_theta is not None or super().uses_rope
+
+    def check_rope(self, rope: Rope | None) -> None:
+        if self.rope_theta is not None:
+            check_plain(rope, self.rope_theta)
+        super().check_rope(rope)
 
     def score(self, window: Window) -> Tensor:
         return self.scorer.score(window)

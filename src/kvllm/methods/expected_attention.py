@@ -11,7 +11,7 @@ from kvllm.methods import register
 from kvllm.methods.attention import text_places
 from kvllm.methods.base import Method, Window
 from kvllm.methods.checks import check_between, check_count, check_flag, check_rope_theta
-from kvllm.methods.rope import Rope, frequencies
+from kvllm.methods.rope import Rope, check_plain, frequencies
 
 
 @register("expected_attention")
@@ -41,6 +41,14 @@ class ExpectedAttention(Method):
         check_flag("use_covariance", self.use_covariance)
         check_flag("use_value_norm", self.use_value_norm)
         check_between("epsilon", self.epsilon, 0, 1)
+
+    @property
+    def uses_rope(self) -> bool:
+        return self.rope_theta is not None
+
+    def check_rope(self, rope: Rope | None) -> None:
+        if self.rope_theta is not None:
+            check_plain(rope, self.rope_theta)
 
     def score(self, window: Window) -> Tensor:
         queries = window.grouped_queries()

@@ -100,6 +100,20 @@ def frequencies(rope_theta: float, head_dim: int, device: torch.device | None = 
     return float(rope_theta) ** -exponents
 
 
+def check_plain(rope: Rope | None, rope_theta: float) -> None:
+    """Raise ValueError unless the model rotates all dimensions of every layer by plain RoPE with this base."""
+    if rope is None:
+        raise ValueError(f"rope_theta={rope_theta}: the model has no rotary embedding; leave it out.")
+    expected = frequencies(rope_theta, 2 * rope.num_pairs, rope.frequencies.device)
+    # A model's own are computed in float32.
+    same = rope.frequencies.ndim == 1 and torch.allclose(rope.frequencies, expected, rtol=1e-4, atol=0)
+    if rope.interleaved or not same:
+        raise ValueError(
+            f"rope_theta={rope_theta}: the model's rotary embedding is another one (another base, scaled, interleaved, "
+            "or not the same in every layer); leave it out, or give the model's own base."
+        )
+
+
 def unrotate(vectors: Tensor, places: Tensor, rope_theta: float) -> Tensor:
     """The vectors as they were before RoPE, in float32.
 
