@@ -231,9 +231,9 @@ def test_window_and_budget_must_be_whole_blocks(policy, name, value):
 
 def test_a_window_of_one_block_is_refused_with_a_remedy_that_works():
     config = KvConfig(method="recent", window_size=16, buffer_size=16)
-    with pytest.raises(ValueError, match=r"window_size=16: .*at least 32"):
+    with pytest.raises(ValueError, match=r"window_size=16: .*at least 64"):
         Geometry.from_config(config, block_size=16)
-    assert Geometry.from_config(dataclasses.replace(config, window_size=32), block_size=16) is not None
+    assert Geometry.from_config(dataclasses.replace(config, window_size=64), block_size=16) is not None
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5])

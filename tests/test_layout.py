@@ -213,7 +213,7 @@ def test_ratios_by_hand() -> None:
     [
         ({"retention_ratio": 0.05}, r"retention_ratio=0.05: .* 16 tokens, .* 0.0625 of window_size=256.* at least 320"),
         ({"retention_ratio": 0.001}, r"window_size of at least 16000"),
-        ({"window_size": 16}, r"window_size=16: .*use at least 32"),
+        ({"window_size": 16}, r"window_size=16: .*use at least 64"),
         ({"window_size": 264}, r"window_size=264: must be a multiple of the KV block size, 16 tokens; use 272"),
         ({"prompt_budget": 100}, r"prompt_budget=100: .*use 112"),
         ({"history_size": 64}, r"history_size=64: one window alone leaves 80 survivors"),

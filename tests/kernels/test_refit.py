@@ -49,6 +49,8 @@ def error_of_changes(actual, expected, moved):
         (64, 32, 9, 3, 64, torch.float32, None, {"interleaved": True}),
         (48, 32, 14, 2, 80, torch.float32, None, None),
         (64, 48, 8, 2, 128, torch.bfloat16, torch.float8_e4m3fn, {}),
+        (64, 32, 8, 2, 64, torch.bfloat16, None, {"by_layer": True}),
+        (48, 32, 14, 2, 80, torch.float32, None, {"by_layer": True, "interleaved": True}),
     ],
 )
 def test_refit(num_candidates, num_kept, num_heads, num_kv_heads, head_dim, dtype, kv_dtype, options, ridges, device):

@@ -100,9 +100,12 @@ def test_fp8_cache(num_candidates, token_major, device):
     assert_scores_close(window_scores(*arguments), window_scores_ref(*arguments))
 
 
-def turn_of(bank, head_dim, device, interleaved=False, num_pairs=None):
+def turn_of(bank, head_dim, device, interleaved=False, num_pairs=None, by_layer=False):
     num_pairs = num_pairs or head_dim // 2
     rope = Rope(100.0 ** -(torch.arange(num_pairs, dtype=torch.float64, device=device) / num_pairs), interleaved)
+    if by_layer:  # the first has none
+        ropes = [None] + [Rope(rope.frequencies / i, interleaved) for i in range(1, len(bank.queries))]
+        rope = Rope.of_layers(ropes)
     distances = torch.randint(0, 500, (bank.num_queries, 1, bank.group_size), device=device)
     return rope.turn(distances, head_dim)
 
@@ -117,6 +120,8 @@ def turn_of(bank, head_dim, device, interleaved=False, num_pairs=None):
         (64, 9, 3, 64, torch.float32, {"interleaved": True}),
         (544, 14, 2, 128, torch.bfloat16, {}),
         (160, 8, 2, 80, torch.float32, {"interleaved": True, "num_pairs": 16}),
+        (64, 6, 3, 64, torch.bfloat16, {"by_layer": True}),
+        (544, 14, 2, 80, torch.bfloat16, {"by_layer": True, "num_pairs": 20}),
     ],
 )
 def test_turned_queries_and_distinct_keys(
@@ -127,9 +132,9 @@ def test_turned_queries_and_distinct_keys(
     actual = window_scores(bank, starts, blocks, cache, keydiff_power=keydiff_power, turn=turn)
     expected = window_scores_ref(bank, starts, blocks, cache, keydiff_power=keydiff_power, turn=turn)
     assert_scores_close(actual, expected, turned_in=dtype)
-    assert not torch.allclose(
-        expected, window_scores_ref(bank, starts, blocks, cache, keydiff_power=keydiff_power), rtol=0.1
-    )
+    still = window_scores_ref(bank, starts, blocks, cache, keydiff_power=keydiff_power)
+    assert not torch.allclose(expected, still, rtol=0.1)
+    assert torch.equal(expected[:, 0], still[:, 0]) == ("by_layer" in options)
 
 
 @pytest.mark.parametrize("num_candidates", [64, 288])

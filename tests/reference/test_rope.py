@@ -10,18 +10,24 @@ import torch
 from transformers import (
     CohereConfig,
     DeepseekV2Config,
+    Exaone4Config,
+    Gemma3TextConfig,
     GlmConfig,
     GPT2Config,
     LlamaConfig,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
     PreTrainedModel,
+    SmolLM3Config,
     StableLmConfig,
 )
 from transformers.models.auto import AutoModelForCausalLM
 
+from kvllm.config import KvConfig
 from kvllm.methods.kara import Kara
 from kvllm.methods.rope import frequencies
+from kvllm.reference import Request
 from kvllm.reference.rope import rope_of
 from tests.reference.models import FAMILIES, tiny_model
 
@@ -44,6 +50,13 @@ LLAMA3 = {
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
 HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+
+
+def longrope(head_dim: int, original_len: int) -> dict[str, Any]:
+    """Phi-3's, as options of its config: frequencies a quarter as high in texts of more than `original_len` tokens."""
+    factors = {"short_factor": [1.0] * (head_dim // 2), "long_factor": [4.0] * (head_dim // 2)}
+    parameters = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": original_len}
+    return {"rope_parameters": parameters | factors, "original_max_position_embeddings": original_len}
 
 
 def model_of(config: Any) -> PreTrainedModel:
@@ -105,14 +118,71 @@ def test_models_without_rope_have_none():
         assert rope_of(model_of(config)) is None
 
 
-def test_a_rope_of_unknown_pairs_is_refused():
-    """DeepSeek-V2 multiplies complex numbers, and has no function that could be asked."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "config, bases",
+    [
+        (SmolLM3Config(**(SIZES | {"num_hidden_layers": 4}), no_rope_layers=[1, 0, 0, 1]), [2e6, None, None, 2e6]),
+        (Exaone4Config(**(SIZES | {"num_hidden_layers": 2}), sliding_window=64, sliding_window_pattern=2), [1e4, None]),
+        (
+            Gemma3TextConfig(
+                **(SIZES | {"num_hidden_layers": 2}),
+                head_dim=HEAD_DIM,
+                layer_types=["sliding_attention", "full_attention"],
+            ),
+            [1e4, 1e6],
+        ),
+    ],
+    ids=["smollm3", "exaone4", "gemma3"],
+)
+def test_every_layer_has_its_own(config, bases, dtype):
+    rope = rope_of(model_of(config).to(dtype))
+    assert rope is not None and rope.frequencies.shape == (len(bases), HEAD_DIM // 2)
+    for row, base in zip(rope.frequencies, bases, strict=True):
+        expected = torch.zeros_like(row) if base is None else frequencies(base, HEAD_DIM)
+        # transformers holds them in float32, and in bfloat16 after `.to`.
+        torch.testing.assert_close(row, expected, rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=0)
+
+
+def test_frequencies_that_change_with_the_length_are_refused():
+    longest = SIZES["max_position_embeddings"]
+    assert rope_of(model_of(Phi3Config(**SIZES, **longrope(HEAD_DIM, longest)))) is not None
+    model = model_of(Phi3Config(**SIZES, **longrope(HEAD_DIM, longest - 1)))
+    with pytest.raises(ValueError, match="'longrope' changes .* of more than 4095 tokens, .* lookahead=0"):
+        rope_of(model)
+
+
+@pytest.mark.parametrize("method", ["expected_attention", "cask", "ams"])
+def test_a_base_that_is_not_the_model_s_is_refused(method):
+    """A method that is told `rope_theta` undoes plain RoPE of all dimensions, in every layer."""
+
+    def start(config: Any, rope_theta: float) -> Request:
+        options: dict[str, Any] = {"rope_theta": rope_theta}
+        if method == "ams":
+            options = {"base": "cask", "base_options": options}
+        return Request(model_of(config), 5, KvConfig(method=method, method_options=options))
+
+    start(LlamaConfig(**SIZES), 1e4)
+    for config in (
+        LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+        LlamaConfig(**SIZES, rope_parameters=YARN),
+        CohereConfig(**SIZES),
+        SmolLM3Config(**(SIZES | {"num_hidden_layers": 2}), no_rope_layers=[1, 0]),
+    ):
+        with pytest.raises(ValueError, match="rope_theta=10000.0: the model's rotary embedding is another one"):
+            start(config, 1e4)
+    with pytest.raises(ValueError, match="rope_theta=10000.0: the model has no rotary embedding"):
+        start(GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2), 1e4)
+
+
+def test_queries_that_are_rotated_in_part_at_their_end_are_refused():
+    """DeepSeek-V2: no position in the first dimensions, and a rotation of the rest."""
     config = DeepseekV2Config(
         **SIZES, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
         kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
         first_k_dense_replace=1,
     )  # fmt: skip
     model = model_of(config)
-    with pytest.raises(ValueError, match="DeepseekV2ForCausalLM: which dimensions .* method_options lookahead=0"):
+    with pytest.raises(ValueError, match="DeepseekV2ForCausalLM: how it rotates .* method_options lookahead=0"):
         rope_of(model)
     assert not Kara(lookahead=0).uses_rope  # so that the advice helps

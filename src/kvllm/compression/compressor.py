@@ -43,6 +43,8 @@ class Compressor:
         fused: Fused | None = None,
         observe: Callable[[Kept, bool], None] | None = None,
     ) -> None:
+        if method.uses_rope:
+            method.check_rope(rope)
         self.config = config
         self.method = method
         self.store = store
@@ -80,7 +82,8 @@ class Compressor:
     def _compress_part(self, part: Sequence[Due], shape: Shape, candidates: Any) -> None:
         where = torch.from_numpy(query_positions(self.config, part[0].geometry, part[0].event))
         positions = torch.cat([self._candidate_positions(each) for each in part])
-        window = self._window(candidates, ALL_LAYERS, where, positions, self.layers.repeat(len(part)))
+        members = torch.arange(self.store.num_layers, device=positions.device).repeat(len(part))
+        window = self._window(candidates, ALL_LAYERS, where, positions, members)
         if shape.num_kept < shape.num_candidates:
             kept = paired(window, self.method.compress(window, shape.num_kept))
             self.store.write(candidates, kept)
@@ -103,16 +106,21 @@ class Compressor:
         parts = []
         for start in range(0, num_layers, size):
             layers = slice(start, min(start + size, num_layers))
-            window = self._window(candidates, layers, where, None, self.layers[layers])
+            members = torch.arange(layers.start, layers.stop, device=self.layers.device)
+            window = self._window(candidates, layers, where, None, members)
             parts.append(paired(window, self.method.compress_prompt(window, cut.num_kept)))
             self.store.write(candidates, parts[-1], layers)
         if self.observe is not None:
             self.observe(Kept(torch.cat([part.indices for part in parts])), True)
 
     def _window(
-        self, candidates: Any, layers: slice, query_positions: Tensor, positions: Tensor | None, numbers: Tensor
+        self, candidates: Any, layers: slice, query_positions: Tensor, positions: Tensor | None, members: Tensor
     ) -> Window:
-        """What the method sees; positions None: the candidates are the first tokens of the text."""
+        """What the method sees.
+
+        positions: None: the candidates are the first tokens of the text
+        members:   [batch], which of the store's layers each member of the batch is
+        """
         keys, values = self.store.read(candidates, layers)
         if positions is None:
             positions = torch.arange(keys.shape[1], device=keys.device).expand(len(keys), keys.shape[2], -1)
@@ -122,9 +130,9 @@ class Compressor:
             keys=keys,
             values=values,
             positions=positions,
-            layers=numbers,
+            layers=self.layers[members],
             query_shifts=self.shifts,
-            rope=self.rope,
+            rope=self.rope and self.rope.take(members),
         )
 
     def _candidate_positions(self, due: Due) -> Tensor:

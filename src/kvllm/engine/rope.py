@@ -1,45 +1,160 @@
-"""The rotary embedding of a model inside vLLM, as the methods need to know it."""
+"""The rotary embedding of each compressed layer of a model inside vLLM, as the methods need to know it."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 import torch
-from vllm.model_executor.layers import rotary_embedding
+from torch import Tensor, nn
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
-from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
+from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import Phi3LongRoPEScaledRotaryEmbedding
+from vllm.model_executor.models.transformers.base import Base as TransformersBackend
 
 from kvllm.errors import UsageError
-from kvllm.methods.rope import Rope, check_same_in_every_layer
+from kvllm.methods.rope import Rope
+from kvllm.rope_probe import (
+    REMEDY,
+    matching_rope,
+    probe_hidden_states,
+    probe_positions,
+    run_decoder,
+    same_hidden_states,
+    transformers_candidates,
+)
+
+_POSITIONS = ("positions", "position_ids")
+_HIDDEN_STATES = "hidden_states"
 
 
-def rope_of(model: torch.nn.Module) -> Rope | None:
-    """None where the model has no RoPE; UsageError where its layers have different ones, or one of an unknown kind."""
-    package = rotary_embedding.__name__
-    modules = [m for m in model.modules() if type(m).__module__.startswith(package)]
-    modules = [m for m in modules if not isinstance(m, ApplyRotaryEmb)]  # a part of the others
-    for module in modules:
-        if not isinstance(module, RotaryEmbeddingBase):
-            raise UsageError(
-                f"KvLLM: how {type(module).__name__} of {type(model).__name__} turns queries is not known; "
-                "use method_options lookahead=0, or another method."
-            )
-    ropes = [_rope(m) for m in modules]
-    if not ropes:
-        return None
-    check_same_in_every_layer(getattr(model, "config", None), type(model).__name__)
-    first = ropes[0]
-    for other in ropes[1:]:
-        if other.interleaved != first.interleaved or not torch.equal(other.frequencies, first.frequencies):
-            raise UsageError(
-                f"KvLLM: the layers of {type(model).__name__} have different rotary embeddings; "
-                "use method_options lookahead=0, or another method."
-            )
-    return first
+def rope_of(model: nn.Module, layers: Sequence[Any], config: Any, device: torch.device | str) -> Rope | None:
+    """The rotary embedding of these attention layers, in this order; None where no layer has one.
+
+    layers: vLLM's `Attention` layers of `model`, those that are compressed; config: vLLM's `ModelConfig`
+    Raises UsageError where a layer's rotary embedding is not known. Runs each layer's projection of the queries once.
+    """
+    try:
+        positions = probe_positions(config.max_model_len, device)
+        parents = [_parent_of(layer, model) for layer in layers]
+        with torch.no_grad(), _without_lora(model):
+            if isinstance(model, TransformersBackend):
+                decoder = model.model.get_decoder()
+                candidates = transformers_candidates(decoder, config.max_model_len)
+                queries = _decoder_queries(decoder, parents, layers, positions, config)
+            else:
+                candidates = _candidates(model)
+                states = probe_hidden_states(len(positions), config.get_hidden_size(), config.dtype, device)
+                queries = [_layer_queries(*pair, positions, states) for pair in zip(parents, layers, strict=True)]
+            return Rope.of_layers([matching_rope(q, positions, candidates) for q in queries])
+    except Exception as e:  # whatever a model's own code makes of being asked
+        raise UsageError(
+            f"KvLLM: how {type(model).__name__} rotates its queries is not known ({type(e).__name__}: {e}); {REMEDY}."
+        ) from e
 
 
-def _rope(module: RotaryEmbeddingBase) -> Rope:
+def _parent_of(layer: nn.Module, model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if any(child is layer for child in module.children()):
+            return module
+    raise ValueError(f"no module of the model holds the layer {getattr(layer, 'layer_name', '')}")
+
+
+def _layer_queries(parent: nn.Module, layer: Any, positions: Tensor, states: Tensor) -> Tensor:
+    """[num_positions, num_heads, head_dim]: what an attention module of vLLM hands its attention layer."""
+    arguments: dict[str, Tensor] = {}
+    for name, parameter in inspect.signature(parent.forward).parameters.items():
+        if name in _POSITIONS:
+            arguments[name] = positions
+        elif name == _HIDDEN_STATES:
+            arguments[name] = states
+        elif parameter.kind is not inspect.Parameter.VAR_KEYWORD or not arguments.keys() & set(_POSITIONS):
+            raise ValueError(f"{type(parent).__name__}.forward takes {name}")
+    taken: list[Tensor] = []
+
+    def take(query: Tensor, *_: Any, **__: Any) -> Tensor:
+        taken.append(query)
+        raise _Taken
+
+    try:
+        with _replaced([layer], "forward", [take]):
+            parent(**arguments)
+    except _Taken:
+        pass
+    return _by_head(taken, layer)
+
+
+class _Taken(Exception):
+    """The queries are there; what comes after them is not computed."""
+
+
+def _decoder_queries(
+    decoder: nn.Module, parents: Sequence[nn.Module], layers: Sequence[Any], positions: Tensor, config: Any
+) -> list[Tensor]:
+    """The same for each layer of the Transformers backend, whose layers get their rotation from the decoder."""
+    taken: list[list[Tensor]] = [[] for _ in layers]
+
+    def taking(into: list[Tensor]) -> Callable[..., Tensor]:
+        def take(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+            into.append(query)
+            return torch.zeros_like(query)
+
+        return take
+
+    with same_hidden_states(parents), _replaced(layers, "forward", [taking(into) for into in taken]):
+        run_decoder(decoder, positions, config.get_hidden_size(), config.dtype)
+    return [_by_head(queries, layer) for queries, layer in zip(taken, layers, strict=True)]
+
+
+def _by_head(taken: list[Tensor], layer: Any) -> Tensor:
+    if len(taken) != 1:
+        raise ValueError(f"the layer {getattr(layer, 'layer_name', '')} was called {len(taken)} times, not once")
+    return taken[0].reshape(-1, layer.num_heads, layer.head_size)
+
+
+@contextmanager
+def _replaced(owners: Sequence[Any], name: str, values: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
+    """While this is open, these objects have their own value of an attribute of their class."""
+    # Not a hook: the Transformers backend calls its layers' `forward` itself.
+    for owner, value in zip(owners, values, strict=True):
+        assert name not in vars(owner)
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner in owners:
+            delattr(owner, name)
+
+
+@contextmanager
+def _without_lora(model: nn.Module) -> Iterator[None]:
+    """While this is open LoRA adds nothing: which adapter a token has is said only once a batch is there."""
+    adapted = [module for module in model.modules() if isinstance(module, BaseLinearLayerWithLoRA)]
+    with _replaced(adapted, "_apply_lora_to_output", [lambda x, output: output] * len(adapted)):
+        yield
+
+
+def _candidates(model: nn.Module) -> list[Rope]:
+    """What the rotary modules of vLLM in the model do, those of other parts of it included: a match decides."""
+    ropes = (_rope(module) for module in model.modules())
+    return [rope for rope in ropes if rope is not None]
+
+
+def _rope(module: nn.Module) -> Rope | None:
     # Computed anew, since the module's own table is rounded to the model's dtype. It holds cosines and sines, as the
-    # module's scaling has them; the angle between the first two places is what one token turns.
-    cos, sin = module._compute_cos_sin_cache()[:2].double().chunk(2, dim=-1)
+    # module's scaling has them; the angle between the first two positions is what one token rotates.
+    if isinstance(module, Phi3LongRoPEScaledRotaryEmbedding):
+        # vLLM chooses by max_model_len, once for all texts.
+        factors = module.long_factor if module.use_long_rope else module.short_factor
+        table, neox = module._compute_cos_sin_cache(2, factors, 1.0), True
+    elif isinstance(module, RotaryEmbeddingBase):
+        table, neox = module._compute_cos_sin_cache()[:2], module.is_neox_style
+    else:
+        return None
+    if table.ndim != 2 or table.is_complex():  # of a vision tower
+        return None
+    cos, sin = table.double().chunk(2, dim=-1)
     angles = torch.atan2(sin, cos)
-    device = next(module.buffers()).device
-    return Rope((angles[1] - angles[0]).to(device), interleaved=not module.is_neox_style)
+    return Rope((angles[1] - angles[0]).to(next(module.buffers()).device), interleaved=not neox)

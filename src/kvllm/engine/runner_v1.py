@@ -46,7 +46,9 @@ class CompressorV1:
         self.layers = list(named_layers.values())
         layer, numbers = self.layers[0], [extract_layer_index(name) for name in named_layers]
         shape = Layers(numbers, layer.num_heads, layer.num_kv_heads, layer.head_size, runner.model_config.dtype)
-        rope = rope_of(runner.model) if make_method(config).uses_rope else None
+        rope = None
+        if make_method(config).uses_rope:
+            rope = rope_of(runner.model, self.layers, runner.model_config, runner.device)
         self.state = WorkerState(config, shape, rope, runner.max_num_reqs, runner.max_num_tokens)
         self.state.attach(
             CpuStore(config, self.state.bank, self.geometries.block_size, runner.max_model_len, layers=self.layers)

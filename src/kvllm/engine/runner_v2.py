@@ -63,10 +63,11 @@ class KvModelState(DefaultModelState):
         layer, numbers = self.layers[0], [extract_layer_index(name) for name in named_layers]
         shape = Layers(numbers, layer.num_heads, layer.num_kv_heads, layer.head_size, self.dtype)
         method = make_method(config)
+        rope = rope_of(model, self.layers, vllm_config.model_config, device) if method.uses_rope else None
+        fused = has_fused_kernels(method, layer.head_size)
         self.compression = WorkerState(
-            config, shape, rope_of(model) if method.uses_rope else None, self.max_num_reqs, self.max_num_tokens, device,
-            has_fused_kernels(method, layer.head_size),
-        )  # fmt: skip
+            config, shape, rope, self.max_num_reqs, self.max_num_tokens, device, fused
+        )
         self.seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self.cache: PagedCache | None = None
         self.prepared: InputBatch | None = None  # the real batch that preprocess_state has planned

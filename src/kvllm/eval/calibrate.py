@@ -19,6 +19,7 @@ from kvllm.eval.traces import HALVES, Trace, half_of, read_traces
 from kvllm.methods.rope import Rope
 from kvllm.methods.triattention import save_statistics
 from kvllm.reference import Request, feed, load_model
+from kvllm.reference.rope import rope_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,11 +36,16 @@ def queries_before_rope(model: PreTrainedModel, trace: Trace, frequencies: Tenso
 
 
 def rope_frequencies(model: PreTrainedModel) -> Tensor:
-    """[head_dim / 2] in float64; UsageError where the model's RoPE is more than a turn of every pair."""
-    rotary = model.base_model.rotary_emb
-    if rotary.attention_scaling != 1.0:
-        raise UsageError(f"{type(model).__name__}: its RoPE scales attention by {rotary.attention_scaling}; not done.")
-    return rotary.inv_freq.double().cpu()
+    """[head_dim / 2] in float64; UsageError where the model's RoPE is more than a rotation of every pair of halves."""
+    name, rope = type(model).__name__, rope_of(model)
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if rope is None or rope.interleaved or rope.frequencies.shape != (head_dim // 2,):
+        raise UsageError(f"{name}: not the same RoPE of all dimensions, by halves, in every layer; not done.")
+    scaling = getattr(model.get_decoder().rotary_emb, "attention_scaling", 1.0)
+    if scaling != 1.0:
+        raise UsageError(f"{name}: its RoPE scales attention by {scaling}; not done.")
+    return rope.frequencies.cpu()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -52,7 +52,8 @@ def refit_ref(
     ring_starts:      [num_due], `QueryBank.ring_start` of each due request
     kept:             [num_due, num_layers, num_kv_heads, num_kept], ascending
     candidate_blocks: [num_due, num_candidates / block_size], block ids; no block twice
-    turn:             of distances [num_queries, 1, group_size], oldest first; None: the queries stay as they are
+    turn:             of distances [num_queries, 1, group_size], oldest first, for all layers or each its own; None: the
+                      queries stay as they are
     key_ridge, value_ridge: 0: the keys, or the values, move bit for bit
     """
     queries = turned_queries_ref(bank, ring_starts, turn).permute(0, 2, 3, 1, 4).flatten(2, 3)
@@ -180,7 +181,7 @@ def _attend_kernel(
     NUM_LAYERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, NUM_CANDIDATES: tl.constexpr, NUM_KEPT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KV_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr,
     HAS_SCALE: tl.constexpr, NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr,
-    PADDED_ROWS: tl.constexpr, DOT_DTYPE: tl.constexpr, TURN: tl.constexpr, HALVES: tl.constexpr,
+    PADDED_ROWS: tl.constexpr, DOT_DTYPE: tl.constexpr, NUM_TURNS: tl.constexpr, HALVES: tl.constexpr,
     FIT_KEYS: tl.constexpr, FIT_VALUES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -200,8 +201,8 @@ def _attend_kernel(
     rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     layer_row, oldest = _ring(ring_starts, max_num_reqs, due, layer, NUM_ROWS // GROUP_SIZE)
     a, b, scale = _load_queries(
-        numbers, scales, cos, sin, rows, layer_row, oldest, head, firsts, seconds,
-        NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, TURN, DOT_DTYPE, BLOCK_H,
+        numbers, scales, cos, sin, rows, layer, layer_row, oldest, head, firsts, seconds,
+        NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, NUM_TURNS, DOT_DTYPE, BLOCK_H,
     )  # fmt: skip
     if HAS_SCALE:
         softmax_scale *= tl.load(k_scale + layer)
@@ -271,9 +272,9 @@ def _fit_kernel(
     BLOCK_SIZE: tl.constexpr, KV_DTYPE: tl.constexpr, RAW_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr,
     HAS_SCALE: tl.constexpr, FP8_MAX: tl.constexpr, NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     NUM_ROWS: tl.constexpr, PADDED_ROWS: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    STEPS: tl.constexpr, TURN: tl.constexpr, HALVES: tl.constexpr, FIT_KEYS: tl.constexpr, FIT_VALUES: tl.constexpr,
-    NUM_COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    STEPS: tl.constexpr, NUM_TURNS: tl.constexpr, HALVES: tl.constexpr, FIT_KEYS: tl.constexpr,
+    FIT_VALUES: tl.constexpr, NUM_COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Part NUM_COLUMNS of a head's programs moves its keys; those before, BLOCK_C dimensions of its values each.
 
@@ -319,9 +320,9 @@ def _fit_kernel(
                 change_scale = tl.load(k_scale + layer)
             layer_row, oldest = _ring(ring_starts, max_num_reqs, due, layer, NUM_ROWS // GROUP_SIZE)
             shift_a, shift_b = _fit_shift(
-                numbers, scales, cos, sin, layer_row, oldest, head, firsts, seconds,
+                numbers, scales, cos, sin, layer, layer_row, oldest, head, firsts, seconds,
                 lost + batch * PADDED_ROWS, query_scale, key_ridge,
-                NUM_HEADS, GROUP_SIZE, NUM_ROWS, PADDED_ROWS, HEAD_DIM, TURN, DOT_DTYPE, STEPS, BLOCK_R, BLOCK_H,
+                NUM_HEADS, GROUP_SIZE, NUM_ROWS, PADDED_ROWS, HEAD_DIM, NUM_TURNS, DOT_DTYPE, STEPS, BLOCK_R, BLOCK_H,
             )  # fmt: skip
             paged = layer_ptr(key_ptrs, layer, KV_DTYPE, ALIGNMENT)
             keys_a = tl.load(paged + source[:, None] + firsts[None, :], mask=mask_pairs, other=0.0).to(tl.float32)
@@ -393,10 +394,10 @@ def _fit_values(
 
 @triton.jit
 def _fit_shift(
-    numbers, scales, cos, sin, layer_row, oldest, head, firsts, seconds, lost, query_scale, ridge,
+    numbers, scales, cos, sin, layer, layer_row, oldest, head, firsts, seconds, lost, query_scale, ridge,
     NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr, PADDED_ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, TURN: tl.constexpr, DOT_DTYPE: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    HEAD_DIM: tl.constexpr, NUM_TURNS: tl.constexpr, DOT_DTYPE: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The first and the second dimensions of the vector to add to a head's keys, [BLOCK_H] each."""
     gram_aa = tl.full([BLOCK_H, BLOCK_H], 0.0, tl.float32)
@@ -407,8 +408,8 @@ def _fit_shift(
     for start in range(0, PADDED_ROWS, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
         a, b, scale = _load_queries(
-            numbers, scales, cos, sin, rows, layer_row, oldest, head, firsts, seconds,
-            NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, TURN, tl.float32, BLOCK_H,
+            numbers, scales, cos, sin, rows, layer, layer_row, oldest, head, firsts, seconds,
+            NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, NUM_TURNS, tl.float32, BLOCK_H,
         )  # fmt: skip
         scale = (scale * query_scale)[:, None]
         wanted = tl.load(lost + rows)[:, None]

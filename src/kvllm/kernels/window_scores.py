@@ -38,7 +38,8 @@ def window_scores_ref(
 
     ring_starts:      [num_due], `QueryBank.ring_start` of each due request
     candidate_blocks: [num_due, num_candidates / block_size], block ids
-    turn:             of distances [num_queries, 1, group_size], oldest first; None: the queries stay as they are
+    turn:             of distances [num_queries, 1, group_size], oldest first, for all layers or each its own; None: the
+                      queries stay as they are
     returns           [num_due, num_layers, num_kv_heads, num_candidates] in float32
     """
     grouped = turned_queries_ref(bank, ring_starts, turn)
@@ -59,7 +60,10 @@ def turned_queries_ref(bank: QueryBank, ring_starts: Tensor, turn: Turn | None) 
     """[num_due * num_layers, num_queries, num_kv_heads, group_size, head_dim] in float64."""
     queries = bank.of(ring_starts.long()).transpose(0, 1).flatten(0, 1).double()
     grouped = queries.unflatten(2, (bank.num_kv_heads, -1))
-    return grouped if turn is None else turn.apply(grouped)
+    if turn is None:
+        return grouped
+    # [num_due, num_layers, num_queries, num_kv_heads, group_size, head_dim], to which both forms of `turn` broadcast
+    return turn.apply(grouped.unflatten(0, (len(ring_starts), -1))).flatten(0, 1)
 
 
 def query_arguments(bank: QueryBank, ring_starts: Tensor, turn: Turn | None) -> tuple[Any, ...]:
@@ -76,10 +80,17 @@ def query_sizes(bank: QueryBank, turn: Turn | None, dot_dtype: torch.dtype) -> d
         GROUP_SIZE=bank.group_size,
         NUM_ROWS=num_queries * bank.group_size,
         DOT_DTYPE=TL_DTYPES[dot_dtype],
-        TURN=turn is not None,
+        NUM_TURNS=num_turns(turn),
         HALVES=turn is None or turn.halves,
         BLOCK_H=max(16, next_power_of_2(head_dim // 2)),
     )
+
+
+def num_turns(turn: Turn | None) -> int:
+    """Tables of sines and cosines: none, one for all layers, or one a layer."""
+    if turn is None:
+        return 0
+    return turn.cos.shape[0] if turn.cos.ndim > 4 else 1
 
 
 def window_scores(
@@ -187,9 +198,9 @@ def _ring(ring_starts, max_num_reqs, due, layer, NUM_QUERIES: tl.constexpr):
 
 @triton.jit
 def _load_queries(
-    numbers, scales, cos, sin, rows, layer_row, oldest, head, firsts, seconds,
+    numbers, scales, cos, sin, rows, layer, layer_row, oldest, head, firsts, seconds,
     NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    TURN: tl.constexpr, DOT_DTYPE: tl.constexpr, BLOCK_H: tl.constexpr,
+    NUM_TURNS: tl.constexpr, DOT_DTYPE: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The first and the second dimensions of the turned queries, [BLOCK_Q, BLOCK_H] each, and their scales [BLOCK_Q].
 
@@ -204,7 +215,10 @@ def _load_queries(
     numbers += vectors[:, None] * HEAD_DIM
     a = tl.load(numbers + firsts[None, :], mask=mask, other=0).to(tl.float32)
     b = tl.load(numbers + seconds[None, :], mask=mask, other=0).to(tl.float32)
-    if TURN:
+    if NUM_TURNS > 0:
+        if NUM_TURNS > 1:
+            cos += layer * NUM_ROWS * num_pairs
+            sin += layer * NUM_ROWS * num_pairs
         angles = rows[:, None] * num_pairs + pairs[None, :]
         c = tl.load(cos + angles, mask=mask, other=0.0).to(tl.float32)
         s = tl.load(sin + angles, mask=mask, other=0.0).to(tl.float32)
@@ -309,7 +323,7 @@ def _scores_kernel(
     NUM_LAYERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, NUM_CANDIDATES: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, KV_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, HAS_SCALE: tl.constexpr,
     NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr, DOT_DTYPE: tl.constexpr,
-    TURN: tl.constexpr, HALVES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr,
+    NUM_TURNS: tl.constexpr, HALVES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr,
     VALUE_NORM: tl.constexpr, KEYDIFF_POWER: tl.constexpr, SEVERAL_TILES: tl.constexpr,
 ):  # fmt: skip
     """Attention times weights; of several tiles each, weights and log_sums are given, of one they are found here."""
@@ -344,8 +358,8 @@ def _scores_kernel(
     for start in range(0, NUM_ROWS, BLOCK_Q):
         rows = start + tl.arange(0, BLOCK_Q)
         a, b, scale = _load_queries(
-            numbers, scales, cos, sin, rows, layer_row, oldest, head, firsts, seconds,
-            NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, TURN, DOT_DTYPE, BLOCK_H,
+            numbers, scales, cos, sin, rows, layer, layer_row, oldest, head, firsts, seconds,
+            NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, NUM_TURNS, DOT_DTYPE, BLOCK_H,
         )  # fmt: skip
         logits = tl.dot(a, keys_a, input_precision="ieee")
         logits = tl.dot(b, keys_b, acc=logits, input_precision="ieee")
@@ -378,7 +392,7 @@ def _log_sums_kernel(
     NUM_LAYERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, NUM_CANDIDATES: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, KV_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, HAS_SCALE: tl.constexpr,
     NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr, DOT_DTYPE: tl.constexpr,
-    TURN: tl.constexpr, HALVES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr,
+    NUM_TURNS: tl.constexpr, HALVES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """log2 of the sum over all candidates of 2^logit, for a tile of queries."""
     pid, due, layer, head = _locate(NUM_LAYERS, NUM_KV_HEADS)
@@ -387,8 +401,8 @@ def _log_sums_kernel(
     rows = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     layer_row, oldest = _ring(ring_starts, max_num_reqs, due, layer, NUM_ROWS // GROUP_SIZE)
     a, b, scale = _load_queries(
-        numbers, scales, cos, sin, rows, layer_row, oldest, head, firsts, seconds,
-        NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, TURN, DOT_DTYPE, BLOCK_H,
+        numbers, scales, cos, sin, rows, layer, layer_row, oldest, head, firsts, seconds,
+        NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, NUM_TURNS, DOT_DTYPE, BLOCK_H,
     )  # fmt: skip
     if HAS_SCALE:
         softmax_scale *= tl.load(k_scale + layer)

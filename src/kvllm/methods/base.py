@@ -24,7 +24,8 @@ class Window:
     keys, values:    [batch, num_tokens, num_kv_heads, head_dim], keys after RoPE
     positions:       [batch, num_kv_heads, num_tokens], place in the text of each candidate (int64)
     layers:          [batch], index of the layer (int64)
-    rope:            how the model turns queries and keys; None: it does not
+    rope:            how the model rotates queries and keys, each member of the batch its own way where layers differ;
+                     None: none of them has a rotary embedding
     """
 
     queries: Tensor
@@ -92,6 +93,9 @@ class Method(ABC):
     def uses_rope(self) -> bool:
         """Whether the method needs `Window.rope`, without which it would take the model for one that has none."""
         return False
+
+    def check_rope(self, rope: Rope | None) -> None:  # noqa: B027 (most have nothing to check)
+        """Raise ValueError where the method's options contradict the model's rotary embedding; asked at start."""
 
     @abstractmethod
     def score(self, window: Window) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvllm.methods import build, method_class
 from kvllm.methods.base import Method
+from kvllm.methods.rope import Rope
 
 
 class OnBase(Method):
@@ -26,3 +27,7 @@ class OnBase(Method):
     @property
     def uses_rope(self) -> bool:
         return self.scorer.uses_rope
+
+    def check_rope(self, rope: Rope | None) -> None:
+        if self.scorer.uses_rope:
+            self.scorer.check_rope(rope)

@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity, pad, softplus
 from kvllm.methods import register
 from kvllm.methods.base import Kept, Window, top_k
 from kvllm.methods.bases import OnBase
-from kvllm.methods.rope import unrotate
+from kvllm.methods.rope import Rope, check_plain, unrotate
 from kvllm.options import BaseOptions, Cosine, Count, RopeTheta, strict_dataclass
 
 
@@ -49,6 +49,15 @@ class CASK(OnBase):
     max_gap: Count = Field(32, description="Distance in tokens up to which neighbours are merged first.")
     min_similarity: Cosine = Field(0.985, description="Cosine of two keys from which on neighbours are merged first.")
     rope_theta: RopeTheta = None
+
+    @property
+    def uses_rope(self) -> bool:
+        return self.rope_theta is not None or super().uses_rope
+
+    def check_rope(self, rope: Rope | None) -> None:
+        if self.rope_theta is not None:
+            check_plain(rope, self.rope_theta)
+        super().check_rope(rope)
 
     def score(self, window: Window) -> Tensor:
         return self.scorer.score(window)

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvllm.methods import register
 from kvllm.methods.attention import text_places
 from kvllm.methods.base import Method, Window
-from kvllm.methods.rope import Rope, frequencies
+from kvllm.methods.rope import Rope, check_plain, frequencies
 from kvllm.options import Count, RopeTheta, Share, strict_dataclass
 
 
@@ -37,6 +37,14 @@ class ExpectedAttention(Method):
     epsilon: Share = Field(
         0.0, description="Added to the expected weight before the norm of the value counts (kvpress: 0, AMS: 0.01)."
     )
+
+    @property
+    def uses_rope(self) -> bool:
+        return self.rope_theta is not None
+
+    def check_rope(self, rope: Rope | None) -> None:
+        if self.rope_theta is not None:
+            check_plain(rope, self.rope_theta)
 
     def score(self, window: Window) -> Tensor:
         queries = window.grouped_queries()

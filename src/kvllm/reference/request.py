@@ -8,7 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from kvllm.compression.compressor import Compressor, most_survivors
 from kvllm.compression.rows import Due
@@ -24,8 +28,11 @@ from kvllm.reference.rope import rope_of
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
-    """The causal language model in a local folder, ready for the reference."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+    """The language model in a local folder, ready for the reference; of a vision-language model all of it."""
+    kind = type(AutoConfig.from_pretrained(folder, local_files_only=True))
+    sees = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
 
 
 class Request:
@@ -56,7 +63,10 @@ class Request:
         self._compressor: Compressor | None = None
         if config and self.geometry:
             self.method = make_method(config)
-            self.rope = rope_of(model) if self.method.uses_rope else None
+            self.rope = None
+            if self.method.uses_rope:
+                self.rope = rope_of(model)
+                self.method.check_rope(self.rope)
         num_layers = model.config.get_text_config().num_hidden_layers
         self.layers = [LayerCache(config.query_span if config else max_queries) for _ in range(num_layers)]
 

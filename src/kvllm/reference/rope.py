@@ -1,28 +1,68 @@
-"""The rotary embedding of a transformers model, as the methods need to know it."""
+"""The rotary embedding of each layer of a transformers model, as the methods need to know it."""
 
 from __future__ import annotations
 
-import sys
+from contextvars import ContextVar
+from typing import Any
 
-import torch
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
 
 from kvllm.errors import UsageError
-from kvllm.methods.rope import Rope, check_same_in_every_layer
+from kvllm.methods.rope import Rope
+from kvllm.rope_probe import (
+    REMEDY,
+    matching_rope,
+    probe_positions,
+    run_decoder,
+    same_hidden_states,
+    transformers_candidates,
+)
+
+NAME = "kvllm_rope_probe"
+_queries: ContextVar[dict[int, Tensor]] = ContextVar("queries")
 
 
 def rope_of(model: PreTrainedModel) -> Rope | None:
-    """None where the model has no RoPE; UsageError where it cannot be told which dimensions turn together."""
-    rotary = getattr(model.base_model, "rotary_emb", None)
-    if rotary is None:
-        return None
-    check_same_in_every_layer(model.config.get_text_config(), type(model).__name__)
-    # Every model of transformers has its own copy of this function, so it is asked and not looked up.
-    rotate_half = getattr(sys.modules[type(model).__module__], "rotate_half", None)
-    turned = rotate_half(torch.arange(4)).tolist() if rotate_half else None
-    if turned not in ([-2, -3, 0, 1], [-1, 0, -3, 2]):
+    """The rotary embedding of all layers; None where no layer has one.
+
+    Raises UsageError where a layer's rotary embedding is not known. Runs the model once on a few tokens.
+    """
+    try:
+        config, decoder = model.config.get_text_config(), model.get_decoder()
+        positions = probe_positions(config.max_position_embeddings, model.device)
+        candidates = transformers_candidates(decoder, config.max_position_embeddings)
+        queries = _layer_queries(model, decoder, positions, config)
+        return Rope.of_layers([matching_rope(q, positions, candidates) for q in queries])
+    except Exception as e:  # whatever a model's own code makes of being asked
         raise UsageError(
-            f"{type(model).__name__}: which dimensions its RoPE turns together is not known; "
-            "use method_options lookahead=0, or another method."
-        )
-    return Rope(rotary.inv_freq.double(), interleaved=turned == [-1, 0, -3, 2])
+            f"{type(model).__name__}: how it rotates its queries is not known ({type(e).__name__}: {e}); {REMEDY}."
+        ) from e
+
+
+def _layer_queries(model: PreTrainedModel, decoder: nn.Module, positions: Tensor, config: Any) -> list[Tensor]:
+    """[num_positions, num_heads, head_dim] for each layer: one token's queries at the positions."""
+    before = model.config._attn_implementation
+    token = _queries.set({})
+    model.set_attn_implementation(NAME)
+    try:
+        with same_hidden_states(m for m in decoder.modules() if hasattr(m, "layer_idx")):
+            run_decoder(decoder, positions, config.hidden_size, model.dtype)
+        taken = _queries.get()
+    finally:
+        model.set_attn_implementation(before)
+        _queries.reset(token)
+    if missing := set(range(config.num_hidden_layers)) - set(taken):
+        raise UsageError(f"layers {sorted(missing)} do not ask transformers for their attention function")
+    return [taken[i] for i in range(config.num_hidden_layers)]
+
+
+def _take(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls in every attention layer; shapes as in `kvllm.reference.attention.attend`."""
+    _queries.get()[module.layer_idx] = query[0].transpose(0, 1)  # type: ignore[index]
+    return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+AttentionInterface.register(NAME, _take)
