@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from kvllm.engine import cpu_cache
-from kvllm.engine.attention import capture_queries, shortening_backend
+from kvllm.engine.attention import capture_queries, compressed_layers, shortening_backend
 from kvllm.engine.positions import candidate_positions, kept_rows
 from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, kv_config
@@ -41,7 +39,7 @@ class CompressorV1:
         self.config = config
         self.method = make_method(config)
         self.geometries = Geometries(config, runner.cache_config.block_size)
-        named_layers = get_layers_from_vllm_config(runner.vllm_config, Attention)
+        named_layers = compressed_layers(runner.vllm_config)
         self.layers = list(named_layers.values())
         self.layer_indices = torch.tensor([extract_layer_index(name) for name in named_layers])
         layer = self.layers[0]

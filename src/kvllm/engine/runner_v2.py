@@ -14,16 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.platform_utils import is_pin_memory_available
 from vllm.utils.torch_utils import async_tensor_h2d, is_quantized_kv_cache
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from kvllm.engine.attention import capture_queries, store_with_queries
+from kvllm.engine.attention import capture_queries, compressed_layers, store_with_queries
 from kvllm.engine.positions import candidate_positions, paired_rows
 from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, kv_config
@@ -42,6 +41,7 @@ from kvllm.methods.kara import Kara
 from kvllm.methods.rope import Turn
 from kvllm.query_bank import QueryBank
 from kvllm.query_ring import oldest_slot, prompt_query_positions, query_positions
+from kvllm.support import model_state_reasons
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
@@ -57,8 +57,8 @@ _LARGE_BANK = 0.05  # share of the device's memory from which on a max_num_seqs 
 @cache
 def compressing(cls: type) -> type:
     """`cls` with compression; ValueError for a model state that we do not know to be plain full attention."""
-    if cls is not DefaultModelState:
-        raise ValueError(f"KvLLM does not support models with {cls.__name__}: all layers must be full attention.")
+    for reason in model_state_reasons(cls):
+        raise ValueError(f"KvLLM does not support {reason}.")
     return KvModelState
 
 
@@ -115,7 +115,7 @@ class KvModelState(DefaultModelState):
         self.method = make_method(config)
         self.block_size = vllm_config.cache_config.block_size
         self.geometries = Geometries(config, self.block_size)
-        named_layers = get_layers_from_vllm_config(vllm_config, Attention)
+        named_layers = compressed_layers(vllm_config)
         self.layers = list(named_layers.values())
         self.layer_indices = torch.tensor([extract_layer_index(name) for name in named_layers], device=device)
         layer = self.layers[0]

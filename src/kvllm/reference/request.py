@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from kvllm import support
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry
 from kvllm.methods import make_method
@@ -159,12 +160,4 @@ def compress_event(
 
 def check_model(model: PreTrainedModel) -> None:
     """Raise ValueError unless every layer is full attention, as far as the model's config says."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        kinds = {f"sliding_window={config.sliding_window}"}
-    if others := kinds - {"full_attention"}:
-        raise ValueError(
-            f"{type(model).__name__} has layers of kind {', '.join(sorted(others))}; only models whose layers are all "
-            "full attention can be compressed."
-        )
+    support.check_model(model.config, type(model).__name__)
