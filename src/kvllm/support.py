@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+SUPPORTED_VLLM = "0.32.0"
 CACHE_DTYPES = {
     "cpu": ("auto", "float16", "bfloat16"),
     "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
@@ -203,6 +204,17 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
         *model_reasons(model.hf_config, model.max_model_len),
         *(reason(what, value, why) for wrong, what, value, why in after_model if wrong),
     ]
+
+
+def torchvision_problem() -> str | None:
+    """Why models that process images cannot be loaded: torchvision is missing, or built for another torch."""
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        return "torchvision is not installed"
+    except Exception as e:  # whatever its compiled operators make of another torch
+        return f"torchvision does not match torch ({e})"
+    return None
 
 
 def model_state_reasons(cls: type) -> list[str]:

@@ -1,15 +1,17 @@
 """Model families tried with the engine: a tiny random checkpoint of each, compared with the reference.
 
-    python -m tests.engine.families            # all of them, some minutes each minute of CPU: see --help
-    python -m tests.engine.families glm phi    # some of them
+    python -m tests.engine.families            # all of them: about 20 s of one core each
+    python -m tests.engine.families glm phi    # those with one of these in their names
 
-writes families.json beside this file, and docs/compatibility.md from it. `test_families.py` compares a few on every run
-and all of them with KVLLM_ALL_FAMILIES=1.
+This updates families.json, beside this file, and docs/compatibility.md. `test_families.py` compares a few with the
+recorded outcome on every run, and all of them with KVLLM_ALL_FAMILIES=1.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.metadata
 import json
 import tempfile
 import traceback
@@ -22,6 +24,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvllm.config import KvConfig
+from kvllm.support import SUPPORTED_VLLM, model_reasons
 from tests.near_ties import check_greedy
 
 VOCAB_SIZE = 512
@@ -31,6 +34,7 @@ PROMPT_LENGTHS = (5, 40, 77)
 NUM_TOKENS = 240  # three compressions each: at 96, 160 and 224 tokens past the prompt's last block
 MAX_MODEL_LEN = 512
 RESULTS = Path(__file__).with_suffix(".json")
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -275,9 +279,59 @@ def _last_line(error: BaseException, word: str = "") -> str:
     return f"{'' if word else type(error).__name__ + ': '}{lines[0] if lines else ''}"[:300]
 
 
-def recorded() -> dict[str, Result]:
-    """The results that are committed, by the family's name."""
-    return {name: Result(**result) for name, result in json.loads(RESULTS.read_text())["results"].items()}
+def recorded() -> tuple[dict[str, Result], dict[str, str]]:
+    """The results that are committed, by the family's name, and the versions that gave them."""
+    made = json.loads(RESULTS.read_text())
+    return {name: Result(**result) for name, result in made["results"].items()}, made["versions"]
+
+
+def write_page() -> None:
+    PAGE.write_text(page(*recorded()))
+
+
+OUTCOMES = {
+    "equal": "served, equal to the reference",
+    "refused": "refused",
+    "differs": "**differs from the reference**",
+    "no reference": "served, not compared: transformers cannot run it through the reference's attention",
+    "stock fails": "stock vLLM does not run it here",
+}
+INTRODUCTION = """\
+# Models that were tried
+
+Each line is a tiny random checkpoint in float32, built from a transformers config, on a CPU. *Served, equal to the
+reference* means that {prompts} prompts decoded {tokens} greedy tokens each in one batch, with three compressions each
+(`kara`, windows of {window} tokens of which half stay), and every token is the one that the reference chooses, near
+ties aside. The context is {context} tokens. *Refused* is what the engine says at start-up and, where the reason is in
+the config, what `kvllm plan` and the reference say too. An architecture that is not listed is served if each of its layers
+passes the checks of `src/kvllm/support.py`, and refused by name if not.
+
+Last run: {date}, vLLM {vllm}, transformers {transformers}, torch {torch}. `python -m tests.engine.families` runs all of
+them again and writes this page.
+
+| model | architecture | outcome |
+| --- | --- | --- |
+"""
+
+
+def page(results: dict[str, Result], versions: dict[str, str]) -> str:
+    """docs/compatibility.md: the outcomes of the last run, and for refusals by the config what `kvllm.support` says."""
+    context = {"prompts": len(PROMPT_LENGTHS), "tokens": NUM_TOKENS, "window": CONFIG.window_size}
+    lines = [INTRODUCTION.format(**context, context=MAX_MODEL_LEN, **versions)]
+    for name, result in results.items():
+        said = model_reasons(FAMILIES[name].config(), MAX_MODEL_LEN)
+        detail = said[0] if said else result.detail
+        options = ", ".join(f"`{key}={value}`" for key, value in result.options.items())
+        outcome = OUTCOMES[result.outcome] + (f", with {options}" if options else "")
+        outcome += f": {detail}" if detail else ""
+        lines.append(f"| {name} | `{result.architecture}` | {outcome.replace('|', '/')} |\n")
+    return "".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Of what the results depend on, with today's date."""
+    found = {name: importlib.metadata.version(name) for name in ("transformers", "torch")}
+    return found | {"vllm": SUPPORTED_VLLM, "date": datetime.date.today().isoformat()}
 
 
 def main(arguments: list[str] | None = None, show: Callable[[str], None] = print) -> None:
@@ -294,9 +348,12 @@ def main(arguments: list[str] | None = None, show: Callable[[str], None] = print
             continue
         show(f"FAMILY {name}: {result}")
         made = json.loads(options.output.read_text()) if options.output.exists() else {"results": {}}
+        made["versions"] = versions()
         made["results"][name] = asdict(result)
         made["results"] = {n: made["results"][n] for n in FAMILIES if n in made["results"]}
         options.output.write_text(json.dumps(made, indent=1) + "\n")
+        if options.output == RESULTS:
+            write_page()
 
 
 if __name__ == "__main__":

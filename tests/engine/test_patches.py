@@ -12,7 +12,7 @@ import vllm
 
 from kvllm.engine import plugin
 from kvllm.engine.patches import PATCHES, Patch, apply_patches
-from kvllm.engine.settings import SUPPORTED_VLLM
+from kvllm.support import SUPPORTED_VLLM
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.target.partition(":")[2])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from kvllm.engine.settings import CONFIG_KEY, SUPPORTED_VLLM
+from kvllm.engine.settings import CONFIG_KEY
+from kvllm.support import SUPPORTED_VLLM
 
 
 def register() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
-SUPPORTED_VLLM = "0.32.0"
 CONFIG_KEY = "kvllm"
 RATIO_KEY = "kv_retention_ratio"
 # vLLM's own defaults leave little to choose between: a window of 256 tokens must be many blocks.
@@ -111,6 +110,21 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     scheduler = "KvAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "KvScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"kvllm.engine.scheduler.{scheduler}"
     return config
+
+
+def why_not_inspected(engine_args: Any, error: ValueError) -> str | None:
+    """What to tell the user where vLLM could not import a model's code for want of torchvision; None for other errors.
+
+    vLLM only says that the architectures "failed to be inspected", with the reason in the log of another process.
+    """
+    if CONFIG_KEY not in (engine_args.additional_config or {}) or "failed to be inspected" not in str(error):
+        return None
+    problem = support.torchvision_problem()
+    return problem and (
+        f"KvLLM cannot start {engine_args.model}: vLLM could not load its code, and {problem}. Models with images need "
+        "the torchvision that matches torch, from the index that torch came from: uv pip install torchvision "
+        "--torch-backend cpu (or auto, on a GPU)."
+    )
 
 
 def fewer_seqs(vllm_config: VllmConfig) -> int | None:
