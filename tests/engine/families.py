@@ -303,8 +303,8 @@ Each line is a tiny random checkpoint in float32, built from a transformers conf
 reference* means that {prompts} prompts decoded {tokens} greedy tokens each in one batch, with three compressions each
 (`kara`, windows of {window} tokens of which half stay), and every token is the one that the reference chooses, near
 ties aside. The context is {context} tokens. *Refused* is what the engine says at start-up and, where the reason is in
-the config, what `kvllm plan` and the reference say too. An architecture that is not listed is served if each of its layers
-passes the checks of `src/kvllm/support.py`, and refused by name if not.
+the config, what `kvllm plan` and the reference say too. An architecture that is not listed is served if each of its
+layers passes the checks of `src/kvllm/support.py`, and refused by name if not.
 
 Last run: {date}, vLLM {vllm}, transformers {transformers}, torch {torch}. `python -m tests.engine.families` runs all of
 them again and writes this page.
