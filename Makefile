@@ -14,6 +14,9 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 ifndef UV_FIND_LINKS
 export UV_TORCH_BACKEND ?= cpu
+else ifeq ($(wildcard $(addsuffix /torchvision-*,$(UV_FIND_LINKS))),)
+# Local wheels of torch alone: PyPI's torchvision would not match them.
+export UV_OVERRIDE ?= .ci/local-torch.txt
 endif
 
 help:
@@ -26,7 +29,7 @@ help:
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml .ci/local-torch.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	test -x $(UV) || .venv/bin/python -m pip install --quiet uv
 	$(UV) pip install --python .venv/bin/python --editable '.[cpu,dev]'

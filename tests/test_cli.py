@@ -223,3 +223,13 @@ def test_plan_writes_what_it_prints(config_dir: Path, tmp_path: Path) -> None:
         assert row["stock_requests"] == (written["stock_num_blocks"] - 1) // row["stock_blocks"]
         assert str(row["kvllm_requests"]) in printed
     assert written["footprint"]["query_bank"] == 256 * 48 * 3 * 4 * (16 + 4)  # requests, queries, layers, heads, bytes
+
+
+def test_plan_refuses_what_serve_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of models whose config has a sliding window but no list of layers, too: Mistral."""
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | mistral | {"max_position_embeddings": 32768}))
+    planned = ["plan", str(tmp_path), "--memory", "80GiB"]
+    assert "sliding_window=4096: all layers must be full attention" in refused(capsys, *planned)
+    served = runner.invoke(cli.app, [*planned, "--max-model-len", "4096", "--length", "2048"], catch_exceptions=False)
+    assert served.exit_code == 0 and "2048" in served.stdout

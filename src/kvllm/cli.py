@@ -130,6 +130,10 @@ def plan(
             show_default="1024 from 70GiB on, else 256, or fewer that fit",
         ),
     ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(help="As in vLLM: the longest text, prompt included.", min=1, show_default="the model's"),
+    ] = None,
     reserve: Annotated[str, typer.Option(help="For activations and CUDA graphs.")] = "3GiB",
     weights: Annotated[str | None, typer.Option(help="Size of the weights.", show_default="from the config")] = None,
     json_file: JsonFile = None,
@@ -146,7 +150,7 @@ def plan(
     geometry = Geometry.from_config(config, block_size)
     device_bytes = planning.parse_bytes(memory)
     size = planning.parse_bytes(weights, "--weights") if weights else None
-    one = footprint(AutoConfig.from_pretrained(model), config, 1, kv_cache_dtype, size)
+    one = footprint(AutoConfig.from_pretrained(model), config, 1, kv_cache_dtype, size, max_model_len)
     num_seqs = max_num_seqs or default_max_num_seqs(device_bytes, gpu_memory_utilization, one)
     taken = replace(one, query_bank=num_seqs * one.query_bank)
     pool = planning.pool_bytes(device_bytes, gpu_memory_utilization, planning.parse_bytes(reserve, "--reserve"), taken)

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
+from kvllm.support import check_model
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 QUANTIZED_BITS = {"fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4}
@@ -25,17 +26,24 @@ class Footprint:
 
 
 def footprint(
-    config: Any, compression: KvConfig, max_num_seqs: int, kv_cache_dtype: str = "auto", weights: int | None = None
+    config: Any,
+    compression: KvConfig,
+    max_num_seqs: int,
+    kv_cache_dtype: str = "auto",
+    weights: int | None = None,
+    max_model_len: int | None = None,
 ) -> Footprint:
     """Bytes of the weights (counted unless given), of one token's KV and of the query bank.
 
-    config: a transformers config
+    config:        a transformers config
+    max_model_len: longest text, prompt included; default: the config's
+    Raises ValueError for a model that KvLLM does not serve.
     """
     import torch
 
     from kvllm.query_bank import QueryBank
 
-    _check_full_attention(config)
+    check_model(config, config.model_type, max_model_len)
     dtype = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
     num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
@@ -101,10 +109,3 @@ def quantized_bits(quantization: Any) -> int | None:
             "pass the weights' size with --weights, such as --weights 8GiB."
         )
     return int(bits)
-
-
-def _check_full_attention(config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    if kinds or getattr(config, "kv_lora_rank", None):
-        what = ", ".join(sorted(kinds)) or "multi-head latent attention"
-        raise UsageError(f"{config.model_type}: has {what}, and KvLLM compresses models with full attention only.")

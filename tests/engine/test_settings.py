@@ -131,6 +131,15 @@ def test_sliding_window_models_are_refused(model_dir: Path, tmp_path: Path) -> N
         vllm_config(tmp_path, {})
 
 
+def test_a_sliding_window_as_long_as_the_longest_text_is_served(model_dir: Path, tmp_path: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 1024}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((model_dir / name).read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert vllm_config(tmp_path, {}).scheduler_config.scheduler_cls == "kvllm.engine.scheduler.KvScheduler"
+
+
 def test_every_option_reaches_the_engine(model_dir: Path) -> None:
     from kvllm.engine.settings import kv_config
 

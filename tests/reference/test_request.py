@@ -4,11 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from kvllm.config import KvConfig
 from kvllm.methods import make_method
 from kvllm.reference import Request, load_model
+from kvllm.reference import attention as reference_attention
+from kvllm.reference.attention import attention_with_extras
 from kvllm.reference.request import check_model
 from tests.reference.masked import masked_replay
 from tests.reference.models import FAMILIES, text, tiny_config, tiny_model
@@ -193,14 +202,49 @@ def test_bad_lengths_are_refused():
 def test_models_with_other_layers_are_refused():
     qwen = tiny_config("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1)
     mixed = type(tiny_model("qwen2"))(qwen)
-    with pytest.raises(ValueError, match="layers of kind sliding_attention; only models whose layers are all full"):
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM with sliding_window=16: all layers must be full attention"):
         Request(mixed, 4)
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     mistral = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=16))
-    with pytest.raises(ValueError, match="layers of kind sliding_window=16"):
+    with pytest.raises(ValueError, match="MistralForCausalLM with sliding_window=16: all layers must be full"):
         check_model(mistral)
     check_model(MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=None)))
+    with pytest.raises(ValueError, match="BloomForCausalLM with model_type=bloom: ALiBi"):
+        Request(BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2)), 4)
+
+
+def test_a_window_as_long_as_the_context_is_full_attention():
+    options = {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 0}
+    model = type(tiny_model("qwen2"))(tiny_config("qwen2", **options)).eval()
+    assert set(model.config.layer_types) == {"sliding_attention"}
+    full = type(model)(tiny_config("qwen2")).eval()
+    full.load_state_dict(model.state_dict())
+    token_ids = text(200)
+    actual, expected = (feed(Request(m, 20, WINDOW), token_ids, [90, 110]) for m in (model, full))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family, asked", [("gemma2", "softcap"), ("gpt_oss", "s_aux")])
+def test_soft_caps_and_sinks_are_those_of_transformers(family, asked, monkeypatch):
+    sizes = {"num_hidden_layers": 2, "vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    rest = {"max_position_embeddings": 512, "sliding_window": 512, "initializer_range": 0.3, "pad_token_id": None}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **sizes, **heads, **rest), attn_implementation="eager"
+    ).eval()
+    token_ids = text(60)
+    with torch.inference_mode():
+        expected = model(torch.tensor([token_ids])).logits[0]
+    seen = []
+    monkeypatch.setattr(
+        reference_attention,
+        "attention_with_extras",
+        lambda *arguments: seen.append(arguments) or attention_with_extras(*arguments),
+    )
+    torch.testing.assert_close(feed(Request(model, 20), token_ids, [40, 1]), expected, rtol=CLOSE, atol=CLOSE)
+    assert seen and all(arguments[5 if asked == "softcap" else 6] is not None for arguments in seen)
 
 
 def test_a_layer_that_bypasses_the_cache_is_noticed():

@@ -11,10 +11,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from kvllm.engine.settings import BACKENDS
+from kvllm import support
 from kvllm.engine.spec import KvSpec
 from kvllm.errors import UsageError
 
@@ -22,14 +25,39 @@ Capture = Callable[[int, Tensor, Tensor, Tensor], None]
 Store = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None"], None]
 
 
+def compressed_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
+    """The layers of the loaded model that keep a KV cache, by name; layers without one are left out, and alone.
+
+    A sliding window that no text outgrows is taken away: such a layer is full attention, but vLLM would free the blocks
+    behind the window in groups of their own.
+    Raises UsageError, naming layer and reason, unless each of them is known to be full attention.
+    """
+    max_model_len = vllm_config.model_config.max_model_len
+    found: dict[str, Attention] = {}
+    every: Any = AttentionLayerBase
+    for name, layer in get_layers_from_vllm_config(vllm_config, every).items():
+        if type(layer) is not Attention and layer.get_kv_cache_spec(vllm_config) is None:
+            continue
+        for reason in support.layer_reasons(layer, max_model_len):
+            raise UsageError(f"KvLLM does not support layer {name} with {reason}.")
+        if layer.sliding_window is not None:
+            layer.sliding_window = None
+            layer.impl.sliding_window = (-1, -1) if isinstance(layer.impl.sliding_window, tuple) else -1
+        found[name] = layer
+    for reason in support.layers_reasons(found):
+        raise UsageError(f"KvLLM does not support {reason}.")
+    return found
+
+
 def compressed_spec(layer_name: str, spec: Any) -> Any:
-    """Our spec with the fields of a layer's own; UsageError where the layer is not plain full attention."""
+    """Our spec with the fields of a layer's own; UsageError where the layer is not plain full attention.
+
+    Layers are checked one by one in `compressed_layers`, before vLLM asks for their specs.
+    """
     if spec is None:
         return None
     if type(spec) is not FullAttentionSpec:
-        raise UsageError(
-            f"KvLLM does not support layer {layer_name} with {type(spec).__name__}: all layers must be full attention."
-        )
+        raise UsageError(f"KvLLM does not support layer {layer_name} with {type(spec).__name__}: {support.ALL_FULL}.")
     return KvSpec(**{f.name: getattr(spec, f.name) for f in fields(spec)})
 
 
@@ -41,9 +69,9 @@ def capture_queries(layers: list[Any], capture: Capture, device: str) -> None:
     """
     for layer in layers:
         backend = layer.attn_backend.get_name()
-        if backend not in BACKENDS[device]:
+        if backend not in support.BACKENDS[device]:
             raise UsageError(
-                f"KvLLM does not support attention_backend={backend}: use one of {', '.join(BACKENDS[device])}."
+                f"KvLLM does not support attention_backend={backend}: use one of {', '.join(support.BACKENDS[device])}."
             )
     for index, layer in enumerate(layers):
         layer.impl.forward = _capturing(layer.impl.forward, capture, index)

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kvllm.errors import UsageError
+
 
 def with_prepared_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from kvllm.engine.settings import fewer_seqs, prepare
+        from kvllm.engine.settings import fewer_seqs, prepare, why_not_inspected
 
         left_out = self.max_num_seqs is None
-        vllm_config = original(self, *args, **kwargs)
+        try:
+            vllm_config = original(self, *args, **kwargs)
+        except ValueError as error:
+            if why := why_not_inspected(self, error):
+                raise UsageError(why) from error
+            raise
         if left_out and (fewer := fewer_seqs(vllm_config)):
             self.max_num_seqs = fewer  # vLLM derives other sizes from it
             vllm_config = original(self, *args, **kwargs)

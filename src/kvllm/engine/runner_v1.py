@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from kvllm.compression.rows import RunningRequests
 from kvllm.compression.worker import Layers, WorkerState
-from kvllm.engine.attention import capture_queries, shortening_backend
+from kvllm.engine.attention import capture_queries, compressed_layers, shortening_backend
 from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, kv_config
 from kvllm.engine.store_cpu import CpuStore
@@ -42,7 +40,7 @@ class CompressorV1:
         self.runner = runner
         self.config = config
         self.geometries = Geometries(config, runner.cache_config.block_size)
-        named_layers = get_layers_from_vllm_config(runner.vllm_config, Attention)
+        named_layers = compressed_layers(runner.vllm_config)
         self.layers = list(named_layers.values())
         layer, numbers = self.layers[0], [extract_layer_index(name) for name in named_layers]
         shape = Layers(numbers, layer.num_heads, layer.num_kv_heads, layer.head_size, runner.model_config.dtype)

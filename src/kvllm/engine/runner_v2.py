@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.platform_utils import is_pin_memory_available
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -24,7 +23,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from kvllm.compression.worker import Layers, WorkerState
-from kvllm.engine.attention import capture_queries, store_with_queries
+from kvllm.engine.attention import capture_queries, compressed_layers, store_with_queries
 from kvllm.engine.compat import is_quantized_kv_cache
 from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, allowed_geometries, kv_config
@@ -35,6 +34,7 @@ from kvllm.kernels.fused import fused_kernels, has_fused_kernels
 from kvllm.kernels.paged import PagedCache
 from kvllm.kernels.store_tokens import store_tokens
 from kvllm.methods import make_method
+from kvllm.support import model_state_reasons
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
@@ -44,8 +44,8 @@ _LARGE_BANK = 0.05  # share of the device's memory from which on a max_num_seqs 
 @cache
 def compressing(cls: type) -> type:
     """`cls` with compression; UsageError for a model state that we do not know to be plain full attention."""
-    if cls is not DefaultModelState:
-        raise UsageError(f"KvLLM does not support models with {cls.__name__}: all layers must be full attention.")
+    for reason in model_state_reasons(cls):
+        raise UsageError(f"KvLLM does not support {reason}.")
     return KvModelState
 
 
@@ -58,7 +58,7 @@ class KvModelState(DefaultModelState):
         assert config is not None
         self.config = config
         self.geometries = Geometries(config, vllm_config.cache_config.block_size)
-        named_layers = get_layers_from_vllm_config(vllm_config, Attention)
+        named_layers = compressed_layers(vllm_config)
         self.layers = list(named_layers.values())
         layer, numbers = self.layers[0], [extract_layer_index(name) for name in named_layers]
         shape = Layers(numbers, layer.num_heads, layer.num_kv_heads, layer.head_size, self.dtype)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
+from kvllm import support
 from kvllm.config import KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
 from kvllm.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
@@ -22,11 +23,6 @@ CONFIG_KEY = "kvllm"
 RATIO_KEY = "kv_retention_ratio"
 # vLLM's own defaults leave little to choose between: a window of 256 tokens must be many blocks.
 DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
-CACHE_DTYPES = {
-    "cpu": ("auto", "float16", "bfloat16"),
-    "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
-}
-BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "TRITON_ATTN")}
 
 
 def kv_config(vllm_config: VllmConfig) -> KvConfig | None:
@@ -93,13 +89,28 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
         cache.block_size = DEFAULT_BLOCK_SIZE[device]
         cache.user_specified_block_size = True
     _check_geometry(config, cache.block_size, vllm_config.model_config.max_model_len)
-    for option, value, remedy in _refused(vllm_config, device):
-        raise UsageError(f"KvLLM does not support {option}={value}: {remedy}.")
+    for found in support.engine_reasons(vllm_config, device):
+        raise UsageError(f"KvLLM does not support {found}.")
     # Cascade attention reads the prefix of the unshortened tables.
     vllm_config.model_config.disable_cascade_attn = True
     scheduler = "KvAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "KvScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"kvllm.engine.scheduler.{scheduler}"
     return config
+
+
+def why_not_inspected(engine_args: Any, error: ValueError) -> str | None:
+    """What to tell the user where vLLM could not import a model's code for want of torchvision; None for other errors.
+
+    vLLM only says that the architectures "failed to be inspected", with the reason in the log of another process.
+    """
+    if CONFIG_KEY not in (engine_args.additional_config or {}) or "failed to be inspected" not in str(error):
+        return None
+    problem = support.torchvision_problem()
+    return problem and (
+        f"KvLLM cannot start {engine_args.model}: vLLM could not load its code, and {problem}. Models with images need "
+        "the torchvision that matches torch, from the index that torch came from: uv pip install torchvision "
+        "--torch-backend cpu (or auto, on a GPU)."
+    )
 
 
 def fewer_seqs(vllm_config: VllmConfig) -> int | None:
@@ -111,7 +122,7 @@ def fewer_seqs(vllm_config: VllmConfig) -> int | None:
     model = copy.copy(vllm_config.model_config.hf_text_config)
     model.dtype = vllm_config.model_config.dtype  # the engine's, whatever the checkpoint's
     try:
-        one = footprint(model, config, 1)
+        one = footprint(model, config, 1, max_model_len=vllm_config.model_config.max_model_len)
     except Exception as e:  # whatever transformers makes of a model that only vLLM knows
         logger.warning("KvLLM: max_num_seqs stays %d, since what the weights take is not known (%s)", default, e)
         return None
@@ -156,76 +167,3 @@ def _check_geometry(config: KvConfig, block_size: int, max_model_len: int) -> No
             f"max_model_len={max_model_len}, so no prompt would ever be cut. Use a prompt_budget of at most "
             f"{max(most, 0) // block_size * block_size} (0: prompts stay whole), or a larger --max-model-len."
         )
-
-
-def _refused(vllm_config: VllmConfig, device: str) -> list[tuple[str, Any, str]]:
-    """(option, value, remedy) for every option of vLLM that compression cannot work with."""
-    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    text = model.hf_text_config
-    layer_types = set(getattr(text, "layer_types", None) or ["full_attention"])
-    scheduler_cls = vllm_config.scheduler_config.scheduler_cls
-    backend = vllm_config.attention_config.backend
-    checks: list[tuple[bool, str, Any, str]] = [
-        (model.runner_type != "generate", "runner", model.runner_type, "serve a model that generates text"),
-        (model.use_mla, "model", model.model, "multi-head latent attention keeps no KV heads to choose from"),
-        (model.is_encoder_decoder, "model", model.model, "use a decoder-only model"),
-        (model.is_hybrid or model.is_attention_free, "model", model.model, "all layers must be full attention"),
-        (layer_types != {"full_attention"}, "layer_types", sorted(layer_types), "all layers must be full attention"),
-        (
-            bool(getattr(text, "sliding_window", None)) and getattr(text, "use_sliding_window", True),
-            "sliding_window",
-            getattr(text, "sliding_window", None),
-            "all layers must be full attention; try --hf-overrides '{\"sliding_window\": null}' if the model allows it",
-        ),
-        (
-            vllm_config.speculative_config is not None,
-            "speculative_config",
-            getattr(vllm_config.speculative_config, "method", None),
-            "leave speculative decoding off",
-        ),
-        (
-            vllm_config.kv_transfer_config is not None,
-            "kv_transfer_config",
-            getattr(vllm_config.kv_transfer_config, "kv_connector", None),
-            "KV connectors would move blocks while they are compressed; leave it off",
-        ),
-        (cache.kv_sharing_fast_prefill, "kv_sharing_fast_prefill", True, "leave it off"),
-        (
-            cache.cache_dtype not in CACHE_DTYPES[device],
-            "kv_cache_dtype",
-            cache.cache_dtype,
-            f"use one of {', '.join(CACHE_DTYPES[device])}",
-        ),
-        (
-            parallel.decode_context_parallel_size > 1,
-            "decode_context_parallel_size",
-            parallel.decode_context_parallel_size,
-            "use tensor or pipeline parallelism",
-        ),
-        (
-            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-            "prefill_context_parallel_size",
-            getattr(parallel, "prefill_context_parallel_size", 1),
-            "use tensor or pipeline parallelism",
-        ),
-        (parallel.enable_dbo, "enable_dbo", True, "leave dual batch overlap off"),
-        (
-            scheduler_cls is not None,
-            "scheduler_cls",
-            scheduler_cls,
-            "KvLLM brings its own scheduler class; leave it unset",
-        ),
-        (
-            backend is not None and backend.name not in BACKENDS[device],
-            "attention_backend",
-            getattr(backend, "name", None),
-            f"use one of {', '.join(BACKENDS[device])}",
-        ),
-        (
-            device == "cuda" and not vllm_config.use_v2_model_runner,
-            "VLLM_USE_V2_MODEL_RUNNER",
-            0,
-            "on GPUs KvLLM works in the V2 model runner; unset it",
-        ),
-    ]
-    return [(option, value, remedy) for wrong, option, value, remedy in checks if wrong]

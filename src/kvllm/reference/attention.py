@@ -17,7 +17,7 @@ from kvllm.reference.cache import LayerCache
 
 NAME = "kvllm_reference"
 # What an attention layer may ask for that a shortened cache would answer wrongly, or that is not done here.
-UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
+UNSUPPORTED = ("position_bias", "alibi")
 _layers: ContextVar[list[LayerCache]] = ContextVar("layers")
 
 
@@ -49,15 +49,42 @@ def attend(
     cache = _layers.get()[module.layer_idx]  # type: ignore[index]
     num_new = query.shape[2]
     cache.append(*(x[0].transpose(0, 1) for x in (query, key, value)))
-    output = scaled_dot_product_attention(
-        query,
-        cache.keys.transpose(0, 1)[None],
-        cache.values.transpose(0, 1)[None],
-        attn_mask=causal_mask(num_new, len(cache.keys), query.device),
-        scale=options.get("scaling"),
-        enable_gqa=True,
-    )
+    window = options.get("sliding_window")
+    if window is not None and cache.num_appended > window:
+        raise ValueError(f"{cache.num_appended} tokens: {type(module).__name__} looks back only {window}.")
+    keys, values = cache.keys.transpose(0, 1)[None], cache.values.transpose(0, 1)[None]
+    mask = causal_mask(num_new, len(cache.keys), query.device)
+    scale, softcap, sinks = (options.get(name) for name in ("scaling", "softcap", "s_aux"))
+    if softcap is None and sinks is None:
+        output = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+    else:
+        output = attention_with_extras(query, keys, values, mask, scale, softcap, sinks)
     return output.transpose(1, 2), None
+
+
+def attention_with_extras(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention whose logits are capped at +-softcap, and whose heads have one more logit without a value, the sink.
+
+    query, keys, values, mask: as in `scaled_dot_product_attention`; sinks: [num_heads]
+    """
+    group = query.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+    logits = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)], dim=-1)
+    return logits.softmax(dim=-1)[..., : keys.shape[2]] @ values
 
 
 def causal_mask(num_new: int, num_tokens: int, device: torch.device) -> Tensor | None:

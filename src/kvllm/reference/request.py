@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
+from kvllm import support
 from kvllm.compression.compressor import Compressor, most_survivors
 from kvllm.compression.rows import Due
 from kvllm.config import KvConfig
@@ -156,12 +157,4 @@ class Request:
 
 def check_model(model: PreTrainedModel) -> None:
     """Raise ValueError unless every layer is full attention, as far as the model's config says."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        kinds = {f"sliding_window={config.sliding_window}"}
-    if others := kinds - {"full_attention"}:
-        raise UsageError(
-            f"{type(model).__name__} has layers of kind {', '.join(sorted(others))}; only models whose layers are all "
-            "full attention can be compressed."
-        )
+    support.check_model(model.config, type(model).__name__)

@@ -1,0 +1,283 @@
+"""What KvLLM serves and what it refuses, with the reason: the one place that decides.
+
+Every function returns reasons, each "what=value: why, or the remedy"; an empty list means served. What is not known to
+be right is refused. Nothing here imports vLLM: `kvllm plan` and the reference ask before there is an engine, from the
+model's config alone. The engine asks again once the model is loaded, when each layer says what it really does.
+
+Compression moves the survivors of a text together, so the index of a token in the cache no longer says where it was in
+the text. An attention layer may know positions only from what is in the cache: keys that are rotated, or that come from
+hidden states with a position embedding. A layer that computes anything from indices (ALiBi slopes, relative position
+bias, windows, chunks) would compute it from the wrong ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from kvllm.errors import UsageError
+
+CACHE_DTYPES = {
+    "cpu": ("auto", "float16", "bfloat16"),
+    "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
+}
+BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "TRITON_ATTN")}
+
+ALL_FULL = "all layers must be full attention"
+# Names that configs have for layers of full attention.
+FULL_ATTENTION = {"full_attention", "attention"}
+# Fields of a config that say how the model tells positions apart: by rotating queries and keys.
+ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "rotary_pct", "rotary_emb_base")
+# Models that add a learned embedding of each position to the hidden states instead.
+LEARNED_POSITIONS = {"gpt2", "gpt_bigcode", "opt"}
+# Models whose configs have no field that says that they use ALiBi.
+ALWAYS_ALIBI = {"bloom"}
+# Fields that say, where a config has no list of layer kinds, that some layers keep a state instead of a KV cache.
+STATE_FIELDS = ("mamba_d_state", "ssm_state_size", "state_size", "linear_key_head_dim", "linear_attn_config")
+
+
+def reason(what: str, value: Any, why: str) -> str:
+    """One reason, as it stands in messages."""
+    return f"{what}={value}: {why}"
+
+
+def model_reasons(config: Any, max_model_len: int | None = None) -> list[str]:
+    """Why the model with this config cannot be compressed.
+
+    config:        a transformers config, of a multimodal model the whole of it
+    max_model_len: longest text, prompt included; default: the config's max_position_embeddings
+    """
+    text = config.get_text_config()
+    if max_model_len is None:
+        max_model_len = getattr(text, "max_position_embeddings", None)
+    found = [
+        reason(field, value, why)
+        for field, value, why in (
+            ("is_encoder_decoder", getattr(config, "is_encoder_decoder", False), "use a decoder-only model"),
+            (
+                "kv_lora_rank",
+                getattr(text, "kv_lora_rank", None),
+                "multi-head latent attention keeps no KV heads to choose from",
+            ),
+            (
+                "dual_chunk_attention_config",
+                getattr(text, "dual_chunk_attention_config", None),
+                "its keys are rotated anew for every chunk of the text",
+            ),
+            ("rswa_window", getattr(text, "rswa_window", None), ALL_FULL),
+            (
+                "num_kv_shared_layers",
+                getattr(text, "num_kv_shared_layers", None),
+                "every layer must have a KV cache of its own",
+            ),
+            (
+                "use_bidirectional_attention",
+                getattr(text, "use_bidirectional_attention", None),
+                "all layers must be causal attention",
+            ),
+        )
+        if value
+    ]
+    return found + _layer_kind_reasons(text, max_model_len) + _position_reasons(text)
+
+
+def check_model(config: Any, name: str, max_model_len: int | None = None) -> None:
+    """Raise UsageError, with the first reason, unless the model with this config can be compressed."""
+    for found in model_reasons(config, max_model_len):
+        raise UsageError(f"KvLLM does not support {name} with {found}.")
+
+
+def _layer_kind_reasons(text: Any, max_model_len: int | None) -> list[str]:
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    if kinds is None:
+        states = [field for field in STATE_FIELDS if getattr(text, field, None)]
+        if states:
+            return [reason(field, getattr(text, field), ALL_FULL) for field in states[:1]]
+        windowed = bool(window)
+    else:
+        windowed = bool(window) and "sliding_attention" in kinds
+        if others := set(kinds) - FULL_ATTENTION - {"sliding_attention"}:
+            return [reason("layer_types", ", ".join(sorted(others)), ALL_FULL)]
+    # A window that no text outgrows is full attention.
+    if not windowed or (max_model_len is not None and window >= max_model_len):
+        return []
+    longest = "unknown" if max_model_len is None else max_model_len
+    return [
+        reason(
+            "sliding_window",
+            window,
+            f"{ALL_FULL}, and the window is shorter than max_model_len={longest}; use --max-model-len {window}, or "
+            "--hf-overrides '{\"sliding_window\": null}' if the model allows it",
+        )
+    ]
+
+
+def _position_reasons(text: Any) -> list[str]:
+    attention = getattr(text, "attn_config", None)
+    attention = attention if isinstance(attention, Mapping) else getattr(attention, "__dict__", {})
+    embedding = str(getattr(text, "position_embedding_type", None) or "").lower()
+    alibi = getattr(text, "alibi", False) or getattr(text, "use_alibi", False) or attention.get("alibi")
+    if text.model_type in ALWAYS_ALIBI or alibi or "alibi" in embedding:
+        return [reason("model_type", text.model_type, "ALiBi takes distances from places in the cache")]
+    for field in ("relative_attention_num_buckets", "relative_attention"):
+        if getattr(text, field, None):
+            return [reason(field, getattr(text, field), "the bias takes distances from places in the cache")]
+    if "relative" in embedding:
+        return [reason("position_embedding_type", embedding, "the bias takes distances from places in the cache")]
+    has_rope = any(getattr(text, field, None) is not None or field in attention for field in ROPE_FIELDS)
+    if has_rope or text.model_type in LEARNED_POSITIONS:
+        return []
+    return [
+        reason("model_type", text.model_type, "how it tells positions apart is not known; models with RoPE are served")
+    ]
+
+
+def engine_reasons(vllm_config: Any, device: str) -> list[str]:
+    """Why an engine with this configuration of vLLM's cannot compress.
+
+    device: "cpu" or "cuda"
+    """
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    scheduler_cls = vllm_config.scheduler_config.scheduler_cls
+    backend = vllm_config.attention_config.backend
+    prefill_parallel = getattr(parallel, "prefill_context_parallel_size", 1)
+    before_model: list[tuple[bool, str, Any, str]] = [
+        (model.runner_type != "generate", "runner", model.runner_type, "serve a model that generates text"),
+    ]
+    after_model: list[tuple[bool, str, Any, str]] = [
+        (model.use_mla, "model", model.model, "multi-head latent attention keeps no KV heads to choose from"),
+        (model.is_encoder_decoder, "model", model.model, "use a decoder-only model"),
+        (model.is_hybrid or model.is_attention_free, "model", model.model, ALL_FULL),
+        (
+            vllm_config.speculative_config is not None,
+            "speculative_config",
+            getattr(vllm_config.speculative_config, "method", None),
+            "leave speculative decoding off",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "kv_transfer_config",
+            getattr(vllm_config.kv_transfer_config, "kv_connector", None),
+            "KV connectors would move blocks while they are compressed; leave it off",
+        ),
+        (cache.kv_sharing_fast_prefill, "kv_sharing_fast_prefill", True, "leave it off"),
+        (
+            cache.cache_dtype not in CACHE_DTYPES[device],
+            "kv_cache_dtype",
+            cache.cache_dtype,
+            f"use one of {', '.join(CACHE_DTYPES[device])}",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1,
+            "decode_context_parallel_size",
+            parallel.decode_context_parallel_size,
+            "use tensor or pipeline parallelism",
+        ),
+        (
+            prefill_parallel > 1,
+            "prefill_context_parallel_size",
+            prefill_parallel,
+            "use tensor or pipeline parallelism",
+        ),
+        (parallel.enable_dbo, "enable_dbo", True, "leave dual batch overlap off"),
+        (
+            scheduler_cls is not None,
+            "scheduler_cls",
+            scheduler_cls,
+            "KvLLM brings its own scheduler class; leave it unset",
+        ),
+        (
+            backend is not None and backend.name not in BACKENDS[device],
+            "attention_backend",
+            getattr(backend, "name", None),
+            f"use one of {', '.join(BACKENDS[device])}",
+        ),
+        (
+            device == "cuda" and not vllm_config.use_v2_model_runner,
+            "VLLM_USE_V2_MODEL_RUNNER",
+            0,
+            "on GPUs KvLLM works in the V2 model runner; unset it",
+        ),
+    ]
+    return [
+        *(reason(what, value, why) for wrong, what, value, why in before_model if wrong),
+        *model_reasons(model.hf_config, model.max_model_len),
+        *(reason(what, value, why) for wrong, what, value, why in after_model if wrong),
+    ]
+
+
+def torchvision_problem() -> str | None:
+    """Why models that process images cannot be loaded: torchvision is missing, or built for another torch."""
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        return "torchvision is not installed"
+    except Exception as e:  # whatever its compiled operators make of another torch
+        return f"torchvision does not match torch ({e})"
+    return None
+
+
+def model_state_reasons(cls: type) -> list[str]:
+    """Why the V2 runner's state of this model, a class, cannot be extended by compression."""
+    if (cls.__module__, cls.__qualname__) == ("vllm.v1.worker.gpu.model_states.default", "DefaultModelState"):
+        return []
+    return [reason("model_state", cls.__name__, ALL_FULL)]
+
+
+def layer_reasons(layer: Any, max_model_len: int) -> list[str]:
+    """Why a layer of vLLM that keeps a KV cache cannot be compressed, from what the loaded layer itself says.
+
+    Soft-capped logits are served, since each depends on its own query and key alone, and so are attention sinks, which
+    are one more logit. Scaling queries by their position (Llama 4) happens before the layer.
+    """
+    cls = type(layer)
+    if (cls.__module__, cls.__qualname__) != ("vllm.model_executor.layers.attention.attention", "Attention"):
+        return [reason("class", f"{cls.__module__}.{cls.__qualname__}", ALL_FULL)]
+    window, impl = layer.sliding_window, layer.impl
+    checks: Iterable[tuple[bool, str, Any, str]] = (
+        (layer.attn_type != "decoder", "attn_type", layer.attn_type, "all layers must be causal attention"),
+        (
+            getattr(impl, "alibi_slopes", None) is not None,
+            "alibi_slopes",
+            len(impl.alibi_slopes) if getattr(impl, "alibi_slopes", None) is not None else None,
+            "ALiBi takes distances from places in the cache",
+        ),
+        (window is not None and window < max_model_len, "sliding_window", window, ALL_FULL),
+        (
+            getattr(impl, "chunk_lookback", -1) > -1,
+            "chunk_lookback",
+            getattr(impl, "chunk_lookback", -1),
+            ALL_FULL,
+        ),
+        (
+            layer.kv_sharing_target_layer_name is not None,
+            "kv_sharing_target_layer_name",
+            layer.kv_sharing_target_layer_name,
+            "every layer must have a KV cache of its own",
+        ),
+        (layer.use_mm_prefix, "use_mm_prefix", True, "all layers must be causal attention"),
+        (
+            layer.head_size_v != layer.head_size,
+            "head_size_v",
+            layer.head_size_v,
+            f"keys and values must be equally wide, and keys have {layer.head_size} dimensions",
+        ),
+    )
+    return [reason(what, value, why) for wrong, what, value, why in checks if wrong]
+
+
+LAYER_SHAPE = ("num_heads", "num_kv_heads", "head_size", "kv_cache_dtype")
+
+
+def layers_reasons(layers: Mapping[str, Any]) -> list[str]:
+    """Why layers, by their names, that can be compressed one by one cannot be so together."""
+    found: list[str] = []
+    names = list(layers)
+    for attribute in LAYER_SHAPE:
+        first = getattr(layers[names[0]], attribute) if names else None
+        for name in names:
+            if (value := getattr(layers[name], attribute)) != first:
+                found.append(reason(attribute, value, f"layer {name} differs from {names[0]}, which has {first}"))
+                break
+    return found

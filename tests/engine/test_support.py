@@ -1,0 +1,162 @@
+"""Which of a loaded model's layers are compressed: those known to be full attention, and nothing beside them."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from kvllm.engine.attention import compressed_layers
+from kvllm.engine.settings import why_not_inspected
+from kvllm.support import layer_reasons, layers_reasons, model_state_reasons
+
+MAX_MODEL_LEN = 512
+
+
+def layer(**changes: Any) -> Any:
+    """A layer as vLLM's Attention makes it of plain full attention, without an engine around it."""
+    made = Attention.__new__(Attention)
+    torch.nn.Module.__init__(made)
+    impl = {"alibi_slopes": None, "sliding_window": -1, "logits_soft_cap": 0, "sinks": None} | changes.pop("impl", {})
+    plain = {
+        "attn_type": "decoder",
+        "sliding_window": None,
+        "kv_sharing_target_layer_name": None,
+        "use_mm_prefix": False,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_size": 32,
+        "head_size_v": 32,
+        "kv_cache_dtype": "auto",
+        "impl": SimpleNamespace(**impl),
+    }
+    for name, value in (plain | changes).items():
+        setattr(made, name, value)
+    return made
+
+
+def config_of(**layers: Any) -> Any:
+    return SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN),
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+    )
+
+
+class Cache(torch.nn.Module, AttentionLayerBase):
+    """A layer of a kind that KvLLM has never seen, with a KV cache of its own, or without."""
+
+    def __init__(self, spec: Any) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def get_attn_backend(self) -> Any:
+        raise NotImplementedError
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        return self.spec
+
+
+SPEC = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"impl": {"logits_soft_cap": 30.0}}, {"impl": {"sinks": torch.ones(4)}}, {"sliding_window": MAX_MODEL_LEN}],
+    ids=["plain", "soft cap", "sinks", "window"],
+)
+def test_served(changes: dict[str, Any]) -> None:
+    assert layer_reasons(layer(**changes), MAX_MODEL_LEN) == []
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"impl": {"alibi_slopes": torch.ones(4)}}, "alibi_slopes=4: ALiBi"),
+        ({"sliding_window": MAX_MODEL_LEN - 1}, "sliding_window=511: all layers must be full"),
+        ({"impl": {"chunk_lookback": 0}}, "chunk_lookback=0"),
+        ({"kv_sharing_target_layer_name": "a"}, "kv_sharing_target_layer_name=a: every layer"),
+        ({"attn_type": "encoder_only"}, "attn_type=encoder_only"),
+        ({"use_mm_prefix": True}, "use_mm_prefix=True"),
+        ({"head_size_v": 16}, "head_size_v=16: .* keys have 32"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_layers_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"KvLLM does not support layer b with {message}"):
+        compressed_layers(config_of(a=layer(), b=layer(**changes)))
+
+
+def test_every_other_class_of_vllm_with_a_cache_is_refused() -> None:
+    def below(cls: type) -> set[type]:
+        return {cls}.union(*(below(c) for c in cls.__subclasses__()))
+
+    others = {c for c in below(AttentionLayerBase) - {Attention} if not inspect.isabstract(c)}
+    assert len(others) > 5  # those that importing vLLM's layers brings: MLA, cross attention, static sinks and others
+    for cls in others:
+        (found,) = layer_reasons(object.__new__(cls), MAX_MODEL_LEN)
+        assert found.startswith(f"class={cls.__module__}.{cls.__qualname__}: all layers")
+
+
+def test_a_cache_beside_attention_is_refused_and_a_layer_without_one_left_alone() -> None:
+    assert list(compressed_layers(config_of(a=layer(), b=Cache(None)))) == ["a"]
+    with pytest.raises(ValueError, match=r"layer model.indexer with class=.*Cache: all layers must be full attention"):
+        compressed_layers(config_of(a=layer(), **{"model.indexer": Cache(SPEC)}))
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_a_window_that_no_text_outgrows_is_taken_away(cpu: bool) -> None:
+    window = MAX_MODEL_LEN - 1 if cpu else (MAX_MODEL_LEN - 1, 0)
+    made = layer(sliding_window=MAX_MODEL_LEN, impl={"sliding_window": window})
+    assert compressed_layers(config_of(a=made)) == {"a": made}
+    assert made.sliding_window is None and made.impl.sliding_window == (-1 if cpu else (-1, -1))
+
+
+@pytest.mark.parametrize("attribute", ["num_heads", "num_kv_heads", "head_size", "kv_cache_dtype"])
+def test_layers_of_different_shapes_are_refused(attribute: str) -> None:
+    layers = {"a": layer(), "b": layer(**{attribute: 8})}
+    (found,) = layers_reasons(layers)
+    assert found.startswith(f"{attribute}=8: layer b differs from a")
+
+
+def test_only_the_known_model_state_is_extended() -> None:
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    class Other(DefaultModelState):
+        pass
+
+    assert model_state_reasons(DefaultModelState) == []
+    assert model_state_reasons(Other) == ["model_state=Other: all layers must be full attention"]
+
+
+@pytest.mark.parametrize("module, extra", [("cpu_attn", ()), ("triton_attn", ("use_alibi_sqrt", "chunk_lookback"))])
+def test_the_backends_take_nothing_that_was_not_considered(module: str, extra: tuple[str, ...]) -> None:
+    """What a model may ask of its attention. A new argument must be judged in `layer_reasons` first."""
+    backend = __import__(f"vllm.v1.attention.backends.{module}", fromlist=["x"])
+    impl = getattr(backend, {"cpu_attn": "CPUAttentionBackendImpl", "triton_attn": "TritonAttentionImpl"}[module])
+    known = (
+        "self", "num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window", "kv_cache_dtype",
+        "logits_soft_cap", "attn_type", "kv_sharing_target_layer_name", "sinks",
+    )  # fmt: skip
+    assert tuple(inspect.signature(impl.__init__).parameters) == known + extra
+
+
+def test_what_a_model_lacks_that_needs_torchvision_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM itself says only that the architectures "failed to be inspected"."""
+    arguments = SimpleNamespace(model="some/vl-model", additional_config={"kvllm": {}})
+    failed = ValueError("Model architectures ['Qwen2_5_VLForConditionalGeneration'] failed to be inspected.")
+    monkeypatch.setitem(__import__("sys").modules, "torchvision", None)  # import raises ModuleNotFoundError
+    said = why_not_inspected(arguments, failed)
+    assert said is not None and "some/vl-model" in said and "torchvision is not installed" in said
+    assert "uv pip install torchvision --torch-backend" in said
+    assert why_not_inspected(arguments, ValueError("something else")) is None
+    arguments.additional_config = {}
+    assert why_not_inspected(arguments, failed) is None
+    arguments.additional_config = {"kvllm": {}}
+    monkeypatch.setitem(__import__("sys").modules, "torchvision", SimpleNamespace())
+    assert why_not_inspected(arguments, failed) is None

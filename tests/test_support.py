@@ -1,0 +1,84 @@
+"""What is served and refused, from a model's config alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from kvllm.support import check_model, model_reasons
+
+
+def config(model_type: str, **options: Any) -> Any:
+    return AutoConfig.for_model(model_type, **({"max_position_embeddings": 512} | options))
+
+
+LAYERS = ["sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        config("llama"),
+        config("mistral", sliding_window=None),
+        config("mistral", sliding_window=512),  # as long as the longest text
+        config("qwen2", use_sliding_window=False, sliding_window=16),
+        config("gemma3_text", sliding_window=1024, layer_types=LAYERS, num_hidden_layers=2),
+        config("falcon", alibi=False),
+        config("gptj"),
+        config("gpt2"),
+        config("opt"),
+        config("qwen2_5_vl"),
+    ],
+    ids=lambda made: made.model_type,
+)
+def test_served(made: Any) -> None:
+    assert model_reasons(made, 512) == []
+
+
+@pytest.mark.parametrize(
+    "made, message",
+    [
+        (config("bloom"), "model_type=bloom: ALiBi"),
+        (config("mpt"), "model_type=mpt: ALiBi"),
+        (config("falcon", alibi=True), "model_type=falcon: ALiBi"),
+        (config("t5"), "is_encoder_decoder=True: use a decoder-only model"),
+        (config("biogpt"), "model_type=biogpt: how it tells positions apart is not known"),
+        (config("mistral", sliding_window=511), "sliding_window=511: .* max_model_len=512; use --max-model-len 511"),
+        (
+            config("gemma3_text", sliding_window=64, layer_types=LAYERS, num_hidden_layers=2),
+            "sliding_window=64: all layers must be full attention",
+        ),
+        (config("llama4_text", num_hidden_layers=4), "layer_types=chunked_attention: all layers"),
+        (config("mamba2"), "layer_types=linear_attention: all layers"),
+        (config("falcon_h1"), "mamba_d_state=.*: all layers"),
+        (config("jamba"), "layer_types=linear_attention: all layers"),
+        (config("qwen3_next"), "layer_types=linear_attention: all layers"),
+        (config("deepseek_v3"), "kv_lora_rank=512: multi-head latent attention"),
+        (config("gemma3n_text"), "num_kv_shared_layers=15: every layer"),
+        (config("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention=True"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_refused_by_name(made: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"KvLLM does not support a model with {message}"):
+        check_model(made, "a model", 512)
+
+
+def test_a_window_counts_against_the_longest_text_that_is_asked_for() -> None:
+    mistral = config("mistral", sliding_window=4096, max_position_embeddings=32768)
+    assert model_reasons(mistral, 4096) == []
+    assert len(model_reasons(mistral, 4097)) == 1
+    assert len(model_reasons(mistral)) == 1  # of 32768 tokens, the model's own
+    endless = SimpleNamespace(model_type="endless", rope_theta=1e4, sliding_window=64)
+    endless.get_text_config = lambda: endless
+    assert "max_model_len=unknown" in model_reasons(endless)[0]
+
+
+def test_asking_needs_no_vllm() -> None:
+    check = "import sys, kvllm.support; assert not {'vllm', 'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
