@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kvllm.engine.rows import RunningRequests
 from vllm.engine.arg_utils import EngineArgs
 
+from kvllm.compression.rows import RunningRequests
 from kvllm.config import KvConfig
-from kvllm.engine import runner_v2
-from kvllm.engine.patches import apply_patches
-from kvllm.kernels.block_tables import shorten_block_tables_ref
+from kvllm.engine import runner_v2, store_gpu
+from kvllm.engine.plugin import register
+from kvllm.kernels.block_tables import join_segments_ref
 from kvllm.kernels.compact import compact_ref
 from kvllm.kernels.store_tokens import store_tokens_ref
 from kvllm.kernels.windows import gather_window_ref
@@ -100,14 +100,12 @@ schedules = st.builds(
 def test_a_row_is_free_again_once_its_request_is_released() -> None:
     running = RunningRequests(2)
     first, second = running.admit("a"), running.admit("b")
-    first.num_events = 3
-    assert {first.row, second.row} == {0, 1} and running.admit("a") is first
+    assert {first, second} == {0, 1} and running["a"] == first
     running.release(["a", "never admitted"])
     assert "a" not in running and len(running) == 1
-    third = running.admit("c")
-    assert third.row == first.row
+    assert running.admit("c") == first
     running.release(["b"])
-    assert running.admit("a").num_events == 0  # resumed: computed again from its first token
+    assert running.admit("a") == second
 
 
 def test_more_requests_than_seats_are_refused_by_name() -> None:
@@ -129,11 +127,11 @@ def vllm_config(model_dir: Path) -> Any:
 @pytest.fixture(scope="module", autouse=True)
 def without_kernels() -> Iterator[None]:
     """PyTorch references in the place of the kernels, and a process that is the only rank."""
-    apply_patches()
+    register()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner_v2, "shorten_block_tables", shorten_block_tables_ref)
-        patch.setattr(runner_v2, "gather_window", gather_window_ref)
-        patch.setattr(runner_v2, "compact", compact_ref)
+        patch.setattr(runner_v2, "join_segments", join_segments_ref)
+        patch.setattr(store_gpu, "gather_window", gather_window_ref)
+        patch.setattr(store_gpu, "compact", compact_ref)
         patch.setattr(runner_v2, "store_tokens", store_tokens_ref)
         patch.setattr("vllm.v1.worker.gpu.buffer_utils.is_uva_available", lambda: False)
         patch.setattr("vllm.v1.worker.gpu_model_runner.get_pp_group", lambda: type("", (), {"is_last_rank": True}))

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from kvllm.engine.rows import RunningRequests
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -31,18 +30,23 @@ from vllm.v1.worker.gpu import model_runner as v2
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
+from kvllm.compression.compressor import Compressor, most_survivors
+from kvllm.compression.paged_store import PagedCandidates
+from kvllm.compression.rows import EVENTS, Due, RunningRequests
+from kvllm.compression.store import ALL_LAYERS
+from kvllm.compression.worker import Layers, WorkerState
 from kvllm.config import KvConfig
 from kvllm.engine.runner_v1 import CompressorV1
-from kvllm.engine.runner_v2 import KvModelState, RequestRows
+from kvllm.engine.runner_v2 import KvModelState
 from kvllm.engine.scheduler import KvAsyncScheduler, KvScheduler
 from kvllm.engine.settings import Geometries
 from kvllm.engine.spec import KvSpec
+from kvllm.engine.store_gpu import GpuStore
 from kvllm.kernels.paged import PagedCache
 from kvllm.layout import Geometry, ceil_div
 from kvllm.methods.base import Kept, Method, Window
-from kvllm.query_bank import QueryBank
-from kvllm.reference.cache import LayerCache
-from kvllm.reference.request import compress_event
+from kvllm.query_ring import query_shifts
+from kvllm.reference.cache import DenseStore, LayerCache
 
 BLOCK_SIZE, MAX_LEN, NUM_HEADS = 4, 256, 2  # two heads, one KV head: the heads' queries are of different tokens
 PROMPT_KINDS = 2  # prompts of one kind begin alike, so they share blocks
@@ -85,6 +89,11 @@ class Text:
         self.owner, self.arrival, self.config, self.geometry = owner, arrival, config, geometry
         self.num_events = 0
         self.layer = LayerCache(config.query_span)
+        self.compressor = Compressor(
+            config, LabelMethod(), DenseStore(config, [self.layer]), torch.zeros(1, dtype=torch.int64),
+            torch.from_numpy(query_shifts(config.query_stride, NUM_HEADS)), None,
+            torch.zeros(1, 1, 1, most_survivors(config), dtype=torch.int32),
+        )  # fmt: skip
 
     def labels(self, first: int, end: int) -> Tensor:
         """[end - first, 1, 2]: owner and position; all prompts of a kind have the same labels, since they share."""
@@ -105,7 +114,7 @@ class Text:
         assert self.layer.num_appended == num_computed
         geometry, prompt = self.geometry, self.arrival.num_prompt_tokens
         if geometry is not None and geometry.num_events(prompt, num_computed) > self.num_events:
-            compress_event([self.layer], LabelMethod(), self.config, geometry, prompt, self.num_events, None)
+            self.compressor.compress([Due(0, 0, geometry, prompt, self.num_events)])
             self.num_events += 1
 
     def append(self, count: int) -> None:
@@ -127,30 +136,35 @@ class Step:
     logical_tables: Tensor  # [num_reqs, max_blocks], by which new tokens are written
 
 
+class LabelStore(GpuStore):
+    """The store of the V2 runner, here for both runners."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.written: list[int] = []  # blocks that the present step's compressions wrote
+
+    def write(self, candidates: PagedCandidates, kept: Kept, layers: slice = ALL_LAYERS) -> None:
+        super().write(candidates, kept, layers)
+        self.written += candidates.blocks[:, : kept.indices.shape[-1] // BLOCK_SIZE].flatten().tolist()
+
+
+def label_state(config: KvConfig, cache: PagedCache, max_num_seqs: int) -> tuple[WorkerState, LabelStore]:
+    """One layer, one KV head."""
+    state = WorkerState(config, Layers([0], NUM_HEADS, 1, 2, torch.float32), None, max_num_seqs, MAX_LEN)
+    state.method = LabelMethod()
+    store = LabelStore(config, state.bank, BLOCK_SIZE, MAX_LEN, cache=cache, dtype=torch.float32)
+    state.attach(store)
+    return state, store
+
+
 class SymbolicCompressor(CompressorV1):
-    """Compression for the V1 runner, over a cache of labels: one layer, one KV head."""
+    """Compression for the V1 runner, over a cache of labels."""
 
     def __init__(self, runner: Any, config: KvConfig, cache: PagedCache, max_num_seqs: int) -> None:
-        self.runner, self.config, self.method, self.rope = runner, config, LabelMethod(), None
-        self.geometries = Geometries(config, BLOCK_SIZE)
-        self.layers, self.layer_indices = [SimpleNamespace(num_kv_heads=1)], torch.zeros(1, dtype=torch.int64)
-        self.query_bank = QueryBank.allocate(
-            1, max_num_seqs, config.num_queries, NUM_HEADS, 1, 2, config.query_stride, torch.float32
-        )
+        self.runner, self.config, self.geometries = runner, config, Geometries(config, BLOCK_SIZE)
+        self.state, self.store = label_state(config, cache, max_num_seqs)
         self.running = RunningRequests(max_num_seqs)
-        self.cache = cache
-        self.written: list[int] = []  # blocks that the present step's compressions wrote
         self.skip_step()
-
-    def _read(self, block_ids: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.cache.keys[0], self.cache.values[0]
-        return keys[block_ids].flatten(0, 1)[None], values[block_ids].flatten(0, 1)[None]
-
-    def _write(self, block_ids: Tensor, keys: Tensor, values: Tensor) -> None:
-        blocks = block_ids[: keys.shape[1] // BLOCK_SIZE]
-        self.cache.keys[0][blocks] = keys[0].unflatten(0, (-1, BLOCK_SIZE))
-        self.cache.values[0][blocks] = values[0].unflatten(0, (-1, BLOCK_SIZE))
-        self.written += blocks.tolist()
 
 
 class WorkerV1:
@@ -181,7 +195,7 @@ class WorkerV1:
         assert set(req_ids) == set(scheduled.num_scheduled_tokens)
         counts = [scheduled.num_scheduled_tokens[r] for r in req_ids]
         computed = batch.num_computed_tokens_cpu[: len(req_ids)].tolist()
-        compressor.written.clear()
+        compressor.store.written.clear()
         compressor.begin_step(scheduled.num_scheduled_tokens)
         tables = torch.from_numpy(batch.block_table[0].get_numpy_array()[: len(req_ids)].copy())
         seq_lens = torch.tensor(computed, dtype=torch.int32) + torch.tensor(counts, dtype=torch.int32)
@@ -193,19 +207,20 @@ class WorkerV1:
                 block_table_tensor=tables.clone(), slot_mapping=nothing,
             )
         )  # fmt: skip
-        running = compressor.running
-        events = [running[r].num_events if r in running else None for r in req_ids]
+        rows = compressor.state.rows
+        held = [compressor.running[r] for r in req_ids]
+        events = [int(rows.columns[EVENTS, row]) if rows.geometries[row] is not None else None for row in held]
         return Step(req_ids, counts, computed, events, metadata.block_table_tensor, metadata.seq_lens, tables)
 
     @property
     def rows(self) -> dict[str, int]:
         """The row of every compressed request that has one."""
-        running = self.compressor.running
-        return {req_id: running[req_id].row for req_id in running}
+        running, geometries = self.compressor.running, self.compressor.state.rows.geometries
+        return {req_id: running[req_id] for req_id in running if geometries[running[req_id]] is not None}
 
     @property
     def written(self) -> list[int]:
-        return self.compressor.written
+        return self.compressor.store.written
 
     def store_queries(self, queries: Tensor) -> None:
         self.compressor._capture(0, queries, queries, queries)
@@ -229,24 +244,12 @@ class SymbolicState(KvModelState):
     """Compression for the V2 runner, over a cache of labels."""
 
     def __init__(self, config: KvConfig, cache: PagedCache, max_num_seqs: int) -> None:
-        self.config, self.method, self.rope = config, LabelMethod(), None
-        self.geometries, self.block_size = Geometries(config, BLOCK_SIZE), BLOCK_SIZE
+        self.config, self.geometries = config, Geometries(config, BLOCK_SIZE)
         self.cache, self.device, self.dtype = cache, torch.device("cpu"), torch.float32
         self.max_num_reqs, self.max_num_tokens = max_num_seqs, MAX_LEN
-        self.layers, self.layer_indices = [None], torch.zeros(1, dtype=torch.int64)
-        self.rows = RequestRows.empty(max_num_seqs)
         self.rope_state = self.prompt_embeds_state = None
-        self.query_bank = QueryBank.allocate(
-            1, max_num_seqs, config.num_queries, NUM_HEADS, 1, 2, config.query_stride, torch.float32
-        )
-        most_survivors = config.budget_size if config.policy == "budget" else config.history_size
-        self.survivors = torch.zeros(max_num_seqs, 1, 1, most_survivors, dtype=torch.int32) if most_survivors else None
-        self.written: list[int] = []
-        self._allocate_step()
-
-    def _write(self, kept: Kept, blocks: Tensor) -> None:
-        super()._write(kept, blocks)
-        self.written += blocks[:, : kept.indices.shape[-1] // BLOCK_SIZE].flatten().tolist()
+        self.compression, self.store = label_state(config, cache, max_num_seqs)
+        self.seq_lens = torch.zeros(max_num_seqs, dtype=torch.int32)
 
 
 class WorkerV2:
@@ -277,27 +280,26 @@ class WorkerV2:
         seq_lens = torch.from_numpy(computed + np.array(counts)).int()
         logical = runner.block_tables.rows[slots]
         tables = logical.clone()
-        state.written.clear()
+        state.store.written.clear()
         batch: Any = SimpleNamespace(
             num_reqs=len(req_ids), req_ids=req_ids, idx_mapping_np=slots, num_computed_tokens_np=computed,
             num_scheduled_tokens=np.array(counts), num_tokens=sum(counts), num_tokens_after_padding=sum(counts),
             seq_lens=seq_lens,
         )  # fmt: skip
         state.preprocess_state(batch, (tables,), None, seq_lens)
-        events = [
-            int(state.rows.columns[1, slot]) if state.rows.geometries[slot] is not None else None for slot in slots
-        ]
+        known = state.compression.rows
+        events = [int(known.columns[EVENTS, slot]) if known.geometries[slot] is not None else None for slot in slots]
         lengths = state.seq_lens[: len(req_ids)].clone()
         return Step(req_ids, counts, computed.tolist(), events, tables, lengths, logical)
 
     @property
     def rows(self) -> dict[str, int]:
         slots = self.runner.req_states.req_id_to_index
-        return {r: slot for r, slot in slots.items() if self.state.rows.geometries[slot] is not None}
+        return {r: slot for r, slot in slots.items() if self.state.compression.rows.geometries[slot] is not None}
 
     @property
     def written(self) -> list[int]:
-        return self.state.written
+        return self.state.store.written
 
     def store_queries(self, queries: Tensor) -> None:
         self.state._store(0, queries, queries, queries)
