@@ -424,7 +424,8 @@ class Engine:
             text.begin_step(step.computed[i])
             assert step.num_events[i] == (None if text.geometry is None else text.num_events)
             if text.geometry is not None:
-                assert manager._progress[name].num_events == text.num_events  # scheduler and worker agree
+                progress = manager._progress[name]
+                assert progress is not None and progress.num_events == text.num_events  # scheduler and worker agree
         for block_id in self.worker.written:  # invariant 4
             assert pool.blocks[block_id].ref_cnt == 1 and pool.blocks[block_id].block_hash is None
         assert len(set(self.worker.written)) == len(self.worker.written)
