@@ -100,7 +100,7 @@ def _layer_kind_reasons(text: Any, max_model_len: int | None) -> list[str]:
         if others := set(kinds) - FULL_ATTENTION - {"sliding_attention"}:
             return [reason("layer_types", ", ".join(sorted(others)), ALL_FULL)]
     # A window that no text outgrows is full attention.
-    if not windowed or (max_model_len is not None and window >= max_model_len):
+    if not windowed or window is None or (max_model_len is not None and window >= max_model_len):
         return []
     longest = "unknown" if max_model_len is None else max_model_len
     return [

@@ -112,12 +112,12 @@ class Request:
 
 
 def configs() -> st.SearchStrategy[KvConfig]:
-    windows = st.builds(
+    windows: Any = st.builds(
         dict, window_size=st.sampled_from([64, 256, 1024]), retention_ratio=st.floats(0.25, 0.99),
         history_size=st.sampled_from([0, 0, 1024, 2048]), buffer_size=st.sampled_from([8, 128]),
         prompt_budget=st.sampled_from([0, 64, 512]),
     )  # fmt: skip
-    budgets = st.builds(
+    budgets: Any = st.builds(
         dict, policy=st.just("budget"), window_size=st.just(64), budget_size=st.sampled_from([64, 768]),
         budget_interval=st.sampled_from([16, 128]), buffer_size=st.sampled_from([8, 128]),
         prompt_budget=st.sampled_from([0, 64]),

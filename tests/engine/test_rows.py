@@ -167,7 +167,7 @@ def test_rows_and_blocks_whatever_happens(
     counts: Counter[str] = Counter()
 
     @settings(
-        max_examples=NUM_SCHEDULES or 15,
+        max_examples=NUM_SCHEDULES or 25,
         deadline=None,
         derandomize=not NUM_SCHEDULES,
         database=None,

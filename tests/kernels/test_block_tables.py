@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from kvllm.config import KvConfig
 from kvllm.kernels.block_tables import join_segments, join_segments_ref
 from kvllm.layout import Geometry
 
-CONFIGS = {
+CONFIGS: dict[str, list[dict[str, Any]]] = {
     "window": [{"retention_ratio": r} for r in (1 / 16, 0.3, 0.95)],
     "history": [{"retention_ratio": 0.3, "history_size": size} for size in (512, 2048, 5000)],
     "prompt": [{"prompt_budget": 160}],
@@ -27,6 +29,7 @@ def make(policy, device, *, block_size=16, num_reqs=9, max_blocks=1400, seed=0):
     for i in range(num_reqs):
         options = CONFIGS[policy][i % len(CONFIGS[policy])]
         geometry = Geometry.from_config(KvConfig(method="recent", **options), block_size)
+        assert geometry is not None
         prompt = int(rng.integers(1, 600))
         computed = prompt if i == 0 else int(rng.integers(prompt, block_size * max_blocks - 1))
         events = geometry.num_events(prompt, computed)
@@ -35,9 +38,8 @@ def make(policy, device, *, block_size=16, num_reqs=9, max_blocks=1400, seed=0):
         plan[3, i] = rows[i]
         requests.append((geometry, prompt, computed))
     lengths = torch.tensor([c + 1 for _, _, c in requests], dtype=torch.int32, device=device)
-    tensors = (torch.from_numpy(x).int().to(device) for x in (table, survivors, plan))
-    table, survivors, plan = tensors
-    return (table, lengths, torch.full_like(lengths, -1), survivors, plan, block_size), requests
+    on_device = [torch.from_numpy(x).int().to(device) for x in (table, survivors, plan)]
+    return (on_device[0], lengths, torch.full_like(lengths, -1), *on_device[1:], block_size), requests
 
 
 def clone(arguments):

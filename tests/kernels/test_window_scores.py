@@ -105,7 +105,9 @@ def turn_of(bank, head_dim, device, interleaved=False, num_pairs=None, by_layer=
     rope = Rope(100.0 ** -(torch.arange(num_pairs, dtype=torch.float64, device=device) / num_pairs), interleaved)
     if by_layer:  # the first has none
         ropes = [None] + [Rope(rope.frequencies / i, interleaved) for i in range(1, len(bank.queries))]
-        rope = Rope.of_layers(ropes)
+        stacked = Rope.of_layers(ropes)
+        assert stacked is not None
+        rope = stacked
     distances = torch.randint(0, 500, (bank.num_queries, 1, bank.group_size), device=device)
     return rope.turn(distances, head_dim)
 

@@ -173,6 +173,7 @@ def test_positions_follow_the_survivors():
     for layer in range(2):
         for head in range(2):
             survivors = [16 + 32 * k + int(i) for k in range(3) for i in request.kept[k][layer, head]]
+            assert request._compressor is not None and request._compressor.positions is not None
             assert request._compressor.positions[0, layer, head, : len(survivors)].tolist() == survivors
 
 
@@ -238,11 +239,12 @@ def test_soft_caps_and_sinks_are_those_of_transformers(family, asked, monkeypatc
     with torch.inference_mode():
         expected = model(torch.tensor([token_ids])).logits[0]
     seen = []
-    monkeypatch.setattr(
-        reference_attention,
-        "attention_with_extras",
-        lambda *arguments: seen.append(arguments) or attention_with_extras(*arguments),
-    )
+
+    def noting(*arguments):
+        seen.append(arguments)
+        return attention_with_extras(*arguments)
+
+    monkeypatch.setattr(reference_attention, "attention_with_extras", noting)
     torch.testing.assert_close(feed(Request(model, 20), token_ids, [40, 1]), expected, rtol=CLOSE, atol=CLOSE)
     assert seen and all(arguments[5 if asked == "softcap" else 6] is not None for arguments in seen)
 

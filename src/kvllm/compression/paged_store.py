@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from kvllm.compression.rows import Due
 from kvllm.compression.store import ALL_LAYERS
 from kvllm.config import KvConfig
 from kvllm.layout import ceil_div
+from kvllm.methods.base import Kept
 from kvllm.query_bank import QueryBank
 from kvllm.query_ring import oldest_slot
 
@@ -26,7 +28,7 @@ class PagedCandidates:
     ring_starts: Tensor
 
 
-class PagedStore:
+class PagedStore(ABC):
     """Finds candidates in vLLM's block table, and remembers which blocks the survivors of each request lie in.
 
     vLLM's table keeps an entry for every logical block of a request, so survivors, which move behind the prompt, have a
@@ -67,7 +69,10 @@ class PagedStore:
         table, width, own_width = self.block_table, self.block_table.stride(0), self.survivor_blocks.stride(0)
         shape = due[0].geometry.shape(due[0].event)
         num_history, num_raw, num_kept = (size // self.block_size for size in shape)
-        starts, history, raw, kept = [], [], [], []
+        starts: list[int] = []
+        history: list[int] = []
+        raw: list[int] = []
+        kept: list[int] = []
         for each in due:
             prompt, event = each.num_prompt_tokens, each.event
             first = each.geometry.prompt_len(prompt, event + 1) // self.block_size
@@ -76,7 +81,7 @@ class PagedStore:
             row = each.row * own_width + first
             starts.append(self._ring_start(each))
             history += range(row, row + num_history)
-            raw += range(each.index * width + tail, each.index * width + tail + num_raw)
+            raw += range(each.batch_index * width + tail, each.batch_index * width + tail + num_raw)
             kept += range(row, row + num_kept)
         sent = self.to_device([*starts, *raw, *history, *kept])
         ring_starts, raw_index, history_index, kept_index = sent.split([len(starts), len(raw), len(history), len(kept)])
@@ -91,7 +96,7 @@ class PagedStore:
         assert self.block_table is not None
         cut = due.geometry.prompt_shape(due.num_prompt_tokens)
         assert cut is not None
-        blocks = self.block_table[due.index : due.index + 1, : cut.num_raw // self.block_size]
+        blocks = self.block_table[due.batch_index : due.batch_index + 1, : cut.num_raw // self.block_size]
         return PagedCandidates(blocks, self.to_device([self._ring_start(due)]))
 
     def part(self, candidates: PagedCandidates, events: slice) -> PagedCandidates:
@@ -99,6 +104,14 @@ class PagedStore:
 
     def queries(self, candidates: PagedCandidates, layers: slice = ALL_LAYERS) -> Tensor:
         return self.bank.of(candidates.ring_starts, layers).transpose(0, 1).flatten(0, 1)
+
+    @abstractmethod
+    def read(self, candidates: PagedCandidates, layers: slice = ALL_LAYERS) -> tuple[Tensor, Tensor]:
+        """As of `Store`."""
+
+    @abstractmethod
+    def write(self, candidates: PagedCandidates, kept: Kept, layers: slice = ALL_LAYERS) -> None:
+        """As of `Store`."""
 
     def _ring_start(self, due: Due) -> int:
         return self.bank.ring_start(due.row, oldest_slot(self.config, due.geometry, due.event))

@@ -18,7 +18,7 @@ NUM_PLANNED = 3
 class Due(NamedTuple):
     """A compression that is due."""
 
-    index: int  # of the request in the step's batch
+    batch_index: int  # of the request in the step's batch
     row: int  # of the request in everything that is kept by request: the query bank, positions, block ids
     geometry: Geometry
     num_prompt_tokens: int

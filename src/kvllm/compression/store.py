@@ -20,9 +20,13 @@ class Store(Protocol):
     other functions need to find them. A batch is (event, layer), the layers of one event side by side.
     """
 
-    num_layers: int
-    num_kv_heads: int
     max_batch: int  # events whose candidates are copied at once
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def num_kv_heads(self) -> int: ...
 
     def candidates(self, due: Sequence[Due]) -> Any:
         """Where the candidates of events of one geometry and shape lie."""
