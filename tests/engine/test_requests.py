@@ -115,7 +115,7 @@ def test_state_is_bounded_however_many_ratios_are_asked_for(model_dir: Path) -> 
 
 @pytest.mark.parametrize("history_size", [0, 1024])
 def test_the_allowed_geometries_are_all_that_a_request_can_have(model_dir: Path, history_size: int) -> None:
-    sizes = {"window_size": 512, "retention_ratio": 0.3, "history_size": history_size}
+    sizes: dict[str, Any] = {"window_size": 512, "retention_ratio": 0.3, "history_size": history_size}
     config = kv_config(vllm_config(model_dir, request_ratios="0.07-0.2,0.4-0.7,0.9,1.0", **sizes))
     assert config is not None
     allowed, geometries, rng = allowed_geometries(config, BLOCK_SIZE), Geometries(config, BLOCK_SIZE), random.Random(0)
