@@ -94,20 +94,24 @@ def _layer_kind_reasons(text: Any, max_model_len: int | None) -> list[str]:
         states = [field for field in STATE_FIELDS if getattr(text, field, None)]
         if states:
             return [reason(field, getattr(text, field), ALL_FULL) for field in states[:1]]
-        windowed = bool(window)
     else:
-        windowed = bool(window) and "sliding_attention" in kinds
         if others := set(kinds) - FULL_ATTENTION - {"sliding_attention"}:
             return [reason("layer_types", ", ".join(sorted(others)), ALL_FULL)]
+        if "sliding_attention" not in kinds:
+            return []
     # A window that no text outgrows is full attention.
+<<<<<<< HEAD
     if not windowed or window is None or (max_model_len is not None and window >= max_model_len):
+=======
+    if not window or (max_model_len is not None and window >= max_model_len):
+>>>>>>> wt-d
         return []
     longest = "unknown" if max_model_len is None else max_model_len
     return [
         reason(
             "sliding_window",
             window,
-            f"{ALL_FULL}, and the window is shorter than max_model_len={longest}; use --max-model-len {window}, or "
+            f"{ALL_FULL}, and sliding_attention is not if max_model_len={longest}; use --max-model-len {window}, or "
             "--hf-overrides '{\"sliding_window\": null}' if the model allows it",
         )
     ]

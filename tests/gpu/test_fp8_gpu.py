@@ -12,9 +12,11 @@ from torch import Tensor
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
-from kvllm.engine.runner_v2 import KvModelState
+from kvllm.compression.compressor import Compressor
+from kvllm.compression.paged_store import PagedCandidates
 from kvllm.engine.stats import engine_stats
 from kvllm.kernels.windows import gather_window_ref
+from kvllm.layout import Shape
 from tests.gpu.test_engine_gpu import greedy, model_dir, prompt, start  # noqa: F401
 
 NUM_TOKENS = 300
@@ -26,28 +28,31 @@ def test_events_in_an_fp8_cache(model_dir: Path, monkeypatch: pytest.MonkeyPatch
     }  # fmt: skip
     llm = start(model_dir, **options)
     errors: list[Tensor] = []
-    compress_group = KvModelState._compress_group
+    compress_group = Compressor.compress_group
 
-    def both(state: Any, geometry: Any, prompts: Any, done: Any, ring_starts: Tensor, blocks: Tensor) -> None:
+    def both(compressor: Compressor, group: Any, shape: Shape, candidates: PagedCandidates) -> None:
         """By the kernels, then from the same cache by the method itself; the kernels' result stays."""
-        layers = [t.view(torch.uint8) for t in (*state.cache.keys, *state.cache.values)]
-        num_kept = geometry.shape(done[0]).num_kept
+        cache = compressor.store.cache  # type: ignore[attr-defined]
+        layers = [t.view(torch.uint8) for t in (*cache.keys, *cache.values)]
 
         def survivors() -> tuple[Tensor, ...]:
-            return tuple(t[:, :num_kept].float() for t in gather_window_ref(blocks, state.cache, torch.float32))
+            return tuple(t[:, : shape.num_kept] for t in gather_window_ref(candidates.blocks, cache, torch.float32))
 
         before = [t.clone() for t in layers]
-        compress_group(state, geometry, prompts, done, ring_starts, blocks)
+        assert compressor.fused is not None
+        compress_group(compressor, group, shape, candidates)
         after, actual = [t.clone() for t in layers], survivors()
         for t, old in zip(layers, before, strict=True):
             t.copy_(old)
-        state._compress_generic(geometry, prompts, done, ring_starts, blocks)
+        fused, compressor.fused = compressor.fused, None
+        compress_group(compressor, group, shape, candidates)
+        compressor.fused = fused
         for a, e in zip(actual, survivors(), strict=True):
             errors.append((a - e).norm(dim=(1, 3)) / e.norm(dim=(1, 3)))  # of each layer and head
         for t, new in zip(layers, after, strict=True):
             t.copy_(new)
 
-    monkeypatch.setattr(KvModelState, "_compress_group", both)
+    monkeypatch.setattr(Compressor, "compress_group", both)
     prompts = [prompt(n, n) for n in (5, 70)]
     outputs = greedy(llm, prompts, NUM_TOKENS)
     monkeypatch.undo()

@@ -9,7 +9,7 @@ from kvllm.kernels.block_tables import join_segments, join_segments_ref
 from kvllm.layout import Geometry
 
 CONFIGS: dict[str, list[dict[str, Any]]] = {
-    "window": [{"retention_ratio": r} for r in (1 / 16, 0.3, 0.95)],
+    "window": [{"retention_ratio": r} for r in (1 / 8, 0.3, 0.95)],
     "history": [{"retention_ratio": 0.3, "history_size": size} for size in (512, 2048, 5000)],
     "prompt": [{"prompt_budget": 160}],
     "budget": [{"policy": "budget", "window_size": 32, "budget_size": 128, "budget_interval": 64}],
