@@ -100,11 +100,7 @@ def _layer_kind_reasons(text: Any, max_model_len: int | None) -> list[str]:
         if "sliding_attention" not in kinds:
             return []
     # A window that no text outgrows is full attention.
-<<<<<<< HEAD
-    if not windowed or window is None or (max_model_len is not None and window >= max_model_len):
-=======
     if not window or (max_model_len is not None and window >= max_model_len):
->>>>>>> wt-d
         return []
     longest = "unknown" if max_model_len is None else max_model_len
     return [

@@ -28,12 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.version import __version__ as vllm_version
 
 from kvllm.config import KvConfig
-<<<<<<< HEAD
-from kvllm.support import model_reasons
-=======
 from kvllm.reference import load_model
-from kvllm.support import SUPPORTED_VLLM, model_reasons, torchvision_problem
->>>>>>> wt-d
+from kvllm.support import model_reasons, torchvision_problem
 from tests.near_ties import check_greedy
 
 VOCAB_SIZE = 512

@@ -96,12 +96,7 @@ def test_every_other_class_of_vllm_with_a_cache_is_refused() -> None:
     def below(cls: type) -> set[type]:
         return {cls}.union(*map(below, cls.__subclasses__()))
 
-<<<<<<< HEAD
-    every: set[type] = below(AttentionLayerBase) - {Attention}
-    others = {c for c in every if not inspect.isabstract(c)}
-=======
     others = [cls for cls in below(AttentionLayerBase) if cls is not Attention and not inspect.isabstract(cls)]
->>>>>>> wt-d
     assert len(others) > 5  # those that importing vLLM's layers brings: MLA, cross attention, static sinks and others
     for cls in others:
         (found,) = layer_reasons(object.__new__(cls), MAX_MODEL_LEN)

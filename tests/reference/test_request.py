@@ -239,18 +239,8 @@ def test_soft_caps_and_sinks_are_those_of_transformers(family, asked, monkeypatc
     token_ids = text(60)
     with torch.inference_mode():
         expected = model(torch.tensor([token_ids])).logits[0]
-<<<<<<< HEAD
-    seen = []
-
-    def noting(*arguments):
-        seen.append(arguments)
-        return attention_with_extras(*arguments)
-
-    monkeypatch.setattr(reference_attention, "attention_with_extras", noting)
-=======
     with_extras = Mock(wraps=attention_with_extras)
     monkeypatch.setattr(reference_attention, "attention_with_extras", with_extras)
->>>>>>> wt-d
     torch.testing.assert_close(feed(Request(model, 20), token_ids, [40, 1]), expected, rtol=CLOSE, atol=CLOSE)
     softcap, sinks = with_extras.call_args.args[5:]
     assert (softcap if asked == "softcap" else sinks) is not None
