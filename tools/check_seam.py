@@ -25,6 +25,7 @@ from kvllm.engine.touch import RELEASES, Addition, Assignment, Import, Override,
 from tools.syntax_tree import Found, Function, Module, World, children, is_property, parameters, signature, targets
 
 ROOT = Path(__file__).parent.parent
+ENTRY_POINTS = "vllm.general_plugins"  # names no module
 Types = dict[str, Found | None]  # expression -> its class; None where it is not known
 
 
@@ -213,9 +214,9 @@ class _Source:
             self.check_string(node)
         elif isinstance(node, ast.If):
             match node.test:
-                case ast.Call(func=ast.Name("isinstance"), args=[ast.Name(name), cls]):
-                    for each in node.body:
-                        self.scope(each, types | {name: self.type_of(cls, types)})
+                case ast.Call(func=ast.Name("isinstance"), args=[ast.Name(name), kind]):
+                    for statement in node.body:
+                        self.scope(statement, types | {name: self.type_of(kind, types)})
                     node = ast.If(ast.Constant(True), [], node.orelse)
         if isinstance(node, ast.stmt):
             for target in targets(node):
@@ -294,7 +295,7 @@ class _Source:
             if not (name in overrides if method else self.check.is_declared(found, name)):
                 where = f"{found.module.name}:{base.node.name}.{name}"  # type: ignore[union-attr]
                 self.report(
-                    definition,  # type: ignore[arg-type]
+                    definition,
                     f"{cls.node.name} {'overrides' if method else 'sets'} {where}, which the seam does not declare",
                 )
         return base
@@ -374,19 +375,17 @@ class _Source:
 
     def check_string(self, node: ast.Constant | ast.Tuple) -> None:
         """A string that names a module, class or private member of vLLM."""
-        if isinstance(node, ast.Tuple):
-            values = [each.value for each in node.elts if isinstance(each, ast.Constant)]
-            if len(values) == 2 and all(isinstance(v, str) for v in values) and is_vllms(values[0]):
-                if self.world.find(values[0], values[1]) is None:
-                    self.report(node, f"names {values[0]}:{values[1]}, which this vLLM does not have")
-        elif isinstance(node.value, str) and re.fullmatch(r"vllm(\.\w+)+", node.value):
-            module, _, name = node.value.rpartition(".")
-            if self.world.find(node.value, None) is None and self.world.find(module, name) is None:
-                if node.value != "vllm.general_plugins":  # an entry point group
-                    self.report(node, f"names {node.value}, which this vLLM does not have")
-        elif isinstance(node.value, str) and self.uses_vllm and re.fullmatch(r"_[a-z]\w+", node.value):
-            if node.value not in self.check.own_names and not self.check.is_declared(None, node.value):
-                self.report(node, f"names {node.value}, a private member that the seam does not declare")
+        match node:
+            case ast.Tuple(elts=[ast.Constant(value=str(module)), ast.Constant(value=str(name))]) if is_vllms(module):
+                if self.world.find(module, name) is None:
+                    self.report(node, f"names {module}:{name}, which this vLLM does not have")
+            case ast.Constant(value=str(text)) if re.fullmatch(r"vllm(\.\w+)+", text) and text != ENTRY_POINTS:
+                module, _, name = text.rpartition(".")
+                if self.world.find(text, None) is None and self.world.find(module, name) is None:
+                    self.report(node, f"names {text}, which this vLLM does not have")
+            case ast.Constant(value=str(text)) if self.uses_vllm and re.fullmatch(r"_[a-z]\w+", text):
+                if text not in self.check.own_names and not self.check.is_declared(None, text):
+                    self.report(node, f"names {text}, a private member that the seam does not declare")
 
 
 class Usage(NamedTuple):

@@ -23,7 +23,8 @@ class Imported:
     line: int
 
 
-Definition = Function | ast.ClassDef | ast.Assign | ast.AnnAssign | Imported
+Node = Function | ast.ClassDef | ast.Assign | ast.AnnAssign
+Definition = Node | Imported
 
 
 @dataclass(eq=False)
@@ -89,7 +90,7 @@ class Module:
             elif isinstance(node, ast.stmt | ast.ExceptHandler):
                 yield from self.bindings(node)
 
-    def members(self, cls: ast.ClassDef) -> dict[str, Definition]:
+    def members(self, cls: ast.ClassDef) -> dict[str, Node]:
         """What a class binds itself: methods, class attributes, and attributes that its methods set on `self`."""
         own = {name: found for name, found in self.bindings(cls) if not isinstance(found, Imported)}
         for method in [m for m in own.values() if isinstance(m, Function)]:
@@ -106,7 +107,7 @@ class Found:
     """A definition and the module that has it; a whole module where `node` is None."""
 
     module: Module
-    node: Function | ast.ClassDef | ast.Assign | ast.AnnAssign | None
+    node: Node | None
 
 
 class World:
@@ -119,7 +120,7 @@ class World:
         self.roots, self.release = roots, release
         self.declared_bases: dict[str, list[Found]] = {}
         self._modules: dict[str, Module | None] = {}
-        self._members: dict[ast.ClassDef, dict[str, Definition]] = {}
+        self._members: dict[ast.ClassDef, dict[str, Node]] = {}
 
     def module(self, name: str) -> Module | None:
         """None where there is no such module."""
@@ -163,7 +164,7 @@ class World:
             found = self.member(found, name) if found is not None else None
         return found
 
-    def members(self, cls: Found) -> dict[str, Definition]:
+    def members(self, cls: Found) -> dict[str, Node]:
         assert isinstance(cls.node, ast.ClassDef)
         if cls.node not in self._members:
             self._members[cls.node] = cls.module.members(cls.node)
@@ -182,8 +183,8 @@ class World:
                     return Found(owner.module, node)
         if not isinstance(owner.node, ast.ClassDef):
             return None
-        if (node := self.members(owner).get(name)) is not None:
-            return Found(owner.module, node)  # type: ignore[arg-type]
+        if (own := self.members(owner).get(name)) is not None:
+            return Found(owner.module, own)
         return next((f for base in self.bases(owner) if base is not None and (f := self.member(base, name))), None)
 
     def bases(self, cls: Found) -> list[Found | None]:
