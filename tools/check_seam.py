@@ -75,6 +75,8 @@ class Check:
         for module in self.modules:
             self.check_imports(module)
             _Source(self, module).run()
+        for name in sorted(self.objects.keys() - {module.name for module in self.modules}):
+            self.problems.append(f"OBJECTS {name}: stale, there is no such module")
         self.check_stale()
         return self.problems
 

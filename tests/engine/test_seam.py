@@ -264,6 +264,10 @@ def test_members_of_objects_without_annotations_are_checked(tmp_path: Path) -> N
     gone, stale = problems(tmp_path, kvllm=code, objects=objects)
     assert gone == "OBJECTS kvllm.engine.other pool: this vLLM has no vllm.pool:Gone"
     assert stale == "OBJECTS kvllm.engine.other tank: stale, no member of it is used"
+    objects = {"kvllm.engine.gone": {"pool": "vllm.pool:Pool"}}
+    assert problems(tmp_path, kvllm=code, objects=objects) == [
+        "OBJECTS kvllm.engine.gone: stale, there is no such module"
+    ]
 
 
 @pytest.mark.parametrize(
