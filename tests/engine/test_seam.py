@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import subprocess
@@ -14,14 +15,37 @@ import pytest
 import vllm
 
 from kvllm.engine import plugin
-from kvllm.engine.seam import PATCHES, RELEASES, SEAM, apply_patches
+from kvllm.engine.seam import OBJECTS, PATCHES, RELEASES, SEAM, apply_patches
 from kvllm.engine.touch import Addition, Assignment, Import, Override, Patch, Read, Reliance, Touch
-from tools.check_seam import Check, changed_functions, check_project, installed, main
+from tools.check_seam import ROOT, Check, changed_functions, check_project, installed, main
 from tools.syntax_tree import World
 
 
 def test_the_declarations_hold_for_the_installed_vllm() -> None:
     assert check_project(installed()).problems == []
+
+
+def test_what_we_use_without_declaring_it_is_checked() -> None:
+    """The installed vLLM with a few names changed: what the checker infers of our source is enough to notice."""
+    check = Check(installed(), ROOT / "src", SEAM, OBJECTS)
+    for name, before, after in (
+        ("vllm.model_executor.layers.attention.attention", "self.num_kv_heads =", "self.kv_heads ="),
+        ("vllm.v1.worker.gpu_input_batch", "self.num_computed_tokens_cpu =", "self.computed ="),
+        ("vllm.v1.metrics.stats", "num_running_reqs:", "num_running:"),
+        ("vllm.v1.worker.block_table", "def get_numpy_array(self)", "def get_numpy_array(self, row)"),
+        ("vllm.utils.torch_utils", "def async_tensor_h2d(", "def async_tensor_h2d(where, "),
+    ):
+        module = check.world.module(name)
+        assert module is not None
+        text = module.path.read_text()
+        assert before in text
+        module.body = ast.parse(text.replace(before, after))
+    found = "\n".join(check.run())
+    assert "layer.num_kv_heads: this vLLM's vllm.model_executor.layers.attention.attention:Attention has no" in found
+    assert "batch.num_computed_tokens_cpu: this vLLM's vllm.v1.worker.gpu_input_batch:InputBatch has no" in found
+    assert "scheduler_stats.num_running_reqs: this vLLM's vllm.v1.metrics.stats:SchedulerStats has no" in found
+    assert "get_numpy_array(...) does not fit this vLLM's" in found
+    assert "async_tensor_h2d(...) does not fit this vLLM's" in found
 
 
 def test_every_declaration_says_why() -> None:
