@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -51,14 +52,16 @@ class Geometries:
     def __init__(self, config: KvConfig, block_size: int) -> None:
         self.config = config
         self.block_size = block_size
-        self._made: dict[float, Geometry | None] = {}  # bounded: of a range of ratios only hundredths are made
+        # The scheduler asks for every running request in every step. One object for each of `all_ratios`.
+        self._made: dict[float, Geometry | None] = {}
+        self.of_ratio = functools.lru_cache(maxsize=1024)(self._of_ratio)
 
     def of(self, params: SamplingParams | None) -> Geometry | None:
         """None where the request is not compressed; UsageError if its ratio does not fit the sizes."""
-        return self.of_ratio(request_ratio(self.config, params))
+        extra = params.extra_args if params is not None else None
+        return self.of_ratio(request_ratio(self.config, params) if extra else self.config.retention_ratio)
 
-    def of_ratio(self, ratio: float) -> Geometry | None:
-        """The geometry of a request that may choose this ratio."""
+    def _of_ratio(self, ratio: float) -> Geometry | None:
         ratio = self.config.nearest_ratio(ratio)
         if ratio not in self._made:
             self._made[ratio] = Geometry.from_config(self.config, self.block_size, ratio)
