@@ -219,6 +219,18 @@ ASSIGNMENTS = (
     ),
     Assignment(
         module="vllm.model_executor.layers.attention",
+        names=("Attention.sliding_window",),
+        why="a window that no text outgrows is removed, or vLLM would give such layers a group of their own",
+        drop_when="vLLM treats such a window as full attention",
+    ),
+    Assignment(
+        module="vllm.v1.engine",
+        names=("EngineCoreRequest.sampling_params",),
+        why="`max_tokens` is capped in a copy, since the caller may use its own for other prompts",
+        drop_when="vLLM lets a plugin validate requests with more than logits processors",
+    ),
+    Assignment(
+        module="vllm.model_executor.layers.attention",
         names=("Attention.attn_backend",),
         why="on CPUs, attention metadata is built by our subclass of the layer's backend",
         drop_when=CPU_ON_V2,
@@ -278,9 +290,9 @@ ADDITIONS = (
 READS = (
     Read(
         module="vllm.v1.core.single_type_kv_cache_manager",
-        names=("FullAttentionManager._remove_blocks_in_range(self, request_id, first_block, last_block)",),
-        why="frees the blocks of an event as a sliding window frees its own",
-        drop_when="the method becomes public",
+        names=("FullAttentionManager._null_block",),
+        why="takes the place of a freed block in the table, as behind a sliding window",
+        drop_when="the attribute becomes public",
     ),
     Read(
         module="vllm.v1.kv_cache_spec_registry",
@@ -571,8 +583,8 @@ IMPORTS = (
     ),
     Import(
         module="vllm.sampling_params",
-        names=("SamplingParams", "RequestOutputKind"),
-        why="a request's own retention ratio; outputs at the end of a request only",
+        names=("SamplingParams", "RequestOutputKind", "BeamSearchParams"),
+        why="a request's own retention ratio; outputs at the end of a request only; beam search is not compressed",
         drop_when=PUBLIC,
     ),
     Import(
@@ -739,10 +751,40 @@ IMPORTS = (
         drop_when="rotary embeddings expose their frequencies in float32",
     ),
     Import(
-        module="vllm.model_executor.layers.rotary_embedding.common",
-        names=("ApplyRotaryEmb",),
-        why="a part of the others, which has no frequencies of its own",
+        module="vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope",
+        names=("Phi3LongRoPEScaledRotaryEmbedding",),
+        why="the one rotary embedding with two sets of frequencies and no table of the usual form",
         drop_when="rotary embeddings expose their frequencies in float32",
+    ),
+    Import(
+        module="vllm.model_executor.models.transformers.base",
+        names=("Base",),
+        why="models of the Transformers backend get their rotation from the decoder, not from modules of vLLM",
+        drop_when="rotary embeddings expose their frequencies in float32",
+    ),
+    Import(
+        module="vllm.model_executor.layers.attention_layer_base",
+        names=("AttentionLayerBase",),
+        why="finds every layer that keeps a KV cache, so that unknown ones are refused",
+        drop_when=PUBLIC,
+    ),
+    Import(
+        module="vllm.lora.layers.base_linear",
+        names=("BaseLinearLayerWithLoRA",),
+        why="LoRA is left out while a layer is asked for its rotation",
+        drop_when="vLLM can run a layer without LoRA before there is a batch",
+    ),
+    Import(
+        module="vllm.config.cache",
+        names=("CacheConfig",),
+        why="types",
+        drop_when=PUBLIC,
+    ),
+    Import(
+        module="vllm.v1.engine.input_processor",
+        names=("InputProcessor",),
+        why="types",
+        drop_when=PUBLIC,
     ),
     Import(
         module="vllm.model_executor.models.utils",
