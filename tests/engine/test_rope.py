@@ -208,7 +208,7 @@ def test_a_vision_language_model_answers_text_as_the_reference(kind, tmp_path, m
         eos_token_id=None, pad_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
     )  # fmt: skip
-    vision = dict(depth=2, hidden_size=64, intermediate_size=64, num_heads=2, out_hidden_size=256)
+    vision: dict[str, Any] = dict(depth=2, hidden_size=64, intermediate_size=64, num_heads=2, out_hidden_size=256)
     ids = dict(image_token_id=1, video_token_id=2, vision_start_token_id=3, vision_end_token_id=4)
     torch.manual_seed(0)
     config: PretrainedConfig
