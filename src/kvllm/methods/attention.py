@@ -15,8 +15,8 @@ from kvllm.methods.base import Window
 def query_factor(scale: float, head_dim: int) -> float | None:
     """What to multiply a layer's queries by before they are kept; None for nothing.
 
-    Methods scale logits by head_dim ** -0.5. Some models have another scale (Gemma 2, Granite), and some implementations
-    scale their queries themselves and ask for 1.0 (OPT in transformers).
+    Methods scale logits by head_dim ** -0.5. Some models use another scale (Gemma 2, Granite), and some implementations
+    scale the queries first and ask for 1.0 (OPT in transformers).
 
     scale: by which the layer's attention multiplies its logits
     """
