@@ -32,6 +32,7 @@ from vllm.v1.worker.gpu_input_batch import InputBatch
 
 from kvllm.compression.compressor import Compressor, most_survivors
 from kvllm.compression.paged_store import PagedCandidates
+from kvllm.compression.query_ring import query_shifts
 from kvllm.compression.rows import EVENTS, Due, RunningRequests
 from kvllm.compression.store import ALL_LAYERS
 from kvllm.compression.worker import Layers, WorkerState
@@ -45,7 +46,6 @@ from kvllm.engine.store_gpu import GpuStore
 from kvllm.kernels.paged import PagedCache
 from kvllm.layout import Geometry, ceil_div
 from kvllm.methods.base import Kept, Method, Window
-from kvllm.query_ring import query_shifts
 from kvllm.reference.cache import DenseStore, LayerCache
 
 BLOCK_SIZE, MAX_LEN, NUM_HEADS = 4, 256, 2  # two heads, one KV head: the heads' queries are of different tokens

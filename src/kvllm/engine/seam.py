@@ -163,7 +163,7 @@ OVERRIDES = (
         drop_when=CPU_ON_V2,
     ),
     Override(
-        ours="kvllm.bench.worker:Logger",
+        ours="kvllm.measure.bench.worker:Logger",
         module="vllm.v1.metrics.loggers",
         names=(
             "StatLoggerBase.__init__(self, vllm_config, engine_index=0)",
