@@ -37,7 +37,7 @@ $(INSTALLED): pyproject.toml .ci/local-torch.txt
 	touch $@
 
 $(MODEL)/config.json: | $(INSTALLED)
-	.venv/bin/kvllm fetch smollm2-135m $(MODEL)
+	PYTHONPATH=src .venv/bin/python -m tools.fetch_model smollm2-135m $(MODEL)
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

@@ -83,7 +83,8 @@ def model_dir() -> Path:
     """The folder of SmolLM2-135M-Instruct: $KVLLM_TEST_MODEL, or the one that `make test` fetches."""
     folder = Path(os.environ.get("KVLLM_TEST_MODEL", DEFAULT_MODEL))
     if not (folder / "config.json").exists():
-        pytest.fail(f"no model in {folder}: run `kvllm fetch smollm2-135m {DEFAULT_MODEL}`, or set KVLLM_TEST_MODEL.")
+        command = f"python -m tools.fetch_model smollm2-135m {DEFAULT_MODEL}"
+        pytest.fail(f"no model in {folder}: run `{command}`, or set KVLLM_TEST_MODEL.")
     return folder
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from kvllm.compression.compressor import Compressor, Fused, most_survivors
+from kvllm.compression.query_ring import query_positions
 from kvllm.compression.rows import Due
 from kvllm.compression.store import ALL_LAYERS
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry
 from kvllm.methods.base import Kept, Method, Window
 from kvllm.methods.rope import Rope, frequencies
-from kvllm.query_ring import query_positions
 
 BLOCK_SIZE, NUM_LAYERS, NUM_KV_HEADS, GROUP_SIZE = 4, 5, 2, 2
 LAYER_NUMBERS = [0, 2, 3, 6, 7]  # of the model; the others are not compressed

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from kvllm.compression.blocks import close_gap
 from kvllm.compression.paged_store import PagedCandidates, PagedStore
+from kvllm.compression.query_bank import QueryBank
+from kvllm.compression.query_ring import oldest_slot
 from kvllm.compression.rows import Due, RequestRows
 from kvllm.compression.store import ALL_LAYERS
 from kvllm.config import KvConfig
 from kvllm.kernels.block_tables import join_segments_ref
 from kvllm.layout import Geometry, ceil_div
 from kvllm.methods.base import Kept
-from kvllm.query_bank import QueryBank
-from kvllm.query_ring import oldest_slot
 
 BLOCK_SIZE, MAX_LEN, NUM_REQS = 16, 1024, 4
 NULL = 0

@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.version import __version__ as vllm_version
 
 from kvllm.config import KvConfig
+from kvllm.methods import checked_config
 from kvllm.reference import load_model
 from kvllm.support import model_reasons, torchvision_problem
 from tests.near_ties import check_greedy
@@ -254,7 +255,7 @@ def try_family(family: Family) -> Result:
         architecture = save_random(family, folder)
         config, answers, events = CONFIG, None, 0
         for options in ({}, {"lookahead": 0}):  # Kara's lookahead needs to know the model's RoPE
-            config = KvConfig.from_dict(CONFIG.to_dict() | {"method_options": options})
+            config = checked_config(CONFIG.to_dict() | {"method_options": options})
             try:
                 answers, events = outputs(folder, config)
                 break

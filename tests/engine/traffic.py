@@ -31,6 +31,7 @@ from vllm.v1.worker.gpu_input_batch import InputBatch
 
 from kvllm.compression.compressor import Compressor, most_survivors
 from kvllm.compression.paged_store import PagedCandidates
+from kvllm.compression.query_ring import query_shifts
 from kvllm.compression.rows import EVENTS, Due, RunningRequests
 from kvllm.compression.store import ALL_LAYERS
 from kvllm.compression.worker import Layers, WorkerState
@@ -44,7 +45,6 @@ from kvllm.engine.store_gpu import GpuStore
 from kvllm.kernels.paged import PagedCache
 from kvllm.layout import Geometry, ceil_div
 from kvllm.methods.base import Kept, Method, Window
-from kvllm.query_ring import query_shifts
 from kvllm.reference.cache import DenseStore, LayerCache
 from tests.engine.conftest import attention_tables
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
+from kvllm.compression.query_bank import QueryBank, quantize
 from kvllm.kernels.window_scores import tile_sizes, window_scores, window_scores_ref
 from kvllm.kernels.windows import gather_window_ref
 from kvllm.methods.base import Window
 from kvllm.methods.kara import Kara, turn_distances
 from kvllm.methods.rope import Rope, frequencies
-from kvllm.query_bank import QueryBank, quantize
 from tests.kernels.paged_caches import random_blocks, random_cache
 
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from kvllm import support
-from kvllm.config import KvConfig, check_retention_ratio
+from kvllm.compression.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
+from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
-from kvllm.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
 from kvllm.layout import Geometry
+from kvllm.methods import checked_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
-CONFIG_KEY = "kvllm"
-RATIO_KEY = "kv_retention_ratio"
 # vLLM's own defaults leave little to choose between: a window of 256 tokens must be many blocks.
 DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 
@@ -31,7 +30,7 @@ def kv_config(vllm_config: VllmConfig) -> KvConfig | None:
     additional = vllm_config.additional_config
     if not isinstance(additional, dict) or CONFIG_KEY not in additional:
         return None
-    return KvConfig.from_dict(additional[CONFIG_KEY])
+    return checked_config(additional[CONFIG_KEY])
 
 
 def request_ratio(config: KvConfig, params: SamplingParams | None) -> float:

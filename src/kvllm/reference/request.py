@@ -16,13 +16,13 @@ from transformers.models.auto.modeling_auto import (
 
 from kvllm import support
 from kvllm.compression.compressor import Compressor, most_survivors
+from kvllm.compression.query_ring import query_shifts
 from kvllm.compression.rows import Due
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
 from kvllm.layout import Geometry
 from kvllm.methods import make_method
 from kvllm.methods.base import Kept
-from kvllm.query_ring import query_shifts
 from kvllm.reference.attention import attention_through
 from kvllm.reference.cache import DenseStore, LayerCache
 from kvllm.reference.rope import rope_of
