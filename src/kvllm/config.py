@@ -56,6 +56,11 @@ class KvConfig:
         description="policy=window: maximum number of tokens kept of old windows, at which they are compressed "
         "again; 0 = no limit.",
     )
+    survivor_bits: Literal[16, 8, 4] = Field(
+        16,
+        description="policy=window: bits of each number of the survivors' keys and values; 16 = the cache's own type, "
+        "whatever that is. Prompt, raw window and buffer are never rounded.",
+    )
     request_ratios: str = Field(
         "",
         description=f"Ratios that requests may choose with {RATIO_KEY} besides the engine's own: single ratios "
@@ -82,12 +87,39 @@ class KvConfig:
                 f"history_size={self.history_size}: only for policy=window; with policy={self.policy} the memory is "
                 "bounded by budget_size. Leave history_size at 0, or use policy=window."
             )
+        self._check_survivor_bits()
         for name in self._aligned_to_stride():
             if getattr(self, name) % self.query_stride:
                 raise UsageError(
                     f"query_stride={self.query_stride}: must divide {name}={getattr(self, name)}, "
                     f"so that every window is scored by the same number of queries; try a power of two."
                 )
+
+    def _check_survivor_bits(self) -> None:
+        """Refuse what would round the same tokens again and again, and bits that are given where nothing is rounded."""
+        if self.survivor_bits == 16:
+            return
+        again = "keys and values would be rounded again each time they are compressed"
+        for name, value, remedy in (
+            ("policy", self.policy if self.policy != "window" else "", "policy=window"),
+            ("history_size", self.history_size, "history_size=0"),
+        ):
+            if value:
+                raise UsageError(
+                    f"survivor_bits={self.survivor_bits}: not with {name}={value}, where {again}. Use {remedy}, or "
+                    "survivor_bits=16."
+                )
+        if self.prompt_budget:
+            raise UsageError(
+                f"survivor_bits={self.survivor_bits}: not with prompt_budget={self.prompt_budget}: a prompt that is "
+                "cut is not rounded. Use prompt_budget=0, or survivor_bits=16."
+            )
+        if all(low >= 1.0 for low, _ in self.request_ratio_ranges):
+            raise UsageError(
+                f"survivor_bits={self.survivor_bits}: nothing is compressed with "
+                f"retention_ratio={self.retention_ratio}, so nothing would be rounded. Use a lower retention_ratio, or "
+                "survivor_bits=16."
+            )
 
     def _aligned_to_stride(self) -> tuple[str, ...]:
         if self.policy == "window":

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.engine
 WINDOW: dict[str, Any] = {"window_size": 64, "buffer_size": 32, "retention_ratio": 0.5}
 # Two windows are kept as they were; the third is compressed together with what is left of them.
 HISTORY: dict[str, Any] = {**WINDOW, "history_size": 64}
+ROUNDED: dict[str, Any] = {**WINDOW, "survivor_bits": 4}
 BUDGET: dict[str, Any] = {**WINDOW, "policy": "budget", "budget_size": 64, "budget_interval": 32}
 
 
@@ -25,10 +26,11 @@ BUDGET: dict[str, Any] = {**WINDOW, "policy": "budget", "budget_size": 64, "budg
     "config, num_events",
     [
         (KvConfig(method="cask", **HISTORY), 3),
+        (KvConfig(method="kara", **ROUNDED), 3),
         (KvConfig(method="kara", **BUDGET), 4),
         (KvConfig(method="random", **BUDGET), 4),  # draws by text position, which survivors keep through every cut
     ],
-    ids=lambda value: f"{value.method}-{value.policy}" if isinstance(value, KvConfig) else str(value),
+    ids=lambda value: f"{value.method}-{value.policy}-{value.survivor_bits}" if isinstance(value, KvConfig) else str(value),
 )
 def test_equals_reference(config: KvConfig, num_events: int, model_dir: Path, reference_model: Any) -> None:
     prompts = [words(20, seed=21), words(32, seed=22)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvllm.compression.compressor import Compressor, Fused, most_survivors
 from kvllm.compression.paged_store import PagedCandidates, PagedStore
 from kvllm.compression.query_bank import QueryBank
+from kvllm.compression.rounding import Rounding
 from kvllm.compression.rows import NUM_PLANNED, PREFIX, PROMPT, REMOVED, TAIL, Due, RequestRows
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry, IntArray, Shape, ceil_div
@@ -84,8 +85,9 @@ class WorkerState:
         self.store = store
         numbers = torch.tensor(self.layers.numbers, device=self.bank.queries.device)
         self.compressor = Compressor(
-            self.config, self.method, store, numbers, self.bank.shifts, self.rope, self.positions, fused
-        )
+            self.config, self.method, store, numbers, self.bank.shifts, self.rope, self.positions, fused,
+            rounding=Rounding.from_config(self.config, store.block_size, self.layers.head_dim),
+        )  # fmt: skip
 
     def warm_up(self, geometries: Iterable[Geometry]) -> None:
         """Compile the kernels of every shape that an event can have now, not in the step that first needs them."""

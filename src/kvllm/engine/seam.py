@@ -103,7 +103,8 @@ OVERRIDES = (
         CPU_ON_V2, ours="kvllm.engine.attention:ShorteningBackend"),
     Override("vllm.v1.metrics.loggers:StatLoggerBase", """__init__(self, vllm_config, engine_index=0)
         record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0)
-        log_engine_initialized(self)""", "benchmarks record every step", PUBLIC, ours="kvllm.measure.bench.worker:Logger"),
+        log_engine_initialized(self)""", "benchmarks record every step", PUBLIC,
+        ours="kvllm.measure.bench.worker:Logger"),
 )
 
 IMPL_FORWARD = "forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, \

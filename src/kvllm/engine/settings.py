@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 
 from kvllm import support
 from kvllm.compression.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
+from kvllm.compression.rounding import PLAIN_BITS, Rounding
 from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
 from kvllm.layout import Geometry
@@ -91,6 +92,7 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
         cache.block_size = DEFAULT_BLOCK_SIZE[device]
         cache.user_specified_block_size = True
     _check_geometry(config, cache.block_size, vllm_config.model_config.max_model_len)
+    _check_survivor_bits(config, device, cache.block_size, vllm_config.model_config)
     for found in support.engine_reasons(vllm_config, device):
         raise UsageError(f"KvLLM does not support {found}.")
     # Cascade attention reads the prefix of the unshortened tables.
@@ -148,6 +150,24 @@ def gpu_memory() -> int | None:
     from vllm.platforms import current_platform
 
     return current_platform.get_device_total_memory() if current_platform.is_cuda() else None
+
+
+def _check_survivor_bits(config: KvConfig, device: str, block_size: int, model_config: Any) -> None:
+    """Raise UsageError where survivors cannot be rounded; on a CPU, log that rounding saves no memory there."""
+    if config.survivor_bits == PLAIN_BITS:
+        return
+    if device != "cpu":
+        raise UsageError(
+            f"survivor_bits={config.survivor_bits}: packed storage on GPUs is not there yet. Use survivor_bits=16."
+        )
+    rounding = Rounding.from_config(config, block_size, model_config.get_head_size())
+    assert rounding is not None
+    logger.info(
+        "KvLLM: survivor_bits=%d: on a CPU, survivors are rounded in runs of %d tokens but stored in the cache's own "
+        "type. Outputs are those of packed storage, but rounding saves no memory.",
+        rounding.bits,
+        rounding.block_tokens,
+    )
 
 
 def _check_geometry(config: KvConfig, block_size: int, max_model_len: int) -> None:
