@@ -2,7 +2,7 @@
 
     python benchmarks/rounding_study.py MODEL TRACES.jsonl OUT.json --half train --variants rounding,sizes
 
-Every configuration continues from the full cache at its first compression (`kvllm.eval.forks`). With windows of 256
+Every configuration continues from the full cache at its first compression (`kvllm.measure.eval.forks`). With windows of 256
 tokens and `--block-size 8` the sizes of packed blocks of 16 are exact: 56 tokens in 4 bits take the bytes of 16 tokens
 in 16 bits, so keeping 224, 112 or 56 of 256 tokens makes a window 4, 8 or 16 times smaller.
 """
@@ -17,14 +17,14 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from kvllm.eval import fidelity
-from kvllm.eval.report import Progress
-from kvllm.eval.sweep import Case, cases, combinations, name_of
-from kvllm.eval.traces import half_of, read_traces
 from pydantic import Field
 from torch import Tensor
 
 from kvllm.compression.rounding import Rounded, encode, round_along
+from kvllm.measure.eval import fidelity
+from kvllm.measure.eval.report import Progress
+from kvllm.measure.eval.sweep import Case, cases, combinations, name_of
+from kvllm.measure.eval.traces import half_of, read_traces
 from kvllm.methods import register
 from kvllm.methods.base import Kept, Window
 from kvllm.methods.kara import Kara
