@@ -32,11 +32,11 @@ def geometry_of(config: KvConfig, ratio: float | None = None) -> Geometry:
 
 
 class Place(NamedTuple):
-    """Candidates: the request in `row`, `count` tokens from physical index `start` on, or its whole prompt."""
+    """Candidates: the request in `row`, `num_tokens` tokens from physical index `start` on, or its whole prompt."""
 
     row: int
     start: int
-    count: int
+    num_tokens: int
 
 
 class DenseStore:
@@ -86,7 +86,7 @@ class DenseStore:
 
     def read(self, candidates: list[Place], layers: slice = ALL_LAYERS) -> tuple[Tensor, Tensor]:
         def of(held: dict[int, list[Tensor]]) -> Tensor:
-            return torch.stack([x[p.start : p.start + p.count] for p in candidates for x in held[p.row][layers]])
+            return torch.stack([x[p.start : p.start + p.num_tokens] for p in candidates for x in held[p.row][layers]])
 
         return of(self.keys), of(self.values)
 
@@ -100,7 +100,7 @@ class DenseStore:
             for p in candidates:
                 for i in range(NUM_LAYERS)[layers]:
                     x = held[p.row][i]
-                    held[p.row][i] = torch.cat([x[: p.start], next(rows), x[p.start + p.count :]])
+                    held[p.row][i] = torch.cat([x[: p.start], next(rows), x[p.start + p.num_tokens :]])
 
 
 @dataclass(frozen=True)
@@ -152,13 +152,14 @@ def windows_of(compressor: Compressor) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("name", ["window", "history", "prompt", "both", "budget"])
 def test_positions_of_survivors_over_many_events(name: str) -> None:
     """`Checking` is shown the true positions in every event; what is left is what it chose, and nothing else moved."""
-    options: dict[str, Any] = {
+    every: dict[str, dict[str, Any]] = {
         "window": {"retention_ratio": 0.4},
         "history": {"retention_ratio": 0.4, "history_size": 20},
         "prompt": {"retention_ratio": 0.5, "prompt_budget": 8},
         "both": {"retention_ratio": 0.5, "prompt_budget": 8, "history_size": 16},
         "budget": {"policy": "budget", "budget_size": 16, "budget_interval": 8, "prompt_budget": 4},
-    }[name]
+    }
+    options = every[name]
     config = KvConfig(**SIZES, **options)
     geometry, store = geometry_of(config), DenseStore(config)
     kept: list[tuple[Tensor, bool]] = []

@@ -17,6 +17,7 @@ class _Finder:
     def find_spec(name, path, target=None):
         if name != ENGINE or (spec := importlib.machinery.PathFinder.find_spec(name, path)) is None:
             return None
+        assert spec.loader is not None
         execute = spec.loader.exec_module
 
         def exec_module(module):
