@@ -9,7 +9,7 @@ import pytest
 from kvllm.config import KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
 from kvllm.layout import Geometry
-from kvllm.methods import make_method
+from kvllm.methods import checked_config, make_method
 from kvllm.methods.h2o import H2O
 from kvllm.methods.recent import Recent
 from kvllm.options import options_of
@@ -19,6 +19,7 @@ FULL: dict[str, Any] = {
     "method_options": {"average": True},
     "policy": "budget",
     "retention_ratio": 0.25,
+    "survivor_bits": 16,
     "request_ratios": "0.2-0.5,1.0",
     "window_size": 512,
     "buffer_size": 32,
@@ -34,7 +35,7 @@ FULL: dict[str, Any] = {
 
 def refusal(options: dict) -> str:
     with pytest.raises(ValueError) as error:
-        KvConfig.from_dict({"method": "recent", **options})
+        checked_config({"method": "recent", **options})
     return str(error.value)
 
 
@@ -80,7 +81,7 @@ def test_request_ratios_are_ratios_and_ranges(text, ranges):
         ("0.5-0.2", "the range 0.5-0.2 ends below its start"),
         ("0.2-1.5", "in (0, 1]"),
         ("0", "in (0, 1]"),
-        ([0.2, 0.5], "expected str"),
+        ([0.2, 0.5], "must be a string, not a list"),
     ],
 )
 def test_request_ratios_that_are_none_are_refused(value, message):
@@ -118,6 +119,33 @@ def test_prompt_budget_is_whole_blocks_or_0():
 def test_history_size_is_refused_under_the_budget_policy():
     message = refusal({"history_size": 2048, "policy": "budget"})
     assert "history_size=2048: only for policy=window" in message and "bounded by budget_size" in message
+
+
+@pytest.mark.parametrize("value", [2, 5, 0, -4, 4.0, True, "4", None])
+def test_survivor_bits_are_16_or_8_or_4(value):
+    assert refusal({"survivor_bits": value}).startswith(f"survivor_bits={value!r}: must be one of 16, 8, 4")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"policy": "budget"}, "not with policy=budget, where .* again each time .*Use policy=window, or"),
+        ({"history_size": 512}, "not with history_size=512, where .* again each time .*Use history_size=0, or"),
+        ({"prompt_budget": 96}, "not with prompt_budget=96: .*Use prompt_budget=0, or survivor_bits=16"),
+        ({"retention_ratio": 1.0}, "nothing is compressed with retention_ratio=1.0.* Use a lower retention_ratio, or"),
+        ({"retention_ratio": 1.0, "request_ratios": "1.0"}, "nothing is compressed with retention_ratio=1.0"),
+    ],
+)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_survivors_are_rounded_once_or_not_at_all(bits, options, message):
+    with pytest.raises(ValueError, match=f"^survivor_bits={bits}: {message}"):
+        KvConfig(survivor_bits=bits, **options)
+    assert KvConfig(survivor_bits=16, **options).survivor_bits == 16
+
+
+def test_survivor_bits_with_ratios_that_requests_choose():
+    assert KvConfig(survivor_bits=4, retention_ratio=1.0, request_ratios="0.5").survivor_bits == 4
+    assert KvConfig(survivor_bits=4, retention_ratio=0.5, request_ratios="1.0").survivor_bits == 4
 
 
 def test_a_history_that_holds_no_window_is_refused_with_a_remedy_that_works():

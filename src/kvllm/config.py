@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from kvllm.errors import UsageError
-from kvllm.methods import make_method
 from kvllm.options import STRICT, Count, check_value, parse_json, strict_dataclass
 
 RetentionRatio = Annotated[
@@ -22,6 +21,10 @@ RetentionRatio = Annotated[
         description="Share of a window that is kept: to evict 30% use 0.7, to turn compression off use 1.0.",
     ),
 ]
+# Where a user of vLLM puts our options in `additional_config`, and a request its own ratio in `extra_args`.
+CONFIG_KEY = "kvllm"
+RATIO_KEY = "kv_retention_ratio"
+
 RETENTION_RATIO = TypeAdapter(RetentionRatio, config=STRICT)
 
 
@@ -30,7 +33,8 @@ class KvConfig:
     """The one home of these defaults: every front end takes its options from here.
 
     Sizes are in tokens. A `retention_ratio` of 1.0 turns compression off. The block size is vLLM's and known only
-    once an engine exists, so what depends on it is checked by `kvllm.layout.Geometry`.
+    once an engine exists, so what depends on it is checked by `kvllm.layout.Geometry`. The method and its options are
+    checked where the method is made: front ends use `kvllm.methods.checked_config`, which does both.
     """
 
     method: str = Field("kara", description="Method that scores and selects; `kvllm methods` lists them.")
@@ -52,9 +56,14 @@ class KvConfig:
         description="policy=window: maximum number of tokens kept of old windows, at which they are compressed "
         "again; 0 = no limit.",
     )
+    survivor_bits: Literal[16, 8, 4] = Field(
+        16,
+        description="policy=window: bits of each number of the survivors' keys and values; 16 = the cache's own type, "
+        "whatever that is. Prompt, raw window and buffer are never rounded.",
+    )
     request_ratios: str = Field(
         "",
-        description="Ratios that requests may choose with kv_retention_ratio besides the engine's own: single ratios "
+        description=f"Ratios that requests may choose with {RATIO_KEY} besides the engine's own: single ratios "
         "and ranges, such as 0.2-0.5,1.0. Empty: none.",
     )
     budget_size: Count = Field(
@@ -78,13 +87,39 @@ class KvConfig:
                 f"history_size={self.history_size}: only for policy=window; with policy={self.policy} the memory is "
                 "bounded by budget_size. Leave history_size at 0, or use policy=window."
             )
+        self._check_survivor_bits()
         for name in self._aligned_to_stride():
             if getattr(self, name) % self.query_stride:
                 raise UsageError(
                     f"query_stride={self.query_stride}: must divide {name}={getattr(self, name)}, "
                     f"so that every window is scored by the same number of queries; try a power of two."
                 )
-        make_method(self)  # refuses wrong options
+
+    def _check_survivor_bits(self) -> None:
+        """Refuse what would round the same tokens again and again, and bits that are given where nothing is rounded."""
+        if self.survivor_bits == 16:
+            return
+        again = "keys and values would be rounded again each time they are compressed"
+        for name, value, remedy in (
+            ("policy", self.policy if self.policy != "window" else "", "policy=window"),
+            ("history_size", self.history_size, "history_size=0"),
+        ):
+            if value:
+                raise UsageError(
+                    f"survivor_bits={self.survivor_bits}: not with {name}={value}, where {again}. Use {remedy}, or "
+                    "survivor_bits=16."
+                )
+        if self.prompt_budget:
+            raise UsageError(
+                f"survivor_bits={self.survivor_bits}: not with prompt_budget={self.prompt_budget}: a prompt that is "
+                "cut is not rounded. Use prompt_budget=0, or survivor_bits=16."
+            )
+        if all(low >= 1.0 for low, _ in self.request_ratio_ranges):
+            raise UsageError(
+                f"survivor_bits={self.survivor_bits}: nothing is compressed with "
+                f"retention_ratio={self.retention_ratio}, so nothing would be rounded. Use a lower retention_ratio, or "
+                "survivor_bits=16."
+            )
 
     def _aligned_to_stride(self) -> tuple[str, ...]:
         if self.policy == "window":

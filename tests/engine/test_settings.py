@@ -12,10 +12,10 @@ import pytest
 from transformers import AutoConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from kvllm.compression.footprint import footprint
 from kvllm.config import KvConfig
 from kvllm.engine import settings
 from kvllm.engine.settings import prepare
-from kvllm.footprint import footprint
 
 
 def vllm_config(model_dir: Path, kvllm: Any = None, **options: Any) -> Any:
@@ -69,6 +69,22 @@ def test_a_ratio_that_whole_blocks_change_is_said(model_dir: Path, vllm_log: pyt
     assert "window_size=224 comes closer" in vllm_log.text
 
 
+def test_rounding_on_a_cpu_says_that_it_saves_no_memory(model_dir: Path, vllm_log: pytest.LogCaptureFixture) -> None:
+    vllm_config(model_dir, {})
+    assert "survivor_bits" not in vllm_log.text
+    vllm_config(model_dir, {"survivor_bits": 4})
+    assert "survivor_bits=4: on a CPU, survivors are rounded in runs of 112 tokens but stored in the" in vllm_log.text
+    assert "rounding saves no memory" in vllm_log.text
+
+
+def test_rounding_is_refused_on_gpus(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = vllm_config(model_dir)
+    monkeypatch.setattr("vllm.platforms.current_platform.device_type", "cuda")
+    config.additional_config = {"kvllm": {"survivor_bits": 4}}
+    with pytest.raises(ValueError, match="survivor_bits=4: packed storage on GPUs is not there yet. Use survivor_bits"):
+        prepare(config)
+
+
 def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memory(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, vllm_log: pytest.LogCaptureFixture
 ) -> None:
@@ -104,6 +120,12 @@ def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memor
         ({"window_size": 80}, {"block_size": 64}, r"window_size=80: must be a multiple of the KV block size, 64"),
         ({"retention_ratio": 0.05}, {}, r"retention_ratio=0.05: .*keeps no block"),
         ({"retention_ratio": 0.97}, {}, r"retention_ratio=0.97: .*keeps every block"),
+        ({"survivor_bits": 3}, {}, r"survivor_bits=3: must be one of 16, 8, 4"),
+        (
+            {"survivor_bits": 8, "window_size": 64},
+            {"block_size": 8},
+            r"survivor_bits=8: a block of 8 tokens, with heads of 64, would hold only 8 rounded .*--block-size",
+        ),
         ({"prompt_budget": 100}, {}, r"prompt_budget=100: must be a multiple of the KV block size, 32 .*use 128"),
         (
             {"prompt_budget": 608},

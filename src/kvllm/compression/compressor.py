@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvllm.compression.query_ring import prompt_query_positions, query_positions
+from kvllm.compression.rounding import PLAIN_BITS, Rounding
 from kvllm.compression.rows import Due
 from kvllm.compression.store import ALL_LAYERS, Store
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry, Shape
 from kvllm.methods.base import Kept, Method, Window
 from kvllm.methods.rope import Rope
-from kvllm.query_ring import prompt_query_positions, query_positions
 
 # Kernels that do what a method does, without copies of the candidates: (candidates of the store, number kept).
 Fused = Callable[[Any, int], None]
@@ -24,10 +25,11 @@ class Compressor:
     """Runs a method over the candidates of due events.
 
     layers:    [num_layers], the model's number of each layer of the store (int64)
-    shifts:    [group_size], of `kvllm.query_ring.query_shifts`
+    shifts:    [group_size], of `kvllm.compression.query_ring.query_shifts`
     positions: where survivors become candidates again, their positions in the text,
                [max_num_reqs, num_layers, num_kv_heads, most survivors]; None: not needed, or the kernels need none
     fused:     used instead of the method, if there is one
+    rounding:  of the survivors that are written; None: they keep the cache's precision (survivor_bits=16)
     observe:   called with each event's `Kept` and whether it is the prompt's; not by `fused`
     """
 
@@ -42,7 +44,12 @@ class Compressor:
         positions: Tensor | None = None,
         fused: Fused | None = None,
         observe: Callable[[Kept, bool], None] | None = None,
+        rounding: Rounding | None = None,
     ) -> None:
+        if (rounding.bits if rounding else PLAIN_BITS) != config.survivor_bits:
+            raise ValueError(f"survivor_bits={config.survivor_bits} with rounding={rounding}")
+        if rounding is not None and fused is not None:
+            raise ValueError(f"survivor_bits={config.survivor_bits}: the fused kernels do not round")
         if method.uses_rope:
             method.check_rope(rope)
         self.config = config
@@ -54,6 +61,7 @@ class Compressor:
         self.positions = positions
         self.fused = fused
         self.observe = observe
+        self.rounding = rounding
 
     def compress(self, due: Sequence[Due]) -> None:
         """Compress what is due; events of one geometry and shape together."""
@@ -84,11 +92,15 @@ class Compressor:
         positions = torch.cat([self._candidate_positions(each) for each in part])
         members = torch.arange(self.store.num_layers, device=positions.device).repeat(len(part))
         window = self._window(candidates, ALL_LAYERS, where, positions, members)
-        if shape.num_kept < shape.num_candidates:
-            kept = paired(window, self.method.compress(window, shape.num_kept))
-            self.store.write(candidates, kept)
-        else:  # as the rounding of ratios near 1 has it now and then
+        all_stay = shape.num_kept == shape.num_candidates  # now and then, at ratios near 1
+        if all_stay:
             kept = Kept(torch.arange(shape.num_candidates, device=positions.device).expand_as(positions))
+        else:
+            kept = paired(window, self.method.compress(window, shape.num_kept))
+        if self.rounding is not None:
+            kept = rounded(window, kept, self.rounding)
+        if not all_stay or self.rounding is not None:
+            self.store.write(candidates, kept)
         if self.positions is not None and part[0].geometry.tracks_survivors:
             found = window.positions.gather(-1, kept.indices).to(self.positions.dtype)
             for each, own in zip(part, found.unflatten(0, (len(part), -1)), strict=True):
@@ -157,6 +169,18 @@ def paired(window: Window, kept: Kept) -> Kept:
     """`kept` with new keys and new values, or with neither."""
     if kept.keys is None and kept.values is None:
         return kept
+    return gathered(window, kept)
+
+
+def rounded(window: Window, kept: Kept, rounding: Rounding) -> Kept:
+    """`kept` with keys and values as they are after packing and unpacking."""
+    kept = gathered(window, kept)
+    assert kept.keys is not None and kept.values is not None
+    return Kept(kept.indices, *rounding.round_trip(kept.keys, kept.values))
+
+
+def gathered(window: Window, kept: Kept) -> Kept:
+    """`kept` with keys and values: its own where it has them, otherwise the window's."""
     index = kept.indices.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, window.keys.shape[-1])
     keys = window.keys.gather(1, index) if kept.keys is None else kept.keys
     values = window.values.gather(1, index) if kept.values is None else kept.values

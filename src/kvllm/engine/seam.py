@@ -103,7 +103,8 @@ OVERRIDES = (
         CPU_ON_V2, ours="kvllm.engine.attention:ShorteningBackend"),
     Override("vllm.v1.metrics.loggers:StatLoggerBase", """__init__(self, vllm_config, engine_index=0)
         record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0)
-        log_engine_initialized(self)""", "benchmarks record every step", PUBLIC, ours="kvllm.bench.worker:Logger"),
+        log_engine_initialized(self)""", "benchmarks record every step", PUBLIC,
+        ours="kvllm.measure.bench.worker:Logger"),
 )
 
 IMPL_FORWARD = "forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, \
@@ -246,7 +247,7 @@ OBJECTS = {
         "new_req_data": "vllm.v1.core.sched.output:NewRequestData",
     },
     "kvllm.engine.scheduler": {"pool": "vllm.v1.core.block_pool:BlockPool"},
-    "kvllm.generate": {"scheduler": SCHEDULER, "pool": "vllm.v1.core.block_pool:BlockPool"},
+    "kvllm.cli.generate": {"scheduler": SCHEDULER, "pool": "vllm.v1.core.block_pool:BlockPool"},
     "kvllm.support": {
         "layer": ATTENTION,
         "vllm_config": "vllm.config:VllmConfig",
@@ -255,7 +256,7 @@ OBJECTS = {
         "parallel": "vllm.config:ParallelConfig",
     },
     "kvllm.vllm_args": {"command": "vllm.entrypoints.cli.serve:ServeSubcommand"},
-    "kvllm.bench.worker": {
+    "kvllm.measure.bench.worker": {
         "scheduler_stats": "vllm.v1.metrics.stats:SchedulerStats",
         "iteration_stats": "vllm.v1.metrics.stats:IterationStats",
         "s": "vllm.v1.engine.output_processor:RequestState",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
 from kvllm import support
-from kvllm.config import KvConfig, check_retention_ratio
+from kvllm.compression.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
+from kvllm.compression.rounding import PLAIN_BITS, Rounding
+from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
-from kvllm.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
 from kvllm.layout import Geometry
+from kvllm.methods import checked_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -19,8 +22,6 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
-CONFIG_KEY = "kvllm"
-RATIO_KEY = "kv_retention_ratio"
 # vLLM's own defaults leave little to choose between: a window of 256 tokens must be many blocks.
 DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 
@@ -30,7 +31,7 @@ def kv_config(vllm_config: VllmConfig) -> KvConfig | None:
     additional = vllm_config.additional_config
     if not isinstance(additional, dict) or CONFIG_KEY not in additional:
         return None
-    return KvConfig.from_dict(additional[CONFIG_KEY])
+    return checked_config(additional[CONFIG_KEY])
 
 
 def request_ratio(config: KvConfig, params: SamplingParams | None) -> float:
@@ -51,14 +52,16 @@ class Geometries:
     def __init__(self, config: KvConfig, block_size: int) -> None:
         self.config = config
         self.block_size = block_size
-        self._made: dict[float, Geometry | None] = {}  # bounded: of a range of ratios only hundredths are made
+        # The scheduler asks for every running request in every step. One object for each of `all_ratios`.
+        self._made: dict[float, Geometry | None] = {}
+        self.of_ratio = functools.lru_cache(maxsize=1024)(self._of_ratio)
 
     def of(self, params: SamplingParams | None) -> Geometry | None:
         """None where the request is not compressed; UsageError if its ratio does not fit the sizes."""
-        return self.of_ratio(request_ratio(self.config, params))
+        extra = params.extra_args if params is not None else None
+        return self.of_ratio(request_ratio(self.config, params) if extra else self.config.retention_ratio)
 
-    def of_ratio(self, ratio: float) -> Geometry | None:
-        """The geometry of a request that may choose this ratio."""
+    def _of_ratio(self, ratio: float) -> Geometry | None:
         ratio = self.config.nearest_ratio(ratio)
         if ratio not in self._made:
             self._made[ratio] = Geometry.from_config(self.config, self.block_size, ratio)
@@ -89,6 +92,7 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
         cache.block_size = DEFAULT_BLOCK_SIZE[device]
         cache.user_specified_block_size = True
     _check_geometry(config, cache.block_size, vllm_config.model_config.max_model_len)
+    _check_survivor_bits(config, device, cache.block_size, vllm_config.model_config)
     for found in support.engine_reasons(vllm_config, device):
         raise UsageError(f"KvLLM does not support {found}.")
     # Cascade attention reads the prefix of the unshortened tables.
@@ -146,6 +150,24 @@ def gpu_memory() -> int | None:
     from vllm.platforms import current_platform
 
     return current_platform.get_device_total_memory() if current_platform.is_cuda() else None
+
+
+def _check_survivor_bits(config: KvConfig, device: str, block_size: int, model_config: Any) -> None:
+    """Raise UsageError where survivors cannot be rounded; on a CPU, log that rounding saves no memory there."""
+    if config.survivor_bits == PLAIN_BITS:
+        return
+    if device != "cpu":
+        raise UsageError(
+            f"survivor_bits={config.survivor_bits}: packed storage on GPUs is not there yet. Use survivor_bits=16."
+        )
+    rounding = Rounding.from_config(config, block_size, model_config.get_head_size())
+    assert rounding is not None
+    logger.info(
+        "KvLLM: survivor_bits=%d: on a CPU, survivors are rounded in runs of %d tokens but stored in the cache's own "
+        "type. Outputs are those of packed storage, but rounding saves no memory.",
+        rounding.bits,
+        rounding.block_tokens,
+    )
 
 
 def _check_geometry(config: KvConfig, block_size: int, max_model_len: int) -> None:

@@ -16,13 +16,14 @@ from transformers.models.auto.modeling_auto import (
 
 from kvllm import support
 from kvllm.compression.compressor import Compressor, most_survivors
+from kvllm.compression.query_ring import query_shifts
+from kvllm.compression.rounding import Rounding
 from kvllm.compression.rows import Due
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
 from kvllm.layout import Geometry
 from kvllm.methods import make_method
 from kvllm.methods.base import Kept
-from kvllm.query_ring import query_shifts
 from kvllm.reference.attention import attention_through
 from kvllm.reference.cache import DenseStore, LayerCache
 from kvllm.reference.rope import rope_of
@@ -132,12 +133,13 @@ class Request:
 
     def _make_compressor(self, config: KvConfig, geometry: Geometry) -> Compressor:
         layer, num_layers = self.layers[0], len(self.layers)
-        device, num_kv_heads = layer.keys.device, layer.keys.shape[1]
+        device, (num_kv_heads, head_dim) = layer.keys.device, layer.keys.shape[1:]
         shifts = query_shifts(config.query_stride, layer.queries.shape[1] // num_kv_heads)
         positions = torch.zeros(1, num_layers, num_kv_heads, most_survivors(config), dtype=torch.int32, device=device)
         return Compressor(
             config, self.method, DenseStore(config, self.layers), torch.arange(num_layers, device=device),
             torch.from_numpy(shifts).to(device), self.rope, positions, observe=self._note,
+            rounding=Rounding.from_config(config, geometry.block_size, head_dim),
         )  # fmt: skip
 
     def _note(self, kept: Kept, of_prompt: bool) -> None:

@@ -1,0 +1,109 @@
+"""Survivors in few bits: rounded once, when their window is compressed.
+
+A packed block takes the bytes of a plain block of the KV cache and holds several times as many tokens. For each KV
+head:
+
+    keys    codes [num_tokens, head_dim]; for each channel, a scale and a lowest value over the block's tokens
+    values  codes [num_tokens, head_dim]; for each token, a scale and a lowest value over its channels
+
+and each number is lowest + code * scale. Keys are rounded by channel because some channels of a model's keys are far
+larger than the others (KIVI, arXiv:2402.02750): a scale shared with such a channel would round the others to nothing.
+Prompt, raw window and buffer, which get most of the attention, are not rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvllm.config import KvConfig
+from kvllm.errors import UsageError
+
+PLAIN_BITS = 16  # of a cache that is not rounded
+SCALE_BYTES = 4  # a scale and a lowest value, bfloat16 each; with 8 bits each, blocks of 16 would still hold 56 tokens
+TOKEN_STEP = 8  # a packed block holds a multiple of this
+
+
+class Rounded(NamedTuple):
+    """codes:         [batch, num_tokens, num_kv_heads, head_dim] uint8
+    scale, lowest: bfloat16, 1 along the dimension that shares them: the tokens (keys) or the channels (values)
+    """
+
+    codes: Tensor
+    scale: Tensor
+    lowest: Tensor
+
+    def restore(self) -> Tensor:
+        """The numbers that the codes stand for, in float32."""
+        return self.codes * self.scale.float() + self.lowest.float()
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How survivors are rounded: `bits` for each number, in blocks of `block_tokens` tokens."""
+
+    bits: int
+    block_tokens: int
+
+    @classmethod
+    def from_config(cls, config: KvConfig, block_size: int, head_dim: int) -> Rounding | None:
+        """The rounding of `config`; None where survivors keep the cache's own precision.
+
+        Raises UsageError where a packed block would hold no more tokens than a plain one.
+        """
+        if config.survivor_bits == PLAIN_BITS:
+            return None
+        num_tokens = packed_block_tokens(block_size, head_dim, config.survivor_bits)
+        if num_tokens <= block_size:
+            raise UsageError(
+                f"survivor_bits={config.survivor_bits}: a block of {block_size} tokens, with heads of {head_dim}, "
+                f"would hold only {num_tokens} rounded tokens with their scales. Use a larger --block-size, or "
+                "survivor_bits=16."
+            )
+        return cls(config.survivor_bits, num_tokens)
+
+    def round(self, keys: Tensor, values: Tensor) -> tuple[list[Rounded], Rounded]:
+        """The codes of some survivors: of the keys for each packed block, of the values for all tokens together.
+
+        keys, values: [batch, num_tokens, num_kv_heads, head_dim], in text order
+        """
+        blocks = keys.split(self.block_tokens, dim=1)
+        return [round_along(block, 1, self.bits) for block in blocks], round_along(values, -1, self.bits)
+
+    def round_trip(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values as they are after packing and unpacking, in float32; shapes as in `round`."""
+        key_blocks, rounded_values = self.round(keys, values)
+        return torch.cat([block.restore() for block in key_blocks], dim=1), rounded_values.restore()
+
+
+def packed_block_tokens(block_size: int, head_dim: int, bits: int) -> int:
+    """The number of tokens that a packed block holds in the bytes of a plain one of `block_size` tokens in 16 bits."""
+    plain = 2 * block_size * head_dim * PLAIN_BITS // 8
+    per_token = 2 * head_dim * bits // 8 + SCALE_BYTES
+    return (plain - SCALE_BYTES * head_dim) // per_token // TOKEN_STEP * TOKEN_STEP
+
+
+def round_along(x: Tensor, dim: int, bits: int) -> Rounded:
+    """Round to 2**bits levels, evenly spaced between the smallest and the largest number along one dimension.
+
+    x: any shape, finite
+    """
+    x = x.float()
+    return encode(x, x.amin(dim, keepdim=True), x.amax(dim, keepdim=True), bits)
+
+
+def encode(x: Tensor, lowest: Tensor, highest: Tensor, bits: int) -> Rounded:
+    """Round to 2**bits levels, evenly spaced between two bounds; numbers outside are clipped.
+
+    x: float32; lowest, highest: float32, in shapes that broadcast to it
+    """
+    levels = 2**bits - 1
+    # Scales are rounded to bfloat16 before the codes are chosen, so that the codes fit what is stored.
+    stored = lowest.bfloat16()
+    scale = ((highest - stored.float()).clamp(min=0) / levels).bfloat16()
+    # A channel that is constant has a scale of 0, or one that bfloat16 cannot hold: any code gives its lowest value.
+    steps = (x - stored.float()) / scale.float().clamp(min=torch.finfo(torch.float32).tiny)
+    return Rounded(steps.round().clamp(0, levels).to(torch.uint8), scale, stored)
