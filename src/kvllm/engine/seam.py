@@ -255,7 +255,7 @@ OBJECTS = {
         "cache": "vllm.config:CacheConfig",
         "parallel": "vllm.config:ParallelConfig",
     },
-    "kvllm.vllm_args": {"command": "vllm.entrypoints.cli.serve:ServeSubcommand"},
+    "kvllm.engine.arguments": {"command": "vllm.entrypoints.cli.serve:ServeSubcommand"},
     "kvllm.measure.bench.worker": {
         "scheduler_stats": "vllm.v1.metrics.stats:SchedulerStats",
         "iteration_stats": "vllm.v1.metrics.stats:IterationStats",
