@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvllm.engine.attention import capture_queries, store_with_queries
+from kvllm.errors import UsageError
 
 
 class Impl:
@@ -67,3 +68,14 @@ def test_other_backends_are_refused(hook):
     with pytest.raises(ValueError, match="attention_backend=FLEX_ATTENTION: use one of FLASH_ATTN, TRITON_ATTN"):
         hook(layers, print, "cuda")
     assert layers[0].impl.forward.__name__ == "forward"
+
+
+@pytest.mark.parametrize("hook", [capture_queries, store_with_queries])
+def test_a_model_that_writes_the_cache_itself_is_refused(hook):
+    """As some of vLLM 0.33 do in one kernel with the rotation: their attention is called without keys and values."""
+    log = []
+    layer = layer_of(log)
+    hook([layer], lambda *arguments: log.append(arguments), "cuda")
+    with pytest.raises(UsageError, match="layer model.layers.0.attn: its model writes keys and values to the KV cache"):
+        layer.impl.forward(SimpleNamespace(layer_name="model.layers.0.attn"), torch.zeros(1, 2, 4), None, None)
+    assert log == []

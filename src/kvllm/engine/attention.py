@@ -68,7 +68,8 @@ def capture_queries(layers: list[Any], capture: Capture, device: str) -> None:
     query, key, value: [num_tokens, num_heads or num_kv_heads, head_dim], padded as the layer sees it; where the layer
                        scales its logits by another factor than head_dim ** -0.5, as the methods do, the query is scaled
                        by the quotient
-    Raises UsageError where a layer's backend is not one that compression supports.
+    Raises UsageError where a layer's backend is not one that compression supports; a layer raises it when it is called
+    without keys, as by models that write the KV cache themselves.
     """
     for layer in layers:
         backend = layer.attn_backend.get_name()
@@ -84,6 +85,11 @@ def capture_queries(layers: list[Any], capture: Capture, device: str) -> None:
 
 def _capturing(forward: Callable[..., Any], capture: Capture, index: int, factor: float | None) -> Callable[..., Any]:
     def capturing_forward(layer: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if key is None:
+            raise UsageError(
+                f"KvLLM does not support layer {layer.layer_name}: its model writes keys and values to the KV cache "
+                "itself, so what compression would see of them is not known. Serve it without KvLLM."
+            )
         capture(index, query if factor is None else query * factor, key, value)
         return forward(layer, query, key, value, *args, **kwargs)
 
