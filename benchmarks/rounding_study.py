@@ -2,9 +2,9 @@
 
     python benchmarks/rounding_study.py MODEL TRACES.jsonl OUT.json --half train --variants rounding,sizes
 
-Every configuration continues from the full cache at its first compression (`measure/eval/forks.py`). With windows of 256
-tokens and `--block-size 8` the sizes of packed blocks of 16 are exact: 56 tokens in 4 bits take the bytes of 16 tokens
-in 16 bits, so keeping 224, 112 or 56 of 256 tokens makes a window 4, 8 or 16 times smaller.
+Every configuration continues from the full cache at its first compression (`measure/eval/forks.py`). With windows of
+256 tokens and `--block-size 8` the sizes of packed blocks of 16 are exact: 56 tokens in 4 bits take the bytes of 16
+tokens in 16 bits, so keeping 224, 112 or 56 of 256 tokens makes a window 4, 8 or 16 times smaller.
 """
 
 from __future__ import annotations
