@@ -37,7 +37,6 @@ SHRINK = torch.linspace(1, 0.5, 21).tolist()  # of the range between the smalles
 NUM_FITS = 3  # rounds of least squares
 
 
-@register("rounded_kara")
 @strict_dataclass
 class RoundedKara(Kara):
     """Kara's survivors, or random ones, rounded in every way that is compared; the compressor itself rounds nothing.
@@ -224,6 +223,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="Of the model and its cache: bfloat16 or float32.")] = "bfloat16",
 ) -> None:
     """Measure every variant on every trace, and print KL and agreement beside today's default."""
+    register("rounded_kara")(RoundedKara)
     chosen = study_cases(variants, config or [])
     texts = half_of(read_traces(traces), half)[:limit]
     language_model = load_model(model, getattr(torch, dtype), device)

@@ -27,7 +27,7 @@ BUDGET: dict[str, Any] = {**WINDOW, "policy": "budget", "budget_size": 64, "budg
         (KvConfig(method="kara", **BUDGET), 4),
         (KvConfig(method="random", **BUDGET), 4),  # draws by text position, which survivors keep through every cut
     ],
-    ids=lambda value: f"{value.method}-{value.policy}-{value.survivor_bits}" if isinstance(value, KvConfig) else str(value),
+    ids=["cask-history", "kara-window-4_bits", "kara-budget", "random-budget"],
 )
 def test_equals_reference(config: KvConfig, num_events: int, model_dir: Path, reference_model: Any) -> None:
     prompts = [words(20, seed=21), words(32, seed=22)]
