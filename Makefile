@@ -37,7 +37,7 @@ $(INSTALLED): pyproject.toml .ci/local-torch.txt
 	touch $@
 
 $(MODEL)/config.json: | $(INSTALLED)
-	.venv/bin/kvllm fetch smollm2-135m $(MODEL)
+	PYTHONPATH=src .venv/bin/python -m tools.fetch_model smollm2-135m $(MODEL)
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .
@@ -49,7 +49,7 @@ check-seam: $(INSTALLED)
 
 # Two workers with one thread each: engines that spin with two threads each starve one another.
 test: lint check-seam $(MODEL)/config.json
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 demo: $(INSTALLED) $(MODEL)/config.json
 	.venv/bin/kvllm demo --model $(MODEL)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What compression buys where memory is short, and what it costs where memory is ample: SmolLM2-135M on a CPU.
-# Usage: benchmarks/memory_bound_cpu.sh [short|ample] ; needs `make demo` or `kvllm fetch smollm2-135m` once.
+# Usage: benchmarks/memory_bound_cpu.sh [short|ample] ; needs `make demo` or `python -m tools.fetch_model smollm2-135m` once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
@@ -13,5 +13,5 @@ short) extra=(--output-len 1936 --num-gpu-blocks 253) ;;
 ample) extra=(--output-len 960 --num-gpu-blocks 760) ;;
 *) echo "short or ample?" >&2 && exit 2 ;;
 esac
-exec "${PYTHON:-.venv/bin/python}" -m kvllm.cli bench serve "${common[@]}" "${extra[@]}" \
+exec "${PYTHON:-.venv/bin/python}" -m kvllm bench throughput "${common[@]}" "${extra[@]}" \
     --json "benchmarks/results/cpu_${1:-short}.json" --plot "benchmarks/results/cpu_${1:-short}.png"

@@ -2,9 +2,9 @@
 
     python benchmarks/rounding_study.py MODEL TRACES.jsonl OUT.json --half train --variants rounding,sizes
 
-Every configuration continues from the full cache at its first compression (`kvllm.eval.forks`). With windows of 256
-tokens and `--block-size 8` the sizes of packed blocks of 16 are exact: 56 tokens in 4 bits take the bytes of 16 tokens
-in 16 bits, so keeping 224, 112 or 56 of 256 tokens makes a window 4, 8 or 16 times smaller.
+Every configuration continues from the full cache at its first compression (`kvllm.measure.eval.forks`). With windows of
+256 tokens and `--block-size 8` the sizes of packed blocks of 16 are exact: 56 tokens in 4 bits take the bytes of 16
+tokens in 16 bits, so keeping 224, 112 or 56 of 256 tokens makes a window 4, 8 or 16 times smaller.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pydantic import Field
 from torch import Tensor
 
 from kvllm.compression.rounding import Rounded, encode, round_along
-from kvllm.eval import fidelity
-from kvllm.eval.report import Progress
-from kvllm.eval.sweep import Case, cases, combinations, name_of
-from kvllm.eval.traces import half_of, read_traces
+from kvllm.measure.eval import fidelity
+from kvllm.measure.eval.report import Progress
+from kvllm.measure.eval.sweep import Case, cases, combinations, name_of
+from kvllm.measure.eval.traces import half_of, read_traces
 from kvllm.methods import register
 from kvllm.methods.base import Kept, Window
 from kvllm.methods.kara import Kara
@@ -160,7 +160,7 @@ def entry(num_kept: int | list[int], **options: Any) -> dict[str, Any]:
 
 PLAIN = {"key_bits": 16, "value_bits": 16}
 FOUR = [224, 112, 56]  # 4, 8 and 16 times smaller in 4 bits
-# Lists of entries as in `kvllm.eval.sweep`.
+# Lists of entries as in `kvllm.measure.eval.sweep`.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     # Not rounded: the sizes of 4 bits in bf16, today's default, and the tokens that 4 bits keep, the best to hope for.
     "plain": [entry([64, 32, 16, 80, *FOUR], **PLAIN), entry([64, 32, 16], **PLAIN, scores="random")],
@@ -215,7 +215,7 @@ def main(
     traces: Annotated[Path, typer.Argument(help="JSONL that `kvllm eval traces` wrote.")],
     out: Annotated[Path, typer.Argument(help="Where to write figures for each configuration and trace, as JSON.")],
     variants: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(VARIANTS)}; empty: none.")] = "plain",
-    config: Annotated[list[str] | None, typer.Option(help="An entry of `kvllm.eval.sweep`, JSON (repeatable).")] = None,
+    config: Annotated[list[str] | None, typer.Option(help="An entry of a sweep, as JSON (repeatable).")] = None,
     half: Annotated[str, typer.Option(help="train: to choose by; test: to report.")] = "train",
     limit: Annotated[int | None, typer.Option(help="Only the first traces of the half.")] = None,
     block_size: Annotated[int, typer.Option(help="Of the geometry; 8 makes the sizes of 4 bits exact.")] = 8,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import runpy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+ENGINE_GUARD = Path(__file__).parent / "engine_guard"
 DEFAULT_MODEL = Path(__file__).parent.parent / ".models" / "smollm2-135m"
 
 # Before anything imports Hugging Face libraries: tests read local folders only.
@@ -19,6 +23,59 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 if not torch.cuda.is_available():
     # The kernels' tests need Triton's interpreter, and Triton decides when it is imported, which vLLM does.
     os.environ["TRITON_INTERPRET"] = "1"
+# `-m "not engine"` starts no engine: here and in all processes that tests start, one in an unmarked test is refused.
+UNMARKED_TEST = runpy.run_path(str(ENGINE_GUARD / "sitecustomize.py"))["UNMARKED_TEST"]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ENGINE_GUARD), os.environ.get("PYTHONPATH")]))
+
+
+class GroupResources:
+    """What the tests of one `xdist_group` share, across their modules: engines and servers, slow to start.
+
+    Tests of a group run one after the other in one process; what is held ends with the last of them.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Any] = {}
+        self._stack = ExitStack()
+
+    def get(self, name: str, make: Callable[[], AbstractContextManager[Any]]) -> Any:
+        if name not in self._held:
+            self._held[name] = self._stack.enter_context(make())
+        return self._held[name]
+
+    def close(self) -> None:
+        self._held.clear()
+        self._stack.close()
+
+
+group_resources = GroupResources()
+
+
+def group_of(item: pytest.Item) -> str:
+    """The `xdist_group` of a test, which the module names; without one the module is a group."""
+    mark = item.get_closest_marker("xdist_group")
+    return item.location[0] if mark is None else mark.args[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    order = {group: i for i, group in reversed([*enumerate(map(group_of, items))])}
+    items.sort(key=lambda item: order[group_of(item)])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("engine"):
+        os.environ.pop(UNMARKED_TEST, None)
+    else:
+        os.environ[UNMARKED_TEST] = item.nodeid
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or group_of(nextitem) != group_of(item):
+        group_resources.close()
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +83,8 @@ def model_dir() -> Path:
     """The folder of SmolLM2-135M-Instruct: $KVLLM_TEST_MODEL, or the one that `make test` fetches."""
     folder = Path(os.environ.get("KVLLM_TEST_MODEL", DEFAULT_MODEL))
     if not (folder / "config.json").exists():
-        pytest.fail(f"no model in {folder}: run `kvllm fetch smollm2-135m {DEFAULT_MODEL}`, or set KVLLM_TEST_MODEL.")
+        command = f"python -m tools.fetch_model smollm2-135m {DEFAULT_MODEL}"
+        pytest.fail(f"no model in {folder}: run `{command}`, or set KVLLM_TEST_MODEL.")
     return folder
 
 

@@ -25,7 +25,7 @@ def kvllm_serve(model_dir: Path, log: Path, *flags: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        sys.executable, "-m", "kvllm.cli", "serve", str(model_dir), "--retention-ratio", "0.5",
+        sys.executable, "-m", "kvllm", "serve", str(model_dir), "--retention-ratio", "0.5",
         "--request-ratios", "0.25-0.5,1.0", "--window-size", "64",
         "--buffer-size", "32", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--block-size", "32",
         "--max-model-len", "1024", "--max-num-seqs", "16", "--served-model-name", MODEL, *flags,

@@ -9,7 +9,7 @@ import pytest
 from kvllm.config import KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
 from kvllm.layout import Geometry
-from kvllm.methods import make_method
+from kvllm.methods import checked_config, make_method
 from kvllm.methods.h2o import H2O
 from kvllm.methods.recent import Recent
 from kvllm.options import options_of
@@ -35,7 +35,7 @@ FULL: dict[str, Any] = {
 
 def refusal(options: dict) -> str:
     with pytest.raises(ValueError) as error:
-        KvConfig.from_dict({"method": "recent", **options})
+        checked_config({"method": "recent", **options})
     return str(error.value)
 
 
@@ -81,7 +81,7 @@ def test_request_ratios_are_ratios_and_ranges(text, ranges):
         ("0.5-0.2", "the range 0.5-0.2 ends below its start"),
         ("0.2-1.5", "in (0, 1]"),
         ("0", "in (0, 1]"),
-        ([0.2, 0.5], "expected str"),
+        ([0.2, 0.5], "must be a string, not a list"),
     ],
 )
 def test_request_ratios_that_are_none_are_refused(value, message):

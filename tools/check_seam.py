@@ -2,9 +2,9 @@
 
     python -m tools.check_seam [FOLDER]    FOLDER contains vllm/; left out: the installed vLLM
 
-Names every declaration that this vLLM does not meet, everything in our source that is not declared, and every stale
-declaration. With FOLDER, also lists the functions whose parameters are as declared but whose bodies differ from the
-installed vLLM's: those are to be read again. Exit status 1 if anything is wrong.
+Names every declaration that this vLLM does not meet, every use of vLLM in our source that is not declared or that this
+vLLM does not allow, and every stale declaration. With FOLDER, also lists the functions that we depend on and whose text
+differs from the installed vLLM's: those are to be read again. Exit status 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -12,45 +12,27 @@ from __future__ import annotations
 import ast
 import builtins
 import importlib.util
+import inspect
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
-from kvllm.engine.seam import SEAM
-from kvllm.engine.touch import RELEASES, Addition, Import, Override, Touch
-from tools.syntax_tree import (
-    Found,
-    Function,
-    Imported,
-    Module,
-    Release,
-    Tree,
-    children,
-    imported,
-    is_property,
-    members,
-    signature,
-    walk,
-)
+from kvllm.engine.seam import OBJECTS, SEAM
+from kvllm.engine.touch import RELEASES, Addition, Assignment, Import, Override, Read, Touch
+from tools.syntax_tree import Found, Function, Module, World, children, is_property, parameters, signature, targets
 
 ROOT = Path(__file__).parent.parent
-# Declare the seam themselves.
-DECLARATIONS = ("kvllm.engine.seam", "kvllm.engine.touch")
-# Where most objects are vLLM's.
-ENGINE = "kvllm.engine."
-# In the place of a vLLM class: an object that is certainly not vLLM's.
-OURS = Found(Module("ours", ROOT, ast.Module([], []), False, (0, 0)), None)
-# Bases from outside vLLM that have no attributes of interest.
-PLAIN_BASES = {"ABC", "abc.ABC", "Generic", "Protocol", "object"}
+Types = dict[str, Found | None]  # expression -> its class; None where it is not known
 
 
-def installed() -> Path:
-    """The folder that contains the installed vllm/."""
-    spec = importlib.util.find_spec("vllm")
+def installed(package: str = "vllm") -> Path:
+    """The folder that contains an installed package."""
+    spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise SystemExit("vLLM is not installed; name a folder that contains vllm/.")
+        raise SystemExit(f"{package} is not installed; name a folder that contains vllm/.")
     return Path(spec.origin).parent.parent
 
 
@@ -65,493 +47,447 @@ def read_version(root: Path) -> str:
     raise SystemExit(f"{path} states no version.")
 
 
-@dataclass
 class Check:
-    """What is wrong with `seam`, for our package in `source` and vLLM in `vllm`; release: whose declarations count."""
+    """What is wrong with `seam`, for our package kvllm below `source` and the vLLM below `vllm`."""
 
-    vllm: Tree
-    source: Tree
-    seam: Sequence[Touch]
-    release: str
-    problems: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, vllm_root: Path, source_root: Path, package: str, seam: Sequence[Touch]) -> Check:
-        parts = read_version(vllm_root).split(".")
+    def __init__(
+        self, vllm: Path, source: Path, seam: Sequence[Touch], objects: Mapping[str, Mapping[str, str]] | None = None
+    ) -> None:
+        major, minor, *_ = read_version(vllm).split(".")
         # Of a release that is not supported yet, expect what the newest one has.
-        name = ".".join(parts[:2])
-        release: Release = (int(parts[0]), int(parts[1]))
-        return cls(
-            Tree(vllm_root, "vllm", release),
-            Tree(source_root, package, release),
-            seam,
-            name if name in RELEASES else RELEASES[-1],
-        )
+        self.release = f"{major}.{minor}" if f"{major}.{minor}" in RELEASES else RELEASES[-1]
+        roots = {"vllm": vllm, "kvllm": source, "tests": ROOT, "tools": ROOT, "torch": installed("torch")}
+        self.world = World(roots, (int(major), int(minor)))
+        self.seam = [touch for touch in seam if self.release in touch.releases]
+        self.objects = objects or {}
+        self.problems: list[str] = []
+        self.called: set[tuple[str, str]] = set()  # (module, path) of vLLM's functions
+        # Those that declare the seam do not count as users of it.
+        self.modules = [m for m in self.world.modules("kvllm") if not re.search(r"engine\.(seam|touch)$", m.name)]
 
     def run(self) -> list[str]:
-        self.check_declarations()
-        for module in self.source:
-            if module.name not in DECLARATIONS:
-                _SourceCheck(self, module).run()
+        for touch in self.seam:
+            for path, expected in touch.paths.items():
+                self.check_declaration(touch, path, expected)
+            if isinstance(touch, Override) and (base := self.world.find(*split(touch.owner))) is not None:
+                self.world.declared_bases.setdefault(touch.ours, []).append(base)
+        for module in self.modules:
+            self.check_imports(module)
+            _Source(self, module).run()
         self.check_stale()
         return self.problems
 
-    # ------------------------------------------------------------------ declarations against vLLM
-
-    @cached_property
-    def touches(self) -> list[Touch]:
-        """Those of this release."""
-        return [touch for touch in self.seam if self.release in touch.releases]
-
-    def check_declarations(self) -> None:
-        for touch in self.touches:
-            if self.vllm.module(touch.module) is None:
-                self.problems.append(f"{touch.kind} {touch.module}: this vLLM has no such module")
-                continue
-            for path, expected in touch.paths.items():
-                self.check_name(touch, path, expected)
-
-    def check_name(self, touch: Touch, path: str, expected: str | None) -> None:
+    def check_declaration(self, touch: Touch, path: str, expected: str | None) -> None:
         name = f"{touch.kind} {touch.module}:{path}"
-        found = self.find(touch.module, path)
-        if isinstance(touch, Addition):
-            owner = path.rpartition(".")[0]
-            if self.find(touch.module, owner) is None:
+        found, owner = self.world.find(touch.module, path), path.rpartition(".")[0]
+        function = found is not None and isinstance(found.node, Function) and not is_property(found.node)
+        if self.world.find(touch.module, None) is None:
+            self.problems.append(f"{name}: this vLLM has no module {touch.module}")
+        elif isinstance(touch, Addition):
+            if self.world.find(touch.module, owner) is None:
                 self.problems.append(f"{name}: this vLLM has no {owner}")
             elif found is not None:
                 self.problems.append(f"{name}: this vLLM has one of its own; choose another name")
         elif found is None:
             self.problems.append(f"{name}: this vLLM does not have it")
-        elif not isinstance(found.node, Function) or is_property(found.node):
-            if expected is not None:
-                self.problems.append(f"{name}: declared as a function with ({expected}), which it is not")
-        elif expected is None:
-            self.problems.append(f"{name}: a function; declare it with its parameters ({signature(found.node)})")
-        elif signature(found.node) != expected:
-            self.problems.append(f"{name}: parameters changed from ({expected}) to ({signature(found.node)})")
+        elif expected is not None and not function:
+            self.problems.append(f"{name}: declared as a function with ({expected}), which it is not")
+        elif function and not (expected is None and isinstance(touch, Read | Import)):  # our calls of these are checked
+            assert isinstance(found.node, Function)  # type: ignore[union-attr]
+            actual = signature(found.node)  # type: ignore[union-attr]
+            if expected is None:
+                self.problems.append(f"{name}: a function; declare it with its parameters ({actual})")
+            elif actual != expected:
+                self.problems.append(f"{name}: parameters changed from ({expected}) to ({actual})")
 
-    def find(self, module: str, path: str) -> Found | None:
-        """As `Tree.find`, and attributes that a function sets on an object, as function.attribute."""
-        owner_path, _, name = path.rpartition(".")
-        owner = self.vllm.find(module, owner_path) if owner_path else None
-        if owner is not None and isinstance(owner.node, Function):
-            for node in ast.walk(owner.node):
-                if isinstance(node, ast.Assign) and any(
-                    isinstance(t, ast.Attribute) and t.attr == name and ast.unparse(t.value) != "self"
-                    for t in node.targets
-                ):
-                    return Found(owner.module, node)
-            return None
-        return self.vllm.find(module, path)
-
-    # ------------------------------------------------------------------ declarations against our source
+    def check_imports(self, module: Module) -> None:
+        """What a module imports of vLLM must exist, and where it is private, be declared with a reason."""
+        for source, name, line in imports_of(module, self.world):
+            what = f"imports {source}:{name}" if name else f"imports {source}"
+            if self.world.find(source, name) is None:
+                self.problems.append(f"{place(module, line)}: {what}, which this vLLM does not have")
+            elif is_private(f"{source}.{name}") and module.package == "kvllm" and (source, name) not in self.declared:
+                self.problems.append(f"{place(module, line)}: {what}, which is private, and no Import declares it")
 
     @cached_property
-    def declared_members(self) -> set[str]:
-        """Last parts of the declared names of attributes and methods."""
-        return {path.rpartition(".")[2] for touch in self.seam for path in touch.paths if "." in path}
+    def declared(self) -> set[tuple[str, str]]:
+        """(module, name) of the declared imports."""
+        imports = [touch for touch in self.seam if isinstance(touch, Import)]
+        return {(touch.module, path) for touch in imports for path in (*touch.paths, "")}
 
     @cached_property
-    def declared_definitions(self) -> set[int]:
-        """Ids of the syntax nodes that the declared names are."""
-        found = [self.find(touch.module, path) for touch in self.touches for path in touch.paths]
-        return {id(each.node) for each in found if each is not None and each.node is not None}
-
-    def is_declared(self, owner: Found | None, name: str) -> bool:
-        """Whether a declared name is the member `name` of the class `owner`, or of a subclass.
-
-        Where the class is not known, or does not have the member, the name alone decides.
-        """
-        found = self.vllm.member(owner, name) if owner is not None else None
-        if found is not None:
-            return id(found.node) in self.declared_definitions
-        return name in self.declared_members
-
-    @cached_property
-    def imports(self) -> dict[tuple[str, str], str]:
-        """(module, name) of everything that our source takes from vLLM's modules -> where."""
-        found: dict[tuple[str, str], str] = {}
-        for module in self.source:
-            if module.name not in DECLARATIONS:
-                for key, line in imports_of(module, self.vllm):
-                    found.setdefault(key, self.place(module, line))
+    def declared_members(self) -> dict[str, list[tuple[Found | None, Found | None]]]:
+        """Last part of the declared names of attributes and methods -> (owner, definition) of each."""
+        found: dict[str, list[tuple[Found | None, Found | None]]] = {}
+        for touch in self.seam:
+            for path in touch.paths:
+                owner, _, name = path.rpartition(".")
+                if owner:
+                    pair = self.world.find(touch.module, owner), self.world.find(touch.module, path)
+                    found.setdefault(name, []).append(pair)
         return found
+
+    def is_declared(self, found: Found | None, name: str) -> bool:
+        """Whether the member is declared; where its class is not known, the name alone decides."""
+        declared = self.declared_members.get(name, [])
+        return bool(declared) if found is None else any(d is not None and d.node is found.node for _, d in declared)
 
     @cached_property
     def own_names(self) -> set[str]:
         """Names that our source defines: functions, classes, attributes."""
         names: set[str] = set()
-        for module in self.source:
-            for node in walk(module.body, module.release):
+        for module in self.modules:
+            names |= module.names.keys()
+            for node in module.nodes:
                 if isinstance(node, Function | ast.ClassDef):
                     names.add(node.name)
                 if isinstance(node, ast.ClassDef):
-                    names |= members(node, module).keys()
-            names |= module.names.keys()
+                    names |= self.world.members(Found(module, node)).keys()
         return names
 
     def check_stale(self) -> None:
-        declared = {(t.module, path) for t in self.touches if isinstance(t, Import) for path in t.paths}
-        for key in sorted(self.imports.keys() - declared):
-            self.problems.append(f"{self.imports[key]}: imports {':'.join(key)}, which no Import declares")
-        for key in sorted(declared - self.imports.keys()):
-            self.problems.append(f"import {':'.join(key)}: stale, nothing imports it")
-        attributes, classes = set(), {}
-        for module in self.source:
-            for node in walk(module.body, module.release) if module.name not in DECLARATIONS else ():
+        used, methods = set(), set()
+        for module in self.modules:
+            for source, name, _ in imports_of(module, self.world):
+                used.add(f"{source}:{name}")
+            for node in module.nodes:
                 if isinstance(node, ast.Attribute):
-                    attributes.add(node.attr)
-                elif isinstance(node, ast.keyword) and node.arg:
-                    attributes.add(node.arg)  # dataclasses.replace
+                    used.add(node.attr)
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    attributes.add(node.value)  # getattr and hasattr
+                    used.add(node.value)  # getattr and hasattr
                 elif isinstance(node, ast.ClassDef):
-                    classes[f"{module.name}:{node.name}"] = members(node, module)
-        for touch in self.touches:
+                    methods |= {(f"{module.name}:{node.name}", m) for m in self.world.members(Found(module, node))}
+        for touch in self.seam:
             for path in touch.paths:
                 name = path.rpartition(".")[2]
-                if isinstance(touch, Override):
-                    if name not in classes.get(touch.ours, {}):
-                        self.problems.append(f"override {touch.module}:{path}: stale, {touch.ours} does not have it")
-                elif touch.kind in ("read", "assignment", "addition") and name not in attributes:
-                    self.problems.append(f"{touch.kind} {touch.module}:{path}: stale, nothing uses it")
-
-    def place(self, module: Module, line: int) -> str:
-        root = ROOT if module.path.is_relative_to(ROOT) else self.source.root
-        return f"{module.path.relative_to(root)}:{line}"
+                what = f"{touch.kind} {touch.module}:{path}: stale"
+                if isinstance(touch, Override) and (touch.ours, name) not in methods:
+                    self.problems.append(f"{what}, {touch.ours} does not have it")
+                elif isinstance(touch, Import) and f"{touch.module}:{path}" not in used:
+                    self.problems.append(f"{what}, nothing imports it")
+                elif isinstance(touch, Read | Assignment | Addition) and name not in used:
+                    self.problems.append(f"{what}, nothing uses it")
 
 
-def imports_of(module: Module, vllm: Tree) -> Iterator[tuple[tuple[str, str], int]]:
-    """((vLLM module, name), line) of what a module imports; of an imported module, the attributes that are used."""
-    modules: dict[str, str] = {}
-    for node in walk(module.body, module.release):
-        for local, what in imported(node, module):
-            if what.module.partition(".")[0] != "vllm":
-                continue
-            found = vllm.find(what.module, what.name)
-            if found is not None and found.node is None:
-                modules[local] = found.module.name
-            elif what.name is not None:
-                yield (what.module, what.name), what.line
-            else:
-                yield (what.module, ""), what.line
-    for node in walk(module.body, module.release):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
-            if node.attr != "__name__":
-                yield (modules[node.value.id], node.attr), node.lineno
-
-
-def check_imports(vllm: Tree, module: Module) -> Iterator[str]:
-    """Imports of one of our tests or tools that this vLLM does not have."""
-    for (source, name), line in imports_of(module, vllm):
-        if vllm.find(source, name) is None:
-            yield f"{module.path.relative_to(ROOT)}:{line}: imports {source}:{name}, which this vLLM does not have"
-
-
-class _SourceCheck:
+class _Source:
     """One module of our source against vLLM and the declarations."""
 
     def __init__(self, check: Check, module: Module) -> None:
-        self.check, self.module, self.vllm = check, module, check.vllm
-        self.imports: dict[str, Imported] = {}
-        self.functions: set[str] = set()
-        for node in walk(module.body, module.release):
-            self.imports |= dict(imported(node, module))
-            if isinstance(node, Function):
-                self.functions.add(node.name)
+        self.check, self.module, self.world = check, module, check.world
+        # Names of functions and copies of ours, whose attributes are ours as well.
+        self.own = {node.name for node in module.nodes if isinstance(node, Function)}
+        # Whether objects of vLLM may occur in the module.
+        self.engine = module.name.startswith("kvllm.engine.")
+        self.hints: Types = {}
+        self.unused = set(check.objects.get(module.name, ()))
+        for text in self.unused:
+            owner = check.objects[module.name][text]
+            self.hints[text] = self.world.find(*split(owner))
+            if self.hints[text] is None:
+                check.problems.append(f"OBJECTS {module.name} {text}: this vLLM has no {owner}")
+        imports = module.imports.values()
+        self.uses_vllm = self.engine or bool(self.hints) or any(is_vllms(what.module) for what in imports)
 
     def run(self) -> None:
-        self.scope(self.module.body, {}, None)
-
-    @cached_property
-    def uses_vllm(self) -> bool:
-        """Whether objects of vLLM may occur in the module."""
-        return self.module.name.startswith(ENGINE) or any(
-            what.module.partition(".")[0] == "vllm" for what in self.imports.values()
-        )
+        self.scope(self.module.body, dict(self.hints))
+        for text in sorted(self.unused):
+            self.check.problems.append(f"OBJECTS {self.module.name} {text}: stale, no member of it is used")
 
     def report(self, node: ast.expr | ast.stmt, message: str) -> None:
-        self.check.problems.append(f"{self.check.place(self.module, node.lineno)}: {message}")
+        self.check.problems.append(f"{place(self.module, node.lineno)}: {message}")
 
-    # ------------------------------------------------------------------ walking
-
-    def scope(self, node: ast.AST, types: dict[str, Found | None], ours: ast.ClassDef | None) -> None:
-        """Check `node` and what is in it.
-
-        types: vLLM classes of local names; ours: the class of our source that `self` is an instance of
-        """
+    def scope(self, node: ast.AST, types: Types) -> None:
+        """Check `node` and what is in it."""
         if isinstance(node, ast.ClassDef):
-            bases = self.vllm_bases(node)
-            for base in bases:
-                self.check_overrides(node, base)
-            ours, types = node, types | {"self": bases[0] if bases else None}
+            cls = Found(self.module, node)
+            types = types | {"self": cls, "super()": self.check_class(cls)}
         elif isinstance(node, Function | ast.Lambda):
-            types = types | self.parameters(node)
+            types = types | {a.arg: self.annotated(a) for a in parameters(node) if a.arg != "self"}
         elif isinstance(node, ast.Assign):
             self.assign(node, types)
-        if isinstance(node, ast.Attribute):
-            self.check_attribute(node, types, ours)
-        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                for each in target.elts if isinstance(target, ast.Tuple) else [target]:
-                    if isinstance(each, ast.Attribute):
-                        self.check_assignment(each, types, ours)
+        elif isinstance(node, ast.Attribute):
+            self.check_attribute(node, types)
+        elif isinstance(node, ast.Call):
+            self.check_call(node, types)
+        elif isinstance(node, ast.Constant | ast.Tuple):
+            self.check_string(node)
+        elif isinstance(node, ast.If):
+            match node.test:
+                case ast.Call(func=ast.Name("isinstance"), args=[ast.Name(name), cls]):
+                    for each in node.body:
+                        self.scope(each, types | {name: self.type_of(cls, types)})
+                    node = ast.If(ast.Constant(True), [], node.orelse)
+        if isinstance(node, ast.stmt):
+            for target in targets(node):
+                if isinstance(target, ast.Attribute):
+                    self.check_assignment(target, types)
         for child in children(node, self.module.release):
-            self.scope(child, types, ours)
-
-    def parameters(self, node: Function | ast.Lambda) -> dict[str, Found | None]:
-        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        named = {a.arg: self.annotated(a.annotation) for a in arguments if a.arg != "self"}
-        return named | {a.arg: None for a in (node.args.vararg, node.args.kwarg) if a is not None}
-
-    def annotated(self, node: ast.expr | None) -> Found | None:
-        """The vLLM class that an annotation of ours names; OURS for any other class, None for Any."""
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            node = ast.parse(node.value, mode="eval").body
-        if isinstance(node, ast.BinOp):
-            sides = [side for side in (node.left, node.right) if ast.unparse(side) != "None"]
-            return self.annotated(sides[0]) if len(sides) == 1 else None
-        if not isinstance(node, ast.Name) or node.id == "Any":
-            return None
-        return self.type_of(node, {}) or OURS
-
-    def assign(self, node: ast.Assign, types: dict[str, Found | None]) -> None:
-        for target in node.targets:
-            if isinstance(target, ast.Name):
-                copied = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "copy.copy"
-                types[target.id] = OURS if copied else self.type_of(node.value, types)
-            elif isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-                for name, value in zip(target.elts, node.value.elts, strict=True):
-                    if isinstance(name, ast.Name):
-                        types[name.id] = self.type_of(value, types)
-
-    # ------------------------------------------------------------------ classes
-
-    def vllm_bases(self, node: ast.ClassDef) -> list[Found]:
-        """The vLLM classes that a class of ours derives from, as far as its bases or the declarations tell."""
-        found, unknown = self.known_bases(self.module, node)
-        name = f"{self.module.name}:{node.name}"
-        for touch in self.check.touches:
-            if isinstance(touch, Override) and touch.ours == name:
-                owner = next(iter(touch.paths)).rpartition(".")[0]
-                base = self.vllm.find(touch.module, owner)
-                if base is not None and all(base.node is not f.node for f in found):
-                    found.append(base)
-        if unknown and not found:
-            self.report(node, f"class {node.name}: its base {unknown} is not known here; declare what it overrides")
-        return found
-
-    def known_bases(self, module: Module, node: ast.ClassDef) -> tuple[list[Found], str]:
-        """(vLLM classes among the bases, own and inherited; a base that could not be resolved, or "")."""
-        found: list[Found] = []
-        unknown = ""
-        imports = {local: what for each in walk(module.body, module.release) for local, what in imported(each, module)}
-        for base in node.bases:
-            text = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
-            first = text.partition(".")[0]
-            what = imports.get(first)
-            if what is not None and what.module.partition(".")[0] == "vllm":
-                if (cls := self.vllm.find(what.module, what.name)) is not None:
-                    found.append(cls)
-            elif what is not None and what.module.partition(".")[0] == self.check.source.package:
-                parent = self.check.source.find(what.module, what.name)
-                if parent is not None and isinstance(parent.node, ast.ClassDef):
-                    found += self.known_bases(parent.module, parent.node)[0]
-            elif isinstance(parent_node := module.names.get(first), ast.ClassDef):
-                found += self.known_bases(module, parent_node)[0]
-            elif what is None and not hasattr(builtins, first):
-                unknown = text
-        return found, unknown
-
-    def check_overrides(self, node: ast.ClassDef, base: Found) -> None:
-        ours = f"{self.module.name}:{node.name}"
-        overridden = {
-            path.rpartition(".")[2]
-            for touch in self.check.touches
-            if isinstance(touch, Override) and touch.ours == ours
-            for path in touch.paths
-        }
-        for name, definition in members(node, self.module).items():
-            found = self.vllm.member(base, name)
-            if found is None or (name.startswith("__") and name != "__init__"):
-                continue
-            method = isinstance(definition, Function)
-            if not (name in overridden if method else self.check.is_declared(base, name)):
-                where = f"{found.module.name}:{base.node.name}.{name}"  # type: ignore[union-attr]
-                kind = "overrides" if method else "sets"
-                self.report(definition, f"{node.name} {kind} {where}, which the seam does not declare")
-
-    # ------------------------------------------------------------------ attributes
-
-    def check_attribute(self, node: ast.Attribute, types: dict[str, Found | None], ours: ast.ClassDef | None) -> None:
-        name = node.attr
-        if name.startswith("__"):
-            return
-        if ours is not None and ast.unparse(node.value) == "self" and self.is_own(ours, name):
-            return
-        owner = self.type_of(node.value, types)
-        found = self.vllm.member(owner, name) if owner is not None else None
-        private = name.startswith("_") and self.uses_vllm
-        # A private name that we define ourselves is taken for ours where the class is not known.
-        if private and (found is not None or name not in self.check.own_names):
-            if not self.check.is_declared(owner, name) and not self.is_super(node):
-                self.report(node, f"{ast.unparse(node)} is a private member that the seam does not declare")
-        elif owner is not None and found is None and self.is_closed(owner) and not self.is_of_subclass(owner, name):
-            class_name = f"{owner.module.name}:{owner.node.name}"  # type: ignore[union-attr]
-            self.report(node, f"{ast.unparse(node)}: this vLLM's {class_name} has no {name}")
-
-    @staticmethod
-    def is_super(node: ast.Attribute) -> bool:
-        """Whether it is a member of super(): an override, which `check_overrides` looks at."""
-        return isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "super"
-
-    def is_of_subclass(self, owner: Found, name: str) -> bool:
-        """Whether the member `name` is declared for a subclass of `owner`."""
-        for touch in self.check.touches:
-            for path in touch.paths:
-                cls_path, _, member = path.rpartition(".")
-                if member == name and (cls := self.vllm.find(touch.module, cls_path)) is not None:
-                    if self.derives(cls, owner):
-                        return True
-        return False
-
-    def derives(self, cls: Found, owner: Found) -> bool:
-        if cls.node is owner.node:
-            return True
-        bases = cls.node.bases if isinstance(cls.node, ast.ClassDef) else []
-        parents = [self.vllm.find_expression(cls.module, base) for base in bases]
-        return any(parent is not None and self.derives(parent, owner) for parent in parents)
-
-    def is_own(self, node: ast.ClassDef, name: str) -> bool:
-        if name in members(node, self.module):
-            return True
-        parents = [self.module.names.get(ast.unparse(base)) for base in node.bases]
-        return any(isinstance(parent, ast.ClassDef) and self.is_own(parent, name) for parent in parents)
-
-    def is_closed(self, cls: Found) -> bool:
-        """Whether all attributes of a vLLM class can be seen in its source."""
-        assert isinstance(cls.node, ast.ClassDef)
-        if "__getattr__" in members(cls.node, cls.module):
-            return False
-        for base in cls.node.bases:
-            parent = self.vllm.find_expression(cls.module, base)
-            text = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
-            if text not in PLAIN_BASES and (parent is None or not self.is_closed(parent)):
-                return False
-        return True
-
-    def check_assignment(self, node: ast.Attribute, types: dict[str, Found | None], ours: ast.ClassDef | None) -> None:
-        """An attribute that is set on anything but our own objects must be declared."""
-        if not self.uses_vllm:
-            return
-        if ours is not None and ast.unparse(node.value) == "self":
-            return  # `check_overrides` looks at these
-        if isinstance(node.value, ast.Name) and (types.get(node.value.id) is OURS or node.value.id in self.functions):
-            return
-        owner = self.type_of(node.value, types)
-        if owner is None and node.attr in self.check.own_names and not self.module.name.startswith(ENGINE):
-            return  # outside the engine, an object with an attribute of ours is taken for ours
-        if not self.check.is_declared(owner, node.attr):
-            self.report(node, f"sets {ast.unparse(node)}, which the seam does not declare")
+            self.scope(child, types)
 
     # ------------------------------------------------------------------ inference
 
-    def type_of(self, node: ast.expr, types: dict[str, Found | None]) -> Found | None:
-        """The vLLM class of an expression of ours, or the class that it names; None where it is not known."""
-        found = self.definition(node, types)
-        return _class_of(self.vllm, found)
+    def annotated(self, argument: ast.arg) -> Found | None:
+        if argument.annotation is None or ast.unparse(argument.annotation) == "Any":
+            return self.hints.get(argument.arg)
+        return self.world.class_named(self.module, argument.annotation)
 
-    def definition(self, node: ast.expr, types: dict[str, Found | None]) -> Found | None:
+    def assign(self, node: ast.Assign, types: Types) -> None:
+        for target in node.targets:
+            pairs = [(target, node.value)]
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                pairs = list(zip(target.elts, node.value.elts, strict=True))
+            for name, value in pairs:
+                if isinstance(name, ast.Name):
+                    if isinstance(value, ast.Call) and ast.unparse(value.func) == "copy.copy":
+                        self.own.add(name.id)
+                    types[name.id] = self.type_of(value, types) or self.hints.get(name.id)
+
+    def type_of(self, node: ast.expr, types: Types) -> Found | None:
+        """The class of an expression of ours, or the class that it names; None where it is not known."""
+        return self.world.class_of(self.definition(node, types))
+
+    def definition(self, node: ast.expr, types: Types) -> Found | None:
+        text = ast.unparse(node)
+        if text in types:
+            self.unused.discard(text)
+            return types[text]
         if isinstance(node, ast.Name):
-            if node.id in types:
-                return types[node.id] if types[node.id] is not OURS else None
-            what = self.imports.get(node.id)
-            if what is not None and what.module.partition(".")[0] == "vllm":
-                return self.vllm.find(what.module, what.name)
-        elif isinstance(node, ast.Attribute):
-            owner = self.definition(node.value, types)
-            if owner is not None and owner.node is None:
-                return self.vllm.find(owner.module.name, node.attr)
-            owner = _class_of(self.vllm, owner)
-            return self.vllm.member(owner, node.attr) if owner is not None else None
-        elif isinstance(node, ast.Call):
+            if (what := self.module.imports.get(text)) is not None:
+                return self.world.find(what.module, what.name)
+            return self.world.find(self.module.name, text)
+        if isinstance(node, ast.Attribute):
+            owner = self.type_of(node.value, types)
+            return self.world.member(owner, node.attr) if owner is not None else None
+        if isinstance(node, ast.Call):
             found = self.definition(node.func, types)
             if found is not None and isinstance(found.node, Function):
-                return self.vllm.find_expression(found.module, found.node.returns)
-            return found
+                return self.world.class_named(found.module, found.node.returns)
+            return found if found is not None and isinstance(found.node, ast.ClassDef) else None
         return None
 
+    # ------------------------------------------------------------------ checks
 
-def _class_of(vllm: Tree, found: Found | None, depth: int = 0) -> Found | None:
-    """The class that a definition is, is annotated with, or is set to an instance of; None where it is not known."""
-    if found is None or isinstance(found.node, ast.ClassDef) or depth > 4:
-        return found if depth <= 4 else None
-    if isinstance(found.node, Function):
-        return vllm.find_expression(found.module, found.node.returns) if is_property(found.node) else None
-    if isinstance(found.node, ast.AnnAssign):
-        return vllm.find_expression(found.module, found.node.annotation)
-    if isinstance(found.node, ast.Assign):
-        value = found.node.value
-        if isinstance(value, ast.Call):
-            made = vllm.find(found.module.name, ast.unparse(value.func))
-            if made is not None and isinstance(made.node, Function):
-                return vllm.find_expression(made.module, made.node.returns)
-            return made if made is not None and isinstance(made.node, ast.ClassDef) else None
-        if isinstance(value, ast.Name):  # self.x = x, of a method's parameter
-            return _class_of_parameter(vllm, found, value.id)
-    return None
-
-
-def _class_of_parameter(vllm: Tree, found: Found, name: str) -> Found | None:
-    for node in ast.walk(found.module.body):
-        if isinstance(node, Function) and any(inner is found.node for inner in ast.walk(node)):
-            for argument in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]:
-                if argument.arg == name:
-                    return vllm.find_expression(found.module, argument.annotation)
-    return None
-
-
-def changed_bodies(old: Tree, new: Tree, seam: Sequence[Touch]) -> list[str]:
-    """Declared functions whose parameters are the same in both trees and whose bodies are not."""
-    names = []
-    for touch in seam:
-        for path in touch.paths:
-            before, after = old.find(touch.module, path), new.find(touch.module, path)
-            if before is None or after is None:
+    def check_class(self, cls: Found) -> Found | None:
+        """What a class of ours replaces or hides of its vLLM base, which is returned, must be declared."""
+        assert isinstance(cls.node, ast.ClassDef)
+        ours = f"{self.module.name}:{cls.node.name}"
+        declared = self.world.declared_bases.get(ours, [])
+        for expression in cls.node.bases:
+            first = re.split(r"\W", ast.unparse(expression))[0]
+            known = isinstance(self.module.names.get(first), ast.ClassDef) or first in self.module.imports
+            if not (known or declared or hasattr(builtins, first)):
+                self.report(cls.node, f"class {cls.node.name}: its base {first} is not known; declare its overrides")
+        base = next((a for a in self.world.ancestors(cls) if a is not None and is_vllms(a.module.name)), None)
+        if base is None:
+            return None
+        overrides = {
+            path.rpartition(".")[2]
+            for touch in self.check.seam
+            if isinstance(touch, Override) and touch.ours == ours
+            for path in touch.paths
+        }
+        for name, definition in self.world.members(cls).items():
+            found = self.world.member(base, name)
+            if found is None or is_dunder(name) and name != "__init__":
                 continue
-            if not (isinstance(before.node, Function) and isinstance(after.node, Function)):
-                continue
-            if signature(before.node) == signature(after.node) and ast.dump(before.node) != ast.dump(after.node):
-                names.append(f"{touch.module}:{path}, at line {after.node.lineno} of {after.module.name}")
-    return sorted(set(names))
+            method = isinstance(definition, Function)
+            if not (name in overrides if method else self.check.is_declared(found, name)):
+                where = f"{found.module.name}:{base.node.name}.{name}"  # type: ignore[union-attr]
+                self.report(
+                    definition,  # type: ignore[arg-type]
+                    f"{cls.node.name} {'overrides' if method else 'sets'} {where}, which the seam does not declare",
+                )
+        return base
+
+    def check_attribute(self, node: ast.Attribute, types: Types) -> None:
+        name, text = node.attr, ast.unparse(node)
+        if is_dunder(name) or text.startswith("super()."):  # an override: `check_class` looks at these
+            return
+        owner = self.type_of(node.value, types)
+        found = self.world.member(owner, name) if owner is not None else None
+        if found is not None and not is_vllms(found.module.name):
+            return
+        if is_private(name) and self.uses_vllm and (found is not None or name not in self.check.own_names):
+            if not self.check.is_declared(found, name):
+                self.report(node, f"{text} is a private member that the seam does not declare")
+        elif owner is not None and found is None and self.is_complete(owner) and not self.is_declared_for(owner, name):
+            self.report(node, f"{text}: this vLLM's {owner.module.name}:{owner.node.name} has no {name}")  # type: ignore[union-attr]
+
+    def is_complete(self, cls: Found) -> bool:
+        """Whether a class is vLLM's, or derived from one, and all its attributes can be seen in its source."""
+        if not isinstance(cls.node, ast.ClassDef):
+            return False
+        every = list(self.world.ancestors(cls))
+        return (
+            None not in every
+            and any(is_vllms(each.module.name) for each in every if each is not None)
+            and not any(
+                "__getattr__" in self.world.members(each)
+                for each in every
+                if each is not None and each.module.package != "torch"
+            )
+        )
+
+    def is_declared_for(self, owner: Found, name: str) -> bool:
+        """Whether the member is declared for a subclass of `owner`, or as what a function sets on an object."""
+        for declared, _ in self.check.declared_members.get(name, []):
+            if declared is not None and isinstance(declared.node, ast.ClassDef):
+                if any(each is not None and each.node is owner.node for each in self.world.ancestors(declared)):
+                    return True
+            elif declared is not None:
+                return True
+        return False
+
+    def check_assignment(self, node: ast.Attribute, types: Types) -> None:
+        """An attribute that is set on anything but our own objects must be declared."""
+        value = ast.unparse(node.value)
+        if not self.uses_vllm or value == "self" or value in self.own:  # of `self`, see `check_class`
+            return
+        owner = self.type_of(node.value, types)
+        found = self.world.member(owner, node.attr) if owner is not None else None
+        if found is not None and found.module.package == "kvllm":
+            return
+        if owner is None and node.attr in self.check.own_names and not self.engine:
+            return  # outside the engine, an object with an attribute of ours is taken for ours
+        if not self.check.is_declared(found, node.attr) and not (owner and self.is_declared_for(owner, node.attr)):
+            self.report(node, f"sets {ast.unparse(node)}, which the seam does not declare")
+
+    def check_call(self, node: ast.Call, types: Types) -> None:
+        """A function of vLLM must take the arguments that we pass."""
+        if ast.unparse(node.func).rpartition(".")[2] == "replace" and len(node.args) == 1 and node.keywords:
+            for name in (keyword.arg for keyword in node.keywords if keyword.arg):  # dataclasses.replace
+                self.check_attribute(ast.copy_location(ast.Attribute(node.args[0], name), node), types)
+            return
+        found = self.definition(node.func, types)
+        if found is not None and isinstance(found.node, ast.ClassDef):
+            found = self.world.member(found, "__init__")
+        if found is None or not isinstance(found.node, Function) or not is_vllms(found.module.name):
+            return
+        if isinstance(node.func, ast.Attribute) and (owner := self.type_of(node.func.value, types)) is not None:
+            prefix = f"{owner.node.name}." if isinstance(owner.node, ast.ClassDef) else ""
+            self.check.called.add((owner.module.name, prefix + node.func.attr))
+        elif isinstance(found.node, Function):
+            self.check.called.add((found.module.name, found.node.name))
+        if not is_property(found.node) and (problem := call_problem(node, found.node)):
+            where = f"{found.module.name}:{found.node.name}({signature(found.node)})"
+            self.report(node, f"{ast.unparse(node.func)}(...) does not fit this vLLM's {where}: {problem}")
+
+    def check_string(self, node: ast.Constant | ast.Tuple) -> None:
+        """A string that names a module, class or private member of vLLM."""
+        if isinstance(node, ast.Tuple):
+            values = [each.value for each in node.elts if isinstance(each, ast.Constant)]
+            if len(values) == 2 and all(isinstance(v, str) for v in values) and is_vllms(values[0]):
+                if self.world.find(values[0], values[1]) is None:
+                    self.report(node, f"names {values[0]}:{values[1]}, which this vLLM does not have")
+        elif isinstance(node.value, str) and re.fullmatch(r"vllm(\.\w+)+", node.value):
+            module, _, name = node.value.rpartition(".")
+            if self.world.find(node.value, None) is None and self.world.find(module, name) is None:
+                if node.value != "vllm.general_plugins":  # an entry point group
+                    self.report(node, f"names {node.value}, which this vLLM does not have")
+        elif isinstance(node.value, str) and self.uses_vllm and re.fullmatch(r"_[a-z]\w+", node.value):
+            if node.value not in self.check.own_names and not self.check.is_declared(None, node.value):
+                self.report(node, f"names {node.value}, a private member that the seam does not declare")
+
+
+class Usage(NamedTuple):
+    module: str
+    name: str
+    line: int
+
+
+def imports_of(module: Module, world: World) -> Iterator[Usage]:
+    """What a module imports of vLLM; of an imported module, the attributes that it uses ("" if it uses none)."""
+    modules: dict[str, str] = {}
+    for node in module.nodes:
+        if isinstance(node, ast.Import):  # of which `imported` tells what it binds, the top package
+            yield from (Usage(alias.name, "", node.lineno) for alias in node.names if is_vllms(alias.name))
+        for local, what in module.imported(node):
+            if is_vllms(what.module):
+                found = world.find(what.module, what.name)
+                if found is not None and found.node is None:
+                    modules[local] = found.module.name
+                yield Usage(modules.get(local, what.module), "" if local in modules else what.name or "", what.line)
+    for node in module.nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            if node.attr != "__name__":
+                yield Usage(modules[node.value.id], node.attr, node.lineno)
+
+
+def call_problem(call: ast.Call, function: Function) -> str:
+    """Why a call does not fit a function's parameters; "" where it does, as far as can be seen."""
+    arguments = ast.parse(f"lambda {signature(function)}: 0", mode="eval")
+    spec = arguments.body.args  # type: ignore[attr-defined]
+    spec.defaults = [ast.Constant(None) for _ in spec.defaults]
+    spec.kw_defaults = [each and ast.Constant(None) for each in spec.kw_defaults]
+    static = any("staticmethod" in ast.unparse(decorator) for decorator in function.decorator_list)
+    bound = not static and [each.arg for each in parameters(function)[:1]] in (["self"], ["cls"])
+    given = [each for each in call.args if not isinstance(each, ast.Starred)]
+    named = {keyword.arg: None for keyword in call.keywords if keyword.arg}
+    expected = inspect.signature(eval(compile(ast.fix_missing_locations(arguments), "", "eval")))
+    partial = len(given) < len(call.args) or len(named) < len(call.keywords)
+    try:
+        (expected.bind_partial if partial else expected.bind)(*[None] * (bound + len(given)), **named)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def split(owner: str) -> tuple[str, str | None]:
+    module, _, name = owner.partition(":")
+    return module, name or None
+
+
+def is_vllms(module: str) -> bool:
+    return module.partition(".")[0] == "vllm"
+
+
+def is_dunder(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+def is_private(name: str) -> bool:
+    return any(part.startswith("_") and not is_dunder(part) for part in name.split("."))
+
+
+def place(module: Module, line: int) -> str:
+    path = module.path
+    return f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name}:{line}"
+
+
+def changed_functions(old: World, check: Check) -> list[str]:
+    """Functions that we declare or call, and that are not the same in `old` and in the vLLM that was checked."""
+    names = {(touch.module, path) for touch in check.seam for path in touch.paths} | check.called
+    changed = []
+    for module, path in sorted(names):
+        before, after = old.find(module, path), check.world.find(module, path)
+        if before is not None and after is not None and isinstance(after.node, Function) and before.node is not None:
+            if ast.dump(before.node) != ast.dump(after.node):
+                changed.append(f"{module}:{path}, at line {after.node.lineno} of {after.module.name}")
+    return changed
 
 
 def check_project(root: Path) -> Check:
     """This project, checked with the vLLM below `root`: all of src/kvllm, and the imports of tests and tools."""
-    check = Check.of(root, ROOT / "src", "kvllm", SEAM)
+    check = Check(root, ROOT / "src", SEAM, OBJECTS)
     check.run()
     for folder in ("tests", "tools"):
-        for module in Tree(ROOT, folder, check.source.release):
-            check.problems += check_imports(check.vllm, module)
+        for module in check.world.modules(folder):
+            check.check_imports(module)
     return check
 
 
 def main(arguments: Sequence[str]) -> int:
     root = Path(arguments[0]) if arguments else installed()
-    check = check_project(root)
-    version, problems = read_version(root), check.problems
+    check, version = check_project(root), read_version(root)
     if not version.startswith(f"{check.release}."):
         print(f"vLLM {version} is not supported yet: checked with what is declared for {check.release}.")
-    for problem in problems:
-        print(problem)
-    num_names = sum(len(touch.names) for touch in check.touches)
-    print(f"vLLM {version}: {num_names} names declared, {len(problems)} problems.")
-    if arguments:
-        again = changed_bodies(Tree(installed(), "vllm", check.source.release), check.vllm, SEAM)
-        if again:
-            print(f"Parameters as before, but the body differs from the installed vLLM {read_version(installed())}'s:")
-            print("\n".join(f"  {name}" for name in again))
-    return 1 if problems else 0
+    print("\n".join(check.problems), end="\n" * bool(check.problems))
+    num_names = sum(len(touch.paths) for touch in check.seam)
+    print(f"vLLM {version}: {num_names} names declared, {len(check.problems)} problems.")
+    if arguments and (changed := changed_functions(World({"vllm": installed()}, check.world.release), check)):
+        print(f"To read again, since they differ from the installed vLLM {read_version(installed())}:")
+        print("\n".join(f"  {name}" for name in changed))
+    return 1 if check.problems else 0
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""Reading a source tree by `ast`, without importing it: modules, what a name in one refers to, members of classes."""
+"""Reading source trees by `ast`, without importing them: what a name refers to, members and types of objects."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Release = tuple[int, int]
+# Bases that have no attributes of interest.
+PLAIN_BASES = {"ABC", "Generic", "Protocol", "object", "Struct"}
 
 
 @dataclass(frozen=True)
@@ -24,37 +26,79 @@ class Imported:
 Definition = Function | ast.ClassDef | ast.Assign | ast.AnnAssign | Imported
 
 
-@dataclass
+@dataclass(eq=False)
 class Module:
-    """One parsed module."""
+    """One parsed module, read as `release` of vLLM would run it."""
 
     name: str
     path: Path
     body: ast.Module
-    is_package: bool
     release: Release
+
+    @property
+    def package(self) -> str:
+        return self.name.partition(".")[0]
+
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(walk(self.body, self.release))
 
     @cached_property
     def names(self) -> dict[str, Definition]:
         """What the module's top level binds, also below `if` and `try`; of several definitions the last one."""
-        return dict(bindings(self.body.body, self))
+        return dict(self.bindings(self.body))
+
+    @cached_property
+    def imports(self) -> dict[str, Imported]:
+        """What the module imports, also inside functions, by local name."""
+        return {name: what for node in self.nodes for name, what in self.imported(node)}
 
     @cached_property
     def stars(self) -> list[str]:
         """Modules of which the module imports everything."""
-        return [
-            self.absolute(node)
-            for node in statements(self.body.body, self.release)
-            if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"
-        ]
+        found = [node for node in self.body.body if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"]
+        return [self.absolute(node) for node in found]
 
     def absolute(self, node: ast.ImportFrom) -> str:
         """The full name of the module that `node` imports from."""
         if not node.level:
             return node.module or ""
         parts = self.name.split(".")
-        base = parts[: len(parts) - node.level + self.is_package]
+        base = parts[: len(parts) - node.level + (self.path.name == "__init__.py")]
         return ".".join([*base, *([node.module] if node.module else [])])
+
+    def imported(self, node: ast.AST) -> Iterator[tuple[str, Imported]]:
+        """(local name, what it refers to) of an import statement; nothing for any other."""
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top = alias.name if alias.asname else alias.name.partition(".")[0]
+                yield alias.asname or top, Imported(top, None, node.lineno)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if alias.name != "*":
+                    yield alias.asname or alias.name, Imported(self.absolute(node), alias.name, node.lineno)
+
+    def bindings(self, body: ast.AST) -> Iterator[tuple[str, Definition]]:
+        """(name, definition) of everything that the statements in `body` bind, not those of functions and classes."""
+        for node in children(body, self.release):
+            yield from self.imported(node)
+            if isinstance(node, Function | ast.ClassDef):
+                yield node.name, node
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                yield from ((each.id, node) for each in targets(node) if isinstance(each, ast.Name))
+            elif isinstance(node, ast.stmt | ast.ExceptHandler):
+                yield from self.bindings(node)
+
+    def members(self, cls: ast.ClassDef) -> dict[str, Definition]:
+        """What a class binds itself: methods, class attributes, and attributes that its methods set on `self`."""
+        own = {name: found for name, found in self.bindings(cls) if not isinstance(found, Imported)}
+        for method in [m for m in own.values() if isinstance(m, Function)]:
+            for node in walk(method, self.release):
+                if isinstance(node, ast.Assign | ast.AnnAssign):
+                    for each in targets(node):
+                        if isinstance(each, ast.Attribute) and ast.unparse(each.value) == "self":
+                            own.setdefault(each.attr, node)
+        return own
 
 
 @dataclass(frozen=True)
@@ -65,30 +109,33 @@ class Found:
     node: Function | ast.ClassDef | ast.Assign | ast.AnnAssign | None
 
 
-@dataclass
-class Tree:
-    """The modules of `package` below the folder `root`, read as release `release` of vLLM would run them."""
+class World:
+    """Packages, each below a folder of its own; an import of any other package is not followed.
 
-    root: Path
-    package: str
-    release: Release
-    _modules: dict[str, Module | None] = field(default_factory=dict)
+    declared_bases: (module:Class -> classes) bases that a class's source does not tell
+    """
+
+    def __init__(self, roots: Mapping[str, Path], release: Release) -> None:
+        self.roots, self.release = roots, release
+        self.declared_bases: dict[str, list[Found]] = {}
+        self._modules: dict[str, Module | None] = {}
+        self._members: dict[ast.ClassDef, dict[str, Definition]] = {}
 
     def module(self, name: str) -> Module | None:
         """None where there is no such module."""
         if name not in self._modules:
-            base = self.root.joinpath(*name.split("."))
-            paths = [base / "__init__.py", base.with_suffix(".py")]
-            path = next((p for p in paths if p.is_file()), None)
             self._modules[name] = None
-            if path is not None:
-                body = ast.parse(path.read_text(), str(path))
-                self._modules[name] = Module(name, path, body, path.name == "__init__.py", self.release)
+            if (root := self.roots.get(name.partition(".")[0])) is not None:
+                base = root.joinpath(*name.split("."))
+                for path in (base / "__init__.py", base.with_suffix(".py")):
+                    if path.is_file():
+                        self._modules[name] = Module(name, path, ast.parse(path.read_text()), self.release)
+                        break
         return self._modules[name]
 
-    def __iter__(self) -> Iterator[Module]:
-        for path in sorted((self.root / self.package).rglob("*.py")):
-            parts = path.relative_to(self.root).with_suffix("").parts
+    def modules(self, package: str) -> Iterator[Module]:
+        for path in sorted((self.roots[package] / package).rglob("*.py")):
+            parts = path.relative_to(self.roots[package]).with_suffix("").parts
             module = self.module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
             assert module is not None
             yield module
@@ -96,7 +143,7 @@ class Tree:
     def find(self, module_name: str, path: str | None, seen: frozenset[tuple[str, str]] = frozenset()) -> Found | None:
         """What `path`, such as Class.method, is in a module, through re-exports; None where it is missing."""
         module = self.module(module_name)
-        if module is None or path is None:
+        if module is None or not path:
             return Found(module, None) if module is not None else None
         first, *rest = path.split(".")
         if (module_name, first) in seen:
@@ -116,49 +163,85 @@ class Tree:
             found = self.member(found, name) if found is not None else None
         return found
 
+    def members(self, cls: Found) -> dict[str, Definition]:
+        assert isinstance(cls.node, ast.ClassDef)
+        if cls.node not in self._members:
+            self._members[cls.node] = cls.module.members(cls.node)
+        return self._members[cls.node]
+
     def member(self, owner: Found, name: str) -> Found | None:
-        """A method, class attribute or instance attribute of a class, its own or inherited; None where missing."""
+        """A member of a class, its own or inherited, of a module, or an attribute that a function sets on an object."""
         if owner.node is None:
             return self.find(owner.module.name, name)
+        if isinstance(owner.node, Function):
+            for node in ast.walk(owner.node):
+                if isinstance(node, ast.Assign) and any(
+                    isinstance(t, ast.Attribute) and t.attr == name and ast.unparse(t.value) != "self"
+                    for t in node.targets
+                ):
+                    return Found(owner.module, node)
         if not isinstance(owner.node, ast.ClassDef):
             return None
-        if (node := members(owner.node, owner.module).get(name)) is not None:
-            return Found(owner.module, node)
-        for base in owner.node.bases:
-            if (parent := self.find_expression(owner.module, base)) is not None and parent.node is not owner.node:
-                if (found := self.member(parent, name)) is not None:
-                    return found
-        return None
+        if (node := self.members(owner).get(name)) is not None:
+            return Found(owner.module, node)  # type: ignore[arg-type]
+        return next((f for base in self.bases(owner) if base is not None and (f := self.member(base, name))), None)
 
-    def find_expression(self, module: Module, node: ast.expr | None) -> Found | None:
-        """The class that a base or an annotation names: a name, a dotted name, a quoted one, X[...] or X | None."""
+    def bases(self, cls: Found) -> list[Found | None]:
+        """The bases of a class that may have attributes of interest; None for one that is not known."""
+        assert isinstance(cls.node, ast.ClassDef)
+        found = [
+            self.class_named(cls.module, base)
+            for base in cls.node.bases
+            if ast.unparse(base).partition("[")[0].rpartition(".")[2] not in PLAIN_BASES
+        ]
+        declared = self.declared_bases.get(f"{cls.module.name}:{cls.node.name}", [])
+        return [base for base in found if base is None or base.node is not cls.node] + declared  # type: ignore[return-value]
+
+    def ancestors(self, cls: Found) -> Iterator[Found | None]:
+        """The class and all its bases; None for each that is not known."""
+        yield cls
+        for base in self.bases(cls):
+            yield from self.ancestors(base) if base is not None else (None,)
+
+    def class_named(self, module: Module, node: ast.expr | None) -> Found | None:
+        """The class that a base or an annotation names: a name, a quoted one, X[...], type[X] or X | None."""
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             node = ast.parse(node.value, mode="eval").body
         if isinstance(node, ast.BinOp):
             sides = [side for side in (node.left, node.right) if ast.unparse(side) != "None"]
-            return self.find_expression(module, sides[0]) if len(sides) == 1 else None
+            return self.class_named(module, sides[0]) if len(sides) == 1 else None
         if isinstance(node, ast.Subscript):
-            node = node.value
+            return self.class_named(module, node.slice if ast.unparse(node.value) == "type" else node.value)
         if not isinstance(node, ast.Name | ast.Attribute):
             return None
-        found = self.find(module.name, ast.unparse(node))
+        first, _, rest = ast.unparse(node).partition(".")
+        if first not in module.names and (what := module.imports.get(first)) is not None:  # inside a function
+            found = self.find(what.module, f"{what.name}.{rest}".rstrip(".") if what.name else rest)
+        else:
+            found = self.find(module.name, ast.unparse(node))
         return found if found is not None and isinstance(found.node, ast.ClassDef) else None
 
-
-def statements(body: list[ast.stmt], release: Release) -> Iterator[ast.stmt]:
-    """The statements of `body` and of the `if`, `try` and `with` in it, not those of functions and classes.
-
-    Of `if RELEASE >= (0, 33)` only the branch that runs on `release`.
-    """
-    for node in body:
-        yield node
-        if isinstance(node, ast.If) and (guard := runs_on(node, release)) is not None:
-            yield from statements(node.body if guard else node.orelse, release)
-        elif not isinstance(node, Function | ast.ClassDef):
-            for inner in ("body", "orelse", "finalbody"):
-                yield from statements(getattr(node, inner, []), release)
-            for handler in getattr(node, "handlers", []):
-                yield from statements(handler.body, release)
+    def class_of(self, found: Found | None) -> Found | None:
+        """The class that a definition is, is annotated with, or is set to an instance of; None if it is not known."""
+        if found is None or found.node is None or isinstance(found.node, ast.ClassDef):
+            return found
+        if isinstance(found.node, Function):
+            return self.class_named(found.module, found.node.returns) if is_property(found.node) else None
+        if isinstance(found.node, ast.AnnAssign):
+            return self.class_named(found.module, found.node.annotation)
+        value = found.node.value
+        if isinstance(value, ast.Call):
+            made = self.find(found.module.name, ast.unparse(value.func))
+            if made is not None and isinstance(made.node, Function):
+                return self.class_named(made.module, made.node.returns)
+            return made if made is not None and isinstance(made.node, ast.ClassDef) else None
+        if isinstance(value, ast.Name):  # self.x = x, of a method's parameter
+            for node in found.module.nodes:
+                if isinstance(node, Function) and any(inner is found.node for inner in ast.walk(node)):
+                    for argument in parameters(node):
+                        if argument.arg == value.id:
+                            return self.class_named(found.module, argument.annotation)
+        return None
 
 
 def runs_on(node: ast.If, release: Release) -> bool | None:
@@ -169,13 +252,6 @@ def runs_on(node: ast.If, release: Release) -> bool | None:
     return bool(release >= ast.literal_eval(test.comparators[0]))
 
 
-def walk(node: ast.AST, release: Release) -> Iterator[ast.AST]:
-    """`ast.walk`, without the branches that do not run on `release`."""
-    yield node
-    for child in children(node, release):
-        yield from walk(child, release)
-
-
 def children(node: ast.AST, release: Release) -> Iterator[ast.AST]:
     """`ast.iter_child_nodes`, without the branches that do not run on `release`."""
     if isinstance(node, ast.If) and (guard := runs_on(node, release)) is not None:
@@ -184,45 +260,24 @@ def children(node: ast.AST, release: Release) -> Iterator[ast.AST]:
         yield from ast.iter_child_nodes(node)
 
 
-def imported(node: ast.stmt | ast.AST, module: Module) -> Iterator[tuple[str, Imported]]:
-    """(local name, what it refers to) of an import statement; nothing for any other."""
-    if isinstance(node, ast.Import):
-        for alias in node.names:
-            top = alias.name if alias.asname else alias.name.partition(".")[0]
-            yield alias.asname or top, Imported(top, None, node.lineno)
-    elif isinstance(node, ast.ImportFrom):
-        for alias in node.names:
-            if alias.name != "*":
-                yield alias.asname or alias.name, Imported(module.absolute(node), alias.name, node.lineno)
+def walk(node: ast.AST, release: Release) -> Iterator[ast.AST]:
+    """`ast.walk`, without the branches that do not run on `release`."""
+    waiting = [node]
+    for each in waiting:
+        yield each
+        waiting += children(each, release)
 
 
-def bindings(body: list[ast.stmt], module: Module) -> Iterator[tuple[str, Definition]]:
-    """(name, definition) of everything that `body` binds."""
-    for node in statements(body, module.release):
-        yield from imported(node, module)
-        if isinstance(node, Function | ast.ClassDef):
-            yield node.name, node
-        elif isinstance(node, ast.Assign):
-            for target in node.targets:
-                for each in target.elts if isinstance(target, ast.Tuple) else [target]:
-                    if isinstance(each, ast.Name):
-                        yield each.id, node
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            yield node.target.id, node
+def targets(node: ast.stmt) -> list[ast.expr]:
+    """What an assignment sets, tuples taken apart; nothing for any other statement."""
+    if not isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+        return []
+    outer = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return [each for target in outer for each in (target.elts if isinstance(target, ast.Tuple) else [target])]
 
 
-def members(node: ast.ClassDef, module: Module) -> dict[str, Function | ast.ClassDef | ast.Assign | ast.AnnAssign]:
-    """What a class binds itself: methods, class attributes, and attributes that its methods set on `self`."""
-    own = {name: found for name, found in bindings(node.body, module) if not isinstance(found, Imported)}
-    for method in [m for m in own.values() if isinstance(m, Function)]:
-        for statement in walk(method, module.release):
-            if isinstance(statement, ast.Assign | ast.AnnAssign):
-                targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-                for target in targets:
-                    for each in target.elts if isinstance(target, ast.Tuple) else [target]:
-                        if isinstance(each, ast.Attribute) and ast.unparse(each.value) == "self":
-                            own.setdefault(each.attr, statement)
-    return own
+def parameters(node: Function | ast.Lambda) -> list[ast.arg]:
+    return [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
 
 
 def signature(node: Function) -> str:

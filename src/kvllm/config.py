@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, TypeAdapter
 
 from kvllm.errors import UsageError
-from kvllm.methods import make_method
 from kvllm.options import STRICT, Count, check_value, parse_json, strict_dataclass
 
 RetentionRatio = Annotated[
@@ -22,6 +21,10 @@ RetentionRatio = Annotated[
         description="Share of a window that is kept: to evict 30% use 0.7, to turn compression off use 1.0.",
     ),
 ]
+# Where a user of vLLM puts our options in `additional_config`, and a request its own ratio in `extra_args`.
+CONFIG_KEY = "kvllm"
+RATIO_KEY = "kv_retention_ratio"
+
 RETENTION_RATIO = TypeAdapter(RetentionRatio, config=STRICT)
 
 
@@ -40,7 +43,8 @@ class KvConfig:
     """The one home of these defaults: every front end takes its options from here.
 
     Sizes are in tokens. A `retention_ratio` of 1.0 turns compression off. The block size is vLLM's and known only
-    once an engine exists, so what depends on it is checked by `kvllm.layout.Geometry`.
+    once an engine exists, so what depends on it is checked by `kvllm.layout.Geometry`. The method and its options are
+    checked where the method is made: front ends use `kvllm.methods.checked_config`, which does both.
     """
 
     method: str = Field("kara", description="Method that scores and selects; `kvllm methods` lists them.")
@@ -69,7 +73,7 @@ class KvConfig:
     )
     request_ratios: str = Field(
         "",
-        description="Ratios that requests may choose with kv_retention_ratio besides the engine's own: single ratios "
+        description=f"Ratios that requests may choose with {RATIO_KEY} besides the engine's own: single ratios "
         "and ranges, such as 0.2-0.5,1.0. Empty: none.",
     )
     budget_size: Count = Field(
@@ -100,7 +104,6 @@ class KvConfig:
                     f"query_stride={self.query_stride}: must divide {name}={getattr(self, name)}, "
                     f"so that every window is scored by the same number of queries; try a power of two."
                 )
-        make_method(self)  # refuses wrong options
 
     def _check_survivor_bits(self) -> None:
         """Refuse what would round the same tokens again and again, and bits that are given where nothing is rounded."""

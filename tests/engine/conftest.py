@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 # Before vLLM is imported.
@@ -20,12 +21,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning threads of two engines would starve each other
 
 from kvllm.config import KvConfig
-from kvllm.reference import load_model, replay
-from tests.conftest import DEFAULT_MODEL
+from kvllm.reference import load_model
+from tests.conftest import DEFAULT_MODEL, group_resources
 
 BLOCK_SIZE = 32
 CONFIG = KvConfig(window_size=64, buffer_size=32, retention_ratio=0.5, request_ratios="1.0")
-NEAR_TIE = 1e-3  # a first difference is accepted only where the reference's two best logits lie this close
+# The options of an engine that several modules use: 96 tokens a step, so that prompts are prefilled in chunks.
+SHARED: dict[str, Any] = {"max_num_batched_tokens": 96, "max_num_seqs": 16}
 
 
 @contextmanager
@@ -53,25 +55,17 @@ def engine(model_dir: Path, config: KvConfig | None = CONFIG, **options: Any) ->
         gc.collect()
 
 
+@pytest.fixture(scope="module")
+def shared_llm(model_dir: Path) -> Any:
+    """The engine of CONFIG and SHARED, its prefix cache empty: for modules of the xdist_group "shared engine"."""
+    llm = group_resources.get("engine", lambda: engine(model_dir, **SHARED))
+    llm.reset_prefix_cache()
+    return llm
+
+
 @pytest.fixture(scope="session")
 def reference_model(model_dir: Path) -> Any:
     return load_model(model_dir)
-
-
-def assert_equals_reference(model: Any, prompt: list[int], output: list[int], config: KvConfig | None = CONFIG) -> int:
-    """Each token is the reference's choice after the tokens before it; returns the number of near ties among them."""
-    text = prompt + output
-    result = replay(model, text, len(prompt), config, BLOCK_SIZE, keep_full=True)
-    assert result.full_logprobs is not None
-    logprobs = result.full_logprobs[len(prompt) - 1 :]
-    chosen = torch.tensor(output)
-    loss = logprobs.max(dim=-1).values - logprobs.gather(1, chosen[:, None])[:, 0]
-    wrong = (loss > NEAR_TIE).nonzero().flatten().tolist()
-    assert not wrong, (
-        f"prompt of {len(prompt)} tokens: output tokens {wrong[:5]} of {len(output)} differ from the reference "
-        f"by {loss[wrong[:5]].tolist()} nats"
-    )
-    return int((loss > 0).sum())
 
 
 @cache
@@ -95,6 +89,27 @@ def compressor_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.kv_compressor
 
 
+def attention_tables(
+    compressor: Any, block_tables: Tensor, computed: list[int], counts: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Block tables and lengths as `CompressorV1` gives them to the attention of the step that it has just begun.
+
+    block_tables: [num_reqs, any], logical; computed, counts: tokens of each request before the step, and of the step
+    """
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    seq_lens = torch.tensor(computed, dtype=torch.int32) + torch.tensor(counts, dtype=torch.int32)
+    nothing = torch.empty(0)
+    metadata = compressor._shorten(
+        CommonAttentionMetadata(
+            query_start_loc=nothing, query_start_loc_cpu=nothing, seq_lens=seq_lens, num_reqs=len(counts),
+            num_actual_tokens=sum(counts), max_query_len=max(counts), max_seq_len=int(seq_lens.max()),
+            block_table_tensor=block_tables, slot_mapping=nothing,
+        )
+    )  # fmt: skip
+    return metadata.block_table_tensor, metadata.seq_lens
+
+
 def watch_blocks(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """From now on every step checks invariant 3: the blocks that attention reads are the scheduler's live ones.
 
@@ -108,17 +123,19 @@ def watch_blocks(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, i
     def begin_step(scheduled: dict[str, int]) -> None:
         original(scheduled)
         batch = compressor.runner.input_batch
+        counts = [scheduled[req_id] for req_id in batch.req_ids]
+        computed = batch.num_computed_tokens_cpu[: len(counts)].tolist()
+        logical = torch.from_numpy(batch.block_table[0].get_numpy_array()[: len(counts)].copy())
+        tables, lengths = attention_tables(compressor, logical, computed, counts)
         for i, req_id in enumerate(batch.req_ids):
             geometry, request = scheduler._compressed(req_id)
-            computed, prompt = int(batch.num_computed_tokens_cpu[i]), request.num_prompt_tokens
-            length = geometry.physical_len(prompt, computed) + scheduled[req_id]
-            row = batch.block_table[0].get_numpy_array()[i]
-            if compressor.block_index is not None:
-                row = row[compressor.block_index[i].numpy()]
-            read = row[: -(-length // BLOCK_SIZE)].tolist()
+            prompt = request.num_prompt_tokens
+            length = geometry.physical_len(prompt, computed[i]) + counts[i]
+            assert int(lengths[i]) == length
+            read = tables[i, : -(-length // BLOCK_SIZE)].tolist()
             live = [b.block_id for b in manager.req_to_blocks[req_id] if not b.is_null]
             assert sorted(read) == sorted(live)
-            seen.append((req_id, geometry.num_events(prompt, computed)))
+            seen.append((req_id, geometry.num_events(prompt, computed[i])))
 
     monkeypatch.setattr(compressor, "begin_step", begin_step)
     return seen

@@ -9,8 +9,9 @@ from kvllm.engine.attention import capture_queries, store_with_queries
 
 
 class Impl:
-    def __init__(self, log):
+    def __init__(self, log, scale):
         self.log = log
+        self.scale = scale
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
         self.log.append("written by vLLM")
@@ -20,8 +21,8 @@ class Impl:
         return output
 
 
-def layer_of(log, backend="FLASH_ATTN"):
-    return SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: backend), impl=Impl(log))
+def layer_of(log, backend="FLASH_ATTN", scale=0.5):
+    return SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: backend), impl=Impl(log, scale), head_size=4)
 
 
 def test_keys_and_values_are_stored_with_the_queries():
@@ -46,6 +47,18 @@ def test_keys_and_values_are_stored_with_the_queries():
     # A step that has nothing to write must not write where the last one did.
     layers[0].impl.forward(layers[0], query, key, value, cache, None, output=output)
     assert log[2][:2] == ("store", 0) and log[2][5] is None
+
+
+def test_methods_see_queries_as_the_layer_scales_them():
+    """Methods multiply logits by head_dim ** -0.5, here 0.5; the layer itself is handed its queries as they are."""
+    log: list = []
+    layers = [layer_of(log, scale=0.25)]
+    capture_queries(layers, lambda *arguments: log.append(arguments), "cuda")
+    query, key, value, cache, output = (torch.full((2, 1, 4), float(i)) for i in range(1, 6))
+    layers[0].impl.forward(layers[0], query, key, value, cache, None, output=output)
+    (index, captured, *rest), attention = log
+    torch.testing.assert_close(captured, query * 0.5)
+    assert index == 0 and rest[0] is key and rest[1] is value and attention[1] is query
 
 
 @pytest.mark.parametrize("hook", [capture_queries, store_with_queries])

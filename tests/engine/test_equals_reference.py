@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
 
 from kvllm.engine.stats import engine_stats
-from tests.engine.conftest import CONFIG, assert_equals_reference, assert_pool_whole, engine, words
+from tests.engine.conftest import BLOCK_SIZE, CONFIG, assert_pool_whole, words
+from tests.near_ties import check_greedy
+
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("shared engine")]
 
 NUM_TOKENS = 270  # three windows and some
 
 
 @pytest.fixture(scope="module")
-def llm(model_dir: Path) -> Any:
-    # 96 tokens a step: a prompt of 500 is prefilled in chunks, beside others that decode.
-    with engine(model_dir, max_num_batched_tokens=96, max_num_seqs=16) as made:
-        yield made
+def llm(shared_llm: Any) -> Any:
+    """A prompt of 500 is prefilled in chunks, beside others that decode."""
+    return shared_llm
 
 
 def greedy(llm: Any, prompts: list[list[int]], num_tokens: int = NUM_TOKENS, **extra: Any) -> list[Any]:
@@ -31,7 +32,7 @@ def test_prompts_around_block_borders_in_one_batch_with_chunked_prefill(llm: Any
     before = engine_stats(llm)
     outputs = greedy(llm, prompts)
     ties = sum(
-        assert_equals_reference(reference_model, p, list(o.outputs[0].token_ids))
+        check_greedy(reference_model, p, list(o.outputs[0].token_ids), CONFIG, BLOCK_SIZE, num_variants=0).near_ties
         for p, o in zip(prompts, outputs, strict=True)
     )
     assert ties <= 2
@@ -56,7 +57,7 @@ def test_prefix_cache_hit(llm: Any, reference_model: Any) -> None:
     greedy(llm, [prompt], 8)
     (output,) = greedy(llm, [prompt])
     assert output.num_cached_tokens == 192
-    assert_equals_reference(reference_model, prompt, list(output.outputs[0].token_ids))
+    check_greedy(reference_model, prompt, list(output.outputs[0].token_ids), CONFIG, BLOCK_SIZE, num_variants=0)
 
 
 def test_ratios_mix_in_a_batch(llm: Any, reference_model: Any) -> None:
@@ -67,7 +68,7 @@ def test_ratios_mix_in_a_batch(llm: Any, reference_model: Any) -> None:
     ]
     outputs = llm.generate([{"prompt_token_ids": prompt}] * 2, params, use_tqdm=False)
     full, half = (list(o.outputs[0].token_ids) for o in outputs)
-    assert_equals_reference(reference_model, prompt, full, None)
-    assert_equals_reference(reference_model, prompt, half, CONFIG)
+    check_greedy(reference_model, prompt, full, None, BLOCK_SIZE, num_variants=0)
+    check_greedy(reference_model, prompt, half, CONFIG, BLOCK_SIZE, num_variants=0)
     assert full != half
     assert_pool_whole(llm)

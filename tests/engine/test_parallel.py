@@ -13,8 +13,11 @@ import torch
 from vllm import SamplingParams
 
 from kvllm.reference import load_model
-from tests.engine.conftest import assert_equals_reference, assert_pool_whole, engine
+from tests.engine.conftest import BLOCK_SIZE, CONFIG, assert_pool_whole, engine
 from tests.models import VOCAB_SIZE, save_random_llama
+from tests.near_ties import check_greedy
+
+pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
@@ -37,5 +40,5 @@ def test_tensor_parallel_ranks_give_the_reference_tokens(made_model: Path) -> No
     ) as llm:
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         for prompt, output in zip(prompts, outputs, strict=True):
-            assert_equals_reference(reference, prompt, list(output.outputs[0].token_ids))
+            check_greedy(reference, prompt, list(output.outputs[0].token_ids), CONFIG, BLOCK_SIZE, num_variants=0)
         assert_pool_whole(llm)

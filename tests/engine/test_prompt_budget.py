@@ -11,7 +11,10 @@ from vllm.exceptions import VLLMValidationError
 
 from kvllm.config import KvConfig
 from kvllm.engine.stats import engine_stats
-from tests.engine.conftest import assert_equals_reference, assert_pool_whole, engine, watch_blocks, words
+from tests.engine.conftest import BLOCK_SIZE, assert_pool_whole, engine, watch_blocks, words
+from tests.near_ties import check_greedy
+
+pytestmark = pytest.mark.engine
 
 CONFIG = KvConfig(
     method="cask", window_size=64, buffer_size=32, retention_ratio=0.5, request_ratios="1.0", prompt_budget=64
@@ -47,7 +50,7 @@ def test_a_cut_prompt_equals_the_reference_and_shares_nothing(
     assert (outputs[0].num_cached_tokens, again.num_cached_tokens) == (0, 288)
     assert again.outputs[0].token_ids == first.outputs[0].token_ids
     for text, output in zip(texts, outputs, strict=True):
-        assert_equals_reference(reference_model, text, list(output.outputs[0].token_ids), CONFIG)
+        check_greedy(reference_model, text, list(output.outputs[0].token_ids), CONFIG, BLOCK_SIZE, num_variants=0)
     assert after["num_prompts_cut"] - before["num_prompts_cut"] == 1
     # Ten blocks of the prompt become two, and two of a window one: the long text has two windows, the short one too.
     assert after["num_windows_compressed"] - before["num_windows_compressed"] == 4
@@ -77,7 +80,7 @@ def test_a_preempted_request_is_cut_again(llm: Any, reference_model: Any) -> Non
     assert output is not None and output.finished
     assert after["num_preemptions"] - before["num_preemptions"] == 3
     assert after["num_prompts_cut"] - before["num_prompts_cut"] == 3
-    assert_equals_reference(reference_model, prompt, list(output.outputs[0].token_ids), CONFIG)
+    check_greedy(reference_model, prompt, list(output.outputs[0].token_ids), CONFIG, BLOCK_SIZE, num_variants=0)
     assert_pool_whole(llm)
 
 

@@ -19,7 +19,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.engine.arg_utils import EngineArgs
 
-from kvllm.compression.rows import RunningRequests
 from kvllm.config import KvConfig
 from kvllm.engine import runner_v2, store_gpu
 from kvllm.engine.plugin import register
@@ -95,24 +94,6 @@ schedules = st.builds(
         max_size=8,
     ),
 )
-
-
-def test_a_row_is_free_again_once_its_request_is_released() -> None:
-    running = RunningRequests(2)
-    first, second = running.admit("a"), running.admit("b")
-    assert {first, second} == {0, 1} and running["a"] == first
-    running.release(["a", "never admitted"])
-    assert "a" not in running and len(running) == 1
-    assert running.admit("c") == first
-    running.release(["b"])
-    assert running.admit("a") == second
-
-
-def test_more_requests_than_seats_are_refused_by_name() -> None:
-    running = RunningRequests(1)
-    running.admit("a")
-    with pytest.raises(RuntimeError, match=r"request b is scheduled while max_num_seqs=1 others are running: \['a'\]"):
-        running.admit("b")
 
 
 @pytest.fixture(scope="module")

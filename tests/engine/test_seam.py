@@ -15,9 +15,9 @@ import vllm
 
 from kvllm.engine import plugin
 from kvllm.engine.seam import PATCHES, RELEASES, SEAM, apply_patches
-from kvllm.engine.touch import Addition, Assignment, Import, Override, Patch, Read, Touch
-from tools.check_seam import Check, changed_bodies, check_project, installed, main
-from tools.syntax_tree import Tree
+from kvllm.engine.touch import Addition, Assignment, Import, Override, Patch, Read, Reliance, Touch
+from tools.check_seam import Check, changed_functions, check_project, installed, main
+from tools.syntax_tree import World
 
 
 def test_the_declarations_hold_for_the_installed_vllm() -> None:
@@ -26,7 +26,8 @@ def test_the_declarations_hold_for_the_installed_vllm() -> None:
 
 def test_every_declaration_says_why() -> None:
     for touch in SEAM:
-        assert touch.why and touch.drop_when and touch.names and set(touch.releases) <= set(RELEASES), touch
+        assert touch.why and touch.drop_when and touch.paths and set(touch.releases) <= set(RELEASES), touch
+        assert all(re.fullmatch(r"\w[\w.]*", path) for path in touch.paths), touch
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.target.partition(":")[2])
@@ -92,6 +93,8 @@ VLLM = {
 
         class Pool(Base):
             limit: int = 0
+
+            def grow(self, by, at=0, *, force, why=None): ...
         """,
     "config.py": """
         from .pool import Pool as Pool
@@ -101,6 +104,7 @@ VLLM = {
         """,
     "util.py": """
         def old_name(a): ...
+        def _private(a): ...
         """,
 }
 KVLLM = {
@@ -121,13 +125,9 @@ KVLLM = {
 }
 REASONS: Any = {"why": "a test", "drop_when": "never"}
 OURS: tuple[Touch, ...] = (
-    Import(module="vllm.config", names=("Config",), **REASONS),
-    Import(module="vllm.pool", names=("Pool",), **REASONS),
-    Override(
-        ours="kvllm.engine.ours:OurPool", module="vllm.pool", names=("Pool.free(self, ids, *, now=False)",), **REASONS
-    ),
-    Assignment(module="vllm.pool", names=("Pool.limit",), **REASONS),
-    Read(module="vllm.pool", names=("Pool._free",), **REASONS),
+    Override("vllm.pool:Pool", "free(self, ids, *, now=False)", ours="kvllm.engine.ours:OurPool", **REASONS),
+    Assignment("vllm.pool:Pool", "limit", **REASONS),
+    Read("vllm.pool:Pool", "_free", **REASONS),
 )
 
 
@@ -143,11 +143,12 @@ def problems(
     vllm: dict[str, str] | None = None,
     kvllm: dict[str, str] | None = None,
     seam: tuple[Touch, ...] = OURS,
+    objects: dict[str, dict[str, str]] | None = None,
 ) -> list[str]:
     """What the checker finds, with some files replaced."""
     write(tmp_path / "theirs", "vllm", VLLM | (vllm or {}))
     write(tmp_path / "ours", "kvllm", KVLLM | (kvllm or {}))
-    return Check.of(tmp_path / "theirs", tmp_path / "ours", "kvllm", seam).run()
+    return Check(tmp_path / "theirs", tmp_path / "ours", seam, objects).run()
 
 
 def test_a_true_declaration_passes(tmp_path: Path) -> None:
@@ -157,15 +158,20 @@ def test_a_true_declaration_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "before, after, message",
     [
-        ("class Pool(Base)", "class Tank(Base)", "import vllm.pool:Pool: this vLLM does not have it"),
+        ("class Pool(Base)", "class Tank(Base)", "ours.py:3: imports vllm.pool:Pool, which this vLLM does not have"),
         ("limit: int", "most: int", "assignment vllm.pool:Pool.limit: this vLLM does not have it"),
         ("self._free = size", "self._rest = size", "read vllm.pool:Pool._free: this vLLM does not have it"),
         ("self.size = size", "self.length = size", "ours.py:13: pool.size: this vLLM's vllm.pool:Pool has no size"),
-        ("self.size = size", "self.count = size", "kvllm/engine/ours.py:7: OurPool sets vllm.pool:Pool.count"),
+        ("self.size = size", "self.count = size", "ours.py:7: OurPool sets vllm.pool:Pool.count, which the seam"),
         ("*, now=False", "now=False", "parameters changed from (self, ids, *, now=False) to (self, ids, now=False)"),
         ("*, now=False", "*, now=True", "changed from (self, ids, *, now=False) to (self, ids, *, now=True)"),
         ("free(self, ids,", "free(self, blocks,", "to (self, blocks, *, now=False)"),
         ("ids, *, now=False", "ids", "to (self, ids)"),
+        (
+            "ids, *, now=False",
+            "ids",
+            "ours.py:8: super().free(...) does not fit this vLLM's vllm.pool:free(self, ids): got an unexpected",
+        ),
         ("def free(self, ids, *, now=False): ...", "free = None", "declared as a function with (self, ids"),
     ],
 )
@@ -177,25 +183,40 @@ def test_what_changed_in_vllm_is_named(before: str, after: str, message: str, tm
 
 def test_a_missing_module_is_named(tmp_path: Path) -> None:
     moved = {"pool.py": "", "pools.py": VLLM["pool.py"], "config.py": VLLM["config.py"].replace(".pool", ".pools")}
-    assert "import vllm.pool:Pool: this vLLM does not have it" in problems(tmp_path, moved)
+    assert "ours.py:3: imports vllm.pool:Pool, which this vLLM does not have" in problems(tmp_path, moved)
     (tmp_path / "theirs" / "vllm" / "pool.py").unlink()
-    found = Check.of(tmp_path / "theirs", tmp_path / "ours", "kvllm", OURS).run()
-    assert "import vllm.pool: this vLLM has no such module" in found
+    found = Check(tmp_path / "theirs", tmp_path / "ours", OURS).run()
+    assert "read vllm.pool:Pool._free: this vLLM has no module vllm.pool" in found
+    assert "ours.py:3: imports vllm.pool:Pool, which this vLLM does not have" in found
 
 
 @pytest.mark.parametrize(
     "code, message",
     [
-        ("from vllm.util import old_name", "other.py:1: imports vllm.util:old_name, which no Import declares"),
-        ("def f():\n    from vllm import util as u\n    u.old_name(1)", "other.py:3: imports vllm.util:old_name"),
+        ("from vllm.util import gone", "other.py:1: imports vllm.util:gone, which this vLLM does not have"),
+        ("import vllm.gone", "other.py:1: imports vllm.gone, which this vLLM does not have"),
+        ("def f():\n    from vllm import util as u\n    u.gone(1)", "other.py:3: imports vllm.util:gone"),
+        ("from vllm.util import _private", "other.py:1: imports vllm.util:_private, which is private, and no Import"),
+        ("from vllm import util\nutil._private(1)", "other.py:2: imports vllm.util:_private, which is private"),
+        ("NAME = 'vllm.gone.Class'", "other.py:1: names vllm.gone.Class, which this vLLM does not have"),
+        ("NAME = 'vllm.pool', 'Gone'", "other.py:1: names vllm.pool:Gone, which this vLLM does not have"),
+        ("def f(pool):\n    setattr(pool, '_ids', 1)", "other.py:2: names _ids, a private member that the seam"),
         (
             "from vllm.pool import Base\nclass B(Base):\n    def free(self): ...",
             "py:3: B overrides vllm.pool:Base.free",
         ),
-        ("def make(base):\n    class B(base): ...", "other.py:2: class B: its base base is not known here"),
+        ("def make(base):\n    class B(base): ...", "other.py:2: class B: its base base is not known"),
         ("def f(pool):\n    return pool._ids", "other.py:2: pool._ids is a private member that the seam"),
         ("def f(pool):\n    pool.size = 1", "other.py:2: sets pool.size, which the seam does not declare"),
         ("from vllm.pool import Pool\ndef f(p: Pool):\n    p.size = 1", "other.py:3: sets p.size, which"),
+        (
+            "from vllm.pool import Pool\ndef f(x):\n    if isinstance(x, Pool):\n        return x.sise",
+            "other.py:4: x.sise: this vLLM's vllm.pool:Pool has no sise",
+        ),
+        (
+            "from dataclasses import replace\nfrom vllm.pool import Pool\ndef f(p: Pool):\n    replace(p, sise=1)",
+            "other.py:4: p.sise: this vLLM's vllm.pool:Pool has no sise",
+        ),
     ],
 )
 def test_what_is_not_declared_is_named(code: str, message: str, tmp_path: Path) -> None:
@@ -204,25 +225,54 @@ def test_what_is_not_declared_is_named(code: str, message: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    "call, problem",
+    [
+        ("p.grow(1, force=True)", None),
+        ("p.grow(1, 2, force=True, why='')", None),
+        ("p.grow(*args, **options)", None),
+        (
+            "p.grow(1)",
+            "p.grow(...) does not fit this vLLM's vllm.pool:grow(self, by, at=0, *, force, why=None): missing a",
+        ),
+        ("p.grow(force=1)", "missing a required argument: 'by'"),
+        ("p.grow(1, 2, 3, force=True)", "too many positional arguments"),
+        ("p.grow(1, force=True, how=1)", "got an unexpected keyword argument 'how'"),
+        ("Pool()", "missing a required argument: 'size'"),
+        ("old_name(1, 2)", "too many positional arguments"),
+    ],
+)
+def test_calls_must_fit_the_functions_of_vllm(call: str, problem: str | None, tmp_path: Path) -> None:
+    code = f"""
+        from vllm.pool import Pool
+        from vllm.util import old_name
+
+        def f(p: Pool, args, options):
+            {call}
+        """
+    found = problems(tmp_path, kvllm={"engine/other.py": code})
+    assert found == [] if problem is None else len(found) == 1 and problem in found[0], found
+
+
+def test_members_of_objects_without_annotations_are_checked(tmp_path: Path) -> None:
+    code = {"engine/other.py": "from typing import Any\ndef f(pool: Any):\n    return pool.size, pool.sise"}
+    assert problems(tmp_path, kvllm=code) == []
+    objects = {"kvllm.engine.other": {"pool": "vllm.pool:Pool"}}
+    assert problems(tmp_path, kvllm=code, objects=objects) == [
+        "other.py:3: pool.sise: this vLLM's vllm.pool:Pool has no sise"
+    ]
+    objects = {"kvllm.engine.other": {"pool": "vllm.pool:Gone", "tank": "vllm.pool:Pool"}}
+    gone, stale = problems(tmp_path, kvllm=code, objects=objects)
+    assert gone == "OBJECTS kvllm.engine.other pool: this vLLM has no vllm.pool:Gone"
+    assert stale == "OBJECTS kvllm.engine.other tank: stale, no member of it is used"
+
+
+@pytest.mark.parametrize(
     "touch, message",
     [
+        (Import("vllm.util", "_private", **REASONS), "import vllm.util:_private: stale, nothing imports it"),
+        (Read("vllm.pool:Base", "__init__", **REASONS), "read vllm.pool:Base.__init__: stale, nothing uses it"),
         (
-            Import(module="vllm.util", names=("old_name(a)",), **REASONS),
-            "import vllm.util:old_name: stale, nothing imports it",
-        ),
-        (
-            Read(
-                module="vllm.pool", names=("Base.free(self, ids, *, now=False)", "Base.__init__(self, size)"), **REASONS
-            ),
-            "stale",
-        ),
-        (
-            Override(
-                ours="kvllm.engine.ours:Gone",
-                module="vllm.pool",
-                names=("Base.free(self, ids, *, now=False)",),
-                **REASONS,
-            ),
+            Override("vllm.pool:Base", "free(self, ids, *, now=False)", ours="kvllm.engine.ours:Gone", **REASONS),
             "stale, kvllm.engine.ours:Gone does not have it",
         ),
     ],
@@ -234,7 +284,7 @@ def test_a_stale_declaration_is_named(touch: Touch, message: str, tmp_path: Path
 
 def test_an_addition_must_not_be_vllms_own(tmp_path: Path) -> None:
     code = {"engine/other.py": "from vllm.pool import Pool\nPool.kvllm_stats = 1"}
-    seam = (*OURS, Addition(module="vllm.pool", names=("Pool.kvllm_stats",), **REASONS))
+    seam = (*OURS, Addition("vllm.pool:Pool", "kvllm_stats", **REASONS))
     assert problems(tmp_path, kvllm=code, seam=seam) == []
     taken = VLLM["pool.py"].replace("limit: int = 0", "limit: int = 0\n            kvllm_stats = None")
     assert "this vLLM has one of its own" in problems(tmp_path, {"pool.py": taken}, code, seam)[0]
@@ -252,25 +302,34 @@ def test_releases_differ(tmp_path: Path) -> None:
     }
     seam = (
         *OURS,
-        Import(module="vllm.util", names=("old_name(a)",), releases=("0.32",), **REASONS),
-        Import(module="vllm.util", names=("new_name(a, b)",), releases=("0.33",), **REASONS),
+        Reliance("vllm.util", "old_name(a)", releases=("0.32",), **REASONS),
+        Reliance("vllm.util", "new_name(a, b)", releases=("0.33",), **REASONS),
     )
     new = {"util.py": "def new_name(a, b): ..."}
     assert problems(tmp_path, new, code, seam) == []
     assert problems(tmp_path, {"_version.py": "__version__ = '0.32.1'"}, code, seam) == []
-    assert "import vllm.util:new_name: this vLLM does not have it" in problems(tmp_path, {}, code, seam)
+    found = problems(tmp_path, {}, code, seam)
+    assert "reliance vllm.util:new_name: this vLLM does not have it" in found
+    assert "compat.py:3: imports vllm.util:new_name, which this vLLM does not have" in found
     # A release to come is expected to have what the newest one has.
     assert problems(tmp_path, new | {"_version.py": "__version__ = '0.34.0'"}, code, seam) == []
 
 
 def test_functions_to_read_again(tmp_path: Path) -> None:
+    """What is declared, and what is called."""
     write(tmp_path / "old", "vllm", VLLM)
-    write(
-        tmp_path / "new", "vllm", VLLM | {"pool.py": VLLM["pool.py"].replace("now=False): ...", "now=False): return 1")}
-    )
-    old, new = (Tree(tmp_path / name, "vllm", (0, 33)) for name in ("old", "new"))
-    assert [name.partition(",")[0] for name in changed_bodies(old, new, OURS)] == ["vllm.pool:Pool.free"]
-    assert changed_bodies(old, old, OURS) == []
+    changed = {
+        "pool.py": VLLM["pool.py"].replace("now=False): ...", "now=False): return 1"),
+        "util.py": VLLM["util.py"].replace("(a): ...", "(a): return 1"),
+    }
+    write(tmp_path / "new", "vllm", VLLM | changed)
+    code = "from vllm.util import old_name\nold_name(1)"
+    write(tmp_path / "ours", "kvllm", KVLLM | {"engine/other.py": code})
+    check = Check(tmp_path / "new", tmp_path / "ours", OURS)
+    assert check.run() == []
+    found = changed_functions(World({"vllm": tmp_path / "old"}, (0, 33)), check)
+    assert [name.partition(",")[0] for name in found] == ["vllm.pool:Pool.free", "vllm.util:old_name"]
+    assert changed_functions(World({"vllm": tmp_path / "new"}, (0, 33)), check) == []
 
 
 def test_the_command_names_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,8 +337,8 @@ def test_the_command_names_what_changed(tmp_path: Path, capsys: pytest.CaptureFi
     write(tmp_path, "vllm", VLLM)
     assert main([str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert "patch vllm.v1.worker.gpu.model_states: this vLLM has no such module" in out
-    assert "patch vllm.engine.arg_utils: this vLLM has no such module" in out
+    assert "patch vllm.v1.worker.gpu.model_states:resolve_model_state_cls: this vLLM has no module" in out
+    assert "src/kvllm/engine/plugin.py:20: imports vllm.v1.engine.core:EngineCore, which this vLLM does not have" in out
     assert re.search(r"^vLLM 0\.33\.0: \d+ names declared, \d{3} problems\.$", out, re.MULTILINE)
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from tests.server import kvllm_serve
 
+pytestmark = pytest.mark.engine
+
 POOL = 1280  # tokens, in blocks of 32; the model allows 2,048
 
 

@@ -12,10 +12,10 @@ import pytest
 from transformers import AutoConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from kvllm.compression.footprint import footprint
 from kvllm.config import KvConfig
 from kvllm.engine import settings
 from kvllm.engine.settings import prepare
-from kvllm.footprint import footprint
 
 
 def vllm_config(model_dir: Path, kvllm: Any = None, **options: Any) -> Any:

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 from vllm import SamplingParams
 
-from tests.engine.conftest import CONFIG, engine, words
+from tests.conftest import group_resources
+from tests.engine.conftest import CONFIG, SHARED, engine, words
+
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("shared engine")]
 
 PROMPTS = [words(n, seed=n) for n in (1, 16, 33, 200)]
 
 
-def tokens(model_dir: Path, config: object, num_tokens: int) -> list[list[int]]:
+def tokens(llm: Any, num_tokens: int) -> list[list[int]]:
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-    with engine(model_dir, config) as llm:  # type: ignore[arg-type]
-        outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], params, use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], params, use_tqdm=False)
     return [list(o.outputs[0].token_ids) for o in outputs]
 
 
-def test_ratio_one_and_the_time_before_the_first_window_are_stock(model_dir: Path) -> None:
-    stock = tokens(model_dir, None, 200)
-    assert tokens(model_dir, replace(CONFIG, retention_ratio=1.0), 200) == stock
+def test_ratio_one_and_the_time_before_the_first_window_are_stock(shared_llm: Any, model_dir: Path) -> None:
     # The first event comes 96 tokens after the protected prompt, which is at most 31 tokens longer than the prompt.
-    compressed = tokens(model_dir, CONFIG, 96)
+    compressed = tokens(shared_llm, 96)
+    group_resources.close()  # two engines in a process would share vLLM's process groups
+    with engine(model_dir, None, **SHARED) as llm:
+        stock = tokens(llm, 200)
+    with engine(model_dir, replace(CONFIG, retention_ratio=1.0), **SHARED) as llm:
+        assert tokens(llm, 200) == stock
     assert compressed == [s[:96] for s in stock]

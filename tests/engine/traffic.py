@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
@@ -32,6 +31,7 @@ from vllm.v1.worker.gpu_input_batch import InputBatch
 
 from kvllm.compression.compressor import Compressor, most_survivors
 from kvllm.compression.paged_store import PagedCandidates
+from kvllm.compression.query_ring import query_shifts
 from kvllm.compression.rows import EVENTS, Due, RunningRequests
 from kvllm.compression.store import ALL_LAYERS
 from kvllm.compression.worker import Layers, WorkerState
@@ -45,8 +45,8 @@ from kvllm.engine.store_gpu import GpuStore
 from kvllm.kernels.paged import PagedCache
 from kvllm.layout import Geometry, ceil_div
 from kvllm.methods.base import Kept, Method, Window
-from kvllm.query_ring import query_shifts
 from kvllm.reference.cache import DenseStore, LayerCache
+from tests.engine.conftest import attention_tables
 
 BLOCK_SIZE, MAX_LEN, NUM_HEADS = 4, 256, 2  # two heads, one KV head: the heads' queries are of different tokens
 PROMPT_KINDS = 2  # prompts of one kind begin alike, so they share blocks
@@ -198,19 +198,11 @@ class WorkerV1:
         compressor.store.written.clear()
         compressor.begin_step(scheduled.num_scheduled_tokens)
         tables = torch.from_numpy(batch.block_table[0].get_numpy_array()[: len(req_ids)].copy())
-        seq_lens = torch.tensor(computed, dtype=torch.int32) + torch.tensor(counts, dtype=torch.int32)
-        nothing = torch.zeros(0)
-        metadata = compressor._shorten(
-            CommonAttentionMetadata(
-                query_start_loc=nothing, query_start_loc_cpu=nothing, seq_lens=seq_lens, num_reqs=len(req_ids),
-                num_actual_tokens=sum(counts), max_query_len=max(counts), max_seq_len=int(seq_lens.max()),
-                block_table_tensor=tables.clone(), slot_mapping=nothing,
-            )
-        )  # fmt: skip
+        attended, seq_lens = attention_tables(compressor, tables, computed, counts)
         rows = compressor.state.rows
         held = [compressor.running[r] for r in req_ids]
         events = [int(rows.columns[EVENTS, row]) if rows.geometries[row] is not None else None for row in held]
-        return Step(req_ids, counts, computed, events, metadata.block_table_tensor, metadata.seq_lens, tables)
+        return Step(req_ids, counts, computed, events, attended, seq_lens, tables)
 
     @property
     def rows(self) -> dict[str, int]:

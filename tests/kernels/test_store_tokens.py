@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from kvllm.compression.query_bank import QueryBank
 from kvllm.kernels.store_tokens import store_tokens, store_tokens_ref
-from kvllm.query_bank import QueryBank
 from tests.kernels.paged_caches import assert_same_bits, copy_of, random_cache
 
 

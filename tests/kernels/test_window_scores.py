@@ -1,12 +1,12 @@
 import pytest
 import torch
 
+from kvllm.compression.query_bank import QueryBank, quantize
 from kvllm.kernels.window_scores import tile_sizes, window_scores, window_scores_ref
 from kvllm.kernels.windows import gather_window_ref
 from kvllm.methods.base import Window
 from kvllm.methods.kara import Kara, turn_distances
 from kvllm.methods.rope import Rope, frequencies
-from kvllm.query_bank import QueryBank, quantize
 from tests.kernels.paged_caches import random_blocks, random_cache
 
 
@@ -104,10 +104,9 @@ def turn_of(bank, head_dim, device, interleaved=False, num_pairs=None, by_layer=
     num_pairs = num_pairs or head_dim // 2
     rope = Rope(100.0 ** -(torch.arange(num_pairs, dtype=torch.float64, device=device) / num_pairs), interleaved)
     if by_layer:  # the first has none
-        ropes = [None] + [Rope(rope.frequencies / i, interleaved) for i in range(1, len(bank.queries))]
-        stacked = Rope.of_layers(ropes)
-        assert stacked is not None
-        rope = stacked
+        still = torch.zeros_like(rope.frequencies)
+        slower = [rope.frequencies / i for i in range(1, len(bank.queries))]
+        rope = Rope(torch.stack([still, *slower]), interleaved)
     distances = torch.randint(0, 500, (bank.num_queries, 1, bank.group_size), device=device)
     return rope.turn(distances, head_dim)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvllm.compression.compressor import Compressor, most_survivors
 from kvllm.compression.paged_store import PagedCandidates
+from kvllm.compression.query_ring import query_shifts
 from kvllm.compression.rows import TAIL, Due
 from kvllm.compression.worker import Layers, WorkerState
 from kvllm.config import KvConfig
@@ -30,7 +31,6 @@ from kvllm.kernels.store_tokens import store_tokens
 from kvllm.layout import Geometry
 from kvllm.methods import make_method
 from kvllm.methods.rope import Rope, frequencies
-from kvllm.query_ring import query_shifts
 from kvllm.reference.cache import DenseStore, LayerCache
 from tests.kernels.paged_caches import random_cache
 

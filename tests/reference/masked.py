@@ -1,7 +1,7 @@
 """The reference once more without a cache: stock attention over the whole text, with evicted tokens masked.
 
 Every layer and head gets its own mask of what was still there when a token was computed, and each compression is
-worked out from the text positions alone. Nothing of `kvllm.layout`, `kvllm.query_ring` or `kvllm.query_bank` is used.
+worked out from the text positions alone. Nothing of `kvllm.layout` or `kvllm.compression` is used.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvllm.compression.query_ring import prompt_query_positions, query_positions
 from kvllm.compression.rounding import PLAIN_BITS, Rounding
 from kvllm.compression.rows import Due
 from kvllm.compression.store import ALL_LAYERS, Store
@@ -15,7 +16,6 @@ from kvllm.config import KvConfig
 from kvllm.layout import Geometry, Shape
 from kvllm.methods.base import Kept, Method, Window
 from kvllm.methods.rope import Rope
-from kvllm.query_ring import prompt_query_positions, query_positions
 
 # Kernels that do what a method does, without copies of the candidates: (candidates of the store, number kept).
 Fused = Callable[[Any, int], None]
@@ -25,7 +25,7 @@ class Compressor:
     """Runs a method over the candidates of due events.
 
     layers:    [num_layers], the model's number of each layer of the store (int64)
-    shifts:    [group_size], of `kvllm.query_ring.query_shifts`
+    shifts:    [group_size], of `kvllm.compression.query_ring.query_shifts`
     positions: where survivors become candidates again, their positions in the text,
                [max_num_reqs, num_layers, num_kv_heads, most survivors]; None: not needed, or the kernels need none
     fused:     used instead of the method, if there is one

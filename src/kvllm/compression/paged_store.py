@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvllm.compression.query_bank import QueryBank
+from kvllm.compression.query_ring import oldest_slot
 from kvllm.compression.rows import Due
 from kvllm.compression.store import ALL_LAYERS
 from kvllm.config import KvConfig
 from kvllm.layout import ceil_div
 from kvllm.methods.base import Kept
-from kvllm.query_bank import QueryBank
-from kvllm.query_ring import oldest_slot
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from kvllm.compression.compressor import Compressor, Fused, most_survivors
 from kvllm.compression.paged_store import PagedCandidates, PagedStore
+from kvllm.compression.query_bank import QueryBank
 from kvllm.compression.rounding import Rounding
 from kvllm.compression.rows import NUM_PLANNED, PREFIX, PROMPT, REMOVED, TAIL, Due, RequestRows
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry, IntArray, Shape, ceil_div
 from kvllm.methods import make_method
 from kvllm.methods.rope import Rope
-from kvllm.query_bank import QueryBank
 
 assert (PROMPT, PREFIX, TAIL) == tuple(range(NUM_PLANNED))  # the plan's first rows; the request's own row follows
 PLAN_ROWS = NUM_PLANNED + 1

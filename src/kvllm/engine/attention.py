@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from kvllm import support
 from kvllm.engine.spec import KvSpec
 from kvllm.errors import UsageError
+from kvllm.methods.attention import query_factor
 
 Capture = Callable[[int, Tensor, Tensor, Tensor], None]
 Store = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None"], None]
@@ -64,7 +65,9 @@ def compressed_spec(layer_name: str, spec: Any) -> Any:
 def capture_queries(layers: list[Any], capture: Capture, device: str) -> None:
     """Hand each layer's post-RoPE queries to `capture(layer_index, query, key, value)` before its attention runs.
 
-    query, key, value: [num_tokens, num_heads or num_kv_heads, head_dim], padded as the layer sees it
+    query, key, value: [num_tokens, num_heads or num_kv_heads, head_dim], padded as the layer sees it; where the layer
+                       scales its logits by another factor than head_dim ** -0.5, as the methods do, the query is scaled
+                       by the quotient
     Raises UsageError where a layer's backend is not one that compression supports.
     """
     for layer in layers:
@@ -74,12 +77,14 @@ def capture_queries(layers: list[Any], capture: Capture, device: str) -> None:
                 f"KvLLM does not support attention_backend={backend}: use one of {', '.join(support.BACKENDS[device])}."
             )
     for index, layer in enumerate(layers):
-        layer.impl.forward = _capturing(layer.impl.forward, capture, index)
+        layer.impl.forward = _capturing(
+            layer.impl.forward, capture, index, query_factor(layer.impl.scale, layer.head_size)
+        )
 
 
-def _capturing(forward: Callable[..., Any], capture: Capture, index: int) -> Callable[..., Any]:
+def _capturing(forward: Callable[..., Any], capture: Capture, index: int, factor: float | None) -> Callable[..., Any]:
     def capturing_forward(layer: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        capture(index, query, key, value)
+        capture(index, query if factor is None else query * factor, key, value)
         return forward(layer, query, key, value, *args, **kwargs)
 
     return capturing_forward

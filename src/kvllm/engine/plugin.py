@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from kvllm.config import CONFIG_KEY
 from kvllm.engine.seam import RELEASES
-from kvllm.engine.settings import CONFIG_KEY
 from kvllm.errors import UsageError
 
 

@@ -10,7 +10,8 @@ from vllm.logger import init_logger
 from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
-from kvllm.engine.settings import RATIO_KEY, Geometries, kv_config, request_ratio
+from kvllm.config import RATIO_KEY
+from kvllm.engine.settings import Geometries, kv_config, request_ratio
 from kvllm.errors import UsageError
 from kvllm.layout import Geometry, ceil_div
 

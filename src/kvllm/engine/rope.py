@@ -14,9 +14,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import Phi3LongRoPEScaledRotaryEmbedding
 from vllm.model_executor.models.transformers.base import Base as TransformersBackend
 
-from kvllm.errors import UsageError
-from kvllm.methods.rope import Rope
-from kvllm.rope_probe import (
+from kvllm.compression.rope_probe import (
     REMEDY,
     matching_rope,
     probe_hidden_states,
@@ -25,6 +23,8 @@ from kvllm.rope_probe import (
     same_hidden_states,
     transformers_candidates,
 )
+from kvllm.errors import UsageError
+from kvllm.methods.rope import Rope
 
 _POSITIONS = ("positions", "position_ids")
 _HIDDEN_STATES = "hidden_states"

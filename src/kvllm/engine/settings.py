@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
 from kvllm import support
+from kvllm.compression.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
 from kvllm.compression.rounding import PLAIN_BITS, Rounding
-from kvllm.config import KvConfig, check_retention_ratio
+from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
-from kvllm.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
 from kvllm.layout import Geometry
+from kvllm.methods import checked_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
-CONFIG_KEY = "kvllm"
-RATIO_KEY = "kv_retention_ratio"
 # vLLM's own defaults leave little to choose between: a window of 256 tokens must be many blocks.
 DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 
@@ -31,7 +31,7 @@ def kv_config(vllm_config: VllmConfig) -> KvConfig | None:
     additional = vllm_config.additional_config
     if not isinstance(additional, dict) or CONFIG_KEY not in additional:
         return None
-    return KvConfig.from_dict(additional[CONFIG_KEY])
+    return checked_config(additional[CONFIG_KEY])
 
 
 def request_ratio(config: KvConfig, params: SamplingParams | None) -> float:
@@ -52,14 +52,16 @@ class Geometries:
     def __init__(self, config: KvConfig, block_size: int) -> None:
         self.config = config
         self.block_size = block_size
-        self._made: dict[float, Geometry | None] = {}  # bounded: of a range of ratios only hundredths are made
+        # The scheduler asks for every running request in every step. One object for each of `all_ratios`.
+        self._made: dict[float, Geometry | None] = {}
+        self.of_ratio = functools.lru_cache(maxsize=1024)(self._of_ratio)
 
     def of(self, params: SamplingParams | None) -> Geometry | None:
         """None where the request is not compressed; UsageError if its ratio does not fit the sizes."""
-        return self.of_ratio(request_ratio(self.config, params))
+        extra = params.extra_args if params is not None else None
+        return self.of_ratio(request_ratio(self.config, params) if extra else self.config.retention_ratio)
 
-    def of_ratio(self, ratio: float) -> Geometry | None:
-        """The geometry of a request that may choose this ratio."""
+    def _of_ratio(self, ratio: float) -> Geometry | None:
         ratio = self.config.nearest_ratio(ratio)
         if ratio not in self._made:
             self._made[ratio] = Geometry.from_config(self.config, self.block_size, ratio)

@@ -4,50 +4,53 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar
-
-Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+from typing import Any
 
 # The releases that KvLLM was checked with, oldest first; any patch release of one is accepted.
 RELEASES = ("0.32", "0.33")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Touch:
-    """Names of one vLLM module that KvLLM depends on.
+    """Names of a vLLM module or class that KvLLM depends on.
 
-    module:    where they are defined, or imported from
-    names:     names in it: `Class`, `Class.attribute`, or `function(parameter, other=default)`. A function is given
-               with its parameters, as source text without annotations. An attribute that a function sets on an
-               object is `function.attribute`.
+    owner:     module, or module:Class
+    names:     names in it, separated by white space. A function that we replace or rely on is given with its
+               parameters, as source text without annotations. An attribute that a function sets on an object is
+               `function.attribute`.
     why:       what KvLLM needs them for
     drop_when: what would make the dependency unnecessary
     releases:  the releases of vLLM that have them, with these parameters
     """
 
-    module: str
-    names: tuple[str, ...]
+    owner: str
+    names: str
     why: str
     drop_when: str
     releases: tuple[str, ...] = RELEASES
 
-    kind: ClassVar[str]
+    @property
+    def kind(self) -> str:
+        return type(self).__name__.lower()
+
+    @property
+    def module(self) -> str:
+        return self.owner.partition(":")[0]
 
     @property
     def paths(self) -> dict[str, str | None]:
-        """Name without parameters -> its parameters; None for what is no function."""
-        split = [name.partition("(") for name in self.names]
-        return {path: rest.removesuffix(")") if bracket else None for path, bracket, rest in split}
+        """Dotted name in the module -> parameters of a function; None where none are given."""
+        prefix = f"{self.owner.partition(':')[2]}.".lstrip(".")
+        found = re.findall(r"([\w.]+)(\((?:[^()]|\(\))*\))?", self.names)
+        return {prefix + name: " ".join(rest[1:-1].split()) if rest else None for name, rest in found}
 
 
-@dataclass(frozen=True, kw_only=True)
 class Import(Touch):
-    """Names that we import."""
-
-    kind = "import"
+    """Private modules and names that we import; the checker finds all other imports by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,35 +62,21 @@ class Override(Touch):
 
     ours: str
 
-    kind = "override"
 
-
-@dataclass(frozen=True, kw_only=True)
 class Assignment(Touch):
     """Attributes of vLLM's objects that we replace or set."""
 
-    kind = "assignment"
 
-
-@dataclass(frozen=True, kw_only=True)
 class Addition(Touch):
-    """Attributes that we add to vLLM's classes: vLLM must not have them."""
-
-    kind = "addition"
+    """Attributes that we add to vLLM's objects: their classes must not have them."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Read(Touch):
     """Members that we read or call: private ones, and public ones of objects whose class the checker cannot infer."""
 
-    kind = "read"
 
-
-@dataclass(frozen=True, kw_only=True)
 class Reliance(Touch):
     """Functions that we neither call nor replace, but whose behaviour we rely on: a new release is read here first."""
-
-    kind = "reliance"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +86,7 @@ class Patch(Touch):
     wrap: takes the original, returns the replacement
     """
 
-    wrap: Wrapper
-
-    kind = "patch"
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 
     @property
     def target(self) -> str:

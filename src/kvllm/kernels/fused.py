@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 from kvllm.compression.compressor import Fused
+from kvllm.compression.query_bank import QueryBank
 from kvllm.config import KvConfig
 from kvllm.kernels.paged import PagedCache
 from kvllm.methods.base import Method
 from kvllm.methods.rope import Rope
-from kvllm.query_bank import QueryBank
 
 
 class Build(Protocol):

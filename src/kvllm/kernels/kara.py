@@ -6,6 +6,7 @@ import torch
 
 from kvllm.compression.compressor import Fused
 from kvllm.compression.paged_store import PagedCandidates
+from kvllm.compression.query_bank import QueryBank
 from kvllm.config import KvConfig
 from kvllm.kernels.compact import compact
 from kvllm.kernels.fused import serves
@@ -16,7 +17,6 @@ from kvllm.kernels.window_scores import window_scores
 from kvllm.methods.base import Method
 from kvllm.methods.kara import Kara
 from kvllm.methods.rope import Rope, Turn
-from kvllm.query_bank import QueryBank
 
 
 def covers(method: Method, head_dim: int) -> bool:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvllm.compression.query_bank import QueryBank
 from kvllm.kernels.compact import compact_ref
 from kvllm.kernels.paged import PagedCache, layer_ptr, next_power_of_2, token_offsets
 from kvllm.kernels.window_scores import (
@@ -29,7 +30,6 @@ from kvllm.layout import ceil_div
 from kvllm.methods.kara import MOST_REFITTED
 from kvllm.methods.refit import LEAST_KEPT, STEPS, fitted_values, key_shift
 from kvllm.methods.rope import Turn
-from kvllm.query_bank import QueryBank
 
 # Requests of one pair of launches: what passes between the two takes about 40 MB a request of an 8B model.
 _BATCH = 4

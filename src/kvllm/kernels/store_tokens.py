@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvllm.compression.query_bank import LEVELS, SMALLEST, QueryBank
 from kvllm.kernels.paged import PagedCache, next_power_of_2
 from kvllm.layout import ceil_div
-from kvllm.query_bank import LEVELS, SMALLEST, QueryBank
 
 _HEADS = 8  # a program's
 

@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from kvllm.compression.query_bank import QueryBank
 from kvllm.kernels.paged import TL_DTYPES, PagedCache, layer_ptr, next_power_of_2, token_offsets
 from kvllm.kernels.windows import gather_window_ref
 from kvllm.layout import ceil_div
 from kvllm.methods.rope import Turn
-from kvllm.query_bank import QueryBank
 
 # A key tile of this size fits twice into the shared memory of a multiprocessor of a Hopper or Ampere GPU, beside the
 # queries: two programs share one, so that one computes while the other loads.

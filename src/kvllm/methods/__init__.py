@@ -8,11 +8,11 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kvllm.config import KvConfig
 from kvllm.errors import UsageError, within
 from kvllm.options import no_such, options_of
 
 if TYPE_CHECKING:
-    from kvllm.config import KvConfig
     from kvllm.methods.base import Method
 
 _REGISTRY: dict[str, type[Method]] = {}
@@ -43,6 +43,13 @@ def methods() -> dict[str, type[Method]]:
 def _import_modules() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
+
+
+def checked_config(options: Mapping[str, Any]) -> KvConfig:
+    """`KvConfig.from_dict`, and the method's name and options checked too: what front ends read options with."""
+    config = KvConfig.from_dict(options)
+    make_method(config)
+    return config
 
 
 def make_method(config: KvConfig) -> Method:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -9,6 +10,18 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from kvllm.methods.base import Window
+
+
+def query_factor(scale: float, head_dim: int) -> float | None:
+    """What to multiply a layer's queries by before they are kept; None for nothing.
+
+    Methods scale logits by head_dim ** -0.5. Some models use another scale (Gemma 2, Granite), and some implementations
+    scale the queries first and ask for 1.0 (OPT in transformers).
+
+    scale: by which the layer's attention multiplies its logits
+    """
+    factor = scale * head_dim**0.5
+    return None if math.isclose(factor, 1) else factor
 
 
 def text_places(window: Window) -> Tensor:

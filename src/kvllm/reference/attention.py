@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from kvllm.errors import UsageError
+from kvllm.methods.attention import query_factor
 from kvllm.reference.cache import LayerCache
 
 NAME = "kvllm_reference"
@@ -48,13 +49,15 @@ def attend(
             raise UsageError(f"{type(module).__name__} uses {name}={options[name]}, which the reference does not do.")
     cache = _layers.get()[module.layer_idx]  # type: ignore[index]
     num_new = query.shape[2]
-    cache.append(*(x[0].transpose(0, 1) for x in (query, key, value)))
+    scale, softcap, sinks = (options.get(name) for name in ("scaling", "softcap", "s_aux"))
+    factor = None if scale is None else query_factor(scale, query.shape[-1])
+    kept_query = query if factor is None else query * factor
+    cache.append(*(x[0].transpose(0, 1) for x in (kept_query, key, value)))
     window = options.get("sliding_window")
     if window is not None and cache.num_appended > window:
         raise ValueError(f"{cache.num_appended} tokens: {type(module).__name__} looks back only {window}.")
     keys, values = cache.keys.transpose(0, 1)[None], cache.values.transpose(0, 1)[None]
     mask = causal_mask(num_new, len(cache.keys), query.device)
-    scale, softcap, sinks = (options.get(name) for name in ("scaling", "softcap", "s_aux"))
     if softcap is None and sinks is None:
         output = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
     else:

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvllm.compression.query_bank import dequantize, quantize
+from kvllm.compression.query_ring import query_shifts
 from kvllm.compression.rows import Due
 from kvllm.compression.store import ALL_LAYERS
 from kvllm.config import KvConfig
 from kvllm.methods.base import Kept
-from kvllm.query_bank import dequantize, quantize
-from kvllm.query_ring import query_shifts
 
 
 class LayerCache:

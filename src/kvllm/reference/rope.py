@@ -8,9 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from kvllm.errors import UsageError
-from kvllm.methods.rope import Rope
-from kvllm.rope_probe import (
+from kvllm.compression.rope_probe import (
     REMEDY,
     matching_rope,
     probe_positions,
@@ -18,6 +16,8 @@ from kvllm.rope_probe import (
     same_hidden_states,
     transformers_candidates,
 )
+from kvllm.errors import UsageError
+from kvllm.methods.rope import Rope
 
 NAME = "kvllm_rope_probe"
 _queries: ContextVar[dict[int, Tensor]] = ContextVar("queries")

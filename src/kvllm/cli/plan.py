@@ -1,0 +1,117 @@
+"""`kvllm plan`: how many requests of which length fit a device, from the model's config alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from kvllm.compression.footprint import Footprint
+from kvllm.errors import UsageError
+from kvllm.layout import Geometry, ceil_div
+from kvllm.options import parse_numbers
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Requests that grow to `length` tokens, prompt included: blocks each holds at its peak, and how many fit."""
+
+    length: int
+    stock_blocks: int
+    stock_requests: int
+    kvllm_blocks: int
+    kvllm_requests: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    pool_bytes: int
+    num_blocks: int
+    stock_num_blocks: int
+    block_size: int
+    num_prompt_tokens: int
+    footprint: Footprint
+    rows: list[Row]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan(
+    footprint: Footprint,
+    pool_bytes: int,
+    geometry: Geometry | None,
+    block_size: int,
+    num_prompt_tokens: int,
+    lengths: Sequence[int],
+) -> Plan:
+    """How many requests fit, each counted at its peak; geometry None: no compression.
+
+    pool_bytes: KvLLM's; stock vLLM's pool has the query bank's bytes too
+    """
+    block_bytes = footprint.kv_per_token * block_size
+    num_blocks, stock_num_blocks = pool_bytes // block_bytes, (pool_bytes + footprint.query_bank) // block_bytes
+    rows = []
+    for length in lengths:
+        if length <= num_prompt_tokens:
+            raise UsageError(
+                f"--length {length}: this is the total, prompt included, and must be more than --prompt-tokens "
+                f"{num_prompt_tokens}."
+            )
+        stock = ceil_div(length, block_size)
+        ours = geometry.peak_blocks(num_prompt_tokens, length) if geometry else stock
+        # vLLM keeps one block, the null block.
+        rows.append(Row(length, stock, (stock_num_blocks - 1) // stock, ours, (num_blocks - 1) // ours))
+    return Plan(pool_bytes, num_blocks, stock_num_blocks, block_size, num_prompt_tokens, footprint, rows)
+
+
+def pool_bytes(memory: int, utilization: float, reserve: int, footprint: Footprint) -> int:
+    """What is left for KvLLM's KV cache, as vLLM reckons: a share of the memory, less all that comes before it."""
+    left = int(memory * utilization) - reserve - footprint.weights - footprint.query_bank
+    if left <= 0:
+        raise UsageError(
+            f"--memory {memory / 2**30:.1f}GiB: the weights ({footprint.weights / 2**30:.1f} GiB), the query bank "
+            f"({footprint.query_bank / 2**30:.1f} GiB, less with a smaller --max-num-seqs) and the reserve "
+            f"({reserve / 2**30:.1f} GiB) leave nothing for the KV cache at --gpu-memory-utilization {utilization}."
+        )
+    return left
+
+
+def summary(plan: Plan) -> str:
+    """Where the memory goes, in one line."""
+    gib = 2**30
+    return (
+        f"weights {plan.footprint.weights / gib:.2f} GiB, query bank {plan.footprint.query_bank / gib:.2f} GiB, "
+        f"KV pool {plan.pool_bytes / gib:.2f} GiB = {plan.num_blocks} blocks of {plan.block_size} tokens "
+        f"(stock: {plan.stock_num_blocks}), {plan.footprint.kv_per_token / 2**10:.1f} KiB a token"
+    )
+
+
+def table(plan: Plan) -> Table:
+    """One line a length."""
+    made = Table(title=f"requests that fit at once, prompts of {plan.num_prompt_tokens} tokens")
+    for name in ("total length", "blocks, stock", "blocks, KvLLM", "requests, stock", "requests, KvLLM", "gain"):
+        made.add_column(name, justify="right")
+    for row in plan.rows:
+        gain = f"{row.kvllm_requests / row.stock_requests:.2f}x" if row.stock_requests else "-"
+        cells = (row.length, row.stock_blocks, row.kvllm_blocks, row.stock_requests, row.kvllm_requests)
+        made.add_row(*map(str, cells), gain)
+    return made
+
+
+def parse_bytes(text: str, option: str = "--memory") -> int:
+    """A number of bytes, such as 80GiB, 24G or 512MB."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?)B?\s*", text.upper())
+    if not match or match[2] not in UNITS or match[1].count(".") > 1 or match[1] == ".":
+        raise UsageError(f"{option} {text}: expected a size such as 80GiB, 24GB or 512MiB.")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Total lengths, such as 2048,8192."""
+    return parse_numbers("--length", text, int, "2048,8192")

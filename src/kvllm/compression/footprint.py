@@ -1,0 +1,111 @@
+"""What a model takes of a device, from its config alone."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from kvllm.config import KvConfig
+from kvllm.errors import UsageError
+from kvllm.support import check_model
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+QUANTIZED_BITS = {"fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4}
+# Of what the weights leave of a GPU, the share that the query bank may take where nobody says otherwise.
+BANK_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model takes of a device, in bytes."""
+
+    weights: int
+    kv_per_token: int
+    query_bank: int  # KvLLM's only
+
+
+def footprint(
+    config: Any,
+    compression: KvConfig,
+    max_num_seqs: int,
+    kv_cache_dtype: str = "auto",
+    weights: int | None = None,
+    max_model_len: int | None = None,
+) -> Footprint:
+    """Bytes of the weights (counted unless given), of one token's KV and of the query bank.
+
+    config:        a transformers config
+    max_model_len: longest text, prompt included; default: the config's
+    Raises ValueError for a model that KvLLM does not serve.
+    """
+    import torch
+
+    from kvllm.compression.query_bank import QueryBank
+
+    check_model(config, config.model_type, max_model_len)
+    dtype = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    kv_bytes = 1 if kv_cache_dtype.startswith("fp8") else DTYPE_BYTES[dtype]
+    bank = QueryBank.allocate(
+        num_layers, max_num_seqs, compression.num_queries, num_heads, num_kv_heads, head_dim,
+        compression.query_stride, getattr(torch, dtype), device="meta",
+    )  # fmt: skip
+    return Footprint(
+        weights=weight_bytes(config, DTYPE_BYTES[dtype]) if weights is None else weights,
+        kv_per_token=2 * num_layers * num_kv_heads * head_dim * kv_bytes,
+        query_bank=bank.num_bytes,
+    )
+
+
+def default_max_num_seqs(memory: int, utilization: float, one: Footprint) -> int:
+    """What `vllm serve` takes on a GPU of this size (but for the A100 of 80 GB, where it takes 256), or fewer that fit.
+
+    one: of the model, with the bank of one request
+    """
+    return min(1024 if memory >= 70 * 2**30 else 256, fitting_max_num_seqs(memory, utilization, one))
+
+
+def fitting_max_num_seqs(memory: int, utilization: float, one: Footprint, num_shards: int = 1) -> int:
+    """Requests whose query banks take at most BANK_SHARE of what the weights leave of a device; a multiple of 8.
+
+    one:        of the model, with the bank of one request
+    num_shards: devices that share the weights and the heads between them
+    """
+    left = memory * utilization - one.weights / num_shards
+    return max(int(BANK_SHARE * left * num_shards / one.query_bank) // 8 * 8, 8)
+
+
+def weight_bytes(config: Any, dtype_bytes: int) -> int:
+    """Bytes of the parameters, counted on a model without storage."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    bits = quantized_bits(getattr(config, "quantization_config", None))
+    if bits:
+        config = copy.copy(config)
+        del config.quantization_config  # the plain layers have the same shapes
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    dense = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    total = 0
+    for parameter in model.parameters():  # tied weights come once
+        linear = parameter.dim() > 1 and id(parameter) not in dense
+        total += parameter.numel() * (bits if bits and linear else 8 * dtype_bytes) // 8
+    return total
+
+
+def quantized_bits(quantization: Any) -> int | None:
+    """Bits of a quantized linear weight, or None where nothing is quantized."""
+    if not quantization:
+        return None
+    options = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    bits = options.get("bits") or QUANTIZED_BITS.get(str(options.get("quant_method")))
+    if bits is None:
+        raise UsageError(
+            f"quantization {options.get('quant_method')!r}: its size does not follow from the config; "
+            "pass the weights' size with --weights, such as --weights 8GiB."
+        )
+    return int(bits)

@@ -1,0 +1,138 @@
+"""The queries that the engines keep for scoring: a ring for each request and layer, eight bits a number.
+
+The queries of a token take more memory than its KV pairs (four times as many heads as KV heads, at 8B scale), so the
+bank holds every `query_stride`-th query of a head (`kvllm.compression.query_ring`) in int8, with one scale for each
+vector. The queries of a float32 model are stored unquantized, since such a model is used for comparisons: quantization
+would amplify differences in the last bit, and sometimes change which tokens are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvllm.compression.query_ring import query_shifts, slot_of
+from kvllm.layout import IntArray
+
+LEVELS = 127
+SMALLEST = 1e-30  # so that a query of zeros has a scale to divide by
+
+
+@dataclass(frozen=True)
+class QueryBank:
+    """queries: [num_layers, max_num_reqs, num_queries, num_heads, head_dim] int8, or float32, after RoPE
+    scales:  [num_layers, max_num_reqs, num_queries, num_heads] float32; a query is its numbers times its scale
+    """
+
+    queries: Tensor
+    scales: Tensor
+    num_kv_heads: int
+    query_stride: int
+    shifts: Tensor  # [group_size], of `kvllm.compression.query_ring.query_shifts`
+
+    @classmethod
+    def allocate(
+        cls,
+        num_layers: int,
+        max_num_reqs: int,
+        num_queries: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        query_stride: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> QueryBank:
+        """dtype: the model's"""
+        shape = (num_layers, max_num_reqs, num_queries, num_heads)
+        stored = torch.float32 if dtype == torch.float32 else torch.int8
+        queries = torch.zeros(*shape, head_dim, dtype=stored, device=device)
+        shifts = torch.from_numpy(query_shifts(query_stride, num_heads // num_kv_heads)).to(device)
+        return cls(queries, torch.zeros(shape, device=device), num_kv_heads, query_stride, shifts)
+
+    @cached_property
+    def num_queries(self) -> int:
+        return self.queries.shape[2]
+
+    @cached_property
+    def group_size(self) -> int:
+        return self.queries.shape[3] // self.num_kv_heads
+
+    @cached_property
+    def period(self) -> int:
+        """Tokens from one use of a slot to the next."""
+        return self.num_queries * self.query_stride
+
+    @property
+    def num_bytes(self) -> int:
+        return self.queries.nbytes + self.scales.nbytes
+
+    def codes(self, rows: IntArray | int, offsets: IntArray) -> IntArray:
+        """What `store` is told of a token: its request's row in the bank, and where in the ring's period it falls.
+
+        offsets: places after the protected prompt, not negative
+        """
+        return rows * self.period + offsets % self.period
+
+    def targets(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Which queries of a step are kept and where, the same in every layer: what `put` takes.
+
+        codes:  [num_tokens], of `codes`, or -1: nothing is stored; no two tokens of a row a whole period apart
+        returns token, member of the group, row and entry of the ring of each query that is kept
+        """
+        # Both [num_tokens, group_size].
+        stored, slots = slot_of(codes[:, None] % self.period, self.shifts, self.query_stride, self.num_queries)
+        token, member = (stored & (codes >= 0)[:, None]).nonzero(as_tuple=True)
+        return token, member, codes[token] // self.period, slots[token, member]
+
+    def store(self, layer: int, query: Tensor, codes: Tensor) -> None:
+        """Keep the queries of those heads whose turn it is.
+
+        query: [num_tokens, num_heads, head_dim], after RoPE; codes: as of `targets`
+        """
+        self.put(layer, query, self.targets(codes))
+
+    def put(self, layer: int, query: Tensor, targets: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        """Keep the queries that `targets` chose."""
+        token, member, row, slot = targets
+        grouped = query.unflatten(1, (self.num_kv_heads, self.group_size))[token, :, member]
+        numbers, scales = quantize(grouped, self.queries.dtype)
+        shape = (self.num_kv_heads, self.group_size)
+        self.queries[layer].unflatten(2, shape)[row, slot, :, member] = numbers
+        self.scales[layer].unflatten(2, shape)[row, slot, :, member] = scales
+
+    def ring_start(self, row: Any, oldest_slot: Any) -> Any:
+        """What a reader is told of a request: its row in the bank, and the slot at which its ring starts.
+
+        Numbers, arrays or tensors, whose shapes broadcast.
+        """
+        return row * self.num_queries + oldest_slot
+
+    def row_of(self, ring_start: Any) -> Any:
+        """The row in what `ring_start` made."""
+        return ring_start // self.num_queries
+
+    def of(self, ring_starts: Tensor | int, layers: slice = slice(None)) -> Tensor:
+        """[num_layers, *ring_starts, num_queries, num_heads, head_dim] in float32, oldest first."""
+        starts = torch.as_tensor(ring_starts, device=self.queries.device)[..., None]
+        slots = (starts + torch.arange(self.num_queries, device=starts.device)) % self.num_queries
+        rows = self.row_of(starts)
+        return dequantize(self.queries[layers][:, rows, slots], self.scales[layers][:, rows, slots])
+
+
+def quantize(vectors: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Numbers of the same shape in `dtype`, int8 or float32, and a float32 scale for each vector (the last axis)."""
+    vectors = vectors.float()
+    if dtype == torch.float32:
+        return vectors, torch.ones_like(vectors[..., 0])
+    # Not divided by LEVELS: on a GPU PyTorch would multiply by the reciprocal, on a CPU not.
+    scales = vectors.abs().amax(dim=-1).clamp(min=SMALLEST) * (1 / LEVELS)
+    return (vectors / scales.unsqueeze(-1)).round().to(torch.int8), scales
+
+
+def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
+    return numbers.float() * scales.unsqueeze(-1)

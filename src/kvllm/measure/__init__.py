@@ -1,0 +1,1 @@
+"""Measuring: what compression changes (`eval`), and what it costs or gains (`bench`)."""

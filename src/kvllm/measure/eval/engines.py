@@ -1,0 +1,138 @@
+"""Who answers: vLLM in this process with one configuration, or any OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kvllm.config import RATIO_KEY
+from kvllm.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; the names are vLLM's. seed: a seed a request is made from it; None: the engine's own."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """ratio: the request's own retention ratio; None: leave it to the engine. seed: of this request."""
+
+    prompt: str
+    ratio: float | None
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    text: str
+    num_tokens: int
+    finish_reason: str
+
+
+class Engine(Protocol):
+    def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Completion]]:
+        """Each question's index and answer, in the order in which they are done."""
+
+    def close(self) -> None:
+        """Give back what it holds, so that another engine can start."""
+
+
+class VllmEngine:
+    """vLLM with `options`, fields of KvConfig (None: stock), from MODEL and any of vLLM's engine flags."""
+
+    def __init__(self, arguments: Sequence[str], options: Mapping[str, Any] | None, sampling: Sampling) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import LLM
+
+        from kvllm.engine.arguments import engine_args
+
+        self.llm = LLM.from_engine_args(engine_args(arguments, options))
+        self.block_size: int = self.llm.llm_engine.vllm_config.cache_config.block_size
+        self.stock = options is None
+        self.sampling = sampling
+
+    def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Completion]]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        from kvllm.cli.generate import encode
+
+        engine, tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
+        for i, question in enumerate(questions):
+            if self.stock and question.ratio not in (None, 1.0):
+                raise UsageError(f"retention ratio {question.ratio}: this engine is stock vLLM.")
+            extra = None if self.stock or question.ratio is None else {RATIO_KEY: question.ratio}
+            params = SamplingParams(
+                max_tokens=self.sampling.max_tokens,
+                temperature=self.sampling.temperature,
+                top_p=self.sampling.top_p,
+                seed=question.seed,
+                extra_args=extra,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            engine.add_request(str(i), {"prompt_token_ids": encode(tokenizer, question.prompt, None)}, params)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    made = output.outputs[0]
+                    yield int(output.request_id), Completion(made.text, len(made.token_ids), str(made.finish_reason))
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+class Endpoint:
+    """A server that speaks OpenAI's chat completions, such as `kvllm serve`."""
+
+    def __init__(self, url: str, model: str, sampling: Sampling, concurrency: int, api_key: str | None = None) -> None:
+        from openai import OpenAI
+
+        key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
+        self.client = OpenAI(base_url=url, api_key=key, timeout=24 * 3600)
+        self.model, self.sampling, self.concurrency = model, sampling, concurrency
+
+    def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Completion]]:
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            futures = {pool.submit(self._ask, question): i for i, question in enumerate(questions)}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, question: Question) -> Completion:
+        body: dict[str, Any] = {}
+        if question.ratio is not None:
+            body["vllm_xargs"] = {RATIO_KEY: question.ratio}
+        response = self.client.chat.completions.create(
+            model=self.model,
+            messages=[{"role": "user", "content": question.prompt}],
+            max_tokens=self.sampling.max_tokens,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            seed=question.seed,
+            extra_body=body,
+        )
+        choice = response.choices[0]
+        message = choice.message
+        # A reasoning parser splits the thoughts off; tokens are counted together either way.
+        thoughts = getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None) or ""
+        if response.usage is None:
+            raise UsageError(f"{self.client.base_url} reports no usage, so the answer's length is not known.")
+        text = thoughts + (message.content or "")
+        return Completion(text, response.usage.completion_tokens, str(choice.finish_reason))
+
+    def close(self) -> None:
+        self.client.close()

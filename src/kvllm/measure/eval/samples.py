@@ -1,0 +1,75 @@
+"""The log of a run: every answer with what was asked, so that it can be graded again and a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+FULL = "full cache"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer to one problem.
+
+    name:       what the configuration is called in tables
+    config:     fields of KvConfig; None: the full cache, or an endpoint's own
+    ratio:      1.0 for the full cache; None where an endpoint chose
+    correct:    None: not graded yet
+    """
+
+    task: str
+    problem_id: str
+    sample: int
+    name: str
+    config: Mapping[str, Any] | None
+    ratio: float | None
+    expected: str
+    text: str
+    num_tokens: int
+    finish_reason: str
+    correct: bool | None = None
+    grader: str | None = None
+
+    @property
+    def key(self) -> str:
+        """What a resumed run need not do again."""
+        return sample_key(self.task, self.problem_id, self.sample, self.config, self.ratio)
+
+
+def sample_key(task: str, problem_id: str, sample: int, config: Mapping[str, Any] | None, ratio: float | None) -> str:
+    return json.dumps([task, problem_id, sample, config, ratio], sort_keys=True)
+
+
+def write_sample(log: TextIO, sample: Sample) -> None:
+    """Append one line and hand it to the system, so that a kill loses no more than what is being written."""
+    log.write(json.dumps(asdict(sample)) + "\n")
+    log.flush()
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """All whole lines of the log; what a kill left of a last one is cut off the file."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as log:
+            log.truncate(whole)
+    return [Sample(**json.loads(line)) for line in content[:whole].splitlines()]
+
+
+def regrade(path: Path) -> list[Sample]:
+    """Grade every answer of the log again and put the result in its place."""
+    from kvllm.measure.eval.grade import GRADER, is_correct
+
+    samples = [replace(s, correct=is_correct(s.text, s.expected), grader=GRADER) for s in read_samples(path)]
+    replace_log(path, samples)
+    return samples
+
+
+def replace_log(path: Path, samples: Iterable[Sample]) -> None:
+    new = path.with_suffix(".new")
+    new.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
+    new.replace(path)

@@ -1,0 +1,127 @@
+"""Traces: texts that a model wrote, as token ids, for `kvllm eval fidelity` to replay.
+
+python -m kvllm.measure.eval.traces MODEL --out traces.jsonl [options] [vLLM's engine flags]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvllm.errors import UsageError
+from kvllm.measure.eval.problems import load_problems, spread
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+HALVES = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A prompt and what a model wrote after it."""
+
+    id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_prompt_tokens < len(self.token_ids):
+            raise UsageError(f"trace {self.id}: {len(self.token_ids)} tokens, {self.num_prompt_tokens} of the prompt.")
+
+
+def write_traces(path: Path, traces: Sequence[Trace]) -> None:
+    path.write_text("".join(json.dumps(asdict(trace)) + "\n" for trace in traces))
+
+
+def read_traces(path: Path) -> list[Trace]:
+    return [Trace(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def half_of(traces: Sequence[Trace], half: str | None) -> list[Trace]:
+    """train: the first, third, ... trace, to tune on; test: the others, to report on; None: all."""
+    if half is None:
+        return list(traces)
+    if half not in HALVES:
+        raise UsageError(f"half={half!r}: must be one of {', '.join(HALVES)}.")
+    return list(traces[HALVES.index(half) :: 2])
+
+
+def make_traces(
+    llm: LLM,
+    task: str,
+    num_problems: int | None,
+    max_tokens: int,
+    min_tokens: int,
+    temperature: float,
+    seed: int | None,
+) -> list[Trace]:
+    """Let stock vLLM answer the problems; answers shorter than `min_tokens` are left out."""
+    from vllm import SamplingParams
+
+    from kvllm.cli.generate import encode
+
+    problems = spread(load_problems(task), num_problems)
+    prompts = [encode(llm.get_tokenizer(), problem.prompt, None) for problem in problems]
+    seeds = [None if seed is None else seed + i for i in range(len(prompts))]
+    sampling = [SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=s) for s in seeds]
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
+    answers = [list(output.outputs[0].token_ids) for output in outputs]
+    return [
+        Trace(f"{task}:{problem.id}", prompt + answer, len(prompt))
+        for problem, prompt, answer in zip(problems, prompts, answers, strict=True)
+        if len(answer) >= min_tokens
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="kvllm eval traces",
+        description="Let a model answer problems through stock vLLM, and keep the token ids.",
+        epilog="Flags not listed here go to vLLM's engine, such as --dtype, --max-model-len or --enforce-eager.",
+    )
+    parser.add_argument("model", help="model folder or hub name")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
+    parser.add_argument("--task", default="math500", help="math500 or gsm8k")
+    parser.add_argument("--problems", type=int, help="problems to ask, evenly spaced over the task (default: all)")
+    parser.add_argument("--keep", type=int, help="traces to keep, evenly spaced over those long enough (default: all)")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="longest answer")
+    parser.add_argument("--min-tokens", type=int, default=0, help="leave shorter answers out")
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument(
+        "--sampling-seed",
+        type=int,
+        help="a seed a request, so that batching does not matter (vLLM's CPU sampler cannot do it in chunked prefills)",
+    )
+    options, engine_flags = parser.parse_known_args(arguments)
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm import LLM
+
+    from kvllm.engine.arguments import engine_args
+
+    llm = LLM.from_engine_args(engine_args([options.model, *engine_flags], None))
+    made = make_traces(
+        llm,
+        options.task,
+        options.problems,
+        options.max_tokens,
+        options.min_tokens,
+        options.temperature,
+        options.sampling_seed,
+    )
+    kept = spread(made, options.keep)
+    write_traces(options.out, kept)
+    lengths = [len(trace.token_ids) - trace.num_prompt_tokens for trace in kept]
+    mean = sum(lengths) / max(len(lengths), 1)
+    print(f"{options.out}: {len(kept)} traces of {mean:.0f} generated tokens, from {len(made)} long enough")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

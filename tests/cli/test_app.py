@@ -1,0 +1,235 @@
+"""The command line: flags from KvConfig, refusals in one line, and what each command prints and writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvllm import __main__ as cli
+from kvllm.cli.options import flag, shown
+from kvllm.config import KvConfig
+from kvllm.engine.arguments import check_plugin_is_loaded
+from kvllm.errors import UsageError
+from kvllm.layout import Geometry
+from kvllm.measure.eval.stats import wilson
+from kvllm.options import options_of
+
+runner = CliRunner(env={"COLUMNS": "200"})
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": True,
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture
+def config_dir(tmp_path: Path) -> Path:
+    """A model's folder with config.json and nothing else."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What `kvllm` prints to stderr as it refuses these arguments: one line, exit code 2, nothing on stdout."""
+    with pytest.raises(SystemExit) as exit:
+        cli.main(arguments)
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2
+    assert out == "" and err.startswith("Error: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("command", ["generate", "serve", "plan", "demo"])
+def test_every_field_of_the_config_is_a_flag(command: str) -> None:
+    printed = runner.invoke(cli.app, [command, "--help"], catch_exceptions=False).stdout
+    for field in fields(KvConfig):
+        assert flag(field.name) in printed
+    assert "(0.3)" in printed  # the default of retention_ratio, shown
+
+
+def test_importing_the_command_loads_neither_torch_nor_vllm() -> None:
+    check = "import sys, kvllm.__main__; assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_version() -> None:
+    import kvllm
+
+    assert runner.invoke(cli.app, ["--version"]).stdout == f"kvllm {kvllm.__version__}\n"
+
+
+def test_methods_lists_the_registry() -> None:
+    printed = runner.invoke(cli.app, ["methods"], catch_exceptions=False).stdout
+    for name in ("kara", "random", "snapkv", "streaming_llm"):
+        assert name in printed
+
+
+def test_methods_shows_each_option_with_its_default_bounds_and_help() -> None:
+    from kvllm.methods import SHARED_OPTIONS, methods
+
+    printed = runner.invoke(cli.app, ["methods"], catch_exceptions=False, env={"COLUMNS": "500"}).stdout
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+    for cls in methods().values():
+        for option in options_of(cls).values():
+            if option.name not in SHARED_OPTIONS:
+                assert [option.name, shown(option.default), option.accepts, option.help] in rows
+    assert ["chunk_fill", "0.5", "a number in [0, 1)"] in [row[:3] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--method", "kaar"], ["'kaar'", "did you mean 'kara'?"]),
+        (["--retention-ratio", "30"], ["retention_ratio=30", "(0, 1]"]),
+        (["--window-size", "264"], ["window_size=264", "multiple", "16"]),
+        (["--window-size", "0"], ["window_size=0", ">= 1"]),
+        (["--retention-ratio", "0.999"], ["retention_ratio=0.999", "every block"]),
+        (["--method-options", "{"], ["--method-options {", "JSON"]),
+        (["--method-options", '{"chunk_fill": "x"}'], ["chunk_fill='x'", "[0, 1)", "not a string"]),
+        (["--retention-ratio", "nan"], ["retention_ratio=nan", "(0, 1]"]),
+        (["--method-options", '{"alpha": 1}'], ["method_options of kara: alpha=1", "attention_floor"]),
+        (["--memory", "80GX"], ["80GX", "80GiB"]),
+        (["--memory", "1MiB"], ["nothing for the KV cache"]),
+        (["--max-num-seqs", "1000000"], ["nothing for the KV cache", "--max-num-seqs"]),
+        (["--length", "100"], ["--length 100", "--prompt-tokens 256"]),
+        (["--length", "1k"], ["--length 1k"]),
+    ],
+)
+def test_plan_refuses(
+    config_dir: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    memory = [] if "--memory" in arguments else ["--memory", "8GiB"]
+    err = refused(capsys, "plan", str(config_dir), *memory, *arguments)
+    for word in words:
+        assert word in err
+
+
+def test_generate_refuses_before_an_engine_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--prompt-file" in refused(capsys, "generate", "model")
+    assert "--prompt-file" in refused(capsys, "generate", "model", "--prompt", "a", "--prompt-file", "b")
+    err = refused(capsys, "generate", "model", "--prompt", "a", "--stock", "--retention-ratio", "0.5")
+    assert "--stock" in err and "--retention-ratio" in err
+
+
+def test_an_error_that_is_not_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        json.loads("{")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(json.JSONDecodeError):
+        cli.main([])
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ValueError from our own files is no refusal: only UsageError is."""
+    monkeypatch.setattr(cli, "app", lambda _: wilson(3, 2))
+    with pytest.raises(ValueError, match="3 successes in 2 trials"):
+        cli.main([])
+
+
+def test_a_refusal_shows_its_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVLLM_TRACEBACK", "1")
+    with pytest.raises(UsageError, match="--prompt-file"):
+        cli.main(["generate", "model"])
+
+
+@pytest.mark.parametrize("plugins", ["", "something_else", "something_else, kvllm"])
+@pytest.mark.parametrize("command", [
+    ["generate", "model", "--prompt", "a"],
+    ["serve", "model"],
+    ["demo", "--model", "model"],
+    ["eval", "accuracy", "model", "--out", "OUT", "--methods", "kara"],
+])  # fmt: skip
+def test_no_command_compresses_without_the_plugin(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    command: list[str],
+    plugins: str,
+) -> None:
+    """vLLM would ignore additional_config["kvllm"] and run stock."""
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    err = refused(capsys, *(str(tmp_path / "run") if word == "OUT" else word for word in command))
+    assert f"VLLM_PLUGINS={plugins!r}" in err and "kvllm, or unset VLLM_PLUGINS" in err
+    assert not (tmp_path / "run" / "samples.jsonl").exists()
+
+
+def test_a_plugin_that_is_not_installed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kvllm.engine.arguments.entry_points", lambda **_: [])
+    assert "no plugin named 'kvllm'" in refused(capsys, "serve", "model")
+
+
+@pytest.mark.parametrize("plugins", [None, "kvllm", "other,kvllm"])
+def test_the_plugin_is_found_where_vllm_loads_it(monkeypatch: pytest.MonkeyPatch, plugins: str | None) -> None:
+    if plugins is None:
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    check_plugin_is_loaded()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--kv-cache-dtype", "fp8"], ["KvLLM does not support kv_cache_dtype=fp8"]),  # ours
+        (["--max-model-len", "99999999"], ["max_model_len"]),  # vLLM's, by pydantic
+    ],
+)
+def test_what_the_engine_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    model_dir: Path,
+    flags: list[str],
+    words: list[str],
+) -> None:
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):  # the command sets them
+        monkeypatch.setenv(name, {"VLLM_LOGGING_LEVEL": "WARNING"}.get(name, "0"))
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["generate", str(model_dir), "--prompt", "a", "--dtype", "float32", *flags])
+    assert exit.value.code == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("Error: the engine refused to start: ") and "errors.pydantic.dev" not in line
+    for word in words:
+        assert word in line
+
+
+def test_plan_writes_what_it_prints(config_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    arguments = ["plan", str(config_dir), "--memory", "4GiB", "--length", "2048,8192", "--json", str(out)]
+    printed = runner.invoke(cli.app, arguments, catch_exceptions=False).stdout
+    written = json.loads(out.read_text())
+    geometry = Geometry.from_config(KvConfig(), 16)
+    assert geometry is not None
+    assert [row["length"] for row in written["rows"]] == [2048, 8192]
+    for row in written["rows"]:
+        assert row["stock_blocks"] == row["length"] // 16
+        assert row["kvllm_blocks"] == geometry.peak_blocks(256, row["length"])
+        assert row["kvllm_requests"] == (written["num_blocks"] - 1) // row["kvllm_blocks"]
+        assert row["stock_requests"] == (written["stock_num_blocks"] - 1) // row["stock_blocks"]
+        assert str(row["kvllm_requests"]) in printed
+    assert written["footprint"]["query_bank"] == 256 * 48 * 3 * 4 * (16 + 4)  # requests, queries, layers, heads, bytes
+
+
+def test_plan_refuses_what_serve_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of models whose config has a sliding window but no list of layers, too: Mistral."""
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | mistral | {"max_position_embeddings": 32768}))
+    planned = ["plan", str(tmp_path), "--memory", "80GiB"]
+    assert "sliding_window=4096: all layers must be full attention" in refused(capsys, *planned)
+    served = runner.invoke(cli.app, [*planned, "--max-model-len", "4096", "--length", "2048"], catch_exceptions=False)
+    assert served.exit_code == 0 and "2048" in served.stdout

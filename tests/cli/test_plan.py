@@ -1,0 +1,127 @@
+"""The arithmetic of `kvllm plan` against numbers worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, MistralConfig, Qwen3Config
+
+from kvllm.cli.plan import parse_bytes, parse_lengths, plan, pool_bytes
+from kvllm.compression.footprint import Footprint, default_max_num_seqs, fitting_max_num_seqs, footprint
+from kvllm.config import KvConfig
+from kvllm.layout import Geometry
+
+SHAPE: dict[str, Any] = dict(
+    vocab_size=1000, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, dtype="bfloat16",
+)  # fmt: skip
+# Embedding 1000 * 64; a layer: q and o 64 * 64, k and v 64 * 32, three matrices of 64 * 160, two norms; a last norm.
+LAYER_MATRICES = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160
+PARAMETERS = 1000 * 64 + 3 * (LAYER_MATRICES + 2 * 64) + 64
+
+
+def test_footprint_of_a_llama() -> None:
+    # A token's KV: keys and values of 3 layers, 2 heads of 16 numbers, 2 bytes each.
+    # 16 requests have 48 queries of 3 layers and 4 heads, each 16 bytes and a scale of four.
+    expected = Footprint(2 * PARAMETERS, kv_per_token=2 * 3 * 2 * 16 * 2, query_bank=16 * 48 * 3 * 4 * (16 + 4))
+    assert footprint(LlamaConfig(**SHAPE, tie_word_embeddings=True), KvConfig(), max_num_seqs=16) == expected
+
+
+def test_the_query_bank_follows_window_buffer_stride_and_dtype() -> None:
+    config = LlamaConfig(**SHAPE | {"dtype": "float32"})
+    thin = KvConfig(window_size=128, buffer_size=32, query_stride=8)
+    assert footprint(config, thin, 5).query_bank == 5 * 20 * 3 * 4 * (16 * 4 + 4)
+
+
+def test_max_num_seqs_as_vllm_chooses_it() -> None:
+    small = Footprint(weights=0, kv_per_token=1, query_bank=1)
+    sizes = [default_max_num_seqs(parse_bytes(size), 0.9, small) for size in ("24GiB", "69GiB", "80GB")]
+    assert sizes == [256, 256, 1024]
+
+
+def test_no_more_seqs_than_a_twentieth_of_the_memory_holds_the_queries_of() -> None:
+    one = Footprint(weights=400_000, kv_per_token=1, query_bank=100)
+    assert fitting_max_num_seqs(1_000_000, 0.9, one) == 248  # 250 in 25,000 of the 500,000 that are left
+    assert fitting_max_num_seqs(1_000_000, 0.9, one, num_shards=2) == 696  # half the weights, half of each bank
+    assert fitting_max_num_seqs(450_000, 0.9, one) == 8
+    assert default_max_num_seqs(1_000_000, 0.9, one) == 248
+
+
+def test_an_output_matrix_of_its_own_counts() -> None:
+    assert footprint(LlamaConfig(**SHAPE, tie_word_embeddings=False), KvConfig(), 1).weights == 2 * (
+        PARAMETERS + 1000 * 64
+    )
+
+
+def test_head_dim_of_its_own_and_an_fp8_cache() -> None:
+    config = Qwen3Config(**SHAPE, head_dim=128, tie_word_embeddings=True)
+    assert footprint(config, KvConfig(), 1).kv_per_token == 2 * 3 * 2 * 128 * 2
+    assert footprint(config, KvConfig(), 1, "fp8").kv_per_token == 2 * 3 * 2 * 128
+
+
+def test_quantized_linear_weights_shrink_and_the_rest_does_not() -> None:
+    config = LlamaConfig(**SHAPE, tie_word_embeddings=True)
+    config.quantization_config = {"quant_method": "awq", "bits": 4}
+    assert footprint(config, KvConfig(), 1).weights == 2 * PARAMETERS - 3 * LAYER_MATRICES * 2 + 3 * LAYER_MATRICES // 2
+
+
+def test_an_unknown_quantization_asks_for_the_size() -> None:
+    config = LlamaConfig(**SHAPE)
+    config.quantization_config = {"quant_method": "vector"}
+    with pytest.raises(ValueError, match="--weights"):
+        footprint(config, KvConfig(), 1)
+    assert footprint(config, KvConfig(), 1, weights=123).weights == 123
+
+
+def test_layers_with_a_sliding_window_are_refused() -> None:
+    config = MistralConfig(**SHAPE)
+    config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    with pytest.raises(ValueError, match="sliding_attention"):
+        footprint(config, KvConfig(), 1)
+
+
+def test_pool_is_the_share_less_weights_query_bank_and_reserve() -> None:
+    footprint = Footprint(weights=300, kv_per_token=1, query_bank=50)
+    assert pool_bytes(1000, 0.9, 100, footprint) == 450
+    with pytest.raises(ValueError, match="--max-num-seqs"):
+        pool_bytes(500, 0.9, 100, footprint)
+
+
+def test_requests_that_fit() -> None:
+    # 16 blocks of 16 tokens protect the prompt, and of a window's 16 blocks 5 stay. The fourth window closes at
+    # 256 + 4 * 256 + 56 = 1336 tokens, when the request holds three compressed windows and one raw one:
+    # 16 + 3 * 5 + 16 + 3.5 = 51 blocks, more than the 16 + 4 * 5 + 8 = 44 that 1408 tokens take afterwards.
+    geometry = Geometry.from_config(KvConfig(window_size=256, buffer_size=56, retention_ratio=0.3), 16)
+    # The query bank takes the room of 100 blocks.
+    footprint = Footprint(weights=0, kv_per_token=100, query_bank=100 * 16 * 100)
+    made = plan(footprint, 100 * 16 * 265, geometry, 16, 256, [320, 1408])
+    assert (made.num_blocks, made.stock_num_blocks) == (265, 365)
+    short, long = made.rows
+    assert (short.stock_blocks, short.kvllm_blocks) == (20, 20)  # before the first window closes
+    assert (long.stock_blocks, long.kvllm_blocks) == (88, 51)
+    assert (long.stock_requests, long.kvllm_requests) == (4, 5)  # of 364 and 264 blocks: vLLM keeps one
+
+
+def test_at_ratio_one_both_are_the_same() -> None:
+    off = Geometry.from_config(KvConfig(retention_ratio=1.0), 16)
+    (row,) = plan(Footprint(0, 1, 0), 16 * 1000, off, 16, 10, [999]).rows
+    assert (row.stock_blocks, row.stock_requests) == (row.kvllm_blocks, row.kvllm_requests) == (63, 15)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("80GiB", 80 * 2**30), ("24GB", 24 * 10**9), ("24g", 24 * 10**9), ("1.5 MiB", 3 * 2**19), ("4096", 4096)],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "1.2.3G", "80GX", "-1G", "."])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="80GiB"):
+        parse_bytes(text)
+
+
+def test_lengths() -> None:
+    assert parse_lengths("2048, 8192") == [2048, 8192]

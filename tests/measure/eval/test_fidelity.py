@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvllm.measure.eval import fidelity
+from kvllm.measure.eval.fidelity import measure, random_like, table
+from kvllm.measure.eval.sweep import cases
+from kvllm.measure.eval.traces import Trace, write_traces
+from kvllm.reference import compare, kl_by_row, replay
+from tests.reference.models import text, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+COMMON = {"window_size": 32, "buffer_size": 16, "query_stride": 4, "retention_ratio": 0.5}
+TRACES = [Trace("a", text(150), 21), Trace("b", text(200, seed=1), 30), Trace("short", text(60, seed=2), 20)]
+
+
+def test_the_rows_are_those_of_two_plain_replays():
+    model = tiny_model("qwen2")
+    entries: list[dict[str, Any]] = [{"method": "kara"}, {"method": "snapkv", "window_size": 48}]
+    results = measure(model, TRACES, cases(entries, COMMON))
+    assert [r.case.name for r in results] == [
+        "kara", "snapkv window_size=48", "random", "recent", "random window_size=48", "recent window_size=48",
+    ]  # fmt: skip
+    for result in results:
+        assert list(result.rows) == ["a", "b"]  # the third ends before its first compression
+        for trace in TRACES[:2]:
+            full = replay(model, trace.token_ids, trace.num_prompt_tokens, keep_full=True)
+            compressed = replay(model, trace.token_ids, trace.num_prompt_tokens, result.case.config, keep_full=True)
+            first = 32 + result.case.config.window_size + 16  # both prompts take two blocks
+            rows = result.rows[trace.id]
+            expected = compare(full, compressed, first)
+            assert len(rows.kl) == expected.num_tokens
+            # Other shapes of the same float32 matmuls.
+            np.testing.assert_allclose(rows.kl, kl_by_row(full, compressed)[first:], atol=1e-4)
+            assert rows.kl.mean() == pytest.approx(expected.kl, rel=1e-3) and expected.kl > 1e-3
+            assert rows.delta_nll.mean() == pytest.approx(expected.delta_nll, abs=1e-4)
+            assert rows.agreed.mean() == pytest.approx(expected.top1_agreement, abs=0.02)
+            assert rows.distance[0] == 0 and rows.distance[-1] == len(rows.kl) - 1
+
+
+def test_estimates_weigh_rows_and_compare_with_random():
+    results = measure(tiny_model("llama"), TRACES[:2], cases([{"method": "kara"}], COMMON))
+    kara, random, recent = results
+    kl = np.concatenate([r.kl for r in kara.rows.values()])
+    assert kara.estimate("kl").value == pytest.approx(kl.mean())
+    assert random_like(kara, results) is random and random_like(recent, results) is random
+    share = kara.against(random)
+    assert share.value == pytest.approx(kl.mean() / random.estimate("kl").value)
+    assert share.low <= share.value <= share.high and random.against(random).value == 1
+    bins = kara.by_distance()
+    assert [b["from"] for b in bins] == [0, 64] and sum(b["num_rows"] for b in bins) == len(kl)
+    assert sum(b["kl"] * b["num_rows"] for b in bins) / len(kl) == pytest.approx(kl.mean())
+    assert table(results).count("\n") == 1 + 3
+
+
+def test_too_short_traces_are_refused():
+    with pytest.raises(ValueError, match="no trace is long enough"):
+        measure(tiny_model("llama"), TRACES[2:], cases([{"method": "kara"}], COMMON))
+
+
+def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fidelity, "load_model", lambda folder, dtype, device: tiny_model("llama"))
+    write_traces(tmp_path / "traces.jsonl", TRACES)
+    fidelity.main(
+        [
+            "--traces", str(tmp_path / "traces.jsonl"), "--model", "tiny", "--half", "train", "--device", "cpu",
+            "--methods", "kara", "--configs", '{"method": "keydiff"}', "--ratios", "0.5",
+            "--common", json.dumps(COMMON), "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.svg"),
+        ]
+    )  # fmt: skip
+    made = json.loads((tmp_path / "out.json").read_text())
+    assert made["num_traces"] == 2 and [r["name"] for r in made["results"]] == ["keydiff", "kara", "random", "recent"]
+    assert made["results"][0]["config"]["window_size"] == 32
+    assert list(made["results"][0]["traces"]) == ["a"]
+    assert "| 0.5 " in capsys.readouterr().out
+    assert (tmp_path / "out.svg").stat().st_size > 1000

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+
+from kvllm.measure.eval.problems import SHIPPED, Problem, load_problems, spread
+from kvllm.measure.eval.traces import Trace, half_of, read_traces, write_traces
+
+
+def test_traces_come_back_as_they_were(tmp_path):
+    traces = [Trace("math500:1", [1, 2, 3], 2), Trace("ü", [7, 8], 1)]
+    write_traces(tmp_path / "t.jsonl", traces)
+    assert read_traces(tmp_path / "t.jsonl") == traces
+    with pytest.raises(ValueError, match="trace x: 2 tokens, 2 of the prompt"):
+        Trace("x", [1, 2], 2)
+
+
+def test_the_halves_are_every_other_trace():
+    traces = [Trace(str(i), [1, 2], 1) for i in range(5)]
+    assert [t.id for t in half_of(traces, "train")] == ["0", "2", "4"]
+    assert [t.id for t in half_of(traces, "test")] == ["1", "3"]
+    assert half_of(traces, None) == traces
+    with pytest.raises(ValueError, match="half='dev'"):
+        half_of(traces, "dev")
+
+
+def test_what_ships():
+    assert {name: len(load_problems(name)) for name in SHIPPED} == {"math500": 500, "gsm8k": 1319}
+    assert load_problems("gsm8k")[0].answer == "18"
+    for task, message in (("aime24", "does not ship"), ("math", "no task named 'math'")):
+        with pytest.raises(ValueError, match=message):
+            load_problems(task)
+
+
+def test_problems_from_a_file(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"problem": "1 + 1?", "answer": 2}\n')
+    assert load_problems("mine", path) == [Problem("0", "1 + 1?", "2")]
+    path.write_text('{"problem": "1 + 1?"}\n')
+    with pytest.raises(ValueError, match="line 1: has no answer"):
+        load_problems("mine", path)
+
+
+def test_spread():
+    assert spread(range(10), 4) == [0, 2, 5, 7]
+    assert spread(range(3), None) == spread(range(3), 9) == [0, 1, 2]
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        spread(range(3), 0)
