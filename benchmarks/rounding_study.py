@@ -50,10 +50,11 @@ class RoundedKara(Kara):
     group: int = Field(56, ge=0, description="Kept tokens that share a scale of the keys; 0 = all of a window's.")
     key_axis: Literal["channel", "token"] = "channel"
     value_group: int = Field(0, ge=0, description="Channels that share a scale of the values; 0 = all of a head's.")
-    fit: Literal["range", "shrink", "least_squares"] = Field(
+    fit: Literal["range", "exact_scales", "shrink", "least_squares"] = Field(
         "range",
-        description="Levels from the smallest to the largest number; or over the part of that range with the least "
-        "square error; or moved to where the numbers are by least squares, after the shrinking.",
+        description="Levels from the smallest to the largest number; the same with scales in float32, which bfloat16 "
+        "makes coarser; over the part of that range with the least square error; or, after that, fitted to the numbers "
+        "by least squares.",
     )
     refit: Literal["none", "before", "after"] = Field(
         "before", description="Refit before rounding, as if nothing were rounded; or after, to the rounded keys."
@@ -115,6 +116,9 @@ class RoundedKara(Kara):
         if self.fit == "range":
             return round_along(x, dim, bits).restore()
         low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+        if self.fit == "exact_scales":
+            step = (high - low).clamp(min=torch.finfo(torch.float32).tiny) / (2**bits - 1)
+            return ((x - low) / step).round() * step + low
         candidates = (encode(x, *shrunk(low, high, share), bits) for share in SHRINK)
         best = best_of(x, dim, candidates)
         if self.fit == "least_squares":
@@ -167,7 +171,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     # How to round what is kept.
     "rounding": [
         entry(FOUR),
-        entry(FOUR, fit=["shrink", "least_squares"]),
+        entry(FOUR, fit=["exact_scales", "shrink", "least_squares"]),
         entry(FOUR, key_axis="token"),
         entry([224, 112], group=0),  # 56 tokens are one group
         entry(FOUR, value_group=[32, 64]),

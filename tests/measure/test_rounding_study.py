@@ -64,6 +64,14 @@ def test_fits_have_the_less_error_the_more_they_do(bits, dim):
     assert error[2].sum() < 0.9 * error[0].sum()
 
 
+def test_exact_scales_differ_from_stored_ones_by_what_bfloat16_takes():
+    x = torch.randn(2, 56, 3, 64, generator=torch.Generator().manual_seed(0)) + 10
+    exact, stored = (study.RoundedKara(fit=fit).round_trip(x, 1, 4) for fit in ("exact_scales", "range"))
+    step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / 15
+    assert ((exact - x).abs() <= step / 2 * (1 + 1e-3)).all()
+    assert ((stored - x).abs() > step / 2 * (1 + 1e-3)).any() and ((stored - exact).abs() <= 1.3 * step).all()
+
+
 def test_groups_of_channels_round_values_apart():
     x = torch.randn(1, 1, 8, 32, generator=torch.Generator().manual_seed(0))
     method = study.RoundedKara(value_group=16)
