@@ -8,10 +8,10 @@ from dataclasses import asdict, replace
 from math import ceil, floor
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from kvllm.errors import UsageError
-from kvllm.options import STRICT, Count, check_value, parse_json, strict_dataclass
+from kvllm.options import STRICT, Count, NotAFloat, check_value, parse_json, strict_dataclass
 
 RetentionRatio = Annotated[
     float,
@@ -26,16 +26,6 @@ CONFIG_KEY = "kvllm"
 RATIO_KEY = "kv_retention_ratio"
 
 RETENTION_RATIO = TypeAdapter(RetentionRatio, config=STRICT)
-
-
-def _integer(value: object) -> object:
-    """pydantic takes 4.0 for the literal 4, strict or not."""
-    if type(value) is not int:
-        raise ValueError("must be one of 16, 8, 4")
-    return value
-
-
-SurvivorBits = Annotated[Literal[16, 8, 4], BeforeValidator(_integer)]
 
 
 @strict_dataclass(kw_only=True)
@@ -66,7 +56,7 @@ class KvConfig:
         description="policy=window: maximum number of tokens kept of old windows, at which they are compressed "
         "again; 0 = no limit.",
     )
-    survivor_bits: SurvivorBits = Field(
+    survivor_bits: Annotated[Literal[16, 8, 4], NotAFloat] = Field(
         16,
         description="policy=window: bits of each number of the survivors' keys and values; 16 = the cache's own type, "
         "whatever that is. Prompt, raw window and buffer are never rounded.",
