@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.server import Server, kvllm_serve
+
 ENGINE_GUARD = Path(__file__).parent / "engine_guard"
 DEFAULT_MODEL = Path(__file__).parent.parent / ".models" / "smollm2-135m"
 
@@ -86,6 +88,12 @@ def model_dir() -> Path:
         command = f"python -m tools.fetch_model smollm2-135m {DEFAULT_MODEL}"
         pytest.fail(f"no model in {folder}: run `{command}`, or set KVLLM_TEST_MODEL.")
     return folder
+
+
+@pytest.fixture
+def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """The server of the xdist_group "server"."""
+    return group_resources.get("server", lambda: kvllm_serve(model_dir, tmp_path_factory.mktemp("server") / "log"))
 
 
 @pytest.fixture

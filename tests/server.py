@@ -11,16 +11,23 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 START_SECONDS = 240
 MODEL = "small"  # what the server calls it
+POOL = 1280  # tokens, in blocks of 32; the model allows 2,048
+
+
+class Server(NamedTuple):
+    url: str
+    log: Path
 
 
 @contextmanager
-def kvllm_serve(model_dir: Path, log: Path, *flags: str) -> Iterator[str]:
-    """The URL of a server that keeps half of each 64 tokens unless a request says otherwise; stopped at the end."""
+def kvllm_serve(model_dir: Path, log: Path) -> Iterator[Server]:
+    """A float32 server that keeps half of each 64 tokens unless a request says otherwise; stopped at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -28,7 +35,8 @@ def kvllm_serve(model_dir: Path, log: Path, *flags: str) -> Iterator[str]:
         sys.executable, "-m", "kvllm", "serve", str(model_dir), "--retention-ratio", "0.5",
         "--request-ratios", "0.25-0.5,1.0", "--window-size", "64",
         "--buffer-size", "32", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--block-size", "32",
-        "--max-model-len", "1024", "--max-num-seqs", "16", "--served-model-name", MODEL, *flags,
+        "--max-model-len", "2048", "--num-gpu-blocks-override", str(POOL // 32 + 1), "--max-num-seqs", "16",
+        "--dtype", "float32", "--served-model-name", MODEL,
     ]  # fmt: skip
     small = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
     environment = small | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -41,7 +49,7 @@ def kvllm_serve(model_dir: Path, log: Path, *flags: str) -> Iterator[str]:
                 if server.poll() is not None or time.monotonic() > deadline:
                     pytest.fail(f"the server did not start:\n{log.read_text()[-4000:]}")
                 time.sleep(1)
-            yield url
+            yield Server(url, log)
         finally:
             server.terminate()
             server.wait(30)

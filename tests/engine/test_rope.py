@@ -182,6 +182,7 @@ def test_phi3_s_long_rope_is_the_one_in_force():
 LAYERS_WITHOUT = {"no_rope_layers": [1, 0, 1, 0], "layer_types": ["full_attention"] * 4, "use_sliding_window": False}
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     "config_class, options, settings",
     [
@@ -199,6 +200,7 @@ def test_an_engine_answers_as_the_reference(config_class, options, settings, tmp
     check_engine(save_random_model(tmp_path, config_class, **options), monkeypatch, **settings)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_a_vision_language_model_answers_text_as_the_reference(kind, tmp_path, monkeypatch) -> None:
     pytest.importorskip("torchvision", reason="vLLM's vision-language models import it", exc_type=ImportError)

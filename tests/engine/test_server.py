@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,19 @@ from typing import Any
 import openai
 import pytest
 
-from tests.server import kvllm_serve
+from tests.server import POOL, Server
 
-pytestmark = pytest.mark.engine
-
-POOL = 1280  # tokens, in blocks of 32; the model allows 2,048
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
 
 
-@pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("server") / "log"
+@pytest.fixture
+def log(server: Server) -> Path:
+    return server.log
 
 
-@pytest.fixture(scope="module")
-def base_url(model_dir: Path, log: Path) -> Iterator[str]:
-    pool = ("--max-model-len", "2048", "--num-gpu-blocks-override", str(POOL // 32 + 1))
-    with kvllm_serve(model_dir, log, *pool) as url:
-        yield url
+@pytest.fixture
+def base_url(server: Server) -> str:
+    return server.url
 
 
 @pytest.fixture

@@ -16,22 +16,23 @@ import openai
 import pytest
 
 from kvllm.measure.eval.problems import load_problems
-from tests.server import MODEL, kvllm_serve
+from tests.server import MODEL, Server
 
-DOCS = (Path(__file__).parents[2] / "docs" / "eval.md").read_text()
+DOCS = (Path(__file__).parents[3] / "docs" / "eval.md").read_text()
 PROBLEMS = [load_problems("gsm8k")[i] for i in (28, 0, 5)]  # of which the model gets the first right
 MAX_TOKENS = 160
 RATIO = 0.25  # of these requests; the server's own is 0.5
 FIRST_EVENT = 64 + 32  # tokens of the answer that the server's first compression waits for, at least
 
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
 
-def test_a_local_task_gives_what_the_server_answers(model_dir: Path, tmp_path: Path) -> None:
-    with kvllm_serve(model_dir, tmp_path / "log", "--dtype", "float32") as url:
-        metric, samples = lm_eval(url, tmp_path)
-        # One after the other, as the harness asks: in a batch other sums could round otherwise.
-        answers = [ask(url, problem.problem, RATIO) for problem in PROBLEMS]
-        with ThreadPoolExecutor() as pool:
-            full = list(pool.map(lambda problem: ask(url, problem.problem, 1.0), PROBLEMS))
+
+def test_a_local_task_gives_what_the_server_answers(server: Server, tmp_path: Path) -> None:
+    metric, samples = lm_eval(server.url, tmp_path)
+    # One after the other, as the harness asks: in a batch other sums could round otherwise.
+    answers = [ask(server.url, problem.problem, RATIO) for problem in PROBLEMS]
+    with ThreadPoolExecutor() as pool:
+        full = list(pool.map(lambda problem: ask(server.url, problem.problem, 1.0), PROBLEMS))
 
     assert [s["doc"]["problem"] for s in samples] == [problem.problem for problem in PROBLEMS]
     assert [s["resps"] for s in samples] == [[[answer]] for answer in answers]
