@@ -9,9 +9,9 @@ from kvllm.compression.paged_store import PagedCandidates
 from kvllm.compression.query_bank import QueryBank
 from kvllm.config import KvConfig
 from kvllm.kernels.compact import compact
-from kvllm.kernels.fused import serves
 from kvllm.kernels.paged import PagedCache
 from kvllm.kernels.refit import MOST_DIMS, refit
+from kvllm.kernels.registry import serves
 from kvllm.kernels.select_chunks import select_chunks
 from kvllm.kernels.window_scores import window_scores
 from kvllm.methods.base import Method

@@ -9,6 +9,7 @@ from kvllm.measure.eval.calibrate import queries_before_rope, rope_frequencies
 from kvllm.measure.eval.traces import Trace, write_traces
 from kvllm.methods.triattention import load_statistics
 from kvllm.reference import replay
+from tests.measure.commands import kvllm
 from tests.reference.models import text, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,7 +37,7 @@ def test_the_command_writes_what_triattention_reads(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(calibrate, "load_model", lambda folder, dtype, device: model)
     write_traces(tmp_path / "t.jsonl", TRACES)
     arguments = ["--traces", str(tmp_path / "t.jsonl"), "--model", "tiny", "--device", "cpu", "--stride", "1"]
-    calibrate.main([*arguments, "--out", str(path)])
+    kvllm("eval", "calibrate", *arguments, "--out", str(path))
     assert "188 queries of each of 2 x 6 heads" in capsys.readouterr().out
     everything = [queries_before_rope(model, trace, rope_frequencies(model), 1) for trace in TRACES]
     mean = torch.cat(everything, dim=2).mean(dim=2)[..., :8]
