@@ -19,12 +19,13 @@ TRACES = [Trace("a", text(120), 21), Trace("b", text(70, seed=1), 30)]
 
 def test_the_queries_are_those_before_rope():
     model = tiny_model("llama")
+    frequencies = rope_frequencies(model)  # asks the model itself, so before the hooks
     projected: list[torch.Tensor] = []
     hooks = [
         layer.self_attn.q_proj.register_forward_hook(lambda module, inputs, output: projected.append(output[0]))
         for layer in model.model.layers
     ]
-    queries = queries_before_rope(model, TRACES[0], rope_frequencies(model), stride=3)
+    queries = queries_before_rope(model, TRACES[0], frequencies, stride=3)
     for hook in hooks:
         hook.remove()
     expected = torch.stack(projected).unflatten(2, (6, 16)).transpose(1, 2)[:, :, ::3]
