@@ -19,7 +19,7 @@ TRACES = [Trace("a", text(120), 21), Trace("b", text(70, seed=1), 30)]
 
 def test_the_queries_are_those_before_rope():
     model = tiny_model("llama")
-    frequencies = rope_frequencies(model)
+    frequencies = rope_frequencies(model)  # asks the model itself, so before the hooks
     projected: list[torch.Tensor] = []
     hooks = [
         layer.self_attn.q_proj.register_forward_hook(lambda module, inputs, output: projected.append(output[0]))

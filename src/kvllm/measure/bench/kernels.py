@@ -35,7 +35,7 @@ from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_wind
 from kvllm.measure.bench.kernel_shape import Shape
 from kvllm.methods.kara import Kara
 from kvllm.methods.refit import STEPS
-from kvllm.methods.rope import Rope, Turn, frequencies
+from kvllm.methods.rope import Rope, Rotation, frequencies
 
 DEVICE = "cuda"
 
@@ -199,14 +199,14 @@ def random_bank(shape: Shape, max_num_reqs: int) -> QueryBank:
     return bank
 
 
-def kara_weights(shape: Shape) -> tuple[bool, float, float, Turn]:
-    """Kara's defaults: value_norm, keydiff_power, attention_floor, and the turn of the queries of a window."""
+def kara_weights(shape: Shape) -> tuple[bool, float, float, Rotation]:
+    """Kara's defaults: value_norm, keydiff_power, attention_floor, and the rotation of the queries of a window."""
     kara = Kara()
     positions = torch.arange(shape.num_queries, device=DEVICE) * shape.query_stride
     shifts = torch.from_numpy(query_shifts(shape.query_stride, shape.num_heads // shape.num_kv_heads)).to(DEVICE)
     rope = Rope(frequencies(1e6, shape.head_dim, torch.device(DEVICE)))
-    turn = kara.turn(rope, positions, shifts, shape.head_dim, torch.bfloat16)
-    return kara.value_norm, kara.keydiff_power, kara.attention_floor, turn
+    rotation = kara.rotation(rope, positions, shifts, shape.head_dim, torch.bfloat16)
+    return kara.value_norm, kara.keydiff_power, kara.attention_floor, rotation
 
 
 def store_case(shape: Shape, bank: QueryBank, cache: PagedCache) -> Case:
@@ -327,18 +327,20 @@ def check(shape: Shape) -> dict[str, float]:
     errors["join_segments"] = relative_error((tables[0], tables[2]), (expected_tables[0], expected_tables[2]))
 
     for name, error in errors.items():
-        # Turned queries are rounded to bfloat16; of a refit the weights too, and what is stored, in fp8 to three bits.
+        # Rotated queries are rounded to bfloat16; of a refit the weights too, and what is stored, in fp8 to three bits.
         limit = {"window_scores": 1e-2, "refit": 0.3 if cache.dtype.itemsize == 1 else 0.1}.get(name, 0.0)
         if not error <= limit:
             raise AssertionError(f"{name} differs from its reference by {error:.2e}, more than {limit:.0e}.")
     return errors
 
 
-def refit_error(bank: QueryBank, starts: Tensor, kept: Tensor, blocks: Tensor, cache: PagedCache, turn: Turn) -> float:
+def refit_error(
+    bank: QueryBank, starts: Tensor, kept: Tensor, blocks: Tensor, cache: PagedCache, rotation: Rotation
+) -> float:
     """Of what a refit adds to the survivors that `compact` leaves, the larger of the keys' and the values' error."""
     actual, expected, moved = copy_of(cache), copy_of(cache), copy_of(cache)
-    refit(bank, starts, kept, blocks, actual, turn, 1.0, 1.0)
-    refit_ref(bank, starts, kept, blocks, expected, turn, 1.0, 1.0)
+    refit(bank, starts, kept, blocks, actual, rotation, 1.0, 1.0)
+    refit_ref(bank, starts, kept, blocks, expected, rotation, 1.0, 1.0)
     compact_ref(kept, blocks, moved)
     errors = []
     for side in ("keys", "values"):

@@ -27,7 +27,7 @@ def queries_before_rope(model: PreTrainedModel, trace: Trace, frequencies: Tenso
     queries = torch.stack([layer.queries[::stride] for layer in request.layers]).transpose(1, 2)
     places = torch.arange(0, request.num_computed_tokens, stride, device=queries.device)
     rope = Rope(frequencies.to(queries.device))
-    return rope.turn(-places, queries.shape[-1]).apply(queries.float()).cpu()
+    return rope.rotation(-places, queries.shape[-1]).apply(queries.float()).cpu()
 
 
 def rope_frequencies(model: PreTrainedModel) -> Tensor:
