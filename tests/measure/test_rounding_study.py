@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,8 @@ def test_the_plain_variant_is_what_the_compressor_does(bits):
 def test_16_bits_are_not_rounded():
     seen = window()
     expected, found = Kara().compress(seen, 40), study.RoundedKara(key_bits=16, value_bits=16).compress(seen, 40)
+    assert found.keys is not None and found.values is not None
+    assert expected.keys is not None and expected.values is not None
     assert torch.equal(found.keys, expected.keys) and torch.equal(found.values, expected.values)
 
 
@@ -82,12 +85,13 @@ def test_groups_of_channels_round_values_apart():
 def test_values_refitted_to_rounded_keys_bring_more_of_the_windows_output():
     """In 2 bits keys are so wrong that it shows; values are not rounded, to see the refit alone."""
     seen = window()
-    options = {"key_bits": 2, "value_bits": 16, "group": 32, "value_ridge": 0.01, "lookahead": 0}
+    options: dict[str, Any] = {"key_bits": 2, "value_bits": 16, "group": 32, "value_ridge": 0.01, "lookahead": 0}
     logits = seen.logits().flatten(2, 3)
     wanted = logits.softmax(-1) @ seen.values.transpose(1, 2)
     error = {}
     for refit in ("none", "before", "after"):
         kept = study.RoundedKara(refit=refit, **options).compress(seen, 32)
+        assert kept.keys is not None and kept.values is not None
         keys, values = kept.keys.transpose(1, 2), kept.values.transpose(1, 2)
         queries = seen.grouped_queries().flatten(2, 3) * 16**-0.5
         error[refit] = ((queries @ keys.transpose(-1, -2)).softmax(-1) @ values - wanted).square().mean()
