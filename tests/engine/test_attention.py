@@ -1,6 +1,7 @@
 """What a layer's two calls in a step, write to the cache and attention, become."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
