@@ -2,9 +2,9 @@
 
     python benchmarks/rounding_study.py MODEL TRACES.jsonl OUT.json --half train --variants rounding,sizes
 
-Every configuration continues from the full cache at its first compression (`measure/eval/forks.py`). With windows of 256
-tokens and `--block-size 8` the sizes of packed blocks of 16 are exact: 56 tokens in 4 bits take the bytes of 16 tokens
-in 16 bits, so keeping 224, 112 or 56 of 256 tokens makes a window 4, 8 or 16 times smaller.
+Every configuration continues from the full cache at its first compression (`measure/eval/forks.py`). With windows of
+256 tokens and `--block-size 8` the sizes of packed blocks of 16 are exact: 56 tokens in 4 bits take the bytes of 16
+tokens in 16 bits, so keeping 224, 112 or 56 of 256 tokens makes a window 4, 8 or 16 times smaller.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ SHRINK = torch.linspace(1, 0.5, 21).tolist()  # of the range between the smalles
 NUM_FITS = 3  # rounds of least squares
 
 
-@register("rounded_kara")
 @strict_dataclass
 class RoundedKara(Kara):
     """Kara's survivors, or random ones, rounded in every way that is compared; the compressor itself rounds nothing.
@@ -51,10 +50,11 @@ class RoundedKara(Kara):
     group: int = Field(56, ge=0, description="Kept tokens that share a scale of the keys; 0 = all of a window's.")
     key_axis: Literal["channel", "token"] = "channel"
     value_group: int = Field(0, ge=0, description="Channels that share a scale of the values; 0 = all of a head's.")
-    fit: Literal["range", "shrink", "least_squares"] = Field(
+    fit: Literal["range", "exact_scales", "shrink", "least_squares"] = Field(
         "range",
-        description="Levels from the smallest to the largest number; or over the part of that range with the least "
-        "square error; or moved to where the numbers are by least squares, after the shrinking.",
+        description="Levels from the smallest to the largest number; the same with scales in float32, which bfloat16 "
+        "makes coarser; over the part of that range with the least square error; or, after that, fitted to the numbers "
+        "by least squares.",
     )
     refit: Literal["none", "before", "after"] = Field(
         "before", description="Refit before rounding, as if nothing were rounded; or after, to the rounded keys."
@@ -116,6 +116,9 @@ class RoundedKara(Kara):
         if self.fit == "range":
             return round_along(x, dim, bits).restore()
         low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+        if self.fit == "exact_scales":
+            step = (high - low).clamp(min=torch.finfo(torch.float32).tiny) / (2**bits - 1)
+            return ((x - low) / step).round() * step + low
         candidates = (encode(x, *shrunk(low, high, share), bits) for share in SHRINK)
         best = best_of(x, dim, candidates)
         if self.fit == "least_squares":
@@ -161,14 +164,14 @@ def entry(num_kept: int | list[int], **options: Any) -> dict[str, Any]:
 
 PLAIN = {"key_bits": 16, "value_bits": 16}
 FOUR = [224, 112, 56]  # 4, 8 and 16 times smaller in 4 bits
-# Lists of entries as in `kvllm.eval.sweep`.
+# Lists of entries as in `kvllm.measure.eval.sweep`.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     # Not rounded: the sizes of 4 bits in bf16, today's default, and the tokens that 4 bits keep, the best to hope for.
     "plain": [entry([64, 32, 16, 80, *FOUR], **PLAIN), entry([64, 32, 16], **PLAIN, scores="random")],
     # How to round what is kept.
     "rounding": [
         entry(FOUR),
-        entry(FOUR, fit=["shrink", "least_squares"]),
+        entry(FOUR, fit=["exact_scales", "shrink", "least_squares"]),
         entry(FOUR, key_axis="token"),
         entry([224, 112], group=0),  # 56 tokens are one group
         entry(FOUR, value_group=[32, 64]),
@@ -216,7 +219,7 @@ def main(
     traces: Annotated[Path, typer.Argument(help="JSONL that `kvllm eval traces` wrote.")],
     out: Annotated[Path, typer.Argument(help="Where to write figures for each configuration and trace, as JSON.")],
     variants: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(VARIANTS)}; empty: none.")] = "plain",
-    config: Annotated[list[str] | None, typer.Option(help="An entry of `kvllm.eval.sweep`, JSON (repeatable).")] = None,
+    config: Annotated[list[str] | None, typer.Option(help="An entry of a sweep, as JSON (repeatable).")] = None,
     half: Annotated[str, typer.Option(help="train: to choose by; test: to report.")] = "train",
     limit: Annotated[int | None, typer.Option(help="Only the first traces of the half.")] = None,
     block_size: Annotated[int, typer.Option(help="Of the geometry; 8 makes the sizes of 4 bits exact.")] = 8,
@@ -224,6 +227,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="Of the model and its cache: bfloat16 or float32.")] = "bfloat16",
 ) -> None:
     """Measure every variant on every trace, and print KL and agreement beside today's default."""
+    register("rounded_kara")(RoundedKara)
     chosen = study_cases(variants, config or [])
     texts = half_of(read_traces(traces), half)[:limit]
     language_model = load_model(model, getattr(torch, dtype), device)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from kvllm.errors import UsageError
-from kvllm.options import STRICT, Count, check_value, parse_json, strict_dataclass
+from kvllm.options import STRICT, Count, NotAFloat, check_value, parse_json, strict_dataclass
 
 RetentionRatio = Annotated[
     float,
@@ -56,7 +56,7 @@ class KvConfig:
         description="policy=window: maximum number of tokens kept of old windows, at which they are compressed "
         "again; 0 = no limit.",
     )
-    survivor_bits: Literal[16, 8, 4] = Field(
+    survivor_bits: Annotated[Literal[16, 8, 4], NotAFloat] = Field(
         16,
         description="policy=window: bits of each number of the survivors' keys and values; 16 = the cache's own type, "
         "whatever that is. Prompt, raw window and buffer are never rounded.",

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic.dataclasses
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticKnownError
 
 from kvllm.errors import UsageError
 
@@ -29,6 +30,12 @@ C = TypeVar("C")
 N = TypeVar("N", int, float)
 
 
+def _not_a_float(value: object) -> object:
+    if isinstance(value, float):
+        raise PydanticKnownError("int_type")
+    return value
+
+
 def _odd(value: int) -> int:
     if value % 2 == 0:
         raise ValueError("must be odd, so that the pooling is centred")
@@ -36,6 +43,8 @@ def _odd(value: int) -> int:
 
 
 Count = Annotated[int, Field(ge=1)]
+# Beside a Literal of integers, which pydantic compares by value: 4.0 would be 4, even if strict.
+NotAFloat = BeforeValidator(_not_a_float)
 Share = Annotated[float, Field(ge=0, le=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 KernelSize = Annotated[

@@ -77,10 +77,12 @@ def test_methods_lists_the_registry() -> None:
         assert name in printed
 
 
-def test_methods_shows_each_option_with_its_default_bounds_and_help() -> None:
+def test_methods_shows_each_option_with_its_default_bounds_and_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvllm.cli.app import console
     from kvllm.methods import SHARED_OPTIONS, methods
 
-    printed = runner.invoke(cli.app, ["methods"], catch_exceptions=False, env={"COLUMNS": "500"}).stdout
+    monkeypatch.setattr(console, "width", 500)
+    printed = runner.invoke(cli.app, ["methods"], catch_exceptions=False).stdout
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
     for cls in methods().values():
         for option in options_of(cls).values():

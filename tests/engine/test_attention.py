@@ -1,6 +1,7 @@
 """What a layer's two calls in a step, write to the cache and attention, become."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_other_backends_are_refused(hook):
 @pytest.mark.parametrize("hook", [capture_queries, store_with_queries])
 def test_a_model_that_writes_the_cache_itself_is_refused(hook):
     """As some of vLLM 0.33 do in one kernel with the rotation: their attention is called without keys and values."""
-    log: list = []
+    log: list[Any] = []
     layer = layer_of(log)
     hook([layer], lambda *arguments: log.append(arguments), "cuda")
     with pytest.raises(UsageError, match="layer model.layers.0.attn: its model writes keys and values to the KV cache"):

@@ -96,8 +96,8 @@ class ByItself(Attention):
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         query, key, value = self.qkv_proj(hidden_states).chunk(3, dim=-1)
-        turn = Rope(torch.full([HEAD_DIM // 2], 0.3, dtype=torch.float64)).turn(positions[:, None], HEAD_DIM)
-        return self.attn(turn.apply(query.view(-1, NUM_HEADS, HEAD_DIM)).flatten(1), key, value)
+        rotation = Rope(torch.full([HEAD_DIM // 2], 0.3, dtype=torch.float64)).rotation(positions[:, None], HEAD_DIM)
+        return self.attn(rotation.apply(query.view(-1, NUM_HEADS, HEAD_DIM)).flatten(1), key, value)
 
 
 def measured(*attentions: Attention, extra: torch.nn.Module | None = None, max_model_len: int = 1024) -> Rope | None:

@@ -24,7 +24,7 @@ class _Finder:
             execute(module)
             _guard(module.EngineCore)
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

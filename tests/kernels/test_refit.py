@@ -7,7 +7,7 @@ from kvllm.kernels.windows import gather_window_ref
 from kvllm.methods.kara import Kara
 from tests.kernels.paged_caches import assert_same_bits, copy_of
 from tests.kernels.test_compact import random_kept
-from tests.kernels.test_window_scores import make, turn_of, window_of
+from tests.kernels.test_window_scores import make, rotation_of, window_of
 
 # What one rounding to the cache's dtype can differ by, relative, and what the products differ by. On a GPU queries,
 # weights and outputs are rounded to the dtype that it multiplies in; the interpreter multiplies in float32.
@@ -59,11 +59,11 @@ def test_refit(num_candidates, num_kept, num_heads, num_kv_heads, head_dim, dtyp
         num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, num_queries=7, kv_dtype=stored
     )
     kept = random_kept(2, actual, num_candidates, num_kept, device)
-    turn = None if options is None else turn_of(bank, head_dim, device, **options)
+    rotation = None if options is None else rotation_of(bank, head_dim, device, **options)
     expected, moved = copy_of(actual), copy_of(actual)
 
-    refit(bank, starts, kept, blocks, actual, turn, *ridges)
-    refit_ref(bank, starts, kept, blocks, expected, turn, *ridges)
+    refit(bank, starts, kept, blocks, actual, rotation, *ridges)
+    refit_ref(bank, starts, kept, blocks, expected, rotation, *ridges)
     compact_ref(kept, blocks, moved)
 
     assert_close(actual, expected, stored)
@@ -112,10 +112,10 @@ def test_queries_that_look_nowhere_change_no_key(device):
 @pytest.mark.parametrize("method", [Kara(key_ridge=1.0, value_ridge=0.5), Kara(value_ridge=1.0, lookahead=0)])
 def test_reference_is_kara(method, device):
     bank, starts, blocks, cache = make(64, 6, 3, 80, torch.float32, device)
-    window, turn = window_of(method, bank, starts, blocks, cache)
+    window, rotation = window_of(method, bank, starts, blocks, cache)
     expected = method.compress(window, 16)
     kept = expected.indices.int().unflatten(0, (2, cache.num_layers)).contiguous()
-    refit_ref(bank, starts, kept, blocks, cache, turn, method.key_ridge, method.value_ridge)
+    refit_ref(bank, starts, kept, blocks, cache, rotation, method.key_ridge, method.value_ridge)
     keys, values = gather_window_ref(blocks, cache, torch.float32)
     torch.testing.assert_close(keys[:, :16], expected.keys, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(values[:, :16], expected.values, rtol=1e-4, atol=1e-4)

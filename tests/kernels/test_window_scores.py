@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from kvllm.compression.query_bank import QueryBank, quantize
-from kvllm.kernels.window_scores import tile_sizes, window_scores, window_scores_ref
+from kvllm.kernels.window_scores import window_scores, window_scores_ref
+from kvllm.kernels.window_scores.window_scores import tile_sizes
 from kvllm.kernels.windows import gather_window_ref
 from kvllm.methods.base import Window
 from kvllm.methods.kara import Kara, turn_distances
@@ -10,12 +11,12 @@ from kvllm.methods.rope import Rope, frequencies
 from tests.kernels.paged_caches import random_blocks, random_cache
 
 
-def assert_scores_close(actual, expected, turned_in=None):
-    # Without a turn the operands are exact on both sides; what is left is float32 against float64: sums of a few
-    # hundred exponentials of logits up to about 5, each within a few units of 2^-24 (exp2 on the GPU: 2 ulp). A turned
-    # query is rounded to the dtype that the GPU multiplies in, `turned_in`: a logit of 5 is then off by up to 5 * 2^-9
+def assert_scores_close(actual, expected, rotated_in=None):
+    # Without a rotation the operands are exact on both sides; what is left is float32 against float64: sums of a few
+    # hundred exponentials of logits up to about 5, each within a few units of 2^-24 (exp2 on the GPU: 2 ulp). A rotated
+    # query is rounded to the dtype that the GPU multiplies in, `rotated_in`: a logit of 5 is then off by up to 5 * 2^-9
     # in bfloat16, and 2^-12 in float16; the interpreter multiplies in float32.
-    rounding = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(turned_in, 0.0) if actual.is_cuda else 0.0
+    rounding = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(rotated_in, 0.0) if actual.is_cuda else 0.0
     torch.testing.assert_close(actual, expected, rtol=2e-5 + rounding, atol=1e-8)
 
 
@@ -42,7 +43,7 @@ def make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, *, bl
 
 
 def window_of(method, bank, starts, blocks, cache):
-    """What a method sees of a float32 cache, and how it turns its queries."""
+    """What a method sees of a float32 cache, and how it rotates its queries."""
     keys, values = gather_window_ref(blocks, cache, torch.float32)
     num_tokens, num_kv_heads, head_dim = keys.shape[1:]
     rope = Rope(frequencies(10000.0, head_dim, keys.device))
@@ -59,7 +60,7 @@ def window_of(method, bank, starts, blocks, cache):
     if not method.uses_rope:
         return window, None
     distances = turn_distances(window.query_positions, window.query_shifts, method.lookahead)
-    return window, rope.turn(distances.unsqueeze(1), head_dim)
+    return window, rope.rotation(distances.unsqueeze(1), head_dim)
 
 
 @pytest.mark.parametrize("value_norm", [True, False])
@@ -100,7 +101,7 @@ def test_fp8_cache(num_candidates, token_major, device):
     assert_scores_close(window_scores(*arguments), window_scores_ref(*arguments))
 
 
-def turn_of(bank, head_dim, device, interleaved=False, num_pairs=None, by_layer=False):
+def rotation_of(bank, head_dim, device, interleaved=False, num_pairs=None, by_layer=False):
     num_pairs = num_pairs or head_dim // 2
     rope = Rope(100.0 ** -(torch.arange(num_pairs, dtype=torch.float64, device=device) / num_pairs), interleaved)
     if by_layer:  # the first has none
@@ -108,7 +109,7 @@ def turn_of(bank, head_dim, device, interleaved=False, num_pairs=None, by_layer=
         slower = [rope.frequencies / i for i in range(1, len(bank.queries))]
         rope = Rope(torch.stack([still, *slower]), interleaved)
     distances = torch.randint(0, 500, (bank.num_queries, 1, bank.group_size), device=device)
-    return rope.turn(distances, head_dim)
+    return rope.rotation(distances, head_dim)
 
 
 @pytest.mark.parametrize("keydiff_power", [0.0, 1.5, 2.0])
@@ -125,14 +126,14 @@ def turn_of(bank, head_dim, device, interleaved=False, num_pairs=None, by_layer=
         (544, 14, 2, 80, torch.bfloat16, {"by_layer": True, "num_pairs": 20}),
     ],
 )
-def test_turned_queries_and_distinct_keys(
+def test_rotated_queries_and_distinct_keys(
     num_candidates, num_heads, num_kv_heads, head_dim, dtype, options, keydiff_power, device
 ):
     bank, starts, blocks, cache = make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, num_queries=10)
-    turn = turn_of(bank, head_dim, device, **options)
-    actual = window_scores(bank, starts, blocks, cache, keydiff_power=keydiff_power, turn=turn)
-    expected = window_scores_ref(bank, starts, blocks, cache, keydiff_power=keydiff_power, turn=turn)
-    assert_scores_close(actual, expected, turned_in=dtype)
+    rotation = rotation_of(bank, head_dim, device, **options)
+    actual = window_scores(bank, starts, blocks, cache, keydiff_power=keydiff_power, rotation=rotation)
+    expected = window_scores_ref(bank, starts, blocks, cache, keydiff_power=keydiff_power, rotation=rotation)
+    assert_scores_close(actual, expected, rotated_in=dtype)
     still = window_scores_ref(bank, starts, blocks, cache, keydiff_power=keydiff_power)
     assert not torch.allclose(expected, still, rtol=0.1)
     assert torch.equal(expected[:, 0], still[:, 0]) == ("by_layer" in options)
@@ -157,10 +158,10 @@ def test_large_logits_do_not_overflow(device):
 @pytest.mark.parametrize("method", [Kara(), Kara(keydiff_power=0.0), Kara(lookahead=0, value_norm=False)])
 def test_reference_is_kara(method, device):
     bank, starts, blocks, cache = make(64, 6, 3, 80, torch.float32, device)
-    window, turn = window_of(method, bank, starts, blocks, cache)
+    window, rotation = window_of(method, bank, starts, blocks, cache)
     expected = method.score(window).unflatten(0, (2, cache.num_layers))
     options = (method.value_norm, method.keydiff_power, method.attention_floor)
-    actual = window_scores_ref(bank, starts, blocks, cache, *options, turn)
+    actual = window_scores_ref(bank, starts, blocks, cache, *options, rotation)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-8)
 
 

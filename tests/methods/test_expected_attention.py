@@ -23,7 +23,7 @@ def rotation(place, theta, dim):
 
 
 def by_loops(window, method):
-    """The paper's form: mean and covariance before RoPE, both turned by the average future rotation."""
+    """The paper's form: mean and covariance before RoPE, both rotated by the average future rotation."""
     dim = window.keys.shape[-1]
 
     def score(b, h):
@@ -35,8 +35,8 @@ def by_loops(window, method):
             if method.rope_theta is not None:
                 shift = 0 if window.query_shifts is None else int(window.query_shifts[g])
                 places = int(window.positions[b, h, -1]) + window.query_positions - (window.num_tokens - 1) - shift
-                turns = [rotation(-int(p), method.rope_theta, dim) for p in places]
-                queries = torch.stack([turn @ q for turn, q in zip(turns, queries, strict=True)])
+                rotations = [rotation(-int(p), method.rope_theta, dim) for p in places]
+                queries = torch.stack([rotation @ q for rotation, q in zip(rotations, queries, strict=True)])
                 future = range(newest + 1, newest + 1 + method.num_future_tokens)
                 average = sum(rotation(p, method.rope_theta, dim) for p in future) / len(future)
             mean = average @ queries.mean(dim=0)
@@ -89,7 +89,7 @@ def test_with_rope_theta_only_the_place_before_rope_counts():
     members = window.query_shifts.repeat(window.num_kv_heads)  # of each head
     places = 160 + window.query_positions.view(1, -1, 1) - members
     at_last = replace(window, queries=one, query_positions=last, query_shifts=None)
-    shifted = unrotate(one, (160 + last).view(1, -1, 1) - places, 100.0)  # turned back from the last place to each
+    shifted = unrotate(one, (160 + last).view(1, -1, 1) - places, 100.0)  # rotated back from the last place to each
     spread = replace(window, queries=shifted)
     torch.testing.assert_close(method.score(spread), method.score(at_last), rtol=1e-4, atol=1e-6)
 

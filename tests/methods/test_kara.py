@@ -17,7 +17,7 @@ from tests.methods.loops import place_of
 from tests.methods.windows import random_window
 
 
-def turned_by_hand(vector, distance, rope):
+def rotated_by_hand(vector, distance, rope):
     """RoPE over this many tokens, one complex number for each pair of dimensions."""
     result = [float(x) for x in vector]
     for i, frequency in enumerate(rope.frequencies.tolist()):
@@ -41,7 +41,7 @@ def queries_by_loops(window, lookahead):
             shifts = [0] * num_heads if window.query_shifts is None else window.query_shifts.tolist()
             stands = places[q] - shifts[head % (num_heads // window.num_kv_heads)]
             for b in range(batch):
-                result[b, q, head] = turned_by_hand(result[b, q, head], target - stands, window.rope)
+                result[b, q, head] = rotated_by_hand(result[b, q, head], target - stands, window.rope)
     return result
 
 
@@ -118,12 +118,12 @@ def test_scores_equal_the_definition(bidirectional, value_norm, moment, num_kv_h
     [
         Rope(frequencies(10000.0, 8)),
         Rope(frequencies(10000.0, 8), interleaved=True),
-        Rope(frequencies(100.0, 4)),  # the second half of the dimensions does not turn
+        Rope(frequencies(100.0, 4)),  # the second half of the dimensions is not rotated
         Rope(torch.tensor([1.0, 0.3, 0.01], dtype=torch.float64), interleaved=True),
     ],
     ids=["halves", "interleaved", "partial", "partial interleaved"],
 )
-def test_queries_are_turned_to_where_those_to_come_will_stand(rope, shifts, lookahead):
+def test_queries_are_rotated_to_where_those_to_come_will_stand(rope, shifts, lookahead):
     shifts = None if shifts is None else torch.tensor(shifts)
     window = replace(random_window(), rope=rope, query_shifts=shifts)
     kara = Kara(lookahead=lookahead, keydiff_power=0.0, attention_floor=0.0)
@@ -182,7 +182,7 @@ def test_of_keys_all_alike_none_is_distinct():
     assert (scores >= 0).all() and (scores < 1e-6).all()  # and not NaN: a cosine may round to above 1
 
 
-def test_nothing_turns_without_rope_or_in_the_causal_ablation():
+def test_nothing_rotates_without_rope_or_in_the_causal_ablation():
     window = random_window()
     still, turning = Kara(lookahead=0), Kara(lookahead=300)
     without = replace(window, rope=None)

@@ -32,27 +32,29 @@ def test_it_undoes_the_rotation_of_transformers():
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("num_pairs, head_dim", [(4, 8), (2, 8), (1, 6), (40, 80)])
-def test_turns_equal_complex_numbers(num_pairs, head_dim, interleaved):
-    """Each pair is a complex number that a token turns by its frequency; what is past the pairs stays."""
+def test_rotations_equal_complex_numbers(num_pairs, head_dim, interleaved):
+    """Each pair is a complex number that a token rotates by its frequency; what is past the pairs stays."""
     generator = torch.Generator().manual_seed(0)
     rope = Rope(torch.rand(num_pairs, generator=generator, dtype=torch.float64), interleaved)
     distances = torch.tensor([[0, 1, -3], [17, 4000, 100_001]])
     vectors = torch.randn(2, 3, head_dim, generator=generator)
-    turn = rope.turn(distances, head_dim)
-    for table in (turn.cos, turn.sin):
+    rotation = rope.rotation(distances, head_dim)
+    for table in (rotation.cos, rotation.sin):
         assert table.shape == (2, 3, head_dim // 2) and table.dtype == torch.float32
-    assert sorted(torch.cat([turn.first, turn.second]).tolist()) == list(range(head_dim))
-    halves = turn.first.tolist() == list(range(head_dim // 2)) and torch.equal(turn.second, turn.first + head_dim // 2)
-    assert turn.halves == halves
+    assert sorted(torch.cat([rotation.first, rotation.second]).tolist()) == list(range(head_dim))
+    halves = rotation.first.tolist() == list(range(head_dim // 2)) and torch.equal(
+        rotation.second, rotation.first + head_dim // 2
+    )
+    assert rotation.halves == halves
 
     expected = vectors.double()
     for place, distance in enumerate(distances.flatten().tolist()):
         vector = expected.view(-1, head_dim)[place]
         for i in range(num_pairs):
             pair = [2 * i, 2 * i + 1] if interleaved else [i, i + num_pairs]
-            turned = complex(*vector[pair].tolist()) * cmath.exp(1j * distance * float(rope.frequencies[i]))
-            vector[pair] = torch.tensor([turned.real, turned.imag], dtype=torch.float64)
-    actual = turn.apply(vectors)
+            rotated = complex(*vector[pair].tolist()) * cmath.exp(1j * distance * float(rope.frequencies[i]))
+            vector[pair] = torch.tensor([rotated.real, rotated.imag], dtype=torch.float64)
+    actual = rotation.apply(vectors)
     torch.testing.assert_close(actual, expected.float(), rtol=1e-6, atol=1e-6)  # float32 sines and cosines
     assert torch.equal(actual[0, 0], vectors[0, 0])  # no distance, no change
     assert torch.equal(actual[..., 2 * num_pairs :], vectors[..., 2 * num_pairs :])
@@ -62,5 +64,5 @@ def test_turning_on_and_back_again():
     rope = Rope(frequencies(10000.0, 16))
     vectors = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     at = torch.tensor([5, 600, 70_000])
-    turned = rope.turn(at, 16).apply(vectors)
-    torch.testing.assert_close(unrotate(turned, at, 10000.0), vectors, rtol=0, atol=1e-6)
+    rotated = rope.rotation(at, 16).apply(vectors)
+    torch.testing.assert_close(unrotate(rotated, at, 10000.0), vectors, rtol=0, atol=1e-6)

@@ -39,14 +39,14 @@ def scores_by_loops(window):
             for t in range(window.num_tokens):
                 place, total = int(window.positions[b, h, t]), 0.0
                 for f in range(PAIRS):
-                    turn = THETA ** (-2 * f / DIM)
+                    rotation = THETA ** (-2 * f / DIM)
                     stored = complex(float(window.keys[b, t, h, f]), float(window.keys[b, t, h, f + PAIRS]))
-                    key = stored * cmath.exp(-1j * turn * place)
+                    key = stored * cmath.exp(-1j * rotation * place)
                     queries = [complex(q[f], q[f + PAIRS]) for q in sample.tolist()]
                     mean = sum(queries) / len(queries)
                     spread = sum(abs(q) for q in queries) / len(queries) - abs(mean)
                     distances = [now - place + 2**i for i in range(17)]
-                    aligned = sum((mean * key.conjugate() * cmath.exp(1j * turn * d)).real for d in distances)
+                    aligned = sum((mean * key.conjugate() * cmath.exp(1j * rotation * d)).real for d in distances)
                     total += float(SCALE[f]) ** 2 * (aligned / len(distances) + spread * abs(key))
                 row.append(total)
             x = torch.tensor(row, dtype=torch.float64)

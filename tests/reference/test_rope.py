@@ -63,7 +63,7 @@ def model_of(config: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
 
 
-def turned_by_the_model(model: PreTrainedModel, vectors: torch.Tensor, place: int) -> torch.Tensor:
+def rotated_by_the_model(model: PreTrainedModel, vectors: torch.Tensor, place: int) -> torch.Tensor:
     """The vectors [num_vectors, HEAD_DIM] as queries of the text's token number `place`, after the model's RoPE."""
     cos, sin = model.base_model.rotary_emb(vectors, torch.tensor([[place]]))
     apply = sys.modules[type(model).__module__].apply_rotary_pos_emb
@@ -92,12 +92,12 @@ def test_turning_on_equals_the_model_s_rotation_at_a_later_place(config, interle
     assert rope.frequencies.shape == (num_pairs,) and rope.frequencies.dtype == torch.float64
     vectors = torch.randn(5, HEAD_DIM, generator=torch.Generator().manual_seed(0))
     for place, distance in ((0, 1), (7, 0), (30, 300), (500, -100)):
-        turn = rope.turn(torch.tensor(distance), HEAD_DIM)
-        before, expected = (turned_by_the_model(model, vectors, p) for p in (place, place + distance))
+        rotation = rope.rotation(torch.tensor(distance), HEAD_DIM)
+        before, expected = (rotated_by_the_model(model, vectors, p) for p in (place, place + distance))
         if "yarn" in str(config.rope_parameters):
             assert not torch.allclose(before.norm(dim=-1), vectors.norm(dim=-1))  # it also stretches, once
         # transformers computes angles of hundreds of radians in float32.
-        torch.testing.assert_close(turn.apply(before), expected, rtol=0, atol=3e-4)
+        torch.testing.assert_close(rotation.apply(before), expected, rtol=0, atol=3e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,17 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 import kvllm
-from kvllm.cli.options import flag, shown, with_config
+from kvllm.cli.options import PASS_THROUGH, JsonFile, flag, shown, with_config
 from kvllm.errors import UsageError
 from kvllm.options import options_of
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=kvllm.__doc__)
 console = Console()
 progress_console = Console(stderr=True)  # stdout holds the answer
-
-# What typer does not know goes to vLLM, which has its own parser and its own messages.
-PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here, as JSON.")]
 
 
 @app.callback(invoke_without_command=True)

@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,9 @@ import typer
 from kvllm.config import KvConfig
 from kvllm.options import Option, options_of, parse_json
 
+# What typer does not know goes to vLLM, which has its own parser and its own messages.
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here, as JSON.")]
 PANEL = "Compression"
 TYPES = {"string": str, "integer": int, "number": float}  # all others are JSON
 # vLLM has flags of these names, and they mean something else.

@@ -54,7 +54,7 @@ def matching_rope(queries: Tensor, positions: Tensor, candidates: Sequence[Rope]
     if error(still) <= tolerance:
         return None
     errors = {
-        i: error(rope.turn(positions[:, None], queries.shape[-1], torch.float64).apply(still))
+        i: error(rope.rotation(positions[:, None], queries.shape[-1], torch.float64).apply(still))
         for i, rope in enumerate(candidates)
         if 2 * rope.num_pairs <= queries.shape[-1]
     }

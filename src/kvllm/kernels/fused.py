@@ -1,52 +1,24 @@
 """Methods that have kernels of their own, which compress without dense copies of the candidates.
 
-A module of this package registers what it has with `serves`; an engine asks `fused_kernels`, whatever its method is.
+A module of this package registers its kernels (`kvllm.kernels.registry`); an engine asks `fused_kernels`, whatever its
+method is.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Protocol
 
 from kvllm.compression.compressor import Fused
 from kvllm.compression.query_bank import QueryBank
 from kvllm.config import KvConfig
 from kvllm.kernels.paged import PagedCache
+from kvllm.kernels.registry import FUSED, Build, Covers
 from kvllm.methods.base import Method
 from kvllm.methods.rope import Rope
-
-
-class Build(Protocol):
-    """Kernels that do exactly what this method does on these layers, or None where there are none."""
-
-    def __call__(
-        self, method: Method, config: KvConfig, bank: QueryBank, cache: PagedCache, rope: Rope | None
-    ) -> Fused | None: ...
-
-
-class Covers(Protocol):
-    """Whether there are such kernels for heads of this size."""
-
-    def __call__(self, method: Method, head_dim: int) -> bool: ...
-
-
-_REGISTRY: dict[type[Method], tuple[Covers, Build]] = {}
-
-
-def serves(method: type[Method], covers: Covers) -> Callable[[Build], Build]:
-    """Decorator of a `Build`: these are the kernels of this class of methods."""
-
-    def add(build: Build) -> Build:
-        _REGISTRY[method] = (covers, build)
-        return build
-
-    return add
 
 
 def _find(method: Method) -> tuple[Covers, Build] | None:
     from kvllm.kernels import kara  # noqa: F401  (registers itself; here, since importing it loads Triton's kernels)
 
-    return _REGISTRY.get(type(method))
+    return FUSED.get(type(method))
 
 
 def has_fused_kernels(method: Method, head_dim: int) -> bool:

@@ -9,14 +9,14 @@ from kvllm.compression.paged_store import PagedCandidates
 from kvllm.compression.query_bank import QueryBank
 from kvllm.config import KvConfig
 from kvllm.kernels.compact import compact
-from kvllm.kernels.fused import serves
 from kvllm.kernels.paged import PagedCache
 from kvllm.kernels.refit import MOST_DIMS, refit
+from kvllm.kernels.registry import serves
 from kvllm.kernels.select_chunks import select_chunks
 from kvllm.kernels.window_scores import window_scores
 from kvllm.methods.base import Method
 from kvllm.methods.kara import Kara
-from kvllm.methods.rope import Rope, Turn
+from kvllm.methods.rope import Rope, Rotation
 
 
 def covers(method: Method, head_dim: int) -> bool:
@@ -29,27 +29,27 @@ def covers(method: Method, head_dim: int) -> bool:
 def kara_kernels(method: Method, config: KvConfig, bank: QueryBank, cache: PagedCache, rope: Rope | None) -> Fused:
     """Kara over the paged cache."""
     assert isinstance(method, Kara)
-    turn = _turn(method, config, bank, cache, rope)
+    rotation = _rotation(method, config, bank, cache, rope)
 
     def compress(candidates: PagedCandidates, num_kept: int) -> None:
         blocks, starts = candidates.blocks, candidates.ring_starts.int()
         scores = window_scores(
-            bank, starts, blocks, cache, method.value_norm, method.keydiff_power, method.attention_floor, turn
+            bank, starts, blocks, cache, method.value_norm, method.keydiff_power, method.attention_floor, rotation
         )
         kept = select_chunks(scores, num_kept, method.max_chunk_size, method.chunk_fill)
         if method.refits(num_kept):
-            refit(bank, starts, kept, blocks, cache, turn, method.key_ridge, method.value_ridge)
+            refit(bank, starts, kept, blocks, cache, rotation, method.key_ridge, method.value_ridge)
         else:
             compact(kept, blocks, cache)
 
     return compress
 
 
-def _turn(method: Kara, config: KvConfig, bank: QueryBank, cache: PagedCache, rope: Rope | None) -> Turn | None:
+def _rotation(method: Kara, config: KvConfig, bank: QueryBank, cache: PagedCache, rope: Rope | None) -> Rotation | None:
     """Of the stored queries, oldest first: their distances from the newest one are the same at every event."""
     if rope is None:
         return None
     positions = torch.arange(config.num_queries, device=bank.queries.device) * config.query_stride
     # Tables as exact as the products: the kernel reads them for every head of every layer.
     dtype = torch.float32 if cache.dtype == torch.float32 else torch.bfloat16
-    return method.turn(rope, positions, bank.shifts, cache.head_dim, dtype)
+    return method.rotation(rope, positions, bank.shifts, cache.head_dim, dtype)

@@ -62,15 +62,15 @@ class ExpectedAttention(Method):
 
 
 def future_queries(queries: Tensor, places: Tensor, rope_theta: float, num_future_tokens: int) -> Tensor:
-    """Queries turned from their own places to the average of the next ones after the newest.
+    """Queries rotated from their own places to the average of the next ones after the newest.
 
     queries: [batch, num_kv_heads, group_size, num_queries, head_dim], after RoPE
     places:  [batch, num_kv_heads, group_size, num_queries]
     """
     head_dim = queries.shape[-1]
     rope = Rope(frequencies(rope_theta, head_dim, queries.device))
-    to_newest = rope.turn(places.amax(dim=(-2, -1), keepdim=True) - places, head_dim)
-    ahead = rope.turn(torch.arange(1, num_future_tokens + 1, device=queries.device), head_dim, torch.float64)
+    to_newest = rope.rotation(places.amax(dim=(-2, -1), keepdim=True) - places, head_dim)
+    ahead = rope.rotation(torch.arange(1, num_future_tokens + 1, device=queries.device), head_dim, torch.float64)
     # The average rotation: also shorter than 1.
     ahead = replace(ahead, cos=ahead.cos.mean(dim=0), sin=ahead.sin.mean(dim=0))
     return ahead.apply(to_newest.apply(queries))

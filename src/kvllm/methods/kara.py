@@ -13,7 +13,7 @@ from kvllm.methods import register
 from kvllm.methods.base import Kept, Method, Window, top_k
 from kvllm.methods.keydiff import KeyDiff
 from kvllm.methods.refit import gather_tokens, refit_values, shift_keys
-from kvllm.methods.rope import Rope, Turn
+from kvllm.methods.rope import Rope, Rotation
 from kvllm.options import Count, strict_dataclass
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -129,24 +129,24 @@ class Kara(Method):
         return scores
 
     def ahead(self, window: Window) -> Window:
-        """The window with its queries turned to where those to come will stand."""
+        """The window with its queries rotated to where those to come will stand."""
         if not self.uses_rope or window.rope is None:
             return window
         queries = window.queries.float().unflatten(2, (window.num_kv_heads, -1))
-        turn = self.turn(window.rope, window.query_positions, window.query_shifts, window.keys.shape[-1])
-        return replace(window, queries=turn.apply(queries).flatten(2, 3))
+        rotation = self.rotation(window.rope, window.query_positions, window.query_shifts, window.keys.shape[-1])
+        return replace(window, queries=rotation.apply(queries).flatten(2, 3))
 
-    def turn(
+    def rotation(
         self,
         rope: Rope,
         query_positions: Tensor,
         query_shifts: Tensor | None,
         head_dim: int,
         dtype: torch.dtype = torch.float32,
-    ) -> Turn:
-        """What turns queries ahead, of distances [num_queries, 1, group_size]; dtype: of the sines and cosines."""
+    ) -> Rotation:
+        """The rotation of queries ahead, of distances [num_queries, 1, group_size]; dtype: of the sines and cosines."""
         distances = turn_distances(query_positions, query_shifts, self.lookahead)
-        return rope.turn(distances.unsqueeze(1), head_dim, dtype)
+        return rope.rotation(distances.unsqueeze(1), head_dim, dtype)
 
     def select(self, scores: Tensor, num_kept: int) -> Tensor:
         return token2chunk(scores, num_kept, self.max_chunk_size, self.chunk_fill)

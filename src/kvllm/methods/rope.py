@@ -50,7 +50,7 @@ class Rope:
         """That of some members of the batch, by slice or indices."""
         return self if self.frequencies.ndim == 1 else replace(self, frequencies=self.frequencies[members])
 
-    def turn(self, distances: Tensor, head_dim: int, dtype: torch.dtype = torch.float32) -> Turn:
+    def rotation(self, distances: Tensor, head_dim: int, dtype: torch.dtype = torch.float32) -> Rotation:
         """What rotates vectors of `head_dim` dimensions by these distances.
 
         distances: [...], tokens; dtype: of the sines and cosines
@@ -66,11 +66,11 @@ class Rope:
             frequencies = frequencies.unflatten(0, (-1, *[1] * distances.ndim))
         # float64: thousands of tokens ahead a float32 angle would be off by more than bfloat16 rounds.
         angles = distances.to(frequencies).unsqueeze(-1) * frequencies
-        return Turn(angles.cos().to(dtype), angles.sin().to(dtype), first, second, halves)
+        return Rotation(angles.cos().to(dtype), angles.sin().to(dtype), first, second, halves)
 
 
 @dataclass(frozen=True)
-class Turn:
+class Rotation:
     """Rotates dimensions in pairs, each by an angle.
 
     cos, sin: [..., head_dim / 2], of the angles; the first axis is the batch where its members have their own
@@ -90,14 +90,14 @@ class Turn:
         """vectors: [..., head_dim], to which the angles broadcast; rotated in their own dtype"""
         cos, sin = self.cos.to(vectors), self.sin.to(vectors)
         a, b = vectors[..., self.first], vectors[..., self.second]
-        turned = torch.empty_like(vectors)
-        turned[..., self.first] = a * cos - b * sin
-        turned[..., self.second] = a * sin + b * cos
-        return turned
+        rotated = torch.empty_like(vectors)
+        rotated[..., self.first] = a * cos - b * sin
+        rotated[..., self.second] = a * sin + b * cos
+        return rotated
 
 
 def frequencies(rope_theta: float, head_dim: int, device: torch.device | None = None) -> Tensor:
-    """[head_dim / 2] in float64: radians a token turns each pair (plain RoPE, no scaling)."""
+    """[head_dim / 2] in float64: radians that a token rotates each pair (plain RoPE, no scaling)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
     return float(rope_theta) ** -exponents
 
@@ -122,4 +122,4 @@ def unrotate(vectors: Tensor, places: Tensor, rope_theta: float) -> Tensor:
     vectors: [..., head_dim];  places: [...], place in the text
     """
     rope = Rope(frequencies(rope_theta, vectors.shape[-1], vectors.device))
-    return rope.turn(-places, vectors.shape[-1]).apply(vectors.float())
+    return rope.rotation(-places, vectors.shape[-1]).apply(vectors.float())

@@ -88,7 +88,7 @@ class TriAttention(Method):
 
 
 def as_complex(vectors: Tensor) -> Tensor:
-    """[..., head_dim] with pairs (i, i + head_dim / 2), as RoPE of Llama and Qwen turns them -> [..., pairs]."""
+    """[..., head_dim] with pairs (i, i + head_dim / 2), as RoPE of Llama and Qwen rotates them -> [..., pairs]."""
     return torch.complex(*vectors.float().chunk(2, dim=-1))
 
 
@@ -106,7 +106,7 @@ def save_statistics(path: str, queries: Tensor, frequencies: Tensor, scale: Tens
     """Write the statistics of a sample of queries.
 
     queries:     [num_layers, num_heads, num_samples, head_dim], before RoPE
-    frequencies: [head_dim / 2], radians a token turns each pair (a Hugging Face rotary embedding's `inv_freq`)
+    frequencies: [head_dim / 2], radians that a token rotates each pair (a Hugging Face rotary embedding's `inv_freq`)
     scale:       [head_dim / 2], factor on each pair that the model's RoPE scaling applies; None = 1
     """
     pairs = as_complex(queries)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from kvllm.errors import UsageError
 from kvllm.layout import Geometry
 from kvllm.methods import make_method
 from kvllm.methods.base import Kept
+from kvllm.methods.rope import Rope
 from kvllm.reference.attention import attention_through
 from kvllm.reference.cache import DenseStore, LayerCache
 from kvllm.reference.rope import rope_of
@@ -67,7 +69,7 @@ class Request:
             self.method = make_method(config)
             self.rope = None
             if self.method.uses_rope:
-                self.rope = rope_of(model)
+                self.rope = _known_rope(model)
                 self.method.check_rope(self.rope)
         num_layers = model.config.get_text_config().num_hidden_layers
         self.layers = [LayerCache(config.query_span if config else max_queries) for _ in range(num_layers)]
@@ -155,6 +157,17 @@ class Request:
                     f"layer {i} of {type(self.model).__name__} keeps no KV cache of its own; every layer must be "
                     "full attention."
                 )
+
+
+# Measuring a rotary embedding takes a second, and a study makes hundreds of requests on one model.
+_ropes: WeakKeyDictionary[PreTrainedModel, tuple[torch.device, Rope | None]] = WeakKeyDictionary()
+
+
+def _known_rope(model: PreTrainedModel) -> Rope | None:
+    """`rope_of`, measured once for each model and device."""
+    if model not in _ropes or _ropes[model][0] != model.device:
+        _ropes[model] = (model.device, rope_of(model))
+    return _ropes[model][1]
 
 
 def check_model(model: PreTrainedModel) -> None:

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from kvllm.measure.eval import accuracy, regrade
+from kvllm.measure.eval import accuracy
 from kvllm.measure.eval.accuracy import check_run, plan, run, summarise, table
 from kvllm.measure.eval.engines import Completion, Question
 from kvllm.measure.eval.grade import is_correct
 from kvllm.measure.eval.problems import Problem, load_problems
-from kvllm.measure.eval.samples import FULL, Sample, read_samples
-from kvllm.measure.eval.sweep import cases
+from kvllm.measure.eval.samples import Sample, read_samples
+from kvllm.measure.eval.sweep import FULL, cases
+from tests.measure.commands import kvllm
 
 PROBLEMS = [Problem("a", "1 + 1?", "2"), Problem("b", "2 + 2?", "4")]
 CASES = cases([{"method": ["kara", "snapkv"], "retention_ratio": [0.3, 0.5]}], baselines=())
@@ -147,7 +148,7 @@ def test_the_shipped_answers_are_correct_answers():
 def test_regrading_mends_the_log_and_writes_the_results(tmp_path, capsys):
     jobs = plan(CASES[:2], PROBLEMS, 1)
     run("sums", jobs, Adder, tmp_path / "samples.jsonl", None, lambda text, expected: False, "wrong")
-    regrade.main([str(tmp_path / "samples.jsonl")])
+    kvllm("eval", "grade", str(tmp_path / "samples.jsonl"))
     samples = read_samples(tmp_path / "samples.jsonl")
     assert sum(bool(s.correct) for s in samples) == 4 and "math-verify" in str(samples[0].grader)
     assert "6 answers graded, 4 of them differently" in capsys.readouterr().out
@@ -160,12 +161,12 @@ def test_the_command_runs_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(accuracy, "VllmEngine", lambda arguments, options, sampling: Adder(options))
     data = tmp_path / "sums.jsonl"
     data.write_text("".join(json.dumps({"problem": p.problem, "answer": p.answer}) + "\n" for p in PROBLEMS))
-    arguments = ["tiny", "--task", "sums", "--data", str(data), "--out", str(tmp_path / "out"), "--ratios", "0.3,0.5"]
-    accuracy.main([*arguments, "--methods", "kara", "--baselines", "random", "--max-num-seqs", "4"])
+    arguments = ["eval", "accuracy", "tiny", "--task", "sums", "--data", str(data), "--out", str(tmp_path / "out")]
+    arguments += ["--ratios", "0.3,0.5"]
+    kvllm(*arguments, "--methods", "kara", "--baselines", "random", "--max-num-seqs", "4")
     said = capsys.readouterr()
     assert len(Adder.started) == 2 and "| full cache |" in said.out
-    assert said.err.count("64 of 256 tokens stay (0.25)") == 2  # in each of the two engines
-    accuracy.main([*arguments, "--methods", "kara", "--baselines", "", "--max-num-seqs", "4"])
+    kvllm(*arguments, "--methods", "kara", "--baselines", "", "--max-num-seqs", "4")
     assert len(Adder.started) == 2  # all of it was in the log
     with pytest.raises(ValueError, match="only --ratios can be chosen"):
-        accuracy.main([*arguments, "--methods", "kara", "--endpoint", "http://localhost:1/v1"])
+        kvllm(*arguments, "--methods", "kara", "--endpoint", "http://localhost:1/v1")

@@ -9,6 +9,7 @@ from kvllm.measure.eval.calibrate import queries_before_rope, rope_frequencies
 from kvllm.measure.eval.traces import Trace, write_traces
 from kvllm.methods.triattention import load_statistics
 from kvllm.reference import replay
+from tests.measure.commands import kvllm
 from tests.reference.models import text, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -18,7 +19,7 @@ TRACES = [Trace("a", text(120), 21), Trace("b", text(70, seed=1), 30)]
 
 def test_the_queries_are_those_before_rope():
     model = tiny_model("llama")
-    frequencies = rope_frequencies(model)
+    frequencies = rope_frequencies(model)  # asks the model itself, so before the hooks
     projected: list[torch.Tensor] = []
     hooks = [
         layer.self_attn.q_proj.register_forward_hook(lambda module, inputs, output: projected.append(output[0]))
@@ -36,7 +37,7 @@ def test_the_command_writes_what_triattention_reads(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(calibrate, "load_model", lambda folder, dtype, device: model)
     write_traces(tmp_path / "t.jsonl", TRACES)
     arguments = ["--traces", str(tmp_path / "t.jsonl"), "--model", "tiny", "--device", "cpu", "--stride", "1"]
-    calibrate.main([*arguments, "--out", str(path)])
+    kvllm("eval", "calibrate", *arguments, "--out", str(path))
     assert "188 queries of each of 2 x 6 heads" in capsys.readouterr().out
     everything = [queries_before_rope(model, trace, rope_frequencies(model), 1) for trace in TRACES]
     mean = torch.cat(everything, dim=2).mean(dim=2)[..., :8]

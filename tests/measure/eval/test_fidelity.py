@@ -11,6 +11,7 @@ from kvllm.measure.eval.fidelity import measure, random_like, table
 from kvllm.measure.eval.sweep import cases
 from kvllm.measure.eval.traces import Trace, write_traces
 from kvllm.reference import compare, kl_by_row, replay
+from tests.measure.commands import kvllm
 from tests.reference.models import text, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,12 +67,11 @@ def test_too_short_traces_are_refused():
 def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fidelity, "load_model", lambda folder, dtype, device: tiny_model("llama"))
     write_traces(tmp_path / "traces.jsonl", TRACES)
-    fidelity.main(
-        [
-            "--traces", str(tmp_path / "traces.jsonl"), "--model", "tiny", "--half", "train", "--device", "cpu",
-            "--methods", "kara", "--configs", '{"method": "keydiff"}', "--ratios", "0.5",
-            "--common", json.dumps(COMMON), "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.svg"),
-        ]
+    kvllm(
+        "eval", "fidelity",
+        "--traces", str(tmp_path / "traces.jsonl"), "--model", "tiny", "--half", "train", "--device", "cpu",
+        "--methods", "kara", "--configs", '{"method": "keydiff"}', "--ratios", "0.5",
+        "--common", json.dumps(COMMON), "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.svg"),
     )  # fmt: skip
     made = json.loads((tmp_path / "out.json").read_text())
     assert made["num_traces"] == 2 and [r["name"] for r in made["results"]] == ["keydiff", "kara", "random", "recent"]

@@ -18,7 +18,7 @@ import pytest
 from kvllm.measure.eval.problems import load_problems
 from tests.server import MODEL, kvllm_serve
 
-DOCS = (Path(__file__).parents[2] / "docs" / "eval.md").read_text()
+DOCS = (Path(__file__).parents[3] / "docs" / "eval.md").read_text()
 PROBLEMS = [load_problems("gsm8k")[i] for i in (28, 0, 5)]  # of which the model gets the first right
 MAX_TOKENS = 160
 RATIO = 0.25  # of these requests; the server's own is 0.5

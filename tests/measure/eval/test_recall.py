@@ -7,9 +7,10 @@ import pytest
 
 from kvllm.config import KvConfig
 from kvllm.measure.eval import recall
-from kvllm.measure.eval.recall import FULL, Answer, Item, Needle, accuracy, grid, make_items, measure, table
-from kvllm.measure.eval.sweep import cases
+from kvllm.measure.eval.recall import Answer, Item, Needle, accuracy, grid, make_items, measure, table
+from kvllm.measure.eval.sweep import FULL, cases
 from kvllm.reference import generate
+from tests.measure.commands import kvllm
 from tests.reference.models import VOCAB_SIZE, text, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,13 +91,12 @@ def test_the_command_writes_grid_answers_and_heat_map(tmp_path, monkeypatch):
     monkeypatch.setattr(recall, "load_model", lambda folder, dtype, device: tiny_model("llama"))
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda folder, **options: Characters())
     monkeypatch.setattr(recall, "PROMPT", "Go.")
-    recall.main(
-        [
-            "--model", "tiny", "--methods", "kara", "--ratios", "0.5", "--common", json.dumps(COMMON),
-            "--device", "cpu", "--distances", "90,120", "--depths", "0.2,0.8", "--samples", "1",
-            "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png"),
-            "--markdown", str(tmp_path / "out.md"),
-        ]
+    kvllm(
+        "eval", "recall",
+        "--model", "tiny", "--methods", "kara", "--ratios", "0.5", "--common", json.dumps(COMMON),
+        "--device", "cpu", "--distances", "90,120", "--depths", "0.2,0.8", "--samples", "1",
+        "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png"),
+        "--markdown", str(tmp_path / "out.md"),
     )  # fmt: skip
     made = json.loads((tmp_path / "out.json").read_text())
     assert [r["name"] for r in made["results"]] == [FULL, "kara r=0.5", "random r=0.5", "recent r=0.5"]

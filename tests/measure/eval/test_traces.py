@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvllm.errors import UsageError
 from kvllm.measure.eval.problems import SHIPPED, Problem, load_problems, spread
 from kvllm.measure.eval.traces import Trace, half_of, read_traces, write_traces
 
@@ -45,3 +46,9 @@ def test_spread():
     assert spread(range(3), None) == spread(range(3), 9) == [0, 1, 2]
     with pytest.raises(ValueError, match="must be 1 or more"):
         spread(range(3), 0)
+
+
+def test_an_installed_package_without_the_data_says_where_they_are(tmp_path, monkeypatch):
+    monkeypatch.setitem(SHIPPED, "gsm8k", tmp_path / "gsm8k_test.jsonl")
+    with pytest.raises(UsageError, match="not in the installed package; run from a checkout, or name gsm8k_test.jsonl"):
+        load_problems("gsm8k")

@@ -1,9 +1,10 @@
-"""`kvllm bench throughput` and `kvllm bench kernels`: the same options as the modules they call."""
+"""`kvllm bench`: one option for each field of the dataclass that says what to measure."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -11,73 +12,103 @@ from typing import Annotated, Any
 
 import typer
 
+from kvllm.cli.options import JsonFile
+from kvllm.errors import UsageError
+from kvllm.measure.bench.kernel_shape import Shape
 from kvllm.measure.bench.spec import BenchSpec
+from kvllm.measure.extras import require
 from kvllm.options import parse_json
 
 app = typer.Typer(no_args_is_help=True, help="Throughput of the engine, and time of each kernel.")
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here, as JSON.")]
+KINDS: dict[str, Any] = {
+    "str": str, "int": int, "float": float, "bool": bool, "list[str]": list[str], "list[int]": list[int]
+}  # fmt: skip
 
 
-def with_spec(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for every BenchSpec field but the model, and the spec they make up."""
-    signature = inspect.signature(command, eval_str=True)
-    options = [f for f in fields(BenchSpec) if f.name != "model"]
+def with_fields(name: str, cls: type[Any], positional: str | None = None) -> Callable[..., Callable[..., None]]:
+    """Give a command an option for every field of the dataclass; its argument `name` gets a dict of those given."""
 
-    @functools.wraps(command)
-    def wrapped(model: str, **arguments: Any) -> None:
-        given = {f.name: arguments.pop(f.name) for f in options}
-        if given["engine_args"] is not None:
-            given["engine_args"] = parse_json("--engine-args", given["engine_args"])
-        chosen = {name: value for name, value in given.items() if value not in (None, [])}
-        command(**arguments, spec=BenchSpec(model=model, **chosen))
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
 
-    model = inspect.Parameter(
-        "model",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=BenchSpec.__dataclass_fields__["model"].default,
-        annotation=Annotated[str, typer.Argument(help=BenchSpec.__dataclass_fields__["model"].metadata["help"])],
-    )
-    own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "spec"]
-    parameters = [model, *map(_parameter, options), *own]
-    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-    return wrapped
+        @functools.wraps(command)
+        def wrapped(**arguments: Any) -> None:
+            given = {f.name: arguments.pop(f.name) for f in fields(cls)}
+            command(**arguments, **{name: {key: value for key, value in given.items() if value not in (None, [])}})
+
+        own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != name]
+        parameters = [*(_parameter(f, f.name == positional) for f in fields(cls)), *own]
+        wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+        return wrapped
+
+    return decorate
 
 
-def _parameter(field: Field[Any]) -> inspect.Parameter:
+def _parameter(field: Field[Any], positional: bool) -> inspect.Parameter:
     default = field.default_factory() if field.default_factory is not MISSING else field.default
-    name = str(field.type).removesuffix(" | None")
-    kinds: dict[str, Any] = {"str": str, "int": int, "float": float, "list[str]": list[str], "list[int]": list[int]}
-    kind: Any = bool if name == "bool" else kinds.get(name, str)
-    flag = "--" + field.name.replace("_", "-")
+    kind = KINDS.get(str(field.type).removesuffix(" | None"), str)  # all others are JSON
     shown = False if default in (None, False, [], {}) else str(default)
-    option = typer.Option(flag, help=field.metadata["help"], show_default=shown)
-    empty = False if kind is bool else None
-    annotation: Any = Annotated[kind if kind is bool else kind | None, option]
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=empty, annotation=annotation)
+    help = field.metadata["help"]
+    if positional:
+        declared: Any = typer.Argument(help=help, show_default=shown)
+    else:
+        flag = "--" + field.name.replace("_", "-")  # of a boolean, without the --no- form
+        declared = typer.Option(flag, help=help, show_default=shown)
+    # None stands for "left out".
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, declared]
+    )
 
 
 @app.command()
-@with_spec
-def serve(
-    spec: BenchSpec,
+@with_fields("given", BenchSpec, positional="model")
+def throughput(
+    given: dict,  # type: ignore[type-arg]
+    spec: Annotated[
+        str | None, typer.Option(help="All that is measured as JSON, or a file of it, in place of the other options.")
+    ] = None,
     json_file: JsonFile = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the figures here, as PNG or SVG.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the figures here (.png, .svg).")] = None,
 ) -> None:
     """Stock vLLM and KvLLM on the same requests, one engine process after the other."""
+    if plot_file:
+        require("bench", "matplotlib")
     from kvllm.measure.bench.throughput import bench_throughput
 
-    result = bench_throughput(spec, json_file, plot_file)
+    if spec is not None:
+        if given:
+            raise UsageError(f"--spec holds all options, so {', '.join(given)} cannot be given beside it.")
+        given = read_spec(spec)
+    elif "engine_args" in given:
+        given["engine_args"] = parse_json("--engine-args", given["engine_args"])
+    result = bench_throughput(BenchSpec.from_dict(given), json_file, plot_file)
     if any("error" in row for row in result["rows"]):
         raise typer.Exit(1)
 
 
+def read_spec(text: str) -> dict[str, Any]:
+    """Fields of BenchSpec from a JSON object, or from the file of this name that holds one."""
+    if not text.lstrip().startswith("{"):
+        if not Path(text).is_file():
+            raise UsageError(f"--spec {text}: neither a JSON object nor a file of one.")
+        text = Path(text).read_text()
+    parsed = parse_json("--spec", text)
+    if not isinstance(parsed, dict):
+        raise UsageError(f"--spec {json.dumps(parsed)[:80]}: expected a JSON object.")
+    return parsed
+
+
 @app.command()
+@with_fields("given", Shape)
 def kernels(
-    num_due: Annotated[list[int] | None, typer.Option(help="Requests due at once.", show_default="1 8 64")] = None,
+    given: dict,  # type: ignore[type-arg]
+    num_due: Annotated[
+        list[int] | None, typer.Option(help="Requests due at once (repeatable).", show_default="1 8 64")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Every kernel against the time that the device needs for its bytes or its arithmetic."""
     from kvllm.measure.bench.kernels import bench_kernels
 
-    bench_kernels(num_due=tuple(num_due or (1, 8, 64)), json_path=json_file)
+    bench_kernels(Shape(**given), num_due=tuple(num_due or (1, 8, 64)), json_path=json_file)

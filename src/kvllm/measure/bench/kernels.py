@@ -1,6 +1,6 @@
 """Every kernel against the time that the device itself needs for its bytes or its arithmetic. Needs a CUDA device.
 
-    python -m kvllm.measure.bench.kernels --json kernels.json
+    kvllm bench kernels --json kernels.json
 
 Each case is first compared with its PyTorch reference on fresh random input, then timed in a replayed CUDA graph that
 walks through as many sets of requests as exceed the L2 cache.
@@ -8,7 +8,6 @@ walks through as many sets of requests as exceed the L2 cache.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -24,7 +23,6 @@ from torch import Tensor
 
 from kvllm.compression.query_bank import QueryBank, quantize
 from kvllm.compression.query_ring import query_shifts
-from kvllm.config import KvConfig
 from kvllm.errors import UsageError
 from kvllm.kernels.block_tables import join_segments, join_segments_ref
 from kvllm.kernels.compact import compact, compact_ref
@@ -34,40 +32,12 @@ from kvllm.kernels.select_chunks import select_chunks, select_chunks_ref
 from kvllm.kernels.store_tokens import store_tokens, store_tokens_ref
 from kvllm.kernels.window_scores import window_scores, window_scores_ref
 from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window, scatter_window_ref
+from kvllm.measure.bench.kernel_shape import Shape
 from kvllm.methods.kara import Kara
 from kvllm.methods.refit import STEPS
-from kvllm.methods.rope import Rope, Turn, frequencies
+from kvllm.methods.rope import Rope, Rotation, frequencies
 
 DEVICE = "cuda"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model and the sizes of a compression; the default is Qwen3-8B with the default KvConfig."""
-
-    num_layers: int = 36
-    num_heads: int = 32
-    num_kv_heads: int = 8
-    head_dim: int = 128
-    query_stride: int = KvConfig().query_stride
-    query_span: int = KvConfig().query_span
-    block_size: int = 16
-    num_candidates: int = KvConfig().window_size
-    num_kept: int = 80
-    dtype: str = "bfloat16"
-    kv_dtype: str = "bfloat16"
-
-    @property
-    def num_queries(self) -> int:
-        return self.query_span // self.query_stride
-
-    @property
-    def refits(self) -> bool:
-        return Kara().refits(self.num_kept) and self.head_dim <= MOST_DIMS
-
-    @property
-    def blocks_each(self) -> int:
-        return self.num_candidates // self.block_size
 
 
 @dataclass(frozen=True)
@@ -192,16 +162,21 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
                 pairs * (token_bytes + model_bytes) * shape.num_kept,
             ),
         ]
-        if shape.refits:
-            refits: list[Callable[[], Any]] = [
+        if refits(shape):
+            runs: list[Callable[[], Any]] = [
                 # So strong a ridge that the cache, refitted again and again, stays what it is; the work is the same.
                 partial(refit, bank, s.int(), kept, blocks, cache, weights[-1], 1e9, 1e9)
                 for s, blocks in zip(starts, sets, strict=False)
             ]
             moved_bytes = token_bytes * (shape.num_candidates + shape.num_kept)
             num_bytes = pairs * (moved_bytes + bank.num_bytes / (shape.num_layers * most))
-            out.append(Case("refit", due, refits, num_bytes, refit_flops(shape, rows)))
+            out.append(Case("refit", due, runs, num_bytes, refit_flops(shape, rows)))
     return out
+
+
+def refits(shape: Shape) -> bool:
+    """Whether Kara refits survivors of this shape."""
+    return Kara().refits(shape.num_kept) and shape.head_dim <= MOST_DIMS
 
 
 def refit_flops(shape: Shape, rows: int) -> float:
@@ -224,14 +199,14 @@ def random_bank(shape: Shape, max_num_reqs: int) -> QueryBank:
     return bank
 
 
-def kara_weights(shape: Shape) -> tuple[bool, float, float, Turn]:
-    """Kara's defaults: value_norm, keydiff_power, attention_floor, and the turn of the queries of a window."""
+def kara_weights(shape: Shape) -> tuple[bool, float, float, Rotation]:
+    """Kara's defaults: value_norm, keydiff_power, attention_floor, and the rotation of the queries of a window."""
     kara = Kara()
     positions = torch.arange(shape.num_queries, device=DEVICE) * shape.query_stride
     shifts = torch.from_numpy(query_shifts(shape.query_stride, shape.num_heads // shape.num_kv_heads)).to(DEVICE)
     rope = Rope(frequencies(1e6, shape.head_dim, torch.device(DEVICE)))
-    turn = kara.turn(rope, positions, shifts, shape.head_dim, torch.bfloat16)
-    return kara.value_norm, kara.keydiff_power, kara.attention_floor, turn
+    rotation = kara.rotation(rope, positions, shifts, shape.head_dim, torch.bfloat16)
+    return kara.value_norm, kara.keydiff_power, kara.attention_floor, rotation
 
 
 def store_case(shape: Shape, bank: QueryBank, cache: PagedCache) -> Case:
@@ -326,7 +301,7 @@ def check(shape: Shape) -> dict[str, float]:
         run(blocks, actual)
         reference(blocks, expected)
         errors[name] = relative_error(actual.keys + actual.values, expected.keys + expected.values)
-    if shape.refits:
+    if refits(shape):
         errors["refit"] = refit_error(bank, starts.int(), kept, blocks, cache, weights[-1])
 
     query, key, value = random_tokens(shape, 7)
@@ -352,18 +327,20 @@ def check(shape: Shape) -> dict[str, float]:
     errors["join_segments"] = relative_error((tables[0], tables[2]), (expected_tables[0], expected_tables[2]))
 
     for name, error in errors.items():
-        # Turned queries are rounded to bfloat16; of a refit the weights too, and what is stored, in fp8 to three bits.
+        # Rotated queries are rounded to bfloat16; of a refit the weights too, and what is stored, in fp8 to three bits.
         limit = {"window_scores": 1e-2, "refit": 0.3 if cache.dtype.itemsize == 1 else 0.1}.get(name, 0.0)
         if not error <= limit:
             raise AssertionError(f"{name} differs from its reference by {error:.2e}, more than {limit:.0e}.")
     return errors
 
 
-def refit_error(bank: QueryBank, starts: Tensor, kept: Tensor, blocks: Tensor, cache: PagedCache, turn: Turn) -> float:
+def refit_error(
+    bank: QueryBank, starts: Tensor, kept: Tensor, blocks: Tensor, cache: PagedCache, rotation: Rotation
+) -> float:
     """Of what a refit adds to the survivors that `compact` leaves, the larger of the keys' and the values' error."""
     actual, expected, moved = copy_of(cache), copy_of(cache), copy_of(cache)
-    refit(bank, starts, kept, blocks, actual, turn, 1.0, 1.0)
-    refit_ref(bank, starts, kept, blocks, expected, turn, 1.0, 1.0)
+    refit(bank, starts, kept, blocks, actual, rotation, 1.0, 1.0)
+    refit_ref(bank, starts, kept, blocks, expected, rotation, 1.0, 1.0)
     compact_ref(kept, blocks, moved)
     errors = []
     for side in ("keys", "values"):
@@ -421,19 +398,3 @@ def time_runs(runs: list[Callable[[], Any]], repeats: int = 20) -> tuple[float, 
     del graph
     torch.cuda.empty_cache()
     return statistics.median(milliseconds), host_us
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Shape()
-    for name, value in asdict(default).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    parser.add_argument("--num-due", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--json", type=Path)
-    options = vars(parser.parse_args())
-    num_due, json_path = tuple(options.pop("num_due")), options.pop("json")
-    bench_kernels(Shape(**options), num_due, json_path)
-
-
-if __name__ == "__main__":
-    main()

@@ -69,7 +69,8 @@ def _value(text: str) -> Any:
         return text
 
 
-def _option(default: Any, help: str) -> Any:
+def option(default: Any, help: str) -> Any:
+    """A dataclass field that the command line shows with this help."""
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: default.copy(), metadata={"help": help})
     return field(default=default, metadata={"help": help})
@@ -79,31 +80,31 @@ def _option(default: Any, help: str) -> Any:
 class BenchSpec:
     """The one home of the benchmark's defaults: the command line takes its options from here."""
 
-    model: str = _option("qwen3-8b", f"A model folder, or a shape with random weights: {', '.join(SHAPES)}.")
-    config: list[str] = _option([STOCK, "kara:0.3"], f"What to compare, may be repeated: {CONFIG_SYNTAX}.")
-    concurrency: list[int] = _option([64], "Most requests in flight, may be repeated; a new one follows a finished.")
-    num_requests: int | None = _option(None, "Requests of a run; left out: four times the concurrency.")
-    prompt_len: int = _option(256, "Tokens of each prompt, random and all different.")
-    output_len: int = _option(8192, "Tokens that each request generates.")
-    stagger: bool = _option(False, "Spread the first requests' lengths, so that lengths are mixed once they end.")
-    seconds: float | None = _option(None, "Stop after this much of the steady state; left out: at the last request.")
-    max_seconds: float = _option(480.0, "Stop a run after this long, whatever its state.")
-    profile_steps: int | None = _option(
+    model: str = option("qwen3-8b", f"A model folder, or a shape with random weights: {', '.join(SHAPES)}.")
+    config: list[str] = option([STOCK, "kara:0.3"], f"What to compare (repeatable): {CONFIG_SYNTAX}.")
+    concurrency: list[int] = option([64], "Maximum number of requests in flight (repeatable).")
+    num_requests: int | None = option(None, "Number of requests of a run; default: four times the concurrency.")
+    prompt_len: int = option(256, "Tokens of each prompt, random and all different.")
+    output_len: int = option(8192, "Tokens that each request generates.")
+    stagger: bool = option(False, "Spread the first requests' lengths, so that lengths are mixed once they end.")
+    seconds: float | None = option(None, "Stop after this much of the steady state; left out: at the last request.")
+    max_seconds: float = option(480.0, "Stop a run after this long, whatever its state.")
+    profile_steps: int | None = option(
         None, "Profile this many steps of each steady state: what KvLLM's kernels take. The profiler slows the run."
     )
-    warmup_seconds: float = _option(5.0, "Serve this long before an engine's first run of each configuration.")
-    max_num_seqs: int | None = _option(None, "As in vLLM; left out: the largest concurrency.")
-    max_model_len: int | None = _option(None, "As in vLLM; left out: what a request needs.")
-    max_num_batched_tokens: int | None = _option(None, "As in vLLM.")
-    gpu_memory_utilization: float | None = _option(None, "As in vLLM.")
-    num_gpu_blocks: int | None = _option(None, "Size of the KV pool in blocks, one of them the null block.")
-    block_size: int | None = _option(None, "As in vLLM; left out: KvLLM's default, for stock too.")
-    dtype: str = _option("auto", "As in vLLM.")
-    enforce_eager: bool = _option(False, "As in vLLM: no CUDA graphs, no torch.compile.")
-    capture_sizes: list[int] = _option([], "Batch sizes to capture CUDA graphs for, may be repeated.")
-    engine_args: dict[str, Any] = _option({}, "More of vLLM's EngineArgs, as JSON.")
-    temperature: float = _option(0.0, "Of sampling.")
-    seed: int = _option(0, "Of the prompts.")
+    warmup_seconds: float = option(5.0, "Serve this long before an engine's first run of each configuration.")
+    max_num_seqs: int | None = option(None, "As in vLLM; left out: the largest concurrency.")
+    max_model_len: int | None = option(None, "As in vLLM; left out: what a request needs.")
+    max_num_batched_tokens: int | None = option(None, "As in vLLM.")
+    gpu_memory_utilization: float | None = option(None, "As in vLLM.")
+    num_gpu_blocks: int | None = option(None, "Size of the KV pool in blocks, one of them the null block.")
+    block_size: int | None = option(None, "As in vLLM; left out: KvLLM's default, for stock too.")
+    dtype: str = option("auto", "As in vLLM.")
+    enforce_eager: bool = option(False, "As in vLLM: no CUDA graphs, no torch.compile.")
+    capture_sizes: list[int] = option([], "Batch size to capture CUDA graphs for (repeatable).")
+    engine_args: dict[str, Any] = option({}, "More of vLLM's EngineArgs, as JSON.")
+    temperature: float = option(0.0, "Of sampling.")
+    seed: int = option(0, "Of the prompts.")
 
     def __post_init__(self) -> None:
         for name in ("prompt_len", "output_len", "max_seconds"):

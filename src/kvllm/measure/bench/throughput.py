@@ -1,9 +1,7 @@
 """Stock vLLM and KvLLM on the same requests, one engine process after the other.
 
-    kvllm bench throughput qwen3-8b --config stock --config kara:0.3 --concurrency 64
-    python -m kvllm.measure.bench.throughput '{"model": "qwen3-8b", "concurrency": [64]}' out.json [out.png]
-
-The second form, options as JSON or a file of it, needs nothing but vLLM and this package.
+kvllm bench throughput qwen3-8b --config stock --config kara:0.3 --concurrency 64
+python -m kvllm bench throughput --spec '{"model": "qwen3-8b", "concurrency": [64]}' --json out.json
 """
 
 from __future__ import annotations
@@ -22,6 +20,8 @@ from typing import Any
 
 from kvllm.measure.bench.shapes import SHAPES, write_shape
 from kvllm.measure.bench.spec import STOCK, BenchSpec, EngineJob, engine_jobs
+from kvllm.measure.environment import commit
+from kvllm.measure.tables import markdown
 
 START_S = 900.0  # for an engine to load, compile and capture
 Row = dict[str, Any]
@@ -137,14 +137,7 @@ def cells(row: Row) -> list[str]:
 
 
 def table(rows: list[Row]) -> str:
-    """Plain text, so that a machine with vLLM alone can print it."""
-    lines = [[heading for heading, _, _ in COLUMNS], *map(cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    first, *others = widths
-    return "\n".join(
-        line[0].ljust(first) + "".join("  " + cell.rjust(w) for cell, w in zip(line[1:], others, strict=True))
-        for line in lines
-    )
+    return markdown([heading for heading, _, _ in COLUMNS], [cells(row) for row in rows])
 
 
 def profile_line(profile: dict[str, Any]) -> str:
@@ -154,22 +147,3 @@ def profile_line(profile: dict[str, Any]) -> str:
         if isinstance(each, dict)
     ]
     return f"{profile['num_steps']} steps of {profile['step_ms']:.2f} ms: " + "; ".join(parts)
-
-
-def commit() -> str | None:
-    """Of the checkout that this file lies in; None outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or None
-
-
-def main() -> None:
-    if not 2 <= len(sys.argv) <= 4:
-        raise SystemExit(__doc__)
-    text, *outputs = sys.argv[1:]
-    options = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
-    bench_throughput(BenchSpec.from_dict(options), *map(Path, outputs))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
 """Accuracy on problems with answers, over methods and retention ratios, with the length of the answers beside it.
 
-    python -m kvllm.measure.eval.accuracy MODEL --task math500 --methods kara --ratios 0.2,0.3 --samples 4 --out DIR
-                                  [vLLM's engine flags]
+    kvllm eval accuracy MODEL --task math500 --methods kara --ratios 0.2,0.3 --samples 4 --out DIR [vLLM's flags]
 
 One engine a method; its ratios, and the full cache, run in it side by side as the requests' own ratios. Each
 answer goes to DIR/samples.jsonl when it is done, and a run that finds some there does only the rest.
@@ -9,7 +8,6 @@ answer goes to DIR/samples.jsonl when it is done, and a run that finds some ther
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,15 +18,16 @@ import numpy as np
 
 from kvllm.engine.arguments import check_plugin_is_loaded
 from kvllm.errors import UsageError
+from kvllm.measure.environment import environment
 from kvllm.measure.eval.engines import Endpoint, Engine, Question, Sampling, VllmEngine
-from kvllm.measure.eval.environment import environment
-from kvllm.measure.eval.problems import PROMPT_VERSION, Problem, load_problems, spread
+from kvllm.measure.eval.grade import GRADER, is_correct
+from kvllm.measure.eval.plots import Panel, plot_curves
+from kvllm.measure.eval.problems import PROMPT_VERSION, Problem
 from kvllm.measure.eval.report import Progress, interval, markdown
-from kvllm.measure.eval.samples import FULL, Sample, read_samples, sample_key, write_sample
+from kvllm.measure.eval.samples import Sample, read_samples, sample_key, write_sample
 from kvllm.measure.eval.stats import Estimate, bootstrap_ratio, wilson
-from kvllm.measure.eval.sweep import BASELINES, Case, parse_cases
+from kvllm.measure.eval.sweep import FULL, Case
 from kvllm.methods import resolved
-from kvllm.options import parse_numbers
 
 # What must be the same for two parts of a run to belong together.
 RUN = "run.json"
@@ -227,15 +226,26 @@ def table(summaries: Sequence[Summary]) -> str:
     return markdown(header, rows)
 
 
+def panels(summaries: Sequence[Summary]) -> list[Panel]:
+    """Accuracy and length of the answers against the share kept."""
+    full = next((s for s in summaries if s.name == FULL), None)
+    made = []
+    for title, name in (("accuracy", "accuracy"), ("mean tokens an answer", "mean_tokens")):
+        panel = Panel(title, getattr(full, name).value if full else None)
+        for s in summaries:
+            if s is not full and s.ratio is not None:
+                panel.add(s.name, s.ratio, getattr(s, name))
+        made.append(panel)
+    return made
+
+
 def write_results(folder: Path, samples: Sequence[Sample], about: Mapping[str, Any]) -> str:
     """results.json, results.md and results.svg in the folder; returns the table."""
-    from kvllm.measure.eval.plots import plot_accuracy
-
     summaries = summarise(samples)
     results = {**about, **environment(), "results": [asdict(s) for s in summaries]}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "results.md").write_text(table(summaries) + "\n")
-    plot_accuracy(summaries, folder / "results.svg")
+    plot_curves(panels(summaries), folder / "results.svg")
     return table(summaries)
 
 
@@ -250,69 +260,45 @@ def check_run(path: Path, about: Mapping[str, Any]) -> None:
         raise UsageError(f"{path.parent} holds another run ({shown}); use another --out.")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="kvllm eval accuracy",
-        description="Answer problems under compression and grade the answers; what --out holds already is not redone.",
-        epilog="Flags not listed here go to vLLM's engine, such as --dtype, --max-model-len or --max-num-seqs.",
-    )
-    parser.add_argument("model", help="model folder or hub name; with --endpoint, the name that the server knows")
-    parser.add_argument("--task", default="math500", help="math500, gsm8k, or with --data a name of your own")
-    parser.add_argument("--data", type=Path, help="JSONL of problem and answer, for tasks that do not ship (aime24)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the log and the results")
-    parser.add_argument("--methods", help="comma-separated, each at every ratio")
-    parser.add_argument("--ratios", help="comma-separated retention ratios (default: 0.3); the full cache is always in")
-    parser.add_argument("--configs", nargs="*", default=[], help="shipped sweeps (methods, kara), files, or JSON")
-    parser.add_argument("--common", type=json.loads, default={}, help="JSON: options that all configurations share")
-    parser.add_argument("--baselines", default=",".join(BASELINES), help="methods measured beside; '' for none")
-    parser.add_argument("--problems", type=int, help="only so many, evenly spaced over the task")
-    parser.add_argument("--samples", type=int, default=1, help="answers to each problem")
-    parser.add_argument("--max-tokens", type=int, default=4096, help="longest answer")
-    parser.add_argument("--temperature", type=float, default=0.6)
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--sampling-seed", type=int, help="makes a seed for each request from problem and sample")
-    parser.add_argument("--endpoint", help="ask this OpenAI-compatible server, such as http://localhost:8000/v1")
-    parser.add_argument("--concurrency", type=int, default=64, help="requests at once to the endpoint")
-    options, engine_flags = parser.parse_known_args(arguments)
+def at_endpoint(
+    problems: Sequence[Problem], samples: int, ratios: Sequence[float | None]
+) -> dict[str | None, list[Job]]:
+    """The jobs of a server, whose method is its own; a ratio of None is the server's."""
+    asked = [(p, s) for s in range(samples) for p in problems]
+    return {None: [Job(p, s, FULL if r == 1 else ENDPOINT, None, r) for r in ratios for p, s in asked]}
 
-    from kvllm.measure.eval.grade import GRADER, is_correct
 
-    problems = spread(load_problems(options.task, options.data), options.problems)
-    sampling = Sampling(options.max_tokens, options.temperature, options.top_p, options.sampling_seed)
+def answer(
+    out: Path,
+    task: str,
+    model: str,
+    engines: Mapping[str | None, Sequence[Job]],
+    sampling: Sampling,
+    engine_flags: Sequence[str],
+    endpoint: str | None,
+    concurrency: int,
+) -> None:
+    """Do the jobs that the folder `out` does not hold yet, grade them, and write and print the results.
+
+    engine_flags: vLLM's
+    endpoint:     address of an OpenAI-compatible server that answers in the place of an engine
+    """
+    if any(config is not None for config in engines):
+        check_plugin_is_loaded()  # before a stock engine answers for hours
     about = {
-        "task": options.task,
+        "task": task,
         "prompt_version": PROMPT_VERSION,
-        "model": Path(options.model).name,
-        "endpoint": options.endpoint is not None,
+        "model": Path(model).name,
+        "endpoint": endpoint is not None,
         **asdict(sampling),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    engines: dict[str | None, list[Job]]
-    cases: list[Case] = []
-    if options.endpoint:
-        if engine_flags or options.methods or options.configs:
-            raise UsageError("--endpoint: the server's method and flags are its own; only --ratios can be chosen.")
-        ratios = parse_numbers("--ratios", options.ratios, float, "0.3,0.5") if options.ratios else [None]
-        asked = [(p, s) for s in range(options.samples) for p in problems]
-        engines = {None: [Job(p, s, FULL if r == 1 else ENDPOINT, None, r) for r in ratios for p, s in asked]}
-    else:
-        baselines = [name for name in options.baselines.split(",") if name]
-        cases = parse_cases(options.configs, options.methods, options.ratios, options.common, baselines)
-        engines = plan(cases, problems, options.samples)
-        if any(config is not None for config in engines):
-            check_plugin_is_loaded()  # before a stock engine answers for hours
 
     def start(config: dict[str, Any] | None) -> Engine:
-        if options.endpoint:
-            return Endpoint(options.endpoint, options.model, sampling, options.concurrency)
-        return VllmEngine([options.model, *engine_flags], config, sampling)
+        if endpoint:
+            return Endpoint(endpoint, model, sampling, concurrency)
+        return VllmEngine([model, *engine_flags], config, sampling)
 
-    check_run(options.out / RUN, about)
-    samples = run(
-        options.task, engines, start, options.out / LOG, sampling.seed, is_correct, GRADER, Progress("answers")
-    )
-    print(write_results(options.out, samples, about))
-
-
-if __name__ == "__main__":
-    main()
+    out.mkdir(parents=True, exist_ok=True)
+    check_run(out / RUN, about)
+    samples = run(task, engines, start, out / LOG, sampling.seed, is_correct, GRADER, Progress("answers"))
+    print(write_results(out, samples, about))

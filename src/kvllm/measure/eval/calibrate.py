@@ -1,12 +1,7 @@
-"""The query statistics that the method `triattention` needs, from texts that the model wrote.
-
-python -m kvllm.measure.eval.calibrate --traces traces.jsonl --model DIR --out statistics.safetensors
-"""
+"""The query statistics that the method `triattention` needs, from texts that the model wrote."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +10,7 @@ from torch import Tensor
 
 from kvllm.errors import UsageError
 from kvllm.measure.eval.report import Progress
-from kvllm.measure.eval.traces import HALVES, Trace, half_of, read_traces
+from kvllm.measure.eval.traces import Trace, half_of, read_traces
 from kvllm.methods.rope import Rope
 from kvllm.methods.triattention import save_statistics
 from kvllm.reference import Request, feed, load_model
@@ -32,7 +27,7 @@ def queries_before_rope(model: PreTrainedModel, trace: Trace, frequencies: Tenso
     queries = torch.stack([layer.queries[::stride] for layer in request.layers]).transpose(1, 2)
     places = torch.arange(0, request.num_computed_tokens, stride, device=queries.device)
     rope = Rope(frequencies.to(queries.device))
-    return rope.turn(-places, queries.shape[-1]).apply(queries.float()).cpu()
+    return rope.rotation(-places, queries.shape[-1]).apply(queries.float()).cpu()
 
 
 def rope_frequencies(model: PreTrainedModel) -> Tensor:
@@ -48,34 +43,17 @@ def rope_frequencies(model: PreTrainedModel) -> Tensor:
     return rope.frequencies.cpu()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="kvllm eval calibrate", description="Take the query statistics for --method triattention from traces."
-    )
-    parser.add_argument("--traces", type=Path, required=True, help="JSONL that `kvllm eval traces` wrote")
-    parser.add_argument("--model", required=True, help="folder of the model that wrote them")
-    parser.add_argument("--out", type=Path, required=True, help="file to write; method_options' `statistics`")
-    parser.add_argument("--half", choices=HALVES, help="only every other trace, so that the rest can be reported on")
-    parser.add_argument("--limit", type=int, default=32, help="most traces to take")
-    parser.add_argument("--stride", type=int, default=4, help="take every n-th query")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, ...; auto: float32 on the CPU, else bfloat16"
-    )
-    options = parser.parse_args(arguments)
-
-    traces = half_of(read_traces(options.traces), options.half)[: options.limit]
-    dtype = options.dtype if options.dtype != "auto" else ("float32" if options.device == "cpu" else "bfloat16")
-    model = load_model(options.model, getattr(torch, dtype), options.device)
+def run(
+    traces_path: Path, folder: str, out: Path, half: str | None, limit: int, stride: int, device: str, dtype: str
+) -> None:
+    """Write the statistics of every `stride`-th query of the traces to `out`; folder: of the model that wrote them."""
+    traces = half_of(read_traces(traces_path), half)[:limit]
+    model = load_model(folder, getattr(torch, dtype), device)
     frequencies, progress = rope_frequencies(model), Progress("traces")
     samples = []
     for done, trace in enumerate(traces, start=1):
-        samples.append(queries_before_rope(model, trace, frequencies, options.stride))
+        samples.append(queries_before_rope(model, trace, frequencies, stride))
         progress(done, len(traces))
     queries = torch.cat(samples, dim=2)
-    save_statistics(str(options.out), queries, frequencies)
-    print(f"{options.out}: {queries.shape[2]} queries of each of {queries.shape[0]} x {queries.shape[1]} heads")
-
-
-if __name__ == "__main__":
-    main()
+    save_statistics(str(out), queries, frequencies)
+    print(f"{out}: {queries.shape[2]} queries of each of {queries.shape[0]} x {queries.shape[1]} heads")

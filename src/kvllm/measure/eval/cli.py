@@ -1,33 +1,231 @@
-"""`kvllm eval`: each measurement has a parser of its own and runs as `python -m kvllm.measure.eval.NAME` as well."""
+"""`kvllm eval`: the commands and their options; what they do is in the modules, imported when a command runs."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from kvllm.cli.options import PASS_THROUGH, JsonFile
+from kvllm.errors import UsageError
+from kvllm.measure.eval.sweep import BASELINES, Case, parse_cases
+from kvllm.measure.extras import require
+from kvllm.options import parse_json, parse_numbers
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Measure what compression changes.")
 
-COMMANDS = {
-    "traces": "Let a model answer problems, and keep the token ids for `fidelity`.",
-    "fidelity": "Replay traces: KL, agreement and likelihood against the full cache.",
-    "recall": "State a fact in the reasoning and ask for it later.",
-    "accuracy": "Answer problems in the engine or at an endpoint, and grade the answers.",
-    "grade": "Grade the log of `accuracy` again.",
-    "calibrate": "Take the query statistics that the method triattention needs.",
-}
-# The parsers know the options, --help included.
-PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+class Half(StrEnum):
+    """Every other trace, from the first or from the second on."""
+
+    train = "train"
+    test = "test"
 
 
-def _command(name: str) -> Callable[[typer.Context], None]:
-    def command(context: typer.Context) -> None:
-        module = "kvllm.measure.eval.regrade" if name == "grade" else f"kvllm.measure.eval.{name}"
-        importlib.import_module(module).main(context.args)
+TracesFile = Annotated[Path, typer.Option("--traces", help="JSONL that `kvllm eval traces` wrote.", exists=True)]
+TracedModel = Annotated[str, typer.Option("--model", help="Folder of the model that wrote the traces.")]
+HalfOfTraces = Annotated[
+    Half | None, typer.Option("--half", help="Tune on train, report on test: every other trace.", show_default="all")
+]
+Methods = Annotated[str | None, typer.Option("--methods", help="Comma-separated, each at every ratio.")]
+Ratios = Annotated[
+    str | None, typer.Option("--ratios", help="Comma-separated retention ratios.", show_default="KvLLM's default")
+]
+Configs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--configs", help="A shipped sweep (methods, kara), a file, or JSON (repeatable).", show_default=False
+    ),
+]
+Common = Annotated[str, typer.Option("--common", help="JSON: options that all configurations share.")]
+BlockSize = Annotated[int, typer.Option("--block-size", help="Tokens in one KV block.", min=1)]
+Device = Annotated[str | None, typer.Option("--device", help="As in torch.", show_default="cuda if there is one")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, ...; auto: float32 on the CPU, else bfloat16.")]
+MarkdownFile = Annotated[Path | None, typer.Option("--markdown", help="Write the table here.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="JSONL of `problem` and `answer`, for other problems.", exists=True)
+]
+NumProblems = Annotated[
+    int | None,
+    typer.Option("--problems", help="Number of problems, evenly spaced over the task.", show_default="all", min=1),
+]
+SamplingSeed = Annotated[
+    int | None, typer.Option("--sampling-seed", help="Gives each request a seed of its own, whatever its batch.")
+]
 
-    return command
+
+def _cases(
+    configs: list[str] | None, methods: str | None, ratios: str | None, common: str, baselines: str | None = None
+) -> list[Case]:
+    names = BASELINES if baselines is None else [name for name in baselines.split(",") if name]
+    return parse_cases(configs or [], methods, ratios, parse_json("--common", common), names)
 
 
-for _name, _help in COMMANDS.items():
-    app.command(_name, help=_help, context_settings=PASS_THROUGH, add_help_option=False)(_command(_name))
+def _placement(device: str | None, dtype: str) -> tuple[str, str]:
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UsageError(f"--dtype {dtype}: no dtype of torch; use auto, float32, bfloat16 or float16.")
+    return device, dtype
+
+
+@app.command(context_settings=PASS_THROUGH, options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]")
+def traces(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model's folder, or a name on the model hub.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    task: Annotated[str, typer.Option(help="math500, gsm8k, or with --data a name of your own.")] = "math500",
+    data: Data = None,
+    problems: NumProblems = None,
+    keep: Annotated[
+        int | None, typer.Option(help="Traces to keep, evenly spaced over those long enough.", show_default="all")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.", min=1)] = 1024,
+    min_tokens: Annotated[int, typer.Option(help="Drop shorter answers.", min=0)] = 0,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 = greedy.", min=0)] = 0.7,
+    sampling_seed: SamplingSeed = None,
+) -> None:
+    """Let a model answer problems through stock vLLM, and keep the token ids for `fidelity`.
+
+    vLLM's CPU sampler cannot seed requests in chunked prefills, so leave --sampling-seed out there.
+    """
+    from kvllm.measure.eval.traces import run
+
+    arguments = [model, *context.args]
+    run(arguments, out, task, data, problems, keep, max_tokens, min_tokens, temperature, sampling_seed)
+
+
+@app.command()
+def fidelity(
+    traces: TracesFile,
+    model: TracedModel,
+    methods: Methods = None,
+    ratios: Ratios = None,
+    configs: Configs = None,
+    common: Common = "{}",
+    half: HalfOfTraces = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first traces (of the half).", min=1)] = None,
+    block_size: BlockSize = 16,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    json_file: JsonFile = None,
+    markdown_file: MarkdownFile = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw KL and agreement against the ratio here (.svg, .png).")
+    ] = None,
+) -> None:
+    """Replay traces: KL, agreement and likelihood against the full cache; random and recent are always included."""
+    require("eval", "matplotlib", "scipy")
+    from kvllm.measure.eval.fidelity import run
+    from kvllm.measure.eval.report import Outputs
+
+    cases, outputs = _cases(configs, methods, ratios, common), Outputs(json_file, markdown_file, plot_file)
+    run(traces, model, cases, half, limit, block_size, *_placement(device, dtype), outputs)
+
+
+@app.command()
+def recall(
+    model: Annotated[str, typer.Option(help="A model's folder.")],
+    methods: Methods = None,
+    ratios: Ratios = None,
+    configs: Configs = None,
+    common: Common = "{}",
+    distances: Annotated[str, typer.Option(help="Tokens between the prompt and the question.")] = "512,1024",
+    depths: Annotated[str, typer.Option(help="Position of the fact in them, 0 to 1.")] = "0.1,0.3,0.5,0.7,0.9",
+    samples: Annotated[int, typer.Option(help="Facts and fillers for each distance and depth.", min=1)] = 8,
+    data: Data = None,
+    block_size: BlockSize = 16,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    json_file: JsonFile = None,
+    markdown_file: MarkdownFile = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw a heat map for each method here (.svg, .png).")
+    ] = None,
+) -> None:
+    """State a fact in the reasoning and ask for it later; the full cache, random and recent are always included."""
+    require("eval", "matplotlib", "scipy")
+    from kvllm.measure.eval.recall import run
+    from kvllm.measure.eval.report import Outputs
+
+    cases, outputs = _cases(configs, methods, ratios, common), Outputs(json_file, markdown_file, plot_file)
+    sizes = parse_numbers("--distances", distances, int, "512,1024")
+    places = parse_numbers("--depths", depths, float, "0.1,0.5,0.9")
+    run(model, cases, sizes, places, samples, block_size, *_placement(device, dtype), outputs, data)
+
+
+@app.command(context_settings=PASS_THROUGH, options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]")
+def accuracy(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model's folder or name; with --endpoint, the server's name for it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the log and the results; a run there is continued.")],
+    task: Annotated[str, typer.Option(help="math500, gsm8k, or with --data a name of your own (aime24).")] = "math500",
+    data: Data = None,
+    methods: Methods = None,
+    ratios: Ratios = None,
+    configs: Configs = None,
+    common: Common = "{}",
+    baselines: Annotated[str, typer.Option(help="Methods measured besides; '' for none.")] = ",".join(BASELINES),
+    problems: NumProblems = None,
+    samples: Annotated[int, typer.Option(help="Answers to each problem.", min=1)] = 1,
+    max_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.", min=1)] = 4096,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 = greedy.", min=0)] = 0.6,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 0.95,
+    sampling_seed: SamplingSeed = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Use this OpenAI-compatible server, such as http://localhost:8000/v1.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Maximum number of requests in flight to it.", min=1)] = 64,
+) -> None:
+    """Answer problems under compression and grade the answers; the full cache is always included."""
+    require("eval", "math_verify", "matplotlib", "openai", "scipy")
+    from kvllm.measure.eval import accuracy as task_accuracy
+    from kvllm.measure.eval.engines import Sampling
+    from kvllm.measure.eval.problems import load_problems, spread
+
+    asked = spread(load_problems(task, data), problems)
+    if endpoint:
+        if context.args or methods or configs:
+            raise UsageError("--endpoint: the server's method and flags are its own; only --ratios can be chosen.")
+        chosen = parse_numbers("--ratios", ratios, float, "0.3,0.5") if ratios else [None]
+        engines = task_accuracy.at_endpoint(asked, samples, chosen)
+    else:
+        engines = task_accuracy.plan(_cases(configs, methods, ratios, common, baselines), asked, samples)
+    sampling = Sampling(max_tokens, temperature, top_p, sampling_seed)
+    task_accuracy.answer(out, task, model, engines, sampling, context.args, endpoint, concurrency)
+
+
+@app.command()
+def grade(
+    log: Annotated[
+        Path, typer.Argument(help="samples.jsonl of a run; the results beside it are written again.", exists=True)
+    ],
+) -> None:
+    """Grade the log of `accuracy` again."""
+    require("eval", "math_verify", "matplotlib", "scipy")
+    from kvllm.measure.eval.regrade import run
+
+    run(log)
+
+
+@app.command()
+def calibrate(
+    traces: TracesFile,
+    model: TracedModel,
+    out: Annotated[Path, typer.Option(help="File to write: the option `statistics` of triattention.")],
+    half: HalfOfTraces = None,
+    limit: Annotated[int, typer.Option(help="Maximum number of traces.", min=1)] = 32,
+    stride: Annotated[int, typer.Option(help="Use every n-th query.", min=1)] = 4,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Compute the query statistics that the method triattention needs."""
+    require("eval", "scipy")
+    from kvllm.measure.eval.calibrate import run
+
+    run(traces, model, out, half, limit, stride, *_placement(device, dtype))

@@ -1,6 +1,6 @@
 """How far compression moves the next-token distribution: traces replayed under teacher forcing.
 
-    python -m kvllm.measure.eval.fidelity --traces traces.jsonl --model DIR --methods kara,snapkv --ratios 0.2,0.3
+    kvllm eval fidelity --traces traces.jsonl --model DIR --methods kara,snapkv --ratios 0.2,0.3
 
 Needs torch and transformers, no vLLM. The full cache is replayed once a trace; each configuration goes on from the
 state in which that replay reaches its first compression, since no row before it can differ.
@@ -8,8 +8,6 @@ state in which that replay reaches its first compression, since no row before it
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,12 +19,13 @@ import torch
 
 from kvllm.errors import UsageError
 from kvllm.layout import IntArray
-from kvllm.measure.eval.environment import environment
+from kvllm.measure.environment import environment
 from kvllm.measure.eval.forks import first_event, fork_all
-from kvllm.measure.eval.report import Progress, interval, markdown
+from kvllm.measure.eval.plots import Panel, plot_curves
+from kvllm.measure.eval.report import Outputs, Progress, interval, markdown
 from kvllm.measure.eval.stats import Estimate, bootstrap_ratio
-from kvllm.measure.eval.sweep import Case, baseline_of, parse_cases
-from kvllm.measure.eval.traces import HALVES, Trace, half_of, read_traces
+from kvllm.measure.eval.sweep import Case, baseline_of
+from kvllm.measure.eval.traces import Trace, half_of, read_traces
 from kvllm.methods import resolved
 from kvllm.reference import Replay, feed, kl_by_row, load_model
 
@@ -195,57 +194,40 @@ def table(results: Sequence[Result]) -> str:
     return markdown(["ratio", "method", "KL", "KL / random's", "top-1 %", "delta NLL"], rows)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="kvllm eval fidelity",
-        description="Replay traces under compression and compare with the full cache; random and recent are always in.",
-    )
-    parser.add_argument("--traces", type=Path, required=True, help="JSONL that `kvllm eval traces` wrote")
-    parser.add_argument("--model", required=True, help="folder of the model that wrote them")
-    parser.add_argument("--methods", help="comma-separated, each at every ratio")
-    parser.add_argument("--ratios", help="comma-separated retention ratios (default: 0.3)")
-    parser.add_argument("--configs", nargs="*", default=[], help="shipped sweeps (methods, kara), files, or JSON")
-    parser.add_argument("--common", type=json.loads, default={}, help="JSON: options that all configurations share")
-    parser.add_argument("--half", choices=HALVES, help="tune on train, report on test: every other trace")
-    parser.add_argument("--limit", type=int, help="only the first traces (of the half)")
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, ...; auto: float32 on the CPU, else bfloat16"
-    )
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
-    parser.add_argument("--plot", type=Path, help="draw KL and agreement against the ratio here (.svg, .png)")
-    options = parser.parse_args(arguments)
+def panels(results: Sequence[Result]) -> list[Panel]:
+    """KL and top-1 agreement against the share kept; the full cache's are 0 and 1."""
+    made = [Panel("KL from the full cache, nats", 0.0), Panel("same most likely token, share", 1.0)]
+    for result in results:
+        for panel, name in zip(made, ("kl", "agreed"), strict=True):
+            panel.add(result.case.name, result.case.config.retention_ratio, result.estimate(name))
+    return made
 
-    cases = parse_cases(options.configs, options.methods, options.ratios, options.common)
-    traces = half_of(read_traces(options.traces), options.half)[: options.limit]
-    dtype = options.dtype if options.dtype != "auto" else ("float32" if options.device == "cpu" else "bfloat16")
-    model = load_model(options.model, getattr(torch, dtype), options.device)
+
+def run(
+    traces_path: Path,
+    folder: str,
+    cases: Sequence[Case],
+    half: str | None,
+    limit: int | None,
+    block_size: int,
+    device: str,
+    dtype: str,
+    outputs: Outputs,
+) -> None:
+    """Measure, print the table and write what `outputs` asks for; folder: of the model that wrote the traces."""
+    traces = half_of(read_traces(traces_path), half)[:limit]
+    model = load_model(folder, getattr(torch, dtype), device)
     start = time.perf_counter()
-    results = measure(model, traces, cases, options.block_size, Progress("replays"))
+    results = measure(model, traces, cases, block_size, Progress("replays"))
     seconds = time.perf_counter() - start
-    if options.json:
-        made = report(
-            results,
-            model=Path(options.model).name,
-            traces=options.traces.name,
-            half=options.half,
-            num_traces=len(traces),
-            block_size=options.block_size,
-            dtype=dtype,
-            seconds=seconds,
-        )
-        options.json.write_text(json.dumps(made, indent=1) + "\n")
-    print(table(results))
-    print(f"\n{len(traces)} traces, {len(cases)} configurations, {dtype} on {options.device}, {seconds:.0f} s")
-    if options.markdown:
-        options.markdown.write_text(table(results) + "\n")
-    if options.plot:
-        from kvllm.measure.eval.plots import plot_fidelity
-
-        plot_fidelity(results, options.plot)
-
-
-if __name__ == "__main__":
-    main()
+    about = {
+        "model": Path(folder).name,
+        "traces": traces_path.name,
+        "half": half,
+        "num_traces": len(traces),
+        "block_size": block_size,
+        "dtype": dtype,
+        "seconds": seconds,
+    }
+    outputs.write(table(results), report(results, **about), lambda path: plot_curves(panels(results), path))
+    print(f"\n{len(traces)} traces, {len(cases)} configurations, {dtype} on {device}, {seconds:.0f} s")

@@ -1,4 +1,4 @@
-"""Problems with answers: the two sets that ship, or any JSONL file of the same form."""
+"""Problems with answers: the two sets in a checkout of the repository, or any JSONL file of the same form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from kvllm.errors import UsageError
 
-DATA = Path(__file__).parent / "data"
+# In a checkout; an installed package carries no data.
+DATA = Path(__file__).parents[4] / "benchmarks" / "data"
 SHIPPED = {"math500": DATA / "math500.jsonl", "gsm8k": DATA / "gsm8k_test.jsonl"}
 NOT_SHIPPED = ("aime24", "aime25")
 
@@ -33,13 +34,18 @@ class Problem:
 
 
 def load_problems(task: str, data: Path | None = None) -> list[Problem]:
-    """The problems of a shipped task, or of the file `data` (then `task` is only a name)."""
+    """The problems of a task in `benchmarks/data`, or of the file `data` (then `task` is only a name)."""
     if data is None:
         if task in NOT_SHIPPED:
             raise UsageError(f"task {task}: its text has no open licence and does not ship; name a file with --data.")
         if task not in SHIPPED:
             raise UsageError(f"no task named {task!r}; use {', '.join(SHIPPED)}, or name a file with --data.")
         data = SHIPPED[task]
+        if not data.is_file():
+            raise UsageError(
+                f"task {task}: its problems are in benchmarks/data of the repository, not in the installed package; "
+                f"run from a checkout, or name {data.name} with --data."
+            )
     problems = []
     for number, line in enumerate(data.read_text(encoding="utf-8").splitlines(), start=1):
         row = json.loads(line)

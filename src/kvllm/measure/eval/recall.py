@@ -1,6 +1,6 @@
 """A needle in the reasoning: a fact stated once in the generated part and asked for later.
 
-    python -m kvllm.measure.eval.recall --model DIR --methods kara --ratios 0.3 --distances 256,512,1024 --json out.json
+    kvllm eval recall --model DIR --methods kara --ratios 0.3 --distances 256,512,1024 --json out.json
 
 The text is prompt, filler with the needle in it, question; all of it but the prompt counts as generated, so windows are
 compressed as they would be during decoding. The answer is then generated greedily. A method that evicts at random
@@ -9,8 +9,6 @@ cannot keep a number whose tokens are looked at only later, so this shows what m
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import re
 import time
@@ -22,22 +20,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer
 
+from kvllm.cli.generate import encode
 from kvllm.errors import UsageError
-from kvllm.measure.eval.environment import environment
+from kvllm.measure.environment import environment
 from kvllm.measure.eval.forks import fork_all
-from kvllm.measure.eval.problems import load_problems
-from kvllm.measure.eval.report import Progress, interval, markdown
+from kvllm.measure.eval.plots import plot_grids
+from kvllm.measure.eval.problems import Problem, load_problems
+from kvllm.measure.eval.report import Outputs, Progress, interval, markdown
 from kvllm.measure.eval.stats import Estimate, wilson
-from kvllm.measure.eval.sweep import Case, parse_cases
+from kvllm.measure.eval.sweep import FULL, Case
 from kvllm.methods import resolved
-from kvllm.options import parse_numbers
 from kvllm.reference import Request, feed, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TASK_VERSION = 1
-FULL = "full cache"
 COLOURS = ("blue", "red", "green", "black", "white", "golden", "silver", "purple")
 PROMPT = "Work through these problems one after the other, and note every fact that you come across."
 PLACES = ("vault", "cellar", "tower", "library", "harbour", "garden", "station", "museum")
@@ -91,15 +89,24 @@ class Answer:
 
 
 def make_items(
-    tokenizer: Any, distances: Sequence[int], depths: Sequence[float], samples: int, seed: int = 0
+    tokenizer: Any,
+    distances: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    seed: int = 0,
+    data: Path | None = None,
 ) -> list[Item]:
-    """Texts of every distance and depth; sample i has the same filler and needle at all of them."""
+    """Texts of every distance and depth; sample i has the same filler and needle at all of them.
+
+    data: problems that the filler is made of; None: GSM8K
+    """
+    problems = load_problems("gsm8k", data)
     rng = random.Random(seed)
     drawn = []
     for _ in range(samples):
         needle = Needle(f"{rng.choice(COLOURS)} {rng.choice(PLACES)}", str(rng.randrange(10000, 100000)))
-        drawn.append((needle, filler_ids(tokenizer, max(distances), rng)))
-    prompt = prompt_ids(tokenizer)
+        drawn.append((needle, filler_ids(tokenizer, problems, max(distances), rng)))
+    prompt = encode(tokenizer, PROMPT, None)
     items = []
     for distance in distances:
         for depth in depths:
@@ -115,18 +122,8 @@ def make_items(
     return items
 
 
-def prompt_ids(tokenizer: Any) -> list[int]:
-    """What the reasoning answers to, in the model's chat template if it has one."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return list(tokenizer.encode(PROMPT))
-    messages = [{"role": "user", "content": PROMPT}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def filler_ids(tokenizer: Any, count: int, rng: random.Random) -> list[int]:
+def filler_ids(tokenizer: Any, problems: Sequence[Problem], count: int, rng: random.Random) -> list[int]:
     """Problems and answers in a row, as a model might restate them: tokens of ordinary mathematical text."""
-    problems = load_problems("gsm8k")
     ids: list[int] = []
     while len(ids) < count:
         problem = rng.choice(problems)
@@ -222,57 +219,32 @@ def report(answers: Mapping[str, Sequence[Answer]], cases: Sequence[Case], **abo
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="kvllm eval recall",
-        description="State a fact in the reasoning and ask for it later; full, random and recent are always in.",
-    )
-    parser.add_argument("--model", required=True, help="model folder")
-    parser.add_argument("--methods", help="comma-separated, each at every ratio")
-    parser.add_argument("--ratios", help="comma-separated retention ratios (default: 0.3)")
-    parser.add_argument("--configs", nargs="*", default=[], help="shipped sweeps (methods, kara), files, or JSON")
-    parser.add_argument("--common", type=json.loads, default={}, help="JSON: options that all configurations share")
-    parser.add_argument("--distances", default="512,1024", help="tokens between the prompt and the question")
-    parser.add_argument("--depths", default="0.1,0.3,0.5,0.7,0.9", help="place of the needle in them, 0 to 1")
-    parser.add_argument("--samples", type=int, default=8, help="needles and fillers for each distance and depth")
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, ...; auto: float32 on the CPU, else bfloat16"
-    )
-    parser.add_argument("--json", type=Path, help="write all figures and answers here")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
-    parser.add_argument("--plot", type=Path, help="draw a heat map a method here (.svg, .png)")
-    options = parser.parse_args(arguments)
-
-    cases = parse_cases(options.configs, options.methods, options.ratios, options.common)
-    dtype = options.dtype if options.dtype != "auto" else ("float32" if options.device == "cpu" else "bfloat16")
-    model = load_model(options.model, getattr(torch, dtype), options.device)
-    tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
-    distances = parse_numbers("--distances", options.distances, int, "512,1024")
-    depths = parse_numbers("--depths", options.depths, float, "0.1,0.5,0.9")
-    items = make_items(tokenizer, distances, depths, options.samples)
+def run(
+    folder: str,
+    cases: Sequence[Case],
+    distances: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    block_size: int,
+    device: str,
+    dtype: str,
+    outputs: Outputs,
+    data: Path | None = None,
+) -> None:
+    """Measure, print the table and write what `outputs` asks for; folder: the model's."""
+    model = load_model(folder, getattr(torch, dtype), device)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    items = make_items(tokenizer, distances, depths, samples, data=data)
     start = time.perf_counter()
-    answers = measure(model, tokenizer, items, cases, options.block_size, progress=Progress("texts"))
+    answers = measure(model, tokenizer, items, cases, block_size, progress=Progress("texts"))
     seconds = time.perf_counter() - start
-    if options.json:
-        about = {
-            "model": Path(options.model).name,
-            "samples": options.samples,
-            "block_size": options.block_size,
-            "dtype": dtype,
-            "seconds": seconds,
-        }
-        options.json.write_text(json.dumps(report(answers, cases, **about), indent=1) + "\n")
-    print(table(answers))
-    print(f"\n{len(items)} texts, {len(cases)} configurations, {dtype} on {options.device}, {seconds:.0f} s")
-    if options.markdown:
-        options.markdown.write_text(table(answers) + "\n")
-    if options.plot:
-        from kvllm.measure.eval.plots import plot_recall
-
-        plot_recall(answers, options.plot)
-
-
-if __name__ == "__main__":
-    main()
+    about = {
+        "model": Path(folder).name,
+        "samples": samples,
+        "block_size": block_size,
+        "dtype": dtype,
+        "seconds": seconds,
+    }
+    grids = {f"{label}: {accuracy(given).value:.0%}": grid(given) for label, given in answers.items()}
+    outputs.write(table(answers), report(answers, cases, **about), lambda path: plot_grids(grids, path))
+    print(f"\n{len(items)} texts, {len(cases)} configurations, {dtype} on {device}, {seconds:.0f} s")

@@ -1,23 +1,18 @@
-"""How results are shown: Markdown tables, intervals, and progress with an estimate of the time left."""
+"""How results are shown: Markdown tables, intervals, progress, and the files that a command was asked for."""
 
 from __future__ import annotations
 
+import json
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from kvllm.measure.eval.stats import Estimate
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns line up in plain text as well."""
-    cells = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+from kvllm.measure.tables import markdown as markdown
 
 
 def interval(estimate: Estimate, digits: int, scale: float = 1.0) -> str:
@@ -26,19 +21,32 @@ def interval(estimate: Estimate, digits: int, scale: float = 1.0) -> str:
 
 
 class Progress:
-    """One line on stderr: done, of how many, time so far and time left. Lines of their own where it is no terminal."""
+    """A progress bar on stderr, redrawn less often where that is no terminal; called with what is done, of how much."""
 
-    def __init__(self, what: str, every: float = 0.5) -> None:
-        self.what = what
-        self.start = self.shown = time.perf_counter()
-        self.every = every if sys.stderr.isatty() else max(every, 15.0)
+    def __init__(self, what: str) -> None:
+        self.bar: Any = tqdm(unit=f" {what}", mininterval=0.5 if sys.stderr.isatty() else 15.0, file=sys.stderr)
 
     def __call__(self, done: int, total: int) -> None:
-        now = time.perf_counter()
-        if now - self.shown < self.every and done < total:
-            return
-        self.shown = now
-        spent = now - self.start
-        left = spent / done * (total - done) if done else 0.0
-        end = "\r" if sys.stderr.isatty() and done < total else "\n"
-        print(f"{done}/{total} {self.what}, {spent:.0f} s, {left:.0f} s left   ", end=end, file=sys.stderr, flush=True)
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+        if done == total:
+            self.bar.close()
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files to write, each None where none was asked for."""
+
+    json: Path | None = None
+    markdown: Path | None = None
+    plot: Path | None = None
+
+    def write(self, table: str, report: Mapping[str, Any], plot: Callable[[Path], None]) -> None:
+        """Print the table, and write the table, the figures and the plot."""
+        if self.json:
+            self.json.write_text(json.dumps(report, indent=1) + "\n")
+        print(table)
+        if self.markdown:
+            self.markdown.write_text(table + "\n")
+        if self.plot:
+            plot(self.plot)

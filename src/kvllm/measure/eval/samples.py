@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-FULL = "full cache"
-
 
 @dataclass(frozen=True)
 class Sample:

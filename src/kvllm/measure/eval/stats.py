@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import binomtest
 
 NUM_RESAMPLES = 2000
-Z = 1.959963984540054  # 97.5th percentile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,8 @@ def wilson(successes: int, trials: int) -> Estimate:
     """A share of independent trials."""
     if not 0 <= successes <= trials or trials == 0:
         raise ValueError(f"{successes} successes in {trials} trials.")
-    share, z2 = successes / trials, Z * Z / trials
-    middle = (share + z2 / 2) / (1 + z2)
-    half = math.sqrt(share * (1 - share) * z2 + z2 * z2 / 4) / (1 + z2)
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
+    interval = binomtest(successes, trials).proportion_ci(method="wilson")
+    return Estimate(successes / trials, float(interval.low), float(interval.high))
 
 
 def _divide(top: npt.NDArray[np.float64], bottom: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -20,6 +20,7 @@ from kvllm.options import parse_json, parse_numbers
 
 # A claim that does not beat these is worth nothing, so they are always measured.
 BASELINES = ("random", "recent")
+FULL = "full cache"  # what it is called in tables
 SWEEPS = Path(__file__).parent / "sweeps"  # those that ship, by their names
 
 

@@ -1,14 +1,9 @@
-"""Traces: texts that a model wrote, as token ids, for `kvllm eval fidelity` to replay.
-
-python -m kvllm.measure.eval.traces MODEL --out traces.jsonl [options] [vLLM's engine flags]
-"""
+"""Traces: texts that a model wrote, as token ids, for `kvllm eval fidelity` to replay."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,6 +51,7 @@ def half_of(traces: Sequence[Trace], half: str | None) -> list[Trace]:
 def make_traces(
     llm: LLM,
     task: str,
+    data: Path | None,
     num_problems: int | None,
     max_tokens: int,
     min_tokens: int,
@@ -67,7 +63,7 @@ def make_traces(
 
     from kvllm.cli.generate import encode
 
-    problems = spread(load_problems(task), num_problems)
+    problems = spread(load_problems(task, data), num_problems)
     prompts = [encode(llm.get_tokenizer(), problem.prompt, None) for problem in problems]
     seeds = [None if seed is None else seed + i for i in range(len(prompts))]
     sampling = [SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=s) for s in seeds]
@@ -80,48 +76,28 @@ def make_traces(
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="kvllm eval traces",
-        description="Let a model answer problems through stock vLLM, and keep the token ids.",
-        epilog="Flags not listed here go to vLLM's engine, such as --dtype, --max-model-len or --enforce-eager.",
-    )
-    parser.add_argument("model", help="model folder or hub name")
-    parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
-    parser.add_argument("--task", default="math500", help="math500 or gsm8k")
-    parser.add_argument("--problems", type=int, help="problems to ask, evenly spaced over the task (default: all)")
-    parser.add_argument("--keep", type=int, help="traces to keep, evenly spaced over those long enough (default: all)")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="longest answer")
-    parser.add_argument("--min-tokens", type=int, default=0, help="leave shorter answers out")
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument(
-        "--sampling-seed",
-        type=int,
-        help="a seed a request, so that batching does not matter (vLLM's CPU sampler cannot do it in chunked prefills)",
-    )
-    options, engine_flags = parser.parse_known_args(arguments)
-
+def run(
+    arguments: Sequence[str],
+    out: Path,
+    task: str,
+    data: Path | None,
+    num_problems: int | None,
+    num_kept: int | None,
+    max_tokens: int,
+    min_tokens: int,
+    temperature: float,
+    seed: int | None,
+) -> None:
+    """Make traces and write those to keep to `out`; arguments: MODEL and any of vLLM's engine flags."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM
 
     from kvllm.engine.arguments import engine_args
 
-    llm = LLM.from_engine_args(engine_args([options.model, *engine_flags], None))
-    made = make_traces(
-        llm,
-        options.task,
-        options.problems,
-        options.max_tokens,
-        options.min_tokens,
-        options.temperature,
-        options.sampling_seed,
-    )
-    kept = spread(made, options.keep)
-    write_traces(options.out, kept)
+    llm = LLM.from_engine_args(engine_args(arguments, None))
+    made = make_traces(llm, task, data, num_problems, max_tokens, min_tokens, temperature, seed)
+    kept = spread(made, num_kept)
+    write_traces(out, kept)
     lengths = [len(trace.token_ids) - trace.num_prompt_tokens for trace in kept]
     mean = sum(lengths) / max(len(lengths), 1)
-    print(f"{options.out}: {len(kept)} traces of {mean:.0f} generated tokens, from {len(made)} long enough")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    print(f"{out}: {len(kept)} traces of {mean:.0f} generated tokens, from {len(made)} long enough")

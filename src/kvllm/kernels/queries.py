@@ -1,0 +1,117 @@
+"""What kernels share that look at stored queries: how they find and rotate them, and load tiles of the paged cache."""
+
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvllm.compression.query_bank import QueryBank
+from kvllm.kernels.paged import TL_DTYPES, layer_ptr, next_power_of_2
+from kvllm.methods.rope import Rotation
+
+
+def rotated_queries_ref(bank: QueryBank, ring_starts: Tensor, rotation: Rotation | None) -> Tensor:
+    """[num_due * num_layers, num_queries, num_kv_heads, group_size, head_dim] in float64."""
+    queries = bank.of(ring_starts.long()).transpose(0, 1).flatten(0, 1).double()
+    grouped = queries.unflatten(2, (bank.num_kv_heads, -1))
+    if rotation is None:
+        return grouped
+    # [num_due, num_layers, num_queries, num_kv_heads, group_size, head_dim]: `rotation` broadcasts to it
+    return rotation.apply(grouped.unflatten(0, (len(ring_starts), -1))).flatten(0, 1)
+
+
+def query_arguments(bank: QueryBank, ring_starts: Tensor, rotation: Rotation | None) -> tuple[Any, ...]:
+    """What `load_queries` needs to find them, from `numbers` to `max_num_reqs`."""
+    rotations = (rotation.cos, rotation.sin, rotation.first, rotation.second) if rotation else (None, None, None, None)
+    return (bank.queries, bank.scales, *rotations, ring_starts, bank.queries.shape[1])
+
+
+def query_sizes(bank: QueryBank, rotation: Rotation | None, dot_dtype: torch.dtype) -> dict[str, Any]:
+    """The constants that go with `query_arguments`."""
+    _, _, num_queries, num_heads, head_dim = bank.queries.shape
+    return dict(
+        NUM_HEADS=num_heads,
+        GROUP_SIZE=bank.group_size,
+        NUM_ROWS=num_queries * bank.group_size,
+        DOT_DTYPE=TL_DTYPES[dot_dtype],
+        NUM_ROTATIONS=num_rotations(rotation),
+        HALVES=rotation is None or rotation.halves,
+        BLOCK_H=max(16, next_power_of_2(head_dim // 2)),
+    )
+
+
+def num_rotations(rotation: Rotation | None) -> int:
+    """Tables of sines and cosines: none, one for all layers, or one a layer."""
+    if rotation is None:
+        return 0
+    return rotation.cos.shape[0] if rotation.cos.ndim > 4 else 1
+
+
+@triton.jit
+def load_tile(ptrs, offsets, mask, layer, dims, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, NUM_DIMS: tl.constexpr):
+    """[BLOCK_T, len(dims)]: the first NUM_DIMS of these dimensions of the candidates' keys or values; zeros outside."""
+    rows = layer_ptr(ptrs, layer, DTYPE, ALIGNMENT) + offsets[:, None] + dims[None, :]
+    places = tl.arange(0, dims.shape[0])
+    return tl.load(rows, mask=mask[:, None] & (places < NUM_DIMS)[None, :], other=0.0)
+
+
+@triton.jit
+def pairs(first, second, NUM_PAIRS: tl.constexpr, HALVES: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The dimensions that are rotated together, [BLOCK_H] each; int32, which takes half the registers."""
+    pairs = tl.arange(0, BLOCK_H)
+    if HALVES:
+        firsts, seconds = pairs, pairs + NUM_PAIRS
+    else:
+        firsts = tl.load(first + pairs, mask=pairs < NUM_PAIRS, other=0).to(tl.int32)
+        seconds = tl.load(second + pairs, mask=pairs < NUM_PAIRS, other=0).to(tl.int32)
+    return firsts, seconds
+
+
+@triton.jit
+def ring(ring_starts, max_num_reqs, due, layer, NUM_QUERIES: tl.constexpr):
+    """Of a request in a layer: its row among the bank's (layer, row) pairs, and the slot of its oldest query."""
+    start = tl.load(ring_starts + due).to(tl.int32)
+    return layer * max_num_reqs + start // NUM_QUERIES, start % NUM_QUERIES
+
+
+@triton.jit
+def load_queries(
+    numbers, scales, cos, sin, rows, layer, layer_row, oldest, head, firsts, seconds,
+    NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    NUM_ROTATIONS: tl.constexpr, DOT_DTYPE: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The first and the second dimensions of the rotated queries, [BLOCK_Q, BLOCK_H] each, and their scales [BLOCK_Q].
+
+    Row r is query r // GROUP_SIZE, oldest first, of the group's head r % GROUP_SIZE. layer_row, oldest: of `ring`.
+    """
+    num_queries: tl.constexpr = NUM_ROWS // GROUP_SIZE
+    num_pairs: tl.constexpr = HEAD_DIM // 2
+    slots = (oldest + rows // GROUP_SIZE) % num_queries
+    vectors = (layer_row * num_queries + slots) * NUM_HEADS + head * GROUP_SIZE + rows % GROUP_SIZE
+    pairs = tl.arange(0, BLOCK_H)
+    mask = (rows < NUM_ROWS)[:, None] & (pairs < num_pairs)[None, :]
+    numbers += vectors[:, None] * HEAD_DIM
+    a = tl.load(numbers + firsts[None, :], mask=mask, other=0).to(tl.float32)
+    b = tl.load(numbers + seconds[None, :], mask=mask, other=0).to(tl.float32)
+    if NUM_ROTATIONS > 0:
+        if NUM_ROTATIONS > 1:
+            cos += layer * NUM_ROWS * num_pairs
+            sin += layer * NUM_ROWS * num_pairs
+        angles = rows[:, None] * num_pairs + pairs[None, :]
+        c = tl.load(cos + angles, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(sin + angles, mask=mask, other=0.0).to(tl.float32)
+        a, b = a * c - b * s, a * s + b * c
+    return a.to(DOT_DTYPE), b.to(DOT_DTYPE), tl.load(scales + vectors, mask=rows < NUM_ROWS, other=0.0)
+
+
+@triton.jit
+def locate(NUM_LAYERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr):
+    """This program's place in the batch, request, layer and KV head; neighbours share the lines of a block."""
+    pid = tl.program_id(0).to(tl.int64)
+    return pid, pid // (NUM_LAYERS * NUM_KV_HEADS), pid // NUM_KV_HEADS % NUM_LAYERS, pid % NUM_KV_HEADS

@@ -1,0 +1,195 @@
+"""The shift of a head's keys and new values, solved by conjugate gradients, and written with the survivors' move."""
+
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvllm.kernels.paged import layer_ptr, token_offsets
+from kvllm.kernels.queries import load_queries, pairs, ring
+
+
+@triton.jit
+def _fit_kernel(
+    shares, missing, lost, kept,
+    candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,
+    stride_candidates, stride_kv_block, stride_kv_token, stride_kv_head,
+    numbers, scales, cos, sin, first, second, ring_starts, max_num_reqs, query_scale, key_ridge, value_ridge,
+    NUM_LAYERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, NUM_KEPT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, KV_DTYPE: tl.constexpr, RAW_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr,
+    HAS_SCALE: tl.constexpr, FP8_MAX: tl.constexpr, NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    NUM_ROWS: tl.constexpr, PADDED_ROWS: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    STEPS: tl.constexpr, NUM_ROTATIONS: tl.constexpr, HALVES: tl.constexpr, FIT_KEYS: tl.constexpr,
+    FIT_VALUES: tl.constexpr, NUM_COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Part NUM_COLUMNS of a head's programs moves its keys; those before, BLOCK_C dimensions of its values each.
+
+    No program reads what another writes, and each reads all that it moves before it writes any of it.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    batch, part = pid // (NUM_COLUMNS + 1), pid % (NUM_COLUMNS + 1)
+    due, layer, head = batch // (NUM_LAYERS * NUM_KV_HEADS), batch // NUM_KV_HEADS % NUM_LAYERS, batch % NUM_KV_HEADS
+    block_row = candidate_blocks + due * stride_candidates
+    target = tl.arange(0, BLOCK_K)
+    valid = target < NUM_KEPT
+    source = tl.load(kept + batch * NUM_KEPT + target, mask=valid, other=0)
+    source = token_offsets(block_row, source, valid, stride_kv_block, stride_kv_token, BLOCK_SIZE)
+    source += head * stride_kv_head
+    target = token_offsets(block_row, target, valid, stride_kv_block, stride_kv_token, BLOCK_SIZE)
+    target += head * stride_kv_head
+    if part < NUM_COLUMNS:
+        dims = (part * BLOCK_C).to(tl.int32) + tl.arange(0, BLOCK_C)
+        # Survivors along the second axis, where the sums over them cost least.
+        mask = (dims < HEAD_DIM)[:, None] & valid[None, :]
+        if FIT_VALUES:
+            change_scale = 1.0
+            if HAS_SCALE:
+                change_scale = tl.load(v_scale + layer)
+            paged = layer_ptr(value_ptrs, layer, KV_DTYPE, ALIGNMENT)
+            values = tl.load(paged + dims[:, None] + source[None, :], mask=mask, other=0.0).to(tl.float32)
+            values = _fit_values(
+                shares + batch * PADDED_ROWS * BLOCK_K, missing + batch * PADDED_ROWS * HEAD_DIM, values * change_scale,
+                dims, value_ridge, NUM_KEPT, HEAD_DIM, PADDED_ROWS, PRECISION, STEPS, BLOCK_R, BLOCK_K,
+            )  # fmt: skip
+            tl.debug_barrier()
+            values = _stored(values, change_scale, KV_DTYPE, HAS_SCALE, FP8_MAX)
+            tl.store(paged + dims[:, None] + target[None, :], values, mask=mask)
+        else:
+            _move(value_ptrs, layer, source[None, :], target[None, :], dims[:, None], mask, RAW_DTYPE, ALIGNMENT)
+    else:
+        num_pairs: tl.constexpr = HEAD_DIM // 2
+        firsts, seconds = pairs(first, second, num_pairs, HALVES, BLOCK_H)
+        mask_pairs = valid[:, None] & (tl.arange(0, BLOCK_H) < num_pairs)[None, :]
+        if FIT_KEYS:
+            change_scale = 1.0
+            if HAS_SCALE:
+                change_scale = tl.load(k_scale + layer)
+            layer_row, oldest = ring(ring_starts, max_num_reqs, due, layer, NUM_ROWS // GROUP_SIZE)
+            shift_a, shift_b = _fit_shift(
+                numbers, scales, cos, sin, layer, layer_row, oldest, head, firsts, seconds,
+                lost + batch * PADDED_ROWS, query_scale, key_ridge,
+                NUM_HEADS, GROUP_SIZE, NUM_ROWS, PADDED_ROWS, HEAD_DIM, NUM_ROTATIONS, DOT_DTYPE, STEPS,
+                BLOCK_R, BLOCK_H,
+            )  # fmt: skip
+            paged = layer_ptr(key_ptrs, layer, KV_DTYPE, ALIGNMENT)
+            keys_a = tl.load(paged + source[:, None] + firsts[None, :], mask=mask_pairs, other=0.0).to(tl.float32)
+            keys_b = tl.load(paged + source[:, None] + seconds[None, :], mask=mask_pairs, other=0.0).to(tl.float32)
+            keys_a, keys_b = keys_a * change_scale + shift_a[None, :], keys_b * change_scale + shift_b[None, :]
+            tl.debug_barrier()
+            keys_a = _stored(keys_a, change_scale, KV_DTYPE, HAS_SCALE, FP8_MAX)
+            keys_b = _stored(keys_b, change_scale, KV_DTYPE, HAS_SCALE, FP8_MAX)
+            tl.store(paged + target[:, None] + firsts[None, :], keys_a, mask=mask_pairs)
+            tl.store(paged + target[:, None] + seconds[None, :], keys_b, mask=mask_pairs)
+        else:  # half by half: no dimension is in both
+            _move(key_ptrs, layer, source[:, None], target[:, None], firsts[None, :], mask_pairs, RAW_DTYPE, ALIGNMENT)
+            _move(key_ptrs, layer, source[:, None], target[:, None], seconds[None, :], mask_pairs, RAW_DTYPE, ALIGNMENT)
+
+
+@triton.jit
+def _move(ptrs, layer, source, target, dims, mask, RAW_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """These dimensions of all survivors, bit for bit."""
+    paged = layer_ptr(ptrs, layer, RAW_DTYPE, ALIGNMENT)
+    moved = tl.load(paged + source + dims, mask=mask)
+    tl.debug_barrier()
+    tl.store(paged + target + dims, moved, mask=mask)
+
+
+@triton.jit
+def _stored(x, scale, KV_DTYPE: tl.constexpr, HAS_SCALE: tl.constexpr, FP8_MAX: tl.constexpr):
+    """x in float32 as the cache holds it, rounded as PyTorch does."""
+    if HAS_SCALE:
+        x = tl.minimum(tl.maximum(tl.div_rn(x, scale), -FP8_MAX), FP8_MAX)
+    return x.to(KV_DTYPE)
+
+
+@triton.jit
+def _ratio(a, b):
+    """a / b, and 0 where b is: a column that is solved has nowhere left to go."""
+    return tl.where(b > 0.0, a / tl.where(b > 0.0, b, 1.0), 0.0)
+
+
+@triton.jit
+def _fit_values(
+    shares, missing, values, dims, ridge,
+    NUM_KEPT: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """These dimensions of the survivors' values, [BLOCK_C, BLOCK_K], fitted: `fitted_values`, transposed."""
+    survivors = tl.arange(0, BLOCK_K)
+    gram = tl.full([BLOCK_K, BLOCK_K], 0.0, tl.float32)
+    residual = tl.full(values.shape, 0.0, tl.float32)
+    for start in range(0, PADDED_ROWS, BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        share = tl.load(shares + rows[:, None] * BLOCK_K + survivors[None, :])
+        target = tl.load(missing + rows[:, None] * HEAD_DIM + dims[None, :], mask=(dims < HEAD_DIM)[None, :], other=0.0)
+        gram = tl.dot(tl.trans(share), share, acc=gram, input_precision="ieee")
+        residual = tl.dot(tl.trans(target), share, acc=residual, input_precision="ieee")
+    diagonal = tl.where(survivors[:, None] == survivors[None, :], gram, 0.0)
+    strength = tl.sum(tl.sum(diagonal, axis=1), axis=0) * (ridge / NUM_KEPT)
+    direction = residual
+    square = tl.sum(residual * residual, axis=1)
+    for _ in range(STEPS):
+        image = tl.dot(direction, gram, input_precision=PRECISION) + strength * direction
+        length = _ratio(square, tl.sum(direction * image, axis=1))
+        values += length[:, None] * direction
+        residual -= length[:, None] * image
+        new_square = tl.sum(residual * residual, axis=1)
+        direction = residual + _ratio(new_square, square)[:, None] * direction
+        square = new_square
+    return values
+
+
+@triton.jit
+def _fit_shift(
+    numbers, scales, cos, sin, layer, layer_row, oldest, head, firsts, seconds, lost, query_scale, ridge,
+    NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr, PADDED_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, NUM_ROTATIONS: tl.constexpr, DOT_DTYPE: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The first and the second dimensions of the vector to add to a head's keys, [BLOCK_H] each."""
+    gram_aa = tl.full([BLOCK_H, BLOCK_H], 0.0, tl.float32)
+    gram_ab = tl.full([BLOCK_H, BLOCK_H], 0.0, tl.float32)
+    gram_bb = tl.full([BLOCK_H, BLOCK_H], 0.0, tl.float32)
+    residual_a = tl.full([BLOCK_H], 0.0, tl.float32)
+    residual_b = tl.full([BLOCK_H], 0.0, tl.float32)
+    for start in range(0, PADDED_ROWS, BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        a, b, scale = load_queries(
+            numbers, scales, cos, sin, rows, layer, layer_row, oldest, head, firsts, seconds,
+            NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, NUM_ROTATIONS, tl.float32, BLOCK_H,
+        )  # fmt: skip
+        scale = (scale * query_scale)[:, None]
+        wanted = tl.load(lost + rows)[:, None]
+        a, b = a * scale, b * scale
+        residual_a += tl.sum(a * wanted, axis=0)
+        residual_b += tl.sum(b * wanted, axis=0)
+        a, b = a.to(DOT_DTYPE), b.to(DOT_DTYPE)
+        gram_aa = tl.dot(tl.trans(a), a, acc=gram_aa, input_precision="ieee")
+        gram_ab = tl.dot(tl.trans(a), b, acc=gram_ab, input_precision="ieee")
+        gram_bb = tl.dot(tl.trans(b), b, acc=gram_bb, input_precision="ieee")
+    places = tl.arange(0, BLOCK_H)
+    diagonal = tl.where(places[:, None] == places[None, :], gram_aa + gram_bb, 0.0)
+    strength = tl.sum(tl.sum(diagonal, axis=1), axis=0) * (ridge / HEAD_DIM)
+    solution_a = tl.full([BLOCK_H], 0.0, tl.float32)
+    solution_b = tl.full([BLOCK_H], 0.0, tl.float32)
+    direction_a, direction_b = residual_a, residual_b
+    square = tl.sum(residual_a * residual_a + residual_b * residual_b, axis=0)
+    for _ in range(STEPS):
+        image_a = tl.sum(gram_aa * direction_a[:, None], axis=0) + tl.sum(gram_ab * direction_b[None, :], axis=1)
+        image_b = tl.sum(gram_ab * direction_a[:, None], axis=0) + tl.sum(gram_bb * direction_b[:, None], axis=0)
+        image_a += strength * direction_a
+        image_b += strength * direction_b
+        length = _ratio(square, tl.sum(direction_a * image_a + direction_b * image_b, axis=0))
+        solution_a += length * direction_a
+        solution_b += length * direction_b
+        residual_a -= length * image_a
+        residual_b -= length * image_b
+        new_square = tl.sum(residual_a * residual_a + residual_b * residual_b, axis=0)
+        ratio = _ratio(new_square, square)
+        direction_a = residual_a + ratio * direction_a
+        direction_b = residual_b + ratio * direction_b
+        square = new_square
+    return solution_a, solution_b

@@ -1,0 +1,13 @@
+"""What measuring needs besides KvLLM's own dependencies."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from kvllm.errors import UsageError
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise UsageError, naming the extra to install, unless all of the modules can be imported."""
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise UsageError(f"this needs {', '.join(missing)}, not installed here: pip install 'kvllm[{extra}]'.")
