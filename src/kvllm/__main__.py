@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from kvllm.cli.app import app
+from kvllm.cli.app import app as app
 from kvllm.errors import UsageError
 from kvllm.measure.bench.cli import app as bench_app
 from kvllm.measure.eval.cli import app as eval_app

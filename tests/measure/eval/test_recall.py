@@ -7,8 +7,8 @@ import pytest
 
 from kvllm.config import KvConfig
 from kvllm.measure.eval import recall
-from kvllm.measure.eval.recall import FULL, Answer, Item, Needle, accuracy, grid, make_items, measure, table
-from kvllm.measure.eval.sweep import cases
+from kvllm.measure.eval.recall import Answer, Item, Needle, accuracy, grid, make_items, measure, table
+from kvllm.measure.eval.sweep import FULL, cases
 from kvllm.reference import generate
 from tests.measure.commands import kvllm
 from tests.reference.models import VOCAB_SIZE, text, tiny_model
