@@ -6,8 +6,7 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
-from kvllm.bench import worker
-
+from kvllm.measure.bench import worker
 from kvllm.measure.bench.figures import Lengths
 from kvllm.measure.bench.spec import BenchSpec
 from kvllm.measure.bench.worker import Load, Recorder
