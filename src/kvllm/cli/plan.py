@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from kvllm.errors import UsageError
 from kvllm.layout import Geometry, ceil_div
 from kvllm.options import parse_numbers
 
+# pydantic's ByteSize alone would ignore what follows a size it can read: "24,5G" would be 24 bytes.
+WHOLE_SIZE = re.compile(rf"{ByteSize.byte_string_pattern}\s*$")
 BYTES = TypeAdapter(ByteSize)
 
 
@@ -107,9 +110,11 @@ def table(plan: Plan) -> Table:
 def parse_bytes(text: str, option: str = "--memory") -> int:
     """A number of bytes, such as 80GiB, 24G or 512MB."""
     try:
-        return int(BYTES.validate_python(text))
-    except ValidationError:
-        raise UsageError(f"{option} {text}: expected a size such as 80GiB, 24GB or 512MiB.") from None
+        if WHOLE_SIZE.match(text):
+            return int(BYTES.validate_python(text))
+    except ValidationError:  # no such unit
+        pass
+    raise UsageError(f"{option} {text}: expected a size such as 80GiB, 24GB or 512MiB.")
 
 
 def parse_lengths(text: str) -> list[int]:
