@@ -98,7 +98,7 @@ def test_methods_shows_each_option_with_its_default_bounds_and_help(monkeypatch:
         (["--retention-ratio", "30"], ["retention_ratio=30", "(0, 1]"]),
         (["--window-size", "264"], ["window_size=264", "multiple", "16"]),
         (["--window-size", "0"], ["window_size=0", ">= 1"]),
-        (["--retention-ratio", "0.999"], ["retention_ratio=0.999", "every block"]),
+        (["--retention-ratio", "0.05"], ["retention_ratio=0.05", "at least one block", "at least 320"]),
         (["--method-options", "{"], ["--method-options {", "JSON"]),
         (["--method-options", '{"chunk_fill": "x"}'], ["chunk_fill='x'", "[0, 1)", "not a string"]),
         (["--retention-ratio", "nan"], ["retention_ratio=nan", "(0, 1]"]),
