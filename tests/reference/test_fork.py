@@ -44,7 +44,7 @@ def test_what_cannot_be_forked_is_refused():
 
 
 def test_the_rotary_embedding_of_a_model_is_measured_once(monkeypatch):
-    measured = Mock(wraps=reference_request.rope_of)
+    measured = Mock(wraps=rope_of)
     monkeypatch.setattr(reference_request, "rope_of", measured)
     for seed in (0, 1):
         torch.manual_seed(seed)
