@@ -170,7 +170,7 @@ def test_rope_positions_are_logical(llm: Any, monkeypatch: pytest.MonkeyPatch) -
         (1.5, r"kv_retention_ratio=1.5: .*in \(0, 1\]"),
         ("half", r"kv_retention_ratio='half': .*in \(0, 1\]"),
         (True, r"kv_retention_ratio=True"),
-        ("0.5", r"kv_retention_ratio='0.5': must be a number in \(0, 1\], not a string"),
+        ("0.5", r"kv_retention_ratio='0.5': must be a number in \(0, 1\], not a string\."),
         (0.4, r"kv_retention_ratio=0.4: this server allows 0.5, 1.0\. Leave kv_retention_ratio out"),
     ],
 )

@@ -83,11 +83,11 @@ def test_a_request_chooses_among_the_ratios_that_the_operator_allows(
         assert "--request-ratios" in message
 
 
-@pytest.mark.parametrize("ratio, name", [("0.5", "str"), (True, "bool"), ([0.5], "list")])
+@pytest.mark.parametrize("ratio, name", [("0.5", "a string"), (True, "a boolean"), ([0.5], "a list")])
 def test_a_ratio_of_the_wrong_type_is_refused_by_its_type(model_dir: Path, ratio: Any, name: str) -> None:
     parameter, message = refusal(arrival(vllm_config(model_dir)), 10, max_tokens=5, ratio=ratio)
     assert parameter == "kv_retention_ratio"
-    assert f"kv_retention_ratio={ratio!r}: expected a number, not {name}" in message
+    assert f"kv_retention_ratio={ratio!r}: must be a number in (0, 1], not {name}." in message
 
 
 @pytest.mark.parametrize(

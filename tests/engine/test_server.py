@@ -84,7 +84,7 @@ def test_sixteen_at_once_with_an_abort_midway_and_prefix_hits(client: Any, base_
     "ratio, message",
     [
         (1.5, r"kv_retention_ratio=1.5: .*in \(0, 1\]"),
-        ("0.5", "kv_retention_ratio='0.5': expected a number, not str"),
+        ("0.5", r"kv_retention_ratio='0.5': must be a number in \(0, 1\], not a string\."),
         (0.2, r"kv_retention_ratio=0.2: this server allows 0.5, 0.25-0.5, 1.0. Leave .* out .*--request-ratios"),
     ],
 )

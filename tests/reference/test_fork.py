@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from kvllm.config import KvConfig
 from kvllm.reference import Request, feed, replay
 from kvllm.reference import request as reference_request
+from kvllm.reference.rope import rope_of
 from tests.reference.models import text, tiny_config, tiny_model
 
 CONFIG = KvConfig(window_size=32, buffer_size=12, query_stride=4, retention_ratio=0.5)
