@@ -89,9 +89,9 @@ def test_pool_is_the_share_less_weights_query_bank_and_reserve() -> None:
 
 
 def test_requests_that_fit() -> None:
-    # 16 blocks of 16 tokens hold the prompt, and of three windows of 16 blocks round(3 * 0.3 * 16) = 14 are kept. The
-    # fourth window closes at 256 + 4 * 256 + 56 = 1336 tokens, when the request holds three compressed windows and one
-    # raw one: 16 + 14 + 16 + 3.5 blocks, so 50, more than the 16 + 19 + 8 = 43 that 1408 tokens take afterwards.
+    # 16 blocks of 16 tokens protect the prompt, and of three windows of 16 blocks round(3 * 0.3 * 16) = 14 are kept.
+    # The fourth window closes at 256 + 4 * 256 + 56 = 1336 tokens, when the request holds three compressed windows and
+    # a raw one: 16 + 14 + 16 + 3.5 blocks, so 50, more than the 16 + 19 + 8 = 43 that 1408 tokens take afterwards.
     geometry = Geometry.from_config(KvConfig(window_size=256, buffer_size=56, retention_ratio=0.3), 16)
     # The query bank takes the room of 100 blocks.
     footprint = Footprint(weights=0, kv_per_token=100, query_bank=100 * 16 * 100)

@@ -317,7 +317,7 @@ OUTCOMES = {
     "equal": "served, equal to the reference",
     "refused": "refused",
     "differs": "**differs from the reference**",
-    "no reference": "served, not compared: transformers cannot run it through the reference's attention",
+    "no reference": "served, not compared, since the reference does not run it",
     "stock differs": "stock vLLM's own answers are not those of transformers, so there is nothing to compare",
     "stock fails": "stock vLLM does not run it here",
 }
@@ -344,8 +344,9 @@ def page(results: dict[str, Result], versions: dict[str, str]) -> str:
     context = {"prompts": len(PROMPT_LENGTHS), "tokens": NUM_TOKENS, "window": CONFIG.window_size}
     lines = [INTRODUCTION.format(**context, context=MAX_MODEL_LEN, **versions)]
     for name, result in results.items():
-        said = model_reasons(FAMILIES[name].config(), MAX_MODEL_LEN)
-        detail = said[0] if said else result.detail
+        detail = "" if "differs" in result.outcome else result.detail  # which token by how much is in the JSON
+        if result.outcome == "refused" and (said := model_reasons(FAMILIES[name].config(), MAX_MODEL_LEN)):
+            detail = said[0]
         options = ", ".join(f"`{key}={value}`" for key, value in result.options.items())
         outcome = OUTCOMES[result.outcome] + (f", with {options}" if options else "")
         outcome += f": {detail}" if detail else ""

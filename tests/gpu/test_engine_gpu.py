@@ -25,6 +25,8 @@ from kvllm.reference import load_model
 from tests.models import VOCAB_SIZE, save_random_llama
 from tests.near_ties import Match, check_greedy
 
+pytestmark = pytest.mark.engine
+
 BLOCK_SIZE = 16
 CONFIG = KvConfig(window_size=64, buffer_size=32, retention_ratio=0.5, request_ratios="1.0")
 

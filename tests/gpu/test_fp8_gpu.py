@@ -19,6 +19,8 @@ from kvllm.kernels.windows import gather_window_ref
 from kvllm.layout import Shape
 from tests.gpu.test_engine_gpu import greedy, model_dir, prompt, start  # noqa: F401
 
+pytestmark = pytest.mark.engine
+
 NUM_TOKENS = 300
 
 

@@ -14,6 +14,8 @@ if torch.cuda.device_count() < 2:
 
 from tests.gpu.test_engine_gpu import check, greedy, model_dir, prompt, reference_model, settings, start  # noqa: F401
 
+pytestmark = pytest.mark.engine
+
 PROMPTS = [prompt(n, n) for n in (5, 33, 150, 300)]
 NUM_TOKENS = 400
 

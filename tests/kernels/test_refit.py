@@ -80,7 +80,7 @@ def test_more_requests_than_one_launch_takes(device, monkeypatch):
     expected = copy_of(actual)
     for due in (0, 1):
         refit(bank, starts[due:][:1], kept[due:][:1], blocks[due:][:1], expected, None, 1.0, 1.0)
-    monkeypatch.setattr("kvllm.kernels.refit._BATCH", 1)
+    monkeypatch.setattr("kvllm.kernels.refit.launch._BATCH", 1)
     refit(bank, starts, kept, blocks, actual, None, 1.0, 1.0)
     assert_same_bits(actual, expected)
 

@@ -3,7 +3,7 @@ import torch
 
 from kvllm.compression.query_bank import QueryBank, quantize
 from kvllm.kernels.window_scores import window_scores, window_scores_ref
-from kvllm.kernels.window_scores.window_scores import tile_sizes
+from kvllm.kernels.window_scores.launch import tile_sizes
 from kvllm.kernels.windows import gather_window_ref
 from kvllm.methods.base import Window
 from kvllm.methods.kara import Kara, turn_distances

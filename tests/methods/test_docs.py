@@ -36,4 +36,4 @@ def test_the_example_works(monkeypatch):
         test()
     assert make_method(KvConfig(method="knorm")) == names["KNorm"]()
     with pytest.raises(ValueError, match=r"order=0: must be a number in \[1, 100\]"):
-        KvConfig(method="knorm", method_options={"order": 0})
+        make_method(KvConfig(method="knorm", method_options={"order": 0}))

@@ -125,7 +125,7 @@ def wrong_types() -> list[Any]:
 @pytest.mark.parametrize("method, name, value", wrong_types())
 def test_every_option_of_every_method_refuses_other_types_by_name(method, name, value):
     with pytest.raises(UsageError) as error:
-        KvConfig(method=method, method_options={name: value})
+        make_method(KvConfig(method=method, method_options={name: value}))
     message = str(error.value)
     assert message.startswith(f"method_options of {method}: {name}={value!r}: must be ") and "\n" not in message
     assert options_of(methods()[method])[name].accepts in message
@@ -148,18 +148,18 @@ BOUNDED = [(m, o.name) for m, cls in methods().items() for o in options_of(cls).
 def test_every_bounded_option_refuses_what_is_out_of_range_by_name(method, name):
     value = OUT_OF_RANGE[name]
     with pytest.raises(UsageError) as error:
-        KvConfig(method=method, method_options={name: value})
+        make_method(KvConfig(method=method, method_options={name: value}))
     assert str(error.value).startswith(f"method_options of {method}: {name}={value!r}: must be ")
 
 
 @pytest.mark.parametrize("method", methods())
 def test_every_method_refuses_an_unknown_option_by_name(method):
     with pytest.raises(UsageError) as error:
-        KvConfig(method=method, method_options={"colour": "red"})
+        make_method(KvConfig(method=method, method_options={"colour": "red"}))
     assert str(error.value).startswith(f"method_options of {method}: colour='red': no such option; options are ")
     for name in options_of(methods()[method]):
         with pytest.raises(UsageError, match=f"{name}x=1: no such option; did you mean '{name}'"):
-            KvConfig(method=method, method_options={f"{name}x": 1})
+            make_method(KvConfig(method=method, method_options={f"{name}x": 1}))
 
 
 @pytest.mark.parametrize("method", ["ams", "cask", "chunkkv"])
@@ -170,7 +170,7 @@ def test_every_method_refuses_an_unknown_option_by_name(method):
 ])  # fmt: skip
 def test_options_of_a_base_are_checked_as_strictly(method, options, words):
     with pytest.raises(UsageError) as error:
-        KvConfig(method=method, method_options={"base": "kara", "base_options": options})
+        make_method(KvConfig(method=method, method_options={"base": "kara", "base_options": options}))
     assert str(error.value).startswith(f"method_options of {method}: base_options of kara: {words}")
 
 

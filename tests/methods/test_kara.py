@@ -335,17 +335,17 @@ def test_options():
     assert make_method(KvConfig(max_chunk_size=5)) == Kara(max_chunk_size=5)
     assert make_method(KvConfig(method_options={"chunk_fill": 0.25})) == Kara(chunk_fill=0.25)
     with pytest.raises(ValueError, match=r"chunk_fill=1.0: must be a number in \[0, 1\)"):
-        KvConfig(method_options={"chunk_fill": 1.0})
+        make_method(KvConfig(method_options={"chunk_fill": 1.0}))
     with pytest.raises(ValueError, match="moment='median': must be one of mean, rms, max"):
-        KvConfig(method_options={"moment": "median"})
+        make_method(KvConfig(method_options={"moment": "median"}))
     with pytest.raises(ValueError, match="variant='papre': must be one of tuned, paper"):
-        KvConfig(method_options={"variant": "papre"})
+        make_method(KvConfig(method_options={"variant": "papre"}))
     for lookahead in (-1, 1.5, True):
         with pytest.raises(ValueError, match=f"lookahead={lookahead}: must be an integer"):
-            KvConfig(method_options={"lookahead": lookahead})
+            make_method(KvConfig(method_options={"lookahead": lookahead}))
     with pytest.raises(ValueError, match=r"keydiff_power=-0.5: must be a number in \[0, 16\]"):
-        KvConfig(method_options={"keydiff_power": -0.5})
+        make_method(KvConfig(method_options={"keydiff_power": -0.5}))
     with pytest.raises(ValueError, match=r"attention_floor=-1: must be a number in \[0, 1e.06\]"):
-        KvConfig(method_options={"attention_floor": -1})
+        make_method(KvConfig(method_options={"attention_floor": -1}))
     with pytest.raises(ValueError, match="max_chunk_size=0: must be an integer >= 1"):
-        KvConfig(method_options={"max_chunk_size": 0})
+        make_method(KvConfig(method_options={"max_chunk_size": 0}))

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from kvllm.config import KvConfig
 from kvllm.reference import Request, feed, replay
-from tests.reference.models import text, tiny_model
+from kvllm.reference import request as reference_request
+from tests.reference.models import text, tiny_config, tiny_model
 
 CONFIG = KvConfig(window_size=32, buffer_size=12, query_stride=4, retention_ratio=0.5)
 
@@ -38,3 +41,14 @@ def test_what_cannot_be_forked_is_refused():
         Request.fork(request, CONFIG)
     with pytest.raises(ValueError, match="nothing to replay: the request is at token 80"):
         feed(request, token_ids, end=80)
+
+
+def test_the_rotary_embedding_of_a_model_is_measured_once(monkeypatch):
+    measured = Mock(wraps=reference_request.rope_of)
+    monkeypatch.setattr(reference_request, "rope_of", measured)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
+        first, second = Request(model, 20, CONFIG), Request.fork(Request(model, 20, max_queries=44), CONFIG)
+        assert first.rope is second.rope is not None
+    assert measured.call_count == 2

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.table import Table
 
 from kvllm.compression.footprint import Footprint
@@ -15,9 +14,8 @@ from kvllm.errors import UsageError
 from kvllm.layout import Geometry, ceil_div
 from kvllm.options import parse_numbers
 
-# pydantic's ByteSize alone would ignore what follows a size it can read: "24,5G" would be 24 bytes.
-WHOLE_SIZE = re.compile(rf"{ByteSize.byte_string_pattern}\s*$")
-BYTES = TypeAdapter(ByteSize)
+# Not pydantic.ByteSize, which ignores what follows the first number and unit: it reads 1.2.3G as 1.2 bytes.
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 @dataclass(frozen=True)
@@ -109,12 +107,10 @@ def table(plan: Plan) -> Table:
 
 def parse_bytes(text: str, option: str = "--memory") -> int:
     """A number of bytes, such as 80GiB, 24G or 512MB."""
-    try:
-        if WHOLE_SIZE.match(text):
-            return int(BYTES.validate_python(text))
-    except ValidationError:  # no such unit
-        pass
-    raise UsageError(f"{option} {text}: expected a size such as 80GiB, 24GB or 512MiB.")
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?)B?\s*", text.upper())
+    if not match or match[2] not in UNITS or match[1].count(".") > 1 or match[1] == ".":
+        raise UsageError(f"{option} {text}: expected a size such as 80GiB, 24GB or 512MiB.")
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 def parse_lengths(text: str) -> list[int]:

@@ -65,9 +65,7 @@ class KvModelState(DefaultModelState):
         method = make_method(config)
         rope = rope_of(model, self.layers, vllm_config.model_config, device) if method.uses_rope else None
         fused = has_fused_kernels(method, layer.head_size)
-        self.compression = WorkerState(
-            config, shape, rope, self.max_num_reqs, self.max_num_tokens, device, fused
-        )
+        self.compression = WorkerState(config, shape, rope, self.max_num_reqs, self.max_num_tokens, device, fused)
         self.seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self.cache: PagedCache | None = None
         self.prepared: InputBatch | None = None  # the real batch that preprocess_state has planned

@@ -108,9 +108,7 @@ class KvManager(FullAttentionManager):
             geometry, request, event = progress.geometry, progress.request, progress.num_events
             self.total_prompts_cut += event == 0 and will_cut_prompt(geometry, request)
             blocks = self.req_to_blocks[request.request_id]
-            freed = close_gap(
-                blocks, self._null_block, geometry, request.num_prompt_tokens, event, geometry.block_size
-            )
+            freed = close_gap(blocks, self._null_block, geometry, request.num_prompt_tokens, event, geometry.block_size)
             self.block_pool.free_blocks(reversed(freed))  # the newest first, as vLLM frees a request
             self.total_blocks_freed += len(freed)
             self.total_events += 1

@@ -56,11 +56,13 @@ def test_kernels_of_the_newest_trace(zipped: bool, tmp_path: Path) -> None:
 def test_every_kernel_of_the_fused_path_belongs_to_a_part() -> None:
     import triton
 
-    from kvllm.kernels import block_tables, compact, refit, select_chunks, store_tokens, window_scores
+    from kvllm.kernels import block_tables, compact, select_chunks, store_tokens
+    from kvllm.kernels.refit import attend, fit
+    from kvllm.kernels.window_scores import attention, weights
 
     def names(module: ModuleType) -> set[str]:
         functions = (v for v in vars(module).values() if isinstance(v, triton.runtime.jit.KernelInterface))
         return {f.fn.__name__ for f in functions if f.fn.__name__.endswith("_kernel")}
 
-    modules = (block_tables, compact, refit, select_chunks, store_tokens, window_scores)
+    modules = (block_tables, compact, attend, fit, select_chunks, store_tokens, attention, weights)
     assert set().union(*map(names, modules)) == {name for part in PARTS.values() for name in part}
