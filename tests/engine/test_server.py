@@ -85,7 +85,7 @@ def test_sixteen_at_once_with_an_abort_midway_and_prefix_hits(client: Any, base_
     [
         (1.5, r"kv_retention_ratio=1.5: .*in \(0, 1\]"),
         ("0.5", r"kv_retention_ratio='0.5': must be a number in \(0, 1\], not a string\."),
-        (0.2, r"kv_retention_ratio=0.2: this server allows 0.5, 0.25-0.5, 1.0. Leave .* out .*--request-ratios"),
+        (0.2, r"kv_retention_ratio=0.2: this server allows 0.5, 0.5-0.75, 1.0. Leave .* out .*--request-ratios"),
     ],
 )
 def test_a_bad_ratio_is_a_bad_request(client: Any, ratio: Any, message: str) -> None:

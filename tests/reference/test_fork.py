@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from kvllm.config import KvConfig
 from kvllm.reference import Request, feed, replay
 from kvllm.reference import request as reference_request
+from kvllm.reference.rope import rope_of
 from tests.reference.models import text, tiny_config, tiny_model
 
 CONFIG = KvConfig(window_size=32, buffer_size=12, query_stride=4, retention_ratio=0.5)
@@ -44,7 +45,7 @@ def test_what_cannot_be_forked_is_refused():
 
 
 def test_the_rotary_embedding_of_a_model_is_measured_once(monkeypatch):
-    measured = Mock(wraps=reference_request.rope_of)
+    measured = Mock(wraps=rope_of)
     monkeypatch.setattr(reference_request, "rope_of", measured)
     for seed in (0, 1):
         torch.manual_seed(seed)

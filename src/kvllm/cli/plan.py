@@ -107,8 +107,8 @@ def table(plan: Plan) -> Table:
 
 def parse_bytes(text: str, option: str = "--memory") -> int:
     """A number of bytes, such as 80GiB, 24G or 512MB."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?)B?\s*", text.upper())
-    if not match or match[2] not in UNITS or match[1].count(".") > 1 or match[1] == ".":
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if not match or match[2] not in UNITS:
         raise UsageError(f"{option} {text}: expected a size such as 80GiB, 24GB or 512MiB.")
     return int(float(match[1]) * UNITS[match[2]])
 
