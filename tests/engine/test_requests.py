@@ -67,7 +67,7 @@ def refusal(arrive: Arrive, *args: Any, **kwargs: Any) -> tuple[str | None, str]
     [
         ("", (None, 0.5), (0.25, 0.51, 1.0), "only its own ratio, 0.5"),
         ("1.0", (None, 0.5, 1.0), (0.25, 0.99), "0.5, 1.0"),
-        ("0.25-0.45, 1", (0.25, 0.3, 0.45, 0.5, 1), (0.24, 0.46, 0.75), "0.5, 0.25-0.45, 1.0"),
+        ("0.55-0.75, 1", (0.55, 0.6, 0.75, 0.5, 1), (0.54, 0.76, 0.25), "0.5, 0.55-0.75, 1.0"),
     ],
 )
 def test_a_request_chooses_among_the_ratios_that_the_operator_allows(
