@@ -19,8 +19,6 @@ from tests.engine.families import (
 )
 
 RESULTS, VERSIONS = recorded()
-# Kara's lookahead does not see the rotary embeddings of models that vLLM runs through transformers.
-KNOWN_TO_DIFFER = {"OLMo", "OLMo 2", "Phi", "GLM", "StarCoder2", "Seed-OSS", "Arcee", "HunYuan dense", "Jais 2"}
 WANTED = FAMILIES if os.environ.get("KVLLM_ALL_FAMILIES") else ON_EVERY_RUN
 
 
@@ -33,10 +31,10 @@ def test_a_family_does_what_is_recorded(name: str) -> None:
         assert result.detail == RESULTS[name].detail
 
 
-def test_every_family_was_tried_and_no_other_differs_from_the_reference() -> None:
+def test_every_family_was_tried_and_none_differs_from_the_reference() -> None:
     assert list(RESULTS) == list(FAMILIES)
     assert {result.outcome for result in RESULTS.values()} <= set(OUTCOMES)
-    assert {name for name, result in RESULTS.items() if result.outcome == "differs"} == KNOWN_TO_DIFFER
+    assert not [name for name, result in RESULTS.items() if result.outcome == "differs"]
     assert sum(result.outcome == "equal" for result in RESULTS.values()) >= 20
 
 
