@@ -109,8 +109,7 @@ def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memor
         ({"retention_ratio": 0}, {}, r"retention_ratio=0: .*in \(0, 1\]"),
         ({"method": "kaar"}, {}, r"method='kaar': no such method; did you mean 'kara'"),
         ({"window_size": 80}, {"block_size": 64}, r"window_size=80: must be a multiple of the KV block size, 64"),
-        ({"retention_ratio": 0.05}, {}, r"retention_ratio=0.05: .*keeps no block"),
-        ({"retention_ratio": 0.97}, {}, r"retention_ratio=0.97: .*keeps every block"),
+        ({"retention_ratio": 0.05}, {}, r"retention_ratio=0.05: .*at least one block, 32 tokens.*at least 640"),
         ({"survivor_bits": 3}, {}, r"survivor_bits=3: must be one of 16, 8, 4"),
         (
             {"survivor_bits": 8, "window_size": 64},
@@ -132,6 +131,11 @@ def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memor
 def test_refused_by_name(model_dir: Path, kvllm: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         vllm_config(model_dir, kvllm, **options)
+
+
+def test_a_ratio_that_frees_a_block_in_several_windows_is_served(model_dir: Path) -> None:
+    options = vllm_config(model_dir, {"retention_ratio": 0.97}).additional_config["kvllm"]
+    assert options["retention_ratio"] == 0.97
 
 
 def test_sliding_window_models_are_refused(model_dir: Path, tmp_path: Path) -> None:
