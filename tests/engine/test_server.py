@@ -124,11 +124,14 @@ def test_a_prompt_that_cannot_fit_is_refused_as_that(client: Any, api: str) -> N
 
 @pytest.mark.parametrize("api", ["chat", "completions"])
 def test_a_max_tokens_that_does_not_fit_is_named(client: Any, api: str) -> None:
+    """And the remedy is right: with the ratio that it names, the request is served in full."""
     with pytest.raises(
-        openai.BadRequestError, match=r"max_tokens=700: .*at most \d+, or kv_retention_ratio=0.5"
+        openai.BadRequestError, match=r"max_tokens=700: .*at most \d+, or kv_retention_ratio=0.75"
     ) as error:
         ask(client, api, 700, 700)
     assert error.value.param == "max_tokens"
+    if api == "completions":
+        assert ask(client, api, 700, 700, kv_retention_ratio=0.75).usage.completion_tokens == 700
 
 
 def test_beam_search_answers_and_says_once_that_it_is_not_compressed(client: Any, log: Path) -> None:
