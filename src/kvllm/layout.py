@@ -220,9 +220,13 @@ class Geometry:
         events = self.num_events(num_prompt_tokens, num_computed_tokens)
         return self.event_at(num_prompt_tokens, events) - num_computed_tokens
 
+    def num_left_alone(self, event: int) -> int:
+        """Survivors that event number `event` does not read; what it keeps comes right behind them."""
+        return self.survivors(event) - self.shape(event).num_history
+
     def candidate_start(self, num_prompt_tokens: int, event: int) -> int:
         """Physical index of the first candidate just before event number `event`."""
-        return self.prefix_len(num_prompt_tokens, event) - self.shape(event).num_history
+        return self.prompt_len(num_prompt_tokens, event) + self.num_left_alone(event)
 
     def peak_tokens(self, num_prompt_tokens: int, num_tokens: int) -> int:
         """The most tokens that a request ever holds while it grows to `num_tokens`: now, or just before an event."""

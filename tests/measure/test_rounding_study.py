@@ -11,7 +11,7 @@ import torch
 
 import kvllm.methods
 from benchmarks import rounding_study as study
-from kvllm.compression.compressor import gathered, rounded
+from kvllm.compression.compressor import rounded
 from kvllm.compression.rounding import Rounding
 from kvllm.measure.eval import fidelity
 from kvllm.measure.eval.traces import Trace, write_traces
@@ -40,7 +40,7 @@ def window(num_tokens: int = 64) -> Window:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_plain_variant_is_what_the_compressor_does(bits):
     seen = window()
-    expected = rounded(seen, gathered(seen, Kara().compress(seen, 40)), Rounding(bits, 24))
+    expected = rounded(seen, Kara().compress(seen, 40).gathered(seen.keys, seen.values), Rounding(bits, 24))
     found = study.RoundedKara(key_bits=bits, value_bits=bits, group=24).compress(seen, 40)
     assert torch.equal(found.indices, expected.indices)
     torch.testing.assert_close(found.keys, expected.keys, rtol=0, atol=0)

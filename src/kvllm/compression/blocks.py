@@ -53,7 +53,7 @@ def close_gap(
     replaced by `null` and returned, except for `num_spares`, which stay right behind the prefix.
     """
     size, done = allocator_block_size, event + 1
-    first = ceil_div(geometry.prompt_len(num_prompt_tokens, done) + _left_alone(geometry, event), size)
+    first = ceil_div(geometry.prompt_len(num_prompt_tokens, done) + geometry.num_left_alone(event), size)
     prefix_end = ceil_div(geometry.prefix_len(num_prompt_tokens, done), size)
     tail = geometry.tail_start(num_prompt_tokens, done) // size
     in_order = [*range(first, tail)]
@@ -68,8 +68,3 @@ def close_gap(
     for i, block in enumerate(emptied[:num_kept]):
         blocks[first + i] = block
     return emptied[num_kept:]
-
-
-def _left_alone(geometry: Geometry, event: int) -> int:
-    """Survivors that the event does not read."""
-    return geometry.survivors(event) - geometry.shape(event).num_history

@@ -104,7 +104,7 @@ class Compressor:
         if self.positions is not None and part[0].geometry.tracks_survivors:
             found = window.positions.gather(-1, kept.indices).to(self.positions.dtype)
             for each, own in zip(part, found.unflatten(0, (len(part), -1)), strict=True):
-                first = each.geometry.survivors(each.event) - shape.num_history
+                first = each.geometry.num_left_alone(each.event)
                 self.positions[each.row, ..., first : first + shape.num_kept] = own
         if self.observe is not None:
             self.observe(kept, False)
@@ -155,8 +155,8 @@ class Compressor:
         if not shape.num_history:
             return raw
         assert self.positions is not None
-        survivors = due.geometry.survivors(due.event)
-        own = self.positions[due.row, ..., survivors - shape.num_history : survivors]
+        first = due.geometry.num_left_alone(due.event)
+        own = self.positions[due.row, ..., first : first + shape.num_history]
         return torch.cat([own.long(), raw], dim=-1)
 
 
@@ -169,19 +169,11 @@ def paired(window: Window, kept: Kept) -> Kept:
     """`kept` with new keys and new values, or with neither."""
     if kept.keys is None and kept.values is None:
         return kept
-    return gathered(window, kept)
+    return kept.gathered(window.keys, window.values)
 
 
 def rounded(window: Window, kept: Kept, rounding: Rounding) -> Kept:
     """`kept` with keys and values as they are after packing and unpacking."""
-    kept = gathered(window, kept)
+    kept = kept.gathered(window.keys, window.values)
     assert kept.keys is not None and kept.values is not None
     return Kept(kept.indices, *rounding.round_trip(kept.keys, kept.values))
-
-
-def gathered(window: Window, kept: Kept) -> Kept:
-    """`kept` with keys and values: its own where it has them, otherwise the window's."""
-    index = kept.indices.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, window.keys.shape[-1])
-    keys = window.keys.gather(1, index) if kept.keys is None else kept.keys
-    values = window.values.gather(1, index) if kept.values is None else kept.values
-    return Kept(kept.indices, keys, values)

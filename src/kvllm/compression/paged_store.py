@@ -75,10 +75,9 @@ class PagedStore(ABC):
         kept: list[int] = []
         for each in due:
             prompt, event = each.num_prompt_tokens, each.event
-            first = each.geometry.prompt_len(prompt, event + 1) // self.block_size
-            first += each.geometry.survivors(event) // self.block_size - num_history
+            first = each.geometry.prompt_len(prompt, event + 1) + each.geometry.num_left_alone(event)
             tail = each.geometry.tail_start(prompt, event) // self.block_size
-            row = each.row * own_width + first
+            row = each.row * own_width + first // self.block_size
             starts.append(self._ring_start(each))
             history += range(row, row + num_history)
             raw += range(each.batch_index * width + tail, each.batch_index * width + tail + num_raw)

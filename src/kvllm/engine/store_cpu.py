@@ -33,13 +33,11 @@ class CpuStore(PagedStore):
         return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
     def write(self, candidates: PagedCandidates, kept: Kept, layers: slice = ALL_LAYERS) -> None:
-        keys, values = kept.keys, kept.values
-        if keys is None or values is None:
-            index = kept.indices.transpose(1, 2).unsqueeze(-1)
-            own = self.read(candidates, layers)
-            keys, values = (rows.gather(1, index.expand(-1, -1, -1, rows.shape[-1])) for rows in own)
-        tokens = torch.arange(keys.shape[1])
-        rows = zip(keys, values, strict=True)
+        if kept.keys is None or kept.values is None:
+            kept = kept.gathered(*self.read(candidates, layers))
+        assert kept.keys is not None and kept.values is not None
+        tokens = torch.arange(kept.keys.shape[1])
+        rows = zip(kept.keys, kept.values, strict=True)
         for blocks in candidates.blocks.long():
             slots = blocks[tokens // self.block_size] * self.block_size + tokens % self.block_size
             for layer in self.layers[layers]:

@@ -85,6 +85,14 @@ class Kept:
     keys: Tensor | None = None
     values: Tensor | None = None
 
+    def gathered(self, keys: Tensor, values: Tensor) -> Kept:
+        """This with keys and values: its own where it has them, otherwise the candidates', which are given."""
+        return Kept(
+            self.indices,
+            take_rows(keys, self.indices) if self.keys is None else self.keys,
+            take_rows(values, self.indices) if self.values is None else self.values,
+        )
+
 
 class Method(ABC):
     """A frozen dataclass whose fields are its `method_options`; state that a request needs is not kept here."""
@@ -116,6 +124,16 @@ class Method(ABC):
     def compress_prompt(self, window: Window, num_kept: int) -> Kept:
         """What survives of a prompt (`prompt_budget`), judged by queries that all lie behind it: as of any window."""
         return self.compress(window, num_kept)
+
+
+def take_rows(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Each head's own choice of tokens.
+
+    tokens:  [batch, num_tokens, num_kv_heads, head_dim]
+    indices: [batch, num_kv_heads, num_kept]
+    returns  [batch, num_kept, num_kv_heads, head_dim]
+    """
+    return tokens.gather(1, indices.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, tokens.shape[-1]))
 
 
 def top_k(scores: Tensor, num_kept: int) -> Tensor:

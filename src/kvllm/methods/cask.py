@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad, softplus
 
 from kvllm.methods import register
-from kvllm.methods.base import Kept, Window, top_k
+from kvllm.methods.base import Kept, Window, take_rows, top_k
 from kvllm.methods.bases import OnBase
 from kvllm.methods.rope import Rope, check_plain, unrotate
 from kvllm.options import BaseOptions, Cosine, Count, RopeTheta, strict_dataclass
@@ -69,7 +69,7 @@ class CASK(OnBase):
         core = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top_k(scores, num_core), True)
         entry = self.entries(window, core, num_kept)
         best = best_of_each(entry, scores, num_kept)
-        return Kept(best, own_rows(window.keys, best), merged_values(window.values, scores, entry, best))
+        return Kept(best, take_rows(window.keys, best), merged_values(window.values, scores, entry, best))
 
     def compress_prompt(self, window: Window, num_kept: int) -> Kept:
         num_anchors = round(self.anchor_share * num_kept)
@@ -111,12 +111,7 @@ def merged_values(values: Tensor, scores: Tensor, entry: Tensor, best: Tensor) -
     totals = run_sums(weights.unsqueeze(-1), starts, ends)
     means = run_sums(weights.unsqueeze(-1) * values.transpose(1, 2).double(), starts, ends) / totals
     alone = (ends - starts == 1).unsqueeze(-1).transpose(1, 2)
-    return torch.where(alone, own_rows(values, best), means.to(values.dtype).transpose(1, 2))
-
-
-def own_rows(tokens: Tensor, indices: Tensor) -> Tensor:
-    """What each head keeps: [batch, num_tokens, num_kv_heads, head_dim] -> [batch, num_kept, ...]."""
-    return tokens.gather(1, indices.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, tokens.shape[-1]))
+    return torch.where(alone, take_rows(values, best), means.to(values.dtype).transpose(1, 2))
 
 
 def run_starts(entry: Tensor, num_entries: int) -> Tensor:

@@ -68,6 +68,13 @@ class Rope:
         angles = distances.to(frequencies).unsqueeze(-1) * frequencies
         return Rotation(angles.cos().to(dtype), angles.sin().to(dtype), first, second, halves)
 
+    def undo(self, vectors: Tensor, places: Tensor) -> Tensor:
+        """The vectors as they were before the rotation, in float32.
+
+        vectors: [..., head_dim];  places: [...], place in the text
+        """
+        return self.rotation(-places, vectors.shape[-1]).apply(vectors.float())
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -121,5 +128,4 @@ def unrotate(vectors: Tensor, places: Tensor, rope_theta: float) -> Tensor:
 
     vectors: [..., head_dim];  places: [...], place in the text
     """
-    rope = Rope(frequencies(rope_theta, vectors.shape[-1], vectors.device))
-    return rope.rotation(-places, vectors.shape[-1]).apply(vectors.float())
+    return Rope(frequencies(rope_theta, vectors.shape[-1], vectors.device)).undo(vectors, places)

@@ -102,18 +102,8 @@ class DenseStore:
         """The survivors replace the candidates; the rest moves up."""
         start, end = candidates.start, candidates.start + candidates.num_tokens
         keys, values = self.read(candidates, layers)
-        new_keys = rows(keys, kept.indices) if kept.keys is None else kept.keys.to(keys)
-        new_values = rows(values, kept.indices) if kept.values is None else kept.values.to(values)
-        for layer, k, v in zip(self.layers[layers], new_keys, new_values, strict=True):
+        kept = kept.gathered(keys, values)
+        assert kept.keys is not None and kept.values is not None
+        for layer, k, v in zip(self.layers[layers], kept.keys.to(keys), kept.values.to(values), strict=True):
             layer.keys = torch.cat([layer.keys[:start], k, layer.keys[end:]])
             layer.values = torch.cat([layer.values[:start], v, layer.values[end:]])
-
-
-def rows(tokens: Tensor, indices: Tensor) -> Tensor:
-    """What each head keeps.
-
-    tokens:  [batch, num_tokens, num_kv_heads, head_dim]
-    indices: [batch, num_kv_heads, num_kept]
-    returns  [batch, num_kept, num_kv_heads, head_dim]
-    """
-    return tokens.gather(1, indices.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, tokens.shape[-1]))

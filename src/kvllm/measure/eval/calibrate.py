@@ -26,8 +26,7 @@ def queries_before_rope(model: PreTrainedModel, trace: Trace, frequencies: Tenso
     feed(request, trace.token_ids)
     queries = torch.stack([layer.queries[::stride] for layer in request.layers]).transpose(1, 2)
     places = torch.arange(0, request.num_computed_tokens, stride, device=queries.device)
-    rope = Rope(frequencies.to(queries.device))
-    return rope.rotation(-places, queries.shape[-1]).apply(queries.float()).cpu()
+    return Rope(frequencies.to(queries.device)).undo(queries, places).cpu()
 
 
 def rope_frequencies(model: PreTrainedModel) -> Tensor:
