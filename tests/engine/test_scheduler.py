@@ -93,6 +93,22 @@ def check_blocks(scheduler: KvAsyncScheduler, before: dict[str, int]) -> None:
         assert len(shared) == manager.num_cached_block.get(name, 0)
 
 
+def check_tokens(scheduler: KvAsyncScheduler, before: dict[str, int]) -> None:
+    """The tokens that are reported as held are those that the layout says."""
+    physical = logical = 0
+    for running in scheduler.running:
+        found, computed = scheduler._compressed(running.request_id), running.num_computed_tokens
+        logical += computed
+        if found is not None:  # the events are those of the last step that computed anything
+            geometry, prompt = found[0], running.num_prompt_tokens
+            started = before.get(running.request_id, 0)
+            events = geometry.num_events(prompt, started if computed > started else computed - 1)
+            computed -= geometry.num_removed(prompt, events)
+        physical += computed
+    stats = scheduler.engine_stats()
+    assert stats["num_logical_tokens"] == logical and stats["num_physical_tokens"] == physical
+
+
 @pytest.mark.parametrize(
     "kvllm",
     [
@@ -119,10 +135,16 @@ def test_blocks_follow_the_layout_whatever_happens(make: Callable[..., Any], kvl
         running = {r.request_id for r in scheduler.running}
         steps.step()
         check_blocks(scheduler, {name: n for name, n in before.items() if name in running})
+        check_tokens(scheduler, before)
     stats = scheduler.engine_stats()
     assert stats["num_preemptions"] > 0 and stats["num_windows_compressed"] > 10
     assert (stats["num_prompts_cut"] > 0) == ("prompt_budget" in kvllm)
     assert stats["free_kv_blocks"] == stats["num_kv_blocks"]
+    assert stats["num_physical_tokens"] == 0 == scheduler.kv_managers[0].tokens_removed
+    assert stats["num_tokens_evicted"] == stats["num_blocks_freed"] * BLOCK_SIZE
+    if not kvllm:
+        kept, evicted = stats["num_tokens_kept"], stats["num_tokens_evicted"]
+        assert kept + evicted == stats["num_windows_compressed"] * SIZES["window_size"]
     assert not scheduler.kv_managers[0]._progress, "a request that is gone is forgotten"
 
 
@@ -164,3 +186,21 @@ def test_headroom_is_worked_out_only_where_a_request_can_be_admitted(
     while scheduler.has_unfinished_requests():
         steps.step()
     assert calls == [0, 0]  # all six waiting; the last two, once the first four have ended
+
+
+def test_a_request_that_only_our_headroom_keeps_waiting_is_counted(make: Callable[..., Any]) -> None:
+    """Five requests of at most 10 blocks, in 24 blocks and then in 200."""
+    scheduler = make(24, 16)
+    for i in range(5):
+        scheduler.add_request(request(str(i), 20, 200))
+    steps = Steps(scheduler)
+    while scheduler.has_unfinished_requests():
+        steps.step()
+    assert 0 < scheduler.engine_stats()["num_held_back"] <= 4
+    roomy = make(200, 16)
+    for i in range(5):
+        roomy.add_request(request(str(i), 20, 200))
+    steps = Steps(roomy)
+    while roomy.has_unfinished_requests():
+        steps.step()
+    assert roomy.engine_stats()["num_held_back"] == 0

@@ -80,6 +80,20 @@ def test_sixteen_at_once_with_an_abort_midway_and_prefix_hits(client: Any, base_
     assert metric(base_url, "vllm:kv_cache_usage_perc") == 0
 
 
+def test_compression_shows_in_the_metrics(client: Any, base_url: str) -> None:
+    """200 tokens behind a prompt of one block: windows of 64 at 96 and 160 tokens behind it."""
+    names = ("windows_compressed", "kv_tokens_kept", "kv_tokens_evicted", "kv_blocks_returned", "compression_seconds")
+    before = {name: metric(base_url, f"kvllm:{name}_total") for name in names}
+    client.completions.create(model="small", prompt="Hello", max_tokens=200, extra_body={"ignore_eos": True})
+    added = {name: metric(base_url, f"kvllm:{name}_total") - value for name, value in before.items()}
+    assert 0 < added.pop("compression_seconds") < 60
+    assert added == {
+        "windows_compressed": 2, "kv_tokens_kept": 64, "kv_tokens_evicted": 64, "kv_blocks_returned": 2,
+    }  # fmt: skip
+    assert metric(base_url, "kvllm:query_bank_rows") == 16
+    assert metric(base_url, "kvllm:kv_tokens_logical") == 0 and metric(base_url, "kvllm:effective_retention") == 1
+
+
 @pytest.mark.parametrize(
     "ratio, message",
     [

@@ -15,6 +15,7 @@ from kvllm.compression.paged_store import PagedCandidates, PagedStore
 from kvllm.compression.query_bank import QueryBank
 from kvllm.compression.rounding import Rounding
 from kvllm.compression.rows import NUM_PLANNED, PREFIX, PROMPT, REMOVED, TAIL, Due, RequestRows
+from kvllm.compression.stopwatch import Stopwatch
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry, IntArray, Shape, ceil_div
 from kvllm.methods import make_method
@@ -66,6 +67,7 @@ class WorkerState:
             len(layers.numbers), max_num_reqs, config.num_queries, layers.num_heads, layers.num_kv_heads,
             layers.head_dim, config.query_stride, layers.dtype, device,
         )  # fmt: skip
+        self.stopwatch = Stopwatch(device)
         self.positions: Tensor | None = None
         if (most := most_survivors(config)) and not fused:
             shape = (max_num_reqs, len(layers.numbers), layers.num_kv_heads, most)
@@ -113,8 +115,9 @@ class WorkerState:
         """
         assert self.store is not None and self.compressor is not None
         if due := self.rows.begin_step(rows, num_computed_tokens, names):
-            self.store.begin_step(block_table)
-            self.compressor.compress(due)
+            with self.stopwatch.running():
+                self.store.begin_step(block_table)
+                self.compressor.compress(due)
         return self.rows.columns[REMOVED, rows]
 
     def write_plan(

@@ -123,3 +123,29 @@ def with_compression_step(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return _build_attention_metadata
+
+
+def with_compression_seconds(original: Callable[..., Any]) -> Callable[..., Any]:
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        from kvllm.engine.stats import add_seconds
+
+        output = original(self, grammar_output)
+        add_seconds(self, output)
+        return output
+
+    return sample_tokens
+
+
+def with_kv_metrics(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(
+        self: Any, vllm_config: Any, engine_idxs: Any = None, custom_stat_loggers: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        from kvllm.engine.settings import kv_config
+
+        if kv_config(vllm_config) is not None:
+            from kvllm.engine.metrics import KvStatLogger
+
+            custom_stat_loggers = [KvStatLogger, *(custom_stat_loggers or ())]
+        original(self, vllm_config, engine_idxs, custom_stat_loggers, *args, **kwargs)
+
+    return __init__

@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
 from kvllm.engine.admission import blocks_ahead
+from kvllm.engine.metrics import Report, add_report, metric_values
 from kvllm.engine.settings import Geometries, kv_config
 from kvllm.engine.spec import KvManager, will_cut_prompt
-from kvllm.engine.stats import EngineStats
+from kvllm.engine.stats import EngineStats, take_seconds
 from kvllm.layout import ceil_div
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
     from kvllm.layout import Geometry
@@ -39,6 +43,10 @@ class CompressionMixin(Base):
             manager.bind(self._compressed)
         self.peak_used_blocks = 0
         self.num_preemptions = 0
+        self.num_held_back = 0
+        self.last_held_back = ""
+        self.compression_seconds = 0.0
+        self.report = Report()
         self.own_watermark_blocks = self.kv_cache_manager.watermark_blocks
         # Route every chunk through `_mamba_block_aligned_split`, where upstream itself clips prefills, resumed ones
         # included; the name is theirs, hybrid models are refused at start-up.
@@ -78,12 +86,26 @@ class CompressionMixin(Base):
         return min(num_new_tokens, geometry.max_chunk(request.num_prompt_tokens, start))
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        if self.waiting and len(self.running) < self.max_num_active_reqs:  # or none is admitted in this step
+        may_admit = self.waiting and len(self.running) < self.max_num_active_reqs
+        if may_admit:
             # vLLM's own headroom for admissions: blocks left free unless nothing else runs.
             self.kv_cache_manager.watermark_blocks = max(self.own_watermark_blocks, self._blocks_ahead())
+            self.kv_managers[0].take_last_admission()
         output = super().schedule(*args, **kwargs)
+        if may_admit and self.kv_cache_manager.watermark_blocks > self.own_watermark_blocks:
+            self._count_held_back()
         self.peak_used_blocks = max(self.peak_used_blocks, self._num_used_blocks())
         return output
+
+    def _count_held_back(self) -> None:
+        """Count the request that vLLM alone would have admitted in this step, once each time that it comes up."""
+        asked, num_blocks = self.kv_managers[0].take_last_admission()
+        request = self.requests.get(asked)
+        if asked == self.last_held_back or request is None or request.status == RequestStatus.RUNNING:
+            return
+        if num_blocks + self.own_watermark_blocks <= self.kv_cache_manager.block_pool.get_num_free_blocks():
+            self.num_held_back += 1
+            self.last_held_back = asked
 
     def _blocks_ahead(self) -> int:
         """Blocks that running requests will need over the next interval."""
@@ -111,7 +133,8 @@ class CompressionMixin(Base):
 
     def engine_stats(self, reset_peak: bool = False) -> EngineStats:
         """Figures since the engine started; `reset_peak` starts a new peak."""
-        pool = self.kv_cache_manager.block_pool
+        pool, manager = self.kv_cache_manager.block_pool, self.kv_managers[0]
+        num_logical_tokens = sum(request.num_computed_tokens for request in self.running)
         stats = EngineStats(
             block_size=self.block_size,
             num_kv_blocks=pool.num_gpu_blocks - 1,
@@ -120,11 +143,27 @@ class CompressionMixin(Base):
             num_windows_compressed=sum(m.total_events for m in self.kv_managers),
             num_blocks_freed=sum(m.total_blocks_freed for m in self.kv_managers),
             num_prompts_cut=sum(m.total_prompts_cut for m in self.kv_managers),
+            num_tokens_kept=manager.total_tokens_kept,
+            num_tokens_evicted=manager.total_tokens_evicted,
+            num_held_back=self.num_held_back,
             num_preemptions=self.num_preemptions,
             num_running=len(self.running),
+            num_logical_tokens=num_logical_tokens,
+            num_physical_tokens=num_logical_tokens - manager.tokens_removed,
+            compression_seconds=self.compression_seconds,
         )
         if reset_peak:
             self.peak_used_blocks = self._num_used_blocks()
+        return stats
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        self.compression_seconds += take_seconds(model_runner_output)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's statistics of a step, with our report."""
+        if (stats := super().make_stats(*args, **kwargs)) is not None:
+            add_report(stats, self.report.next(metric_values(self.engine_stats(), self.max_num_running_reqs)))
         return stats
 
     def _preempt_request(self, *args: Any, **kwargs: Any) -> None:

@@ -60,6 +60,15 @@ PATCHES = (
         use_spec_decode=False, for_cudagraph_capture=False, num_scheduled_tokens=None, slot_mappings=None)""",
         "after the slot mapping is computed and before attention is planned: compact what is due", CPU_ON_V2,
         wrap=patches.with_compression_step),
+    Patch("vllm.v1.worker.gpu_worker:Worker", "sample_tokens(self, grammar_output)",
+        "the output of a step takes the seconds of its compressions to the scheduler", PLUGIN_STATS,
+        wrap=patches.with_compression_seconds),
+    Patch("vllm.v1.metrics.loggers:StatLoggerManager",
+        """__init__(self, vllm_config, engine_idxs=None, custom_stat_loggers=None, enable_default_loggers=True,
+        aggregate_engine_logging=False, client_count=1)""",
+        "our logger comes first, and only where KvLLM is configured; the entry point group vllm.stat_logger_plugins "
+        "would turn statistics on for every engine, and has no effect on LLM", PLUGIN_STATS,
+        wrap=patches.with_kv_metrics),
 )
 
 OVERRIDES = (
@@ -83,8 +92,12 @@ OVERRIDES = (
         _mamba_block_aligned_split(self, request, num_new_tokens, num_new_local_computed_tokens=0,
         num_external_computed_tokens=0)
         schedule(self, throttle_prefills=False)
+        update_from_output(self, scheduler_output, model_runner_output)
+        make_stats(self, spec_decoding_stats=None, kv_connector_stats=None, cudagraph_stats=None, perf_stats=None,
+        ec_connector_stats=None)
         _preempt_request(self, request, timestamp, drop_stale_output=False)""",
-        "a resumed request pauses at its events, and admission leaves running requests their next interval",
+        "a resumed request pauses at its events, admission leaves running requests their next interval, and what was "
+        "compressed is reported",
         PLUGIN_SCHEDULER, ours="kvllm.engine.scheduler:CompressionMixin"),
     Override("vllm.v1.worker.gpu.model_states.default:DefaultModelState",
         """__init__(self, vllm_config, model, encoder_cache, device)
@@ -105,6 +118,11 @@ OVERRIDES = (
         record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0)
         log_engine_initialized(self)""", "benchmarks record every step", PUBLIC,
         ours="kvllm.measure.bench.worker:Logger"),
+    Override("vllm.v1.metrics.loggers:AggregateStatLoggerBase", "__init__(self, vllm_config, engine_indexes)",
+        "our metrics beside vLLM's", PUBLIC, ours="kvllm.engine.metrics:KvStatLogger"),
+    Override("vllm.v1.metrics.loggers:StatLoggerBase", """record(self, scheduler_stats, iteration_stats,
+        mm_cache_stats=None, engine_idx=0) log_engine_initialized(self)""", "our metrics beside vLLM's", PUBLIC,
+        ours="kvllm.engine.metrics:KvStatLogger"),
 )
 
 IMPL_FORWARD = "forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, \
@@ -132,6 +150,8 @@ ASSIGNMENTS = (
     Assignment("vllm.v1.core.kv_cache_manager:KVCacheManager", "watermark_blocks",
         "admission leaves running requests the blocks of their next interval",
         "vLLM asks a spec's manager how many blocks to keep free"),
+    Assignment("vllm.v1.metrics.stats:SchedulerStats", "ec_connector_stats",
+        "carries our report to the front end, where our logger takes it out again", PLUGIN_STATS),
     Assignment("vllm.v1.request:Request", "_block_hasher skip_reading_prefix_cache",
         "blocks that will be overwritten are never hashed, nor found by hash",
         "a spec's manager decides what of a request is hashed and looked up"),
@@ -160,6 +180,7 @@ ASSIGNMENTS = (
 ADDITIONS = (
     Addition("vllm.v1.engine.core:EngineCore", "kvllm_stats", "a utility method that the client's process can call",
         "vLLM lets a plugin register utility methods"),
+    Addition("vllm.v1.outputs:ModelRunnerOutput", "kvllm_seconds", "what a step's compressions took", PLUGIN_STATS),
     Addition(RUNNER_V1, "kv_compressor", "the V1 runner has no per-request state to extend", CPU_ON_V2),
     Addition("vllm.v1.engine.input_processor:InputProcessor", "kvllm_check",
         "checks requests, with what the engine's start decided", PLUGIN_REQUESTS),
@@ -180,6 +201,10 @@ READS = (
     Read("vllm.model_executor.layers.attention.attention:set_default_quant_scales",
         "_q_scale_float _k_scale_float _v_scale_float", "scales of an fp8 cache, read once on the host",
         "a layer exposes its scales"),
+    Read("vllm.v1.worker.gpu_model_runner:AsyncGPUModelRunnerOutput", "_model_runner_output",
+        "an output that is still to be copied to the host takes the seconds as well", CPU_ON_V2),
+    Read("vllm.v1.worker.gpu.async_utils:AsyncOutput", "model_runner_output",
+        "an output that is still to be copied to the host takes the seconds as well", PLUGIN_STATS),
     Read(ATTENTION, "layer_name", "numbers the layers", PUBLIC),
     Read("vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder", "_set_isa_to_layers.isa",
         "the instruction set that a layer's cache is packed for", CPU_ON_V2),

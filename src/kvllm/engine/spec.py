@@ -79,6 +79,10 @@ class KvManager(FullAttentionManager):
         self.total_events = 0
         self.total_blocks_freed = 0
         self.total_prompts_cut = 0
+        self.total_tokens_kept = 0
+        self.total_tokens_evicted = 0
+        self.tokens_removed = 0  # of the requests that hold blocks now
+        self._last_admission = ("", 0)
 
     def bind(self, lookup: RequestLookup) -> None:
         """Let the manager ask the scheduler for a request's geometry."""
@@ -112,13 +116,24 @@ class KvManager(FullAttentionManager):
             self.block_pool.free_blocks(reversed(freed))  # the newest first, as vLLM frees a request
             self.total_blocks_freed += len(freed)
             self.total_events += 1
+            self._count_tokens(geometry, request.num_prompt_tokens, event)
             progress.num_events += 1
             progress.next_event = geometry.event_at(request.num_prompt_tokens, progress.num_events)
+
+    def _count_tokens(self, geometry: Geometry, num_prompt_tokens: int, event: int) -> None:
+        evicted = geometry.num_freed(num_prompt_tokens, event)
+        prompt = geometry.prompt_shape(num_prompt_tokens) if event == 0 else None
+        self.total_tokens_kept += geometry.shape(event).num_kept + (prompt.num_kept if prompt else 0)
+        self.total_tokens_evicted += evicted
+        self.tokens_removed += evicted
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if (progress := self._progress.pop(request_id, None)) is not None:
             # Counts an event of the last step; the step that would begin at the present length was never scheduled.
             self._free_events(progress, progress.request.num_computed_tokens - 1)
+            self.tokens_removed -= progress.geometry.num_removed(
+                progress.request.num_prompt_tokens, progress.num_events
+            )
         return super().pop_blocks_for_free(request_id)
 
     def get_num_blocks_to_allocate(
@@ -136,7 +151,7 @@ class KvManager(FullAttentionManager):
         if apply_admission_cap and (progress := self._find(request_id)) is not None:
             peak = progress.geometry.peak_blocks(progress.request.num_prompt_tokens, num_tokens)
             num_tokens = min(num_tokens, peak * self.block_size)
-        return super().get_num_blocks_to_allocate(
+        num_blocks = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
             new_computed_blocks,
@@ -146,6 +161,14 @@ class KvManager(FullAttentionManager):
             apply_admission_cap,
             prefill_end,
         )
+        if apply_admission_cap:
+            self._last_admission = (request_id, num_blocks)
+        return num_blocks
+
+    def take_last_admission(self) -> tuple[str, int]:
+        """The waiting request that last asked for its blocks since this was called, and how many; else ("", 0)."""
+        taken, self._last_admission = self._last_admission, ("", 0)
+        return taken
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Only blocks full of a prompt that stays whole may be found by others: survivors will overwrite the rest."""

@@ -1,4 +1,4 @@
-"""What an engine can tell about its blocks, from whatever process it runs in."""
+"""What an engine can tell about its blocks and its compressions, from whatever process it runs in."""
 
 from __future__ import annotations
 
@@ -21,8 +21,14 @@ class EngineStats(TypedDict):
     num_windows_compressed: int
     num_blocks_freed: int
     num_prompts_cut: int  # to their `prompt_budget`
+    num_tokens_kept: int  # that compressions read and kept
+    num_tokens_evicted: int
+    num_held_back: int  # requests not admitted into blocks that running ones will need
     num_preemptions: int
     num_running: int
+    num_logical_tokens: int  # computed tokens of the running requests
+    num_physical_tokens: int  # of these, the tokens in the cache
+    compression_seconds: float  # on the device
 
 
 def core_stats(engine_core: Any, reset_peak: bool = False) -> EngineStats:
@@ -39,3 +45,24 @@ def engine_stats(llm: LLM, reset_peak: bool = False) -> EngineStats:
     if hasattr(client, "call_utility"):
         return client.call_utility("kvllm_stats", reset_peak)
     return core_stats(client.engine_core, reset_peak)  # type: ignore[attr-defined]
+
+
+def add_seconds(worker: Any, output: Any) -> None:
+    """Send the seconds that a worker's compressions took with the output of its step."""
+    from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+
+    runner = worker.model_runner
+    if output is None or output is EMPTY_MODEL_RUNNER_OUTPUT:  # which all steps share
+        return
+    state = getattr(getattr(runner, "kv_compressor", None), "state", None)  # the V1 runner's
+    if state is None:
+        state = getattr(getattr(runner, "model_state", None), "compression", None)  # the V2 runner's
+    if state is None or not (seconds := state.stopwatch.take()):
+        return
+    for name in ("model_runner_output", "_model_runner_output"):  # where the output is copied to the host later
+        output = getattr(output, name, output)
+    output.kvllm_seconds = seconds
+
+
+def take_seconds(output: Any) -> float:
+    return getattr(output, "kvllm_seconds", 0.0)

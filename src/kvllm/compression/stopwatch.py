@@ -1,0 +1,50 @@
+"""How long compressions take on the device that runs them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Stopwatch:
+    """Adds up seconds: on a GPU between two events of its stream, which are read once they have passed.
+
+    So nothing waits for the device, and the seconds of the newest compressions may be missing from `take`.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.on_gpu = torch.device(device).type == "cuda"
+        self.seconds = 0.0
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._unused: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what happens while this is open."""
+        if not self.on_gpu:
+            start = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - start
+            return
+        pair = self._unused.pop() if self._unused else (_event(), _event())
+        pair[0].record()
+        yield
+        pair[1].record()
+        self._pending.append(pair)
+
+    def take(self) -> float:
+        """The seconds since the last call, as far as they are known."""
+        while self._pending and self._pending[0][1].query():
+            pair = self._pending.popleft()
+            self.seconds += pair[0].elapsed_time(pair[1]) / 1000
+            self._unused.append(pair)
+        taken, self.seconds = self.seconds, 0.0
+        return taken
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)

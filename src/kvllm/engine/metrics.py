@@ -1,0 +1,131 @@
+"""Compression on vLLM's own /metrics, in its style: prefix `kvllm:`, labels model_name and engine.
+
+A scheduler sends what has been counted since its last report with vLLM's statistics of a step, which go to one of the
+API servers. That one adds them to its counters, and Prometheus's multiprocess mode adds up those of all API servers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import REGISTRY, Counter, Gauge
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+from vllm.v1.metrics.utils import create_metric_per_engine
+
+from kvllm.engine.stats import EngineStats
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.metrics.stats import SchedulerStats
+
+PREFIX = "kvllm:"
+REPORT_KEY = "kvllm"  # in the field of SchedulerStats that carries our report
+
+# What an engine has counted since it started. prometheus_client appends _total to each name.
+COUNTERS = {
+    "windows_compressed": "Compressions of a request: each reads one window of its generated tokens.",
+    "kv_tokens_kept": "Tokens whose KV pairs a compression read and kept.",
+    "kv_tokens_evicted": "Tokens whose KV pairs a compression evicted.",
+    "kv_blocks_returned": "KV blocks that compressions returned to the pool.",
+    "prompts_cut": "Prompts that were cut to the prompt budget.",
+    "requests_held_back": "Waiting requests for which blocks were free, but which were not admitted yet because the "
+    "running ones will need these blocks. Most would have caused a preemption.",
+    "compression_seconds": "Seconds of device time that compressions took, on one of the devices that share them.",
+}
+# What is true now.
+GAUGES = {
+    "kv_tokens_logical": "Tokens of the running requests that have been computed, prompts included.",
+    "kv_tokens_physical": "Of these, the tokens that are in the KV cache.",
+    "effective_retention": "kv_tokens_physical / kv_tokens_logical; 1 while nothing runs.",
+    "query_bank_rows_used": "Rows of the query bank that running requests hold.",
+    "query_bank_rows": "Rows of the query bank (max_num_seqs).",
+}
+
+_registered: list[Counter | Gauge] = []
+
+
+class Report:
+    """What a scheduler reports: gauges as they are, counters as what was added since the last report."""
+
+    def __init__(self) -> None:
+        self._sent: dict[str, float] = dict.fromkeys(COUNTERS, 0)
+
+    def next(self, now: Mapping[str, float]) -> dict[str, float]:
+        """now: every counter since the start, and every gauge"""
+        added = {name: now[name] - sent for name, sent in self._sent.items() if now[name] != sent}
+        self._sent.update((name, now[name]) for name in added)
+        return added | {name: now[name] for name in GAUGES}
+
+
+def metric_values(stats: EngineStats, num_rows: int) -> dict[str, float]:
+    """Every counter and gauge by name.
+
+    num_rows: of the query bank; each running request holds one
+    """
+    logical, physical = stats["num_logical_tokens"], stats["num_physical_tokens"]
+    return {
+        "windows_compressed": stats["num_windows_compressed"],
+        "kv_tokens_kept": stats["num_tokens_kept"],
+        "kv_tokens_evicted": stats["num_tokens_evicted"],
+        "kv_blocks_returned": stats["num_blocks_freed"],
+        "prompts_cut": stats["num_prompts_cut"],
+        "requests_held_back": stats["num_held_back"],
+        "compression_seconds": stats["compression_seconds"],
+        "kv_tokens_logical": logical,
+        "kv_tokens_physical": physical,
+        "effective_retention": physical / logical if logical else 1.0,
+        "query_bank_rows_used": stats["num_running"],
+        "query_bank_rows": num_rows,
+    }
+
+
+def add_report(stats: SchedulerStats, report: Mapping[str, float]) -> None:
+    """Put our report where it reaches the front end unchanged."""
+    stats.ec_connector_stats = {**(stats.ec_connector_stats or {}), REPORT_KEY: dict(report)}
+
+
+def take_report(stats: SchedulerStats) -> Mapping[str, float] | None:
+    """Take it out again, before vLLM's own loggers see a field that belongs to its encoder cache connectors."""
+    if not stats.ec_connector_stats or REPORT_KEY not in stats.ec_connector_stats:
+        return None
+    others = dict(stats.ec_connector_stats)
+    report = others.pop(REPORT_KEY)
+    stats.ec_connector_stats = others or None
+    return report
+
+
+class KvStatLogger(AggregateStatLoggerBase):
+    """Records the reports of all engines that a front end manages. Must come before vLLM's own loggers."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
+        while _registered:  # of an engine that this process had before
+            REGISTRY.unregister(_registered.pop())
+        labels = ["model_name", "engine"]
+        model_name = vllm_config.model_config.served_model_name
+        values: dict[int, list[object]] = {index: [model_name, str(index)] for index in engine_indexes}
+        self.counters: dict[str, Any] = {}
+        self.gauges: dict[str, Any] = {}
+        for name, text in COUNTERS.items():
+            _registered.append(Counter(PREFIX + name, text, labels))
+            self.counters[name] = create_metric_per_engine(_registered[-1], values)
+        for name, text in GAUGES.items():
+            _registered.append(Gauge(PREFIX + name, text, labels, multiprocess_mode="mostrecent"))
+            self.gauges[name] = create_metric_per_engine(_registered[-1], values)
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        report = take_report(scheduler_stats) if scheduler_stats is not None else None
+        for name, value in (report or {}).items():
+            if name in self.counters:
+                self.counters[name][engine_idx].inc(value)
+            else:
+                self.gauges[name][engine_idx].set(value)
+
+    def log_engine_initialized(self) -> None:
+        """Nothing: start-up is logged where an engine is made."""
