@@ -11,9 +11,11 @@ from kvllm.cli.app import app as app
 from kvllm.errors import UsageError
 from kvllm.measure.bench.cli import app as bench_app
 from kvllm.measure.eval.cli import app as eval_app
+from kvllm.measure.inspect.cli import inspect
 
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
+app.command()(inspect)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,1 @@
+"""`kvllm inspect`: one text and what its compressions kept, as a page."""

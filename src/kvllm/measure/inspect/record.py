@@ -1,0 +1,140 @@
+"""What every compression of a text keeps, layer by layer and head by head, through the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvllm.config import KvConfig
+from kvllm.layout import Geometry
+from kvllm.methods.base import Kept, Method, Window
+from kvllm.methods.rope import Rope
+from kvllm.reference import Request, feed
+
+
+@dataclass(frozen=True)
+class Span:
+    """How many heads of each layer hold each token of a stretch of the text, once an event is over.
+
+    start: position of the first token
+    heads: [num_layers, num_tokens] (uint8)
+    """
+
+    start: int
+    heads: Tensor
+
+
+@dataclass(frozen=True)
+class Event:
+    """One compression.
+
+    num_tokens: of the text, when it happened
+    window:     [first, last) position of the raw tokens that it read
+    spans:      what it changed
+    percentile: [tokens of the window], the share of the window's tokens that score below this one, in the mean of all
+                heads
+    """
+
+    num_tokens: int
+    window: tuple[int, int]
+    spans: list[Span]
+    percentile: Tensor
+
+
+class Recorder(Method):
+    """A method that does what another does, and notes the scores of each call."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.scores: list[Tensor] = []  # [num_layers, num_kv_heads, num_candidates] each
+
+    @property
+    def uses_rope(self) -> bool:
+        return self.method.uses_rope
+
+    def check_rope(self, rope: Rope | None) -> None:
+        self.method.check_rope(rope)
+
+    def score(self, window: Window) -> Tensor:
+        return self.method.score(window)
+
+    def compress(self, window: Window, num_kept: int) -> Kept:
+        self.scores.append(self.method.score(window))
+        return self.method.compress(window, num_kept)
+
+    def compress_prompt(self, window: Window, num_kept: int) -> Kept:
+        return self.method.compress_prompt(window, num_kept)
+
+
+def record(
+    model: Any, token_ids: Sequence[int], num_prompt_tokens: int, config: KvConfig, block_size: int
+) -> list[Event]:
+    """The events of a text that is fed as it was generated."""
+    request = Request(model, num_prompt_tokens, config, block_size)
+    assert request.geometry is not None
+    recorder = request.method = Recorder(request.method)
+    feed(request, token_ids)
+    events: list[Event] = []
+    survivors: Tensor | None = None
+    for event, indices in enumerate(request.kept):
+        shape = request.geometry.shape(event)
+        end = request.geometry.tail_start(num_prompt_tokens, event + 1)
+        kept, survivors = follow(survivors, indices, request.geometry, event, end)
+        # An event that reads older survivors changes what is held of the whole text behind the prompt.
+        first = request.geometry.protected_len(num_prompt_tokens) if shape.num_history else end - shape.num_raw
+        spans = [padded(heads_at(survivors if shape.num_history else kept, end), first)]
+        if event == 0 and request.kept_prompt is not None:
+            prompt = heads_at(request.kept_prompt, request.geometry.protected_len(num_prompt_tokens))
+            spans.append(padded(prompt, 0))
+        all_stay = shape.num_kept == shape.num_candidates
+        scores = None if all_stay else recorder.scores.pop(0)
+        events.append(
+            Event(
+                request.geometry.event_at(num_prompt_tokens, event),
+                (end - shape.num_raw, end),
+                spans,
+                percentiles(scores, shape.num_raw),
+            )
+        )
+    return events
+
+
+def follow(
+    survivors: Tensor | None, indices: Tensor, geometry: Geometry, event: int, end: int
+) -> tuple[Tensor, Tensor]:
+    """Positions of what an event kept, and of all survivors after it, [num_layers, num_kv_heads, ...].
+
+    survivors: the positions of those before it; indices: what it kept of its candidates
+    """
+    shape = geometry.shape(event)
+    raw = torch.arange(end - shape.num_raw, end).expand(*indices.shape[:2], -1)
+    before = raw[..., :0] if survivors is None else survivors
+    alone = before.shape[-1] - shape.num_history
+    kept = torch.cat([before[..., alone:], raw], dim=-1).gather(-1, indices.cpu())
+    return kept, torch.cat([before[..., :alone], kept], dim=-1)
+
+
+def heads_at(positions: Tensor, end: int) -> Span:
+    """How many heads hold each position from the first that any holds; positions: [num_layers, num_kv_heads, any]."""
+    start = int(positions.min())
+    heads = torch.zeros(len(positions), end - start, dtype=torch.int64)
+    flat = positions.flatten(1).cpu() - start
+    heads.scatter_add_(1, flat, torch.ones_like(flat))
+    return Span(start, heads.to(torch.uint8))
+
+
+def padded(span: Span, start: int) -> Span:
+    """The same from an earlier position, which no head holds."""
+    return Span(start, torch.nn.functional.pad(span.heads, (span.start - start, 0)))
+
+
+def percentiles(scores: Tensor | None, num_raw: int) -> Tensor:
+    """[num_raw]: of the raw tokens among the candidates, which are the last; all 1 where nothing was scored."""
+    if scores is None:
+        return torch.ones(num_raw)
+    order = scores[..., -num_raw:].float().argsort(dim=-1).argsort(dim=-1)
+    return order.float().mean(dim=(0, 1)).cpu() / max(num_raw - 1, 1)
