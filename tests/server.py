@@ -23,10 +23,11 @@ POOL = 1280  # tokens, in blocks of 32; the model allows 2,048
 class Server(NamedTuple):
     url: str
     log: Path
+    process: subprocess.Popen[bytes]
 
 
 @contextmanager
-def kvllm_serve(model_dir: Path, log: Path) -> Iterator[Server]:
+def kvllm_serve(model_dir: Path, log: Path, *arguments: str) -> Iterator[Server]:
     """A float32 server that keeps half of each 64 tokens unless a request says otherwise; stopped at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -36,7 +37,8 @@ def kvllm_serve(model_dir: Path, log: Path) -> Iterator[Server]:
         "--request-ratios", "0.5-0.75,1.0", "--window-size", "64",
         "--buffer-size", "32", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--block-size", "32",
         "--max-model-len", "2048", "--num-gpu-blocks-override", str(POOL // 32 + 1), "--max-num-seqs", "16",
-        "--dtype", "float32", "--served-model-name", MODEL,
+        "--dtype", "float32", "--served-model-name", MODEL, "--enable-log-requests",
+        *arguments,
     ]  # fmt: skip
     small = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
     environment = small | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -49,7 +51,7 @@ def kvllm_serve(model_dir: Path, log: Path) -> Iterator[Server]:
                 if server.poll() is not None or time.monotonic() > deadline:
                     pytest.fail(f"the server did not start:\n{log.read_text()[-4000:]}")
                 time.sleep(1)
-            yield Server(url, log)
+            yield Server(url, log, server)
         finally:
             server.terminate()
             server.wait(30)

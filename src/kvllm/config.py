@@ -24,6 +24,7 @@ RetentionRatio = Annotated[
 # Where a user of vLLM puts our options in `additional_config`, and a request its own ratio in `extra_args`.
 CONFIG_KEY = "kvllm"
 RATIO_KEY = "kv_retention_ratio"
+USAGE_KEY = "kv_usage"  # whether a response's usage says what was kept and evicted
 
 RETENTION_RATIO = TypeAdapter(RetentionRatio, config=STRICT)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +107,11 @@ def test_seconds_travel_with_the_output_of_a_step(runner_of: Any) -> None:
     later = ModelRunnerOutput([], {})
     add_seconds(worker, later)
     assert take_seconds(later) == 0
+
+
+def test_documents_and_dashboard_name_every_metric_and_no_other() -> None:
+    known = {f"kvllm:{name}_total" for name in COUNTERS} | {f"kvllm:{name}" for name in GAUGES}
+    docs = Path(__file__).parents[2] / "docs"
+    assert set(re.findall(r"`(kvllm:\w+)`", (docs / "operating.md").read_text())) == known
+    shown = set(re.findall(r"kvllm:\w+", (docs / "grafana.json").read_text()))
+    assert shown <= known and known - shown == {"kvllm:effective_retention"}  # the dashboard divides sums instead

@@ -22,6 +22,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from kvllm.engine.admission import blocks_ahead
 from kvllm.engine.scheduler import KvAsyncScheduler
 from kvllm.engine.spec import KvSpec, will_cut_prompt
+from kvllm.engine.usage import KvUsage
 from kvllm.layout import ceil_div
 
 BLOCK_SIZE = 16
@@ -204,3 +205,20 @@ def test_a_request_that_only_our_headroom_keeps_waiting_is_counted(make: Callabl
     while roomy.has_unfinished_requests():
         steps.step()
     assert roomy.engine_stats()["num_held_back"] == 0
+
+
+def test_the_front_end_works_out_what_the_scheduler_did(make: Callable[..., Any]) -> None:
+    """Answers that end just before, at and just behind an event; event 0 is 80 tokens behind the prompt's blocks."""
+    scheduler = make(200, 1)
+    steps = Steps(scheduler)
+    for i, (prompt, generated) in enumerate([(16, 1), (16, 80), (16, 81), (16, 82), (16, 146), (20, 300), (1, 95)]):
+        before = scheduler.engine_stats()
+        scheduler.add_request(request(str(i), prompt, generated))
+        while scheduler.has_requests():
+            steps.step()
+        after = scheduler.engine_stats()
+        usage = KvUsage()
+        usage.add(scheduler.geometries.of_ratio(0.5), prompt, generated)
+        assert usage.compressions == after["num_windows_compressed"] - before["num_windows_compressed"]
+        assert usage.evicted_tokens == after["num_tokens_evicted"] - before["num_tokens_evicted"]
+        assert usage.kept_tokens + usage.evicted_tokens == prompt + generated - 1

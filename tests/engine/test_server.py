@@ -110,6 +110,54 @@ def test_a_bad_ratio_is_a_bad_request(client: Any, ratio: Any, message: str) -> 
     assert error.value.param == "kv_retention_ratio"
 
 
+@pytest.mark.parametrize("api", ["chat", "completions"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_says_what_was_kept_when_asked(client: Any, api: str, stream: bool) -> None:
+    """Two answers of 200 tokens: each compresses two windows of 64 tokens, at 96 and 160 behind the prompt's blocks."""
+    body = {"ignore_eos": True, "vllm_xargs": {"kv_usage": True}}
+    create = client.completions.create if api == "completions" else client.chat.completions.create
+    text = {"prompt": "Hello"} if api == "completions" else {"messages": [{"role": "user", "content": "Hello"}]}
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    answer = create(model="small", max_tokens=200, n=2, extra_body=body, **text, **options)
+    usage = [*answer][-1].usage if stream else answer.usage
+    assert usage.completion_tokens == 400
+    computed = 2 * usage.prompt_tokens + 400 - 2
+    assert usage.kv_cache == {"kept_tokens": computed - 128, "evicted_tokens": 128, "compressions": 4}
+
+
+def test_usage_says_nothing_of_it_unasked(client: Any) -> None:
+    answer = client.completions.create(model="small", prompt="Hello", max_tokens=4)
+    assert not hasattr(answer.usage, "kv_cache")
+
+
+def test_a_line_in_the_log_for_each_answer_on_demand(client: Any, log: Path) -> None:
+    answer = client.completions.create(
+        model="small", prompt="Hello", max_tokens=140, extra_body={"ignore_eos": True, "request_id": "logged"}
+    )
+    assert answer.id == "cmpl-logged"
+    (line,) = [line for line in log.read_text().splitlines() if "KvLLM: request cmpl-logged" in line]
+    assert "140 generated, kv_retention_ratio=0.5: 108 KV tokens kept, 32 evicted in 1 compressions" in line
+
+
+@pytest.mark.parametrize(
+    "body, parameter, message",
+    [
+        ({"vllm_xargs": {"kv_retention": 0.5}}, "kv_retention", "did you mean 'kv_retention_ratio'"),
+        ({"vllm_xargs": {"kv_usage": "yes"}}, "kv_usage", "kv_usage='yes': must be true or false"),
+        ({"kv_retention_ratio": 0.5}, "kv_retention_ratio", 'send it as "vllm_xargs"'),
+    ],
+)
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_a_parameter_that_would_have_no_effect_is_a_bad_request(
+    client: Any, api: str, body: dict[str, Any], parameter: str, message: str
+) -> None:
+    create = client.completions.create if api == "completions" else client.chat.completions.create
+    text = {"prompt": "Hello"} if api == "completions" else {"messages": [{"role": "user", "content": "Hello"}]}
+    with pytest.raises(openai.BadRequestError, match=message) as error:
+        create(model="small", max_tokens=4, extra_body=body, **text)
+    assert error.value.param == parameter
+
+
 def ask(client: Any, api: str, num_words: int, max_tokens: int | None, **xargs: Any) -> Any:
     """An answer that does not end by itself, to a prompt of about `num_words` tokens."""
     text, body = " word" * num_words, {"ignore_eos": True, "vllm_xargs": {"kv_retention_ratio": 1.0} | xargs}

@@ -94,6 +94,7 @@ def test_equals_reference(llm: LLM, reference_model: Any) -> None:
     ties = sum(check(reference_model, p, o).near_ties for p, o in zip(prompts, outputs, strict=True))
     print("near ties:", ties, engine_stats(llm))
     assert engine_stats(llm)["num_windows_compressed"] >= 5 * len(prompts)
+    assert 0 < engine_stats(llm)["compression_seconds"] < 60
     pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
 

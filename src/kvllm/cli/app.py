@@ -1,9 +1,9 @@
-"""The commands that serve: generate, serve, plan, demo, methods. Each imports what is slow to import when it runs."""
+"""The commands that serve. Each imports what is slow to import when it runs."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -135,6 +135,29 @@ def plan(
     console.print(planning.table(made))
     if json_file:
         json_file.write_text(json.dumps(made.to_dict(), indent=2) + "\n")
+
+
+@app.command(context_settings=PASS_THROUGH, options_metavar="[MODEL] [OPTIONS] [vLLM'S SERVE FLAGS]")
+@with_config
+def doctor(
+    context: typer.Context,
+    options: dict,  # type: ignore[type-arg]
+    json_file: JsonFile = None,
+) -> None:
+    """Find what is wrong before an engine starts: versions, plugin, GPU, options and, if one is named, the model.
+
+    Takes the arguments of `serve`. Exit status 1 if anything would keep it from starting.
+    """
+    from kvllm.cli.doctor import examine, table
+
+    first, *rest = context.args or [""]
+    named = bool(first) and not first.startswith("-")
+    findings = examine(first if named else None, rest if named else context.args, options)
+    console.print(table(findings))
+    if json_file:
+        json_file.write_text(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
+    if any(finding.status == "error" for finding in findings):
+        raise typer.Exit(1)
 
 
 @app.command()

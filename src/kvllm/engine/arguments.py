@@ -54,6 +54,17 @@ def serve_arguments(arguments: Sequence[str], options: Mapping[str, Any]) -> lis
     return ["serve", *without_additional_config(arguments), ADDITIONAL, json.dumps(merged)]
 
 
+def serve_engine_args(arguments: Sequence[str], options: Mapping[str, Any]) -> EngineArgs:
+    """What `kvllm serve` would make its engine from. SystemExit where vLLM's parser refuses the arguments."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    check_plugin_is_loaded()
+    _, parsed = _parse_serve(["serve", *arguments])
+    parsed.model = parsed.model_tag or parsed.model
+    parsed.additional_config = merge_options(parsed.additional_config, options)
+    return AsyncEngineArgs.from_cli_args(parsed)
+
+
 def run_server(arguments: Sequence[str]) -> None:
     """What `vllm serve` does with its arguments, until the server ends.
 

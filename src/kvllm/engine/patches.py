@@ -149,3 +149,49 @@ def with_kv_metrics(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self, vllm_config, engine_idxs, custom_stat_loggers, *args, **kwargs)
 
     return __init__
+
+
+def with_watched_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_request(
+        self: Any, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None
+    ) -> None:
+        from kvllm.engine.requests import watch_request
+
+        original(self, request, prompt, parent_req, request_index, queue)
+        watch_request(self, request, queue)
+
+    return add_request
+
+
+def with_noted_front_end(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _run_output_handler(self: Any) -> None:
+        from kvllm.engine.requests import note_front_end
+
+        note_front_end(self)
+        original(self)
+
+    return _run_output_handler
+
+
+def with_finished_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _finish_request(self: Any, req_state: Any) -> None:
+        original(self, req_state)
+        if (watch := getattr(req_state.queue, "kvllm_watch", None)) is not None:
+            watch.finish(req_state)
+
+    return _finish_request
+
+
+def with_kv_usage(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def create(self: Any, request: Any, raw_request: Any = None) -> Any:
+        from kvllm.engine.settings import kv_config
+        from kvllm.engine.usage import asks, check_body, respond
+
+        if kv_config(self.engine_client.vllm_config) is None:
+            return await original(self, request, raw_request)
+        check_body(request)
+        if not asks(request):
+            return await original(self, request, raw_request)
+        return await respond(lambda: original(self, request, raw_request))
+
+    return create

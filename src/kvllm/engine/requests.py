@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from typing import TYPE_CHECKING
 
 from vllm.exceptions import VLLMValidationError
@@ -10,8 +11,9 @@ from vllm.logger import init_logger
 from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
-from kvllm.config import RATIO_KEY
+from kvllm.config import RATIO_KEY, USAGE_KEY
 from kvllm.engine.settings import Geometries, kv_config, request_ratio
+from kvllm.engine.usage import Watch
 from kvllm.errors import UsageError
 from kvllm.layout import Geometry, ceil_div
 
@@ -19,10 +21,13 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.config.cache import CacheConfig
     from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
+PARAMETERS = (RATIO_KEY, USAGE_KEY)
 _SMALLEST_POOL = "kvllm_smallest_pool"  # attribute of vLLM's CacheConfig
 
 
@@ -38,6 +43,21 @@ def check_engine_request(processor: InputProcessor, request: EngineCoreRequest) 
     if check is None:  # the first request: the engine has started, and its block size is final
         check = vars(processor)["kvllm_check"] = RequestCheck(processor.vllm_config)
     request.sampling_params = check(request, params)
+
+
+def note_front_end(engine: AsyncLLM) -> None:
+    """Give the output processor of a server what `watch_request` needs: its check, and whether to log requests."""
+    if (check := vars(engine.input_processor).get("kvllm_check")) is not None:
+        vars(engine.output_processor)["kvllm_front_end"] = (check, engine.log_requests)
+
+
+def watch_request(processor: OutputProcessor, request: EngineCoreRequest, queue: RequestOutputCollector) -> None:
+    """Note what a server must know of a request when it ends."""
+    params, front_end = request.sampling_params, vars(processor).get("kvllm_front_end")
+    if params is not None and front_end is not None:
+        check, log = front_end
+        ratio = check.config.nearest_ratio(request_ratio(check.config, params))
+        vars(queue)["kvllm_watch"] = Watch(check.geometries.of_ratio(ratio), ratio, log)
 
 
 def note_beam_search(vllm_config: VllmConfig, params: object) -> None:
@@ -80,6 +100,7 @@ class RequestCheck:
 
     def __call__(self, request: EngineCoreRequest, params: SamplingParams) -> SamplingParams:
         """The parameters to run the request with: `params`, or a copy with a lower `max_tokens`."""
+        self._check_names(params)
         geometry = self._geometry(params)
         num_blocks = usable_blocks(self.vllm_config.cache_config)
         if request.resumable:
@@ -88,6 +109,16 @@ class RequestCheck:
             return params
         num_prompt_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
         return self._fit(params, geometry, num_prompt_tokens, num_blocks)
+
+    @staticmethod
+    def _check_names(params: SamplingParams) -> None:
+        """Names close to ours are misspelt: what nobody reads would have no effect."""
+        extra = params.extra_args or {}
+        for name in extra:
+            if name not in PARAMETERS and (meant := difflib.get_close_matches(str(name), PARAMETERS, 1, 0.8)):
+                raise VLLMValidationError(f"no parameter named {name!r}; did you mean {meant[0]!r}?", parameter=name)
+        if (wanted := extra.get(USAGE_KEY, False)) not in (0, 1):
+            raise VLLMValidationError(f"{USAGE_KEY}={wanted!r}: must be true or false.", parameter=USAGE_KEY)
 
     def _geometry(self, params: SamplingParams) -> Geometry | None:
         try:

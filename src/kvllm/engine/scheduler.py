@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
@@ -13,6 +14,7 @@ from kvllm.engine.admission import blocks_ahead
 from kvllm.engine.metrics import Report, add_report, metric_values
 from kvllm.engine.settings import Geometries, kv_config
 from kvllm.engine.spec import KvManager, will_cut_prompt
+from kvllm.engine.startup import summary
 from kvllm.engine.stats import EngineStats, take_seconds
 from kvllm.layout import ceil_div
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from kvllm.layout import Geometry
+
+logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
 # For the type checker a scheduler; at run time the classes below put one behind the mixin.
 Base: Any = Scheduler if TYPE_CHECKING else object
@@ -47,6 +51,9 @@ class CompressionMixin(Base):
         self.last_held_back = ""
         self.compression_seconds = 0.0
         self.report = Report()
+        pages = self.kv_managers[0].kv_cache_spec.page_size_bytes
+        num_blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is the null block
+        logger.info("%s", summary(self.vllm_config, config, num_blocks, pages, self.block_size))
         self.own_watermark_blocks = self.kv_cache_manager.watermark_blocks
         # Route every chunk through `_mamba_block_aligned_split`, where upstream itself clips prefills, resumed ones
         # included; the name is theirs, hybrid models are refused at start-up.

@@ -17,6 +17,7 @@ PLUGIN_CONFIG = "vLLM lets a plugin check and amend a new configuration"
 PLUGIN_REQUESTS = "vLLM lets a plugin validate requests with more than logits processors"
 PLUGIN_SCHEDULER = "vLLM's scheduler lets a plugin end a chunk, and tells it when requests come and go"
 PLUGIN_ATTENTION = "vLLM calls a plugin with a layer's queries, keys and values"
+PLUGIN_USAGE = "vLLM lets a plugin add to the usage of a response"
 PLUGIN_STATS = "vLLM reports a plugin's statistics"
 FLOAT_ROPE = "rotary embeddings expose their frequencies in float32"
 
@@ -63,6 +64,22 @@ PATCHES = (
     Patch("vllm.v1.worker.gpu_worker:Worker", "sample_tokens(self, grammar_output)",
         "the output of a step takes the seconds of its compressions to the scheduler", PLUGIN_STATS,
         wrap=patches.with_compression_seconds),
+    Patch("vllm.v1.engine.async_llm:AsyncLLM", "_run_output_handler(self)",
+        "called before a server's first request is added: gives its output processor what the next two need",
+        PLUGIN_USAGE, wrap=patches.with_noted_front_end),
+    Patch("vllm.v1.engine.output_processor:OutputProcessor",
+        "add_request(self, request, prompt, parent_req=None, request_index=0, queue=None)",
+        "what a request keeps and evicts is worked out when it ends, from what is known here", PLUGIN_USAGE,
+        wrap=patches.with_watched_request),
+    Patch("vllm.v1.engine.output_processor:OutputProcessor", "_finish_request(self, req_state)",
+        "the length of an answer is known: count what was kept, and log it with --enable-log-requests", PLUGIN_USAGE,
+        wrap=patches.with_finished_request),
+    Patch("vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion",
+        "create_completion(self, request, raw_request=None)", "usage says what was kept, when asked", PLUGIN_USAGE,
+        wrap=patches.with_kv_usage),
+    Patch("vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat",
+        "create_chat_completion(self, request, raw_request=None)", "usage says what was kept, when asked",
+        PLUGIN_USAGE, wrap=patches.with_kv_usage),
     Patch("vllm.v1.metrics.loggers:StatLoggerManager",
         """__init__(self, vllm_config, engine_idxs=None, custom_stat_loggers=None, enable_default_loggers=True,
         aggregate_engine_logging=False, client_count=1)""",
@@ -181,6 +198,12 @@ ADDITIONS = (
     Addition("vllm.v1.engine.core:EngineCore", "kvllm_stats", "a utility method that the client's process can call",
         "vLLM lets a plugin register utility methods"),
     Addition("vllm.v1.outputs:ModelRunnerOutput", "kvllm_seconds", "what a step's compressions took", PLUGIN_STATS),
+    Addition("vllm.v1.engine.output_processor:OutputProcessor", "kvllm_front_end",
+        "the check of a server's requests, and whether it logs them", PLUGIN_USAGE),
+    Addition("vllm.v1.engine.output_processor:RequestOutputCollector", "kvllm_watch",
+        "what to count when the request ends", PLUGIN_USAGE),
+    Addition("vllm.entrypoints.serve.engine.protocol:UsageInfo", "kv_cache",
+        "what was kept and evicted: the model of a response takes any field", PLUGIN_USAGE),
     Addition(RUNNER_V1, "kv_compressor", "the V1 runner has no per-request state to extend", CPU_ON_V2),
     Addition("vllm.v1.engine.input_processor:InputProcessor", "kvllm_check",
         "checks requests, with what the engine's start decided", PLUGIN_REQUESTS),

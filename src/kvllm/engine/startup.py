@@ -1,0 +1,86 @@
+"""What an engine says of itself once it knows its KV cache: what is on, how much fits, and what requests may ask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import kvllm
+from kvllm.compression.query_bank import QueryBank
+from kvllm.config import RATIO_KEY, KvConfig
+from kvllm.layout import Geometry, ceil_div
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+PROMPT = 256  # tokens, as in `kvllm plan`
+GIB = 2**30
+
+
+def summary(vllm_config: VllmConfig, config: KvConfig, num_blocks: int, page_bytes: int, block_size: int) -> str:
+    """One block of lines for the log of one engine.
+
+    num_blocks: of the pool, without the null block; page_bytes: of one block, in one layer of one device
+    """
+    scheduler, length = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
+    geometry = Geometry.from_config(config, block_size)
+    bank = bank_bytes(vllm_config, config)
+    lines = [
+        f"KvLLM {kvllm.__version__}: {what_is_on(config)}",
+        f"KV cache: {num_blocks} blocks of {block_size} tokens.",
+        f"Query bank: {bank / GIB:.2f} GiB on each device, for max_num_seqs={scheduler.max_num_seqs} requests.",
+    ]
+    prompt = min(PROMPT, length // 2)
+    needed = geometry.peak_blocks(prompt, length) if geometry else ceil_div(length, block_size)
+    layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+    overridden = vllm_config.cache_config.num_gpu_blocks_override is not None
+    more = 0 if overridden or not on_gpu(vllm_config) else bank // (page_bytes * layers)
+    ours, stock = num_blocks // needed, (num_blocks + more) // ceil_div(length, block_size)
+    most = f"; max_num_seqs lets {scheduler.max_num_seqs} run" if ours > scheduler.max_num_seqs else ""
+    lines.append(
+        f"Requests of max_model_len={length} tokens, {prompt} of them prompt, that fit at once: {ours}; without "
+        f"compression, and with the query bank's memory for the KV cache: {stock}{most}."
+    )
+    lines.append(what_requests_may_ask(config))
+    return "\n  ".join(lines)
+
+
+def what_is_on(config: KvConfig) -> str:
+    """The operator's choice in a sentence."""
+    if not config.enabled:
+        return f"compression is off (retention_ratio={config.retention_ratio}) unless a request asks for it."
+    if config.policy == "budget":
+        kept = (
+            f"policy budget, method {config.method}: every {config.budget_interval} generated tokens they are cut to "
+            f"{config.budget_size}"
+        )
+    else:
+        share = f"{100 * config.retention_ratio:g}%"
+        kept = f"method {config.method} keeps {share} of every {config.window_size} generated tokens"
+        if config.history_size:
+            kept += f", of old windows at most {config.history_size} tokens"
+    bits = f" Survivors are rounded to {config.survivor_bits} bits." if config.survivor_bits < 16 else ""
+    prompts = f"longer ones are cut to {config.prompt_budget} tokens" if config.prompt_budget else "they stay whole"
+    return f"{kept}; the newest {config.buffer_size} are never compressed. Prompts: {prompts}.{bits}"
+
+
+def what_requests_may_ask(config: KvConfig) -> str:
+    (own, _), *others = config.request_ratio_ranges
+    if not others:
+        return f"Requests may not choose another {RATIO_KEY} than {own} (--request-ratios allows it)."
+    allowed = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in others)
+    return f"Requests may choose {RATIO_KEY} {allowed} in vllm_xargs; the default is {own}."
+
+
+def bank_bytes(vllm_config: VllmConfig, config: KvConfig) -> int:
+    """Bytes of the query bank on one device."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    bank = QueryBank.allocate(
+        model.get_num_layers(parallel), vllm_config.scheduler_config.max_num_seqs, config.num_queries,
+        model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel), model.get_head_size(),
+        config.query_stride, model.dtype, device="meta",
+    )  # fmt: skip
+    return bank.num_bytes
+
+
+def on_gpu(vllm_config: VllmConfig) -> bool:
+    return vllm_config.device_config.device_type == "cuda"

@@ -1,0 +1,112 @@
+"""What compression did to one request: in the `usage` of its response when asked, and in the log on demand.
+
+Both follow from the layout, the prompt and the tokens of the answer, so the front end works them out by itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+
+from kvllm.config import RATIO_KEY, USAGE_KEY
+from kvllm.layout import Geometry
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.output_processor import RequestState
+
+logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
+
+
+@dataclass
+class KvUsage:
+    """Of all sequences of a response. The last token of each is never computed, so it counts nowhere.
+
+    kept_tokens:    in the KV cache when the sequence ended, its prompt included
+    evicted_tokens: computed, and no longer there
+    compressions:   windows compressed
+    """
+
+    kept_tokens: int = 0
+    evicted_tokens: int = 0
+    compressions: int = 0
+
+    def add(self, geometry: Geometry | None, num_prompt_tokens: int, num_generated_tokens: int) -> KvUsage:
+        """Count one sequence; geometry None: it was not compressed. Returns what this one added."""
+        computed = num_prompt_tokens + max(num_generated_tokens - 1, 0)
+        events = evicted = 0
+        if geometry is not None and num_generated_tokens:
+            events = geometry.num_events(num_prompt_tokens, computed - 1)  # the last step started one token earlier
+            evicted = geometry.num_removed(num_prompt_tokens, events)
+        self.kept_tokens += computed - evicted
+        self.evicted_tokens += evicted
+        self.compressions += events
+        return KvUsage(computed - evicted, evicted, events)
+
+
+# The response that asked, while its requests are made: prompts of one HTTP request become requests in tasks of it.
+_asking: ContextVar[KvUsage | None] = ContextVar("kvllm_asking", default=None)
+
+
+class Watch:
+    """Of one request, from when it is queued; hangs on the queue that its sequences share."""
+
+    def __init__(self, geometry: Geometry | None, ratio: float, log: bool) -> None:
+        self.geometry = geometry
+        self.ratio = ratio
+        self.log = log
+        self.response = _asking.get()
+
+    def finish(self, state: RequestState) -> None:
+        """Called once for each sequence."""
+        num_generated = state.detokenizer.num_output_tokens() if state.detokenizer is not None else 0
+        total = self.response if self.response is not None else KvUsage()
+        own = total.add(self.geometry, state.prompt_len, num_generated)
+        if self.log:
+            logger.info(
+                "KvLLM: request %s: %d prompt tokens (%d cached), %d generated, %s=%g: %d KV tokens kept, %d evicted "
+                "in %d compressions.",
+                state.external_req_id, state.prompt_len, state.num_cached_tokens, num_generated, RATIO_KEY, self.ratio,
+                own.kept_tokens, own.evicted_tokens, own.compressions,
+            )  # fmt: skip
+
+
+def check_body(request: Any) -> None:
+    """Raise VLLMValidationError for our parameters outside `vllm_xargs`, where they would have no effect."""
+    for key in (RATIO_KEY, USAGE_KEY):
+        if key in (request.model_extra or {}):
+            raise VLLMValidationError(
+                f'{key} has no effect here: send it as "vllm_xargs": {{"{key}": ...}}.', parameter=key
+            )
+
+
+def asks(request: Any) -> bool:
+    return bool((request.vllm_xargs or {}).get(USAGE_KEY))
+
+
+async def respond(create: Callable[[], Awaitable[Any]]) -> Any:
+    """The response of `create()`, with `usage.kv_cache` in it."""
+    usage = KvUsage()
+    _asking.set(usage)
+    response = await create()
+    if isinstance(response, AsyncGenerator):
+        return _in_stream(response, usage)
+    if getattr(response, "usage", None) is not None:
+        response.usage.kv_cache = asdict(usage)
+    return response
+
+
+async def _in_stream(chunks: AsyncGenerator[str, None], usage: KvUsage) -> AsyncGenerator[str, None]:
+    """Server-sent events; the one that has no choices has the usage of the whole response."""
+    _asking.set(usage)  # the stream runs in another task
+    async for chunk in chunks:
+        if '"choices":[]' in chunk and '"usage":{' in chunk:
+            body = json.loads(chunk.removeprefix("data: "))
+            body["usage"]["kv_cache"] = asdict(usage)
+            chunk = f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
+        yield chunk

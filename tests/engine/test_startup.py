@@ -1,0 +1,63 @@
+"""What an engine says of itself when it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from kvllm.compression.query_bank import QueryBank
+from kvllm.config import KvConfig
+from kvllm.engine import startup
+from kvllm.engine.settings import kv_config
+from kvllm.layout import Geometry
+
+SIZES: dict[str, Any] = {"window_size": 64, "buffer_size": 32, "retention_ratio": 0.5}
+
+
+@pytest.fixture(scope="module")
+def vllm_config(model_dir: Path) -> Any:
+    return EngineArgs(
+        str(model_dir), dtype="float32", max_model_len=1024, enforce_eager=True, block_size=32, max_num_seqs=16,
+        additional_config={"kvllm": SIZES},
+    ).create_engine_config()  # fmt: skip
+
+
+def test_how_many_fit_and_what_the_bank_takes(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = kv_config(vllm_config)
+    assert config is not None
+    bank = QueryBank.allocate(30, 16, 12, 9, 3, 64, 8, vllm_config.model_config.dtype, device="meta").num_bytes
+    assert startup.bank_bytes(vllm_config, config) == bank
+    geometry = Geometry.from_config(config, 32)
+    assert geometry is not None
+    ours, stock = 200 // geometry.peak_blocks(256, 1024), 200 // 32
+    text = startup.summary(vllm_config, config, 200, 2 * 32 * 3 * 64 * 4, 32)
+    assert f"fit at once: {ours}; without compression, and" in text and f"KV cache: {stock}." in text
+    assert f"Query bank: {bank / 2**30:.2f} GiB" in text and "max_num_seqs=16" in text
+    monkeypatch.setattr(startup, "on_gpu", lambda vllm_config: True)  # where stock would have the bank's memory too
+    page = bank // (30 * 100)
+    assert f"KV cache: {300 // 32}." in startup.summary(vllm_config, config, 200, page, 32)
+    assert "max_num_seqs lets 16 run" in startup.summary(vllm_config, config, 20_000, page, 32)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({}, "kara keeps 30% of every 256 generated tokens; the newest 128 are never compressed. Prompts: they stay"),
+        ({"history_size": 512}, "of old windows at most 512 tokens"),
+        ({"prompt_budget": 512}, "longer ones are cut to 512 tokens"),
+        ({"policy": "budget"}, "policy budget, method kara: every 128 generated tokens they are cut to 2048"),
+        ({"survivor_bits": 4}, "rounded to 4 bits"),
+        ({"retention_ratio": 1.0, "request_ratios": "0.5"}, "compression is off"),
+    ],
+)  # fmt: skip
+def test_what_is_on(options: dict[str, Any], said: str) -> None:
+    assert said in startup.what_is_on(KvConfig(**options))
+
+
+def test_what_requests_may_ask() -> None:
+    assert "not choose another" in startup.what_requests_may_ask(KvConfig())
+    text = startup.what_requests_may_ask(KvConfig(request_ratios="0.2-0.5,1.0"))
+    assert "0.2-0.5, 1.0 in vllm_xargs; the default is 0.3" in text
