@@ -1,6 +1,6 @@
 # Everything here sets itself up: it needs Python 3.11 or newer, and a package index.
 # A second run reuses the environment (.venv) and the model (.models).
-.PHONY: help setup lint check-seam test demo clean
+.PHONY: help setup lint check-seam test robustness demo clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -22,6 +22,7 @@ endif
 help:
 	@echo "make demo   stock vLLM against KvLLM on a small model, side by side"
 	@echo "make test   lint, types and tests"
+	@echo "make robustness  random input and faults, the long form"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make check-seam [VLLM=FOLDER]  what we use of vLLM, against the installed one or FOLDER/vllm"
 	@echo "make setup  the environment alone, in .venv"
@@ -50,6 +51,10 @@ check-seam: $(INSTALLED)
 # Two workers with one thread each: engines that spin with two threads each starve one another.
 test: lint check-seam $(MODEL)/config.json
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+# The long form of the random and fault tests: hours, not minutes.
+robustness: $(MODEL)/config.json
+	KVLLM_LONG=1 KVLLM_TRAFFIC=10000 OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/robustness tests/engine/test_rows.py $(PYTEST_ARGS)
 
 demo: $(INSTALLED) $(MODEL)/config.json
 	.venv/bin/kvllm demo --model $(MODEL)

@@ -1,0 +1,12 @@
+"""Random input and faults. KVLLM_LONG=1 (`make robustness`) runs the long form of each."""
+
+from __future__ import annotations
+
+import os
+
+LONG = os.environ.get("KVLLM_LONG") == "1"
+
+
+def examples(short: int, long: int) -> int:
+    """How many a test of random input draws."""
+    return long if LONG else short

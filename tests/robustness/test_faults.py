@@ -1,0 +1,97 @@
+"""Processes that are stopped or killed in mid-answer: clients learn of it, and nothing hangs. Long form only.
+
+Each test needs a server of its own, since none of them survives.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.robustness import LONG
+from tests.server import Server, kvllm_serve
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(not LONG, reason="long form: KVLLM_LONG=1, or make robustness"),
+]
+NUM_CLIENTS, MAX_TOKENS = 6, 700
+
+
+def start_streams(server: Server, pool: ThreadPoolExecutor) -> list[Any]:
+    """Futures of answers that are being streamed: (tokens seen, the error or None)."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0)
+    started = []
+
+    def stream(i: int) -> tuple[int, Exception | None]:
+        seen = 0
+        try:
+            for chunk in client.completions.create(
+                model="small", prompt=f"Number {i}:", max_tokens=MAX_TOKENS, stream=True,
+                extra_body={"ignore_eos": True},
+            ):  # fmt: skip
+                seen += bool(chunk.choices)
+                if seen == 1:
+                    started.append(i)
+        except openai.OpenAIError as e:
+            return seen, e
+        except Exception as e:  # httpx's, where the connection breaks between chunks
+            return seen, e
+        return seen, None
+
+    futures = [pool.submit(stream, i) for i in range(NUM_CLIENTS)]
+    while len(started) < NUM_CLIENTS:
+        time.sleep(0.1)
+    return futures
+
+
+def children(pid: int) -> dict[int, str]:
+    """Names of a process's descendants, by pid."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()]
+    found: dict[int, str] = {}
+    parents = {pid}
+    while new := {int(row[0]): row[2] for row in rows if int(row[1]) in parents and int(row[0]) not in found}:
+        found |= new
+        parents = set(new)
+    return found
+
+
+def test_sigterm_lets_answers_finish_and_ends_with_status_0(model_dir: Path, tmp_path: Path) -> None:
+    with kvllm_serve(model_dir, tmp_path / "log", "--shutdown-timeout", "240") as server:
+        with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+            futures = start_streams(server, pool)
+            server.process.send_signal(signal.SIGTERM)
+            results = [future.result(timeout=280) for future in futures]
+        assert results == [(MAX_TOKENS, None)] * NUM_CLIENTS
+        assert server.process.wait(60) == 0
+
+
+def test_a_killed_engine_core_is_an_error_to_clients_and_ends_the_server(model_dir: Path, tmp_path: Path) -> None:
+    with kvllm_serve(model_dir, tmp_path / "log") as server:
+        descendants = children(server.process.pid)
+        (core,) = (pid for pid, args in descendants.items() if "EngineCore" in args)
+        with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+            futures = start_streams(server, pool)
+            os.kill(core, signal.SIGKILL)
+            results = [future.result(timeout=60) for future in futures]
+        assert all(error is not None and seen < MAX_TOKENS for seen, error in results), results
+        assert server.process.wait(60) != 0
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{pid}").exists() for pid in descendants) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert not [pid for pid in descendants if Path(f"/proc/{pid}").exists()], "a process is left over"
+    with kvllm_serve(model_dir, tmp_path / "log2") as server:  # a server started again is whole
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
+        answer = client.completions.create(
+            model="small", prompt="Hello", max_tokens=200, extra_body={"ignore_eos": True}
+        )
+        assert answer.usage and answer.usage.completion_tokens == 200
