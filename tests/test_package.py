@@ -14,7 +14,8 @@ MOST_BYTES = 300 * 2**10
 
 def test_the_package_is_small_and_carries_no_data() -> None:
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert {path.suffix for path in files} <= {".py", ".json", ".typed"}
+    assert {path.suffix for path in files} <= {".py", ".json", ".typed", ".html"}
+    assert [path.name for path in files if path.suffix == ".html"] == ["page.html"]  # of `kvllm inspect`: code
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:  # as wheels are
         for path in files:
