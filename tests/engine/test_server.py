@@ -145,6 +145,7 @@ def test_a_line_in_the_log_for_each_answer_on_demand(client: Any, log: Path) -> 
         ({"vllm_xargs": {"kv_retention": 0.5}}, "kv_retention", "did you mean 'kv_retention_ratio'"),
         ({"vllm_xargs": {"kv_usage": "yes"}}, "kv_usage", "kv_usage='yes': must be true or false"),
         ({"kv_retention_ratio": 0.5}, "kv_retention_ratio", 'send it as "vllm_xargs"'),
+        ({"vllm_xargs": {"kv_usage": True}, "use_beam_search": True, "n": 2}, "kv_usage", "beam search"),
     ],
 )
 @pytest.mark.parametrize("api", ["chat", "completions"])

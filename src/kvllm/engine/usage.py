@@ -77,12 +77,17 @@ class Watch:
 
 
 def check_body(request: Any) -> None:
-    """Raise VLLMValidationError for our parameters outside `vllm_xargs`, where they would have no effect."""
+    """Raise VLLMValidationError where our parameters have no effect: outside `vllm_xargs`, or with beam search."""
     for key in (RATIO_KEY, USAGE_KEY):
         if key in (request.model_extra or {}):
             raise VLLMValidationError(
                 f'{key} has no effect here: send it as "vllm_xargs": {{"{key}": ...}}.', parameter=key
             )
+    if asks(request) and request.use_beam_search:
+        raise VLLMValidationError(
+            f"{USAGE_KEY}: beam search is not compressed, and its requests are for one token each; leave it out.",
+            parameter=USAGE_KEY,
+        )
 
 
 def asks(request: Any) -> bool:
