@@ -31,7 +31,7 @@ class CompressionMixin(Base):
         super().__init__(*args, **kwargs)
         config = kv_config(self.vllm_config)
         assert config is not None, "the KvLLM scheduler runs only where KvLLM is configured"
-        self.geometries = Geometries(config, self.block_size)
+        self.geometries = Geometries.of_engine(self.vllm_config)
         self.kv_managers = [
             m for m in self.kv_cache_manager.coordinator.single_type_managers if isinstance(m, KvManager)
         ]
