@@ -242,8 +242,9 @@ class Geometry:
         return self.survivors(event) - self.shape(event).num_history
 
     def candidate_start(self, num_prompt_tokens: int, event: int) -> int:
-        """Physical index of the first candidate just before event number `event`."""
-        return self.prompt_len(num_prompt_tokens, event) + self.num_left_alone(event)
+        """Tokens in front of the first candidate just before event number `event`: of the prompt, and survivors."""
+        held = self.num_left_alone(event) // self.block_size * (self.packed_tokens or self.block_size)
+        return self.prompt_len(num_prompt_tokens, event) + held
 
     def peak_tokens(self, num_prompt_tokens: int, num_tokens: int) -> int:
         """The most tokens that a request ever holds while it grows to `num_tokens`: now, or just before an event."""

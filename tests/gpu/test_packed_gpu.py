@@ -47,7 +47,9 @@ def llm(model_dir: Path) -> Iterator[LLM]:  # noqa: F811
 
 def losses(model: Any, prompts: list[list[int]], outputs: list[list[int]], config: KvConfig | None) -> Tensor:
     """How far each token is from the reference's best, in nats."""
-    return torch.cat([greedy_losses(model, p, o, config, 16) for p, o in zip(prompts, outputs, strict=True)]).cpu()
+    return torch.cat(
+        [greedy_losses(model, p, o, config, 16, packed=bool(config)) for p, o in zip(prompts, outputs, strict=True)]
+    ).cpu()
 
 
 def summary(loss: Tensor) -> str:
@@ -62,12 +64,12 @@ def test_outputs_are_the_references(llm: LLM, reference_model: Any) -> None:  # 
     assert stats["free_kv_blocks"] == stats["num_kv_blocks"]
     packed = losses(reference_model, prompts, outputs, CONFIG)
     stock = losses(reference_model, prompts, greedy(llm, prompts, NUM_TOKENS, ratio=1.0), None)
-    plain = losses(reference_model, prompts, outputs, replace(CONFIG, survivor_bits=16))
-    print("packed:", summary(packed), "| stock:", summary(stock), "| against unrounded survivors:", summary(plain))
+    rough = losses(reference_model, prompts, outputs, replace(CONFIG, retention_ratio=0.4375))
+    print("packed:", summary(packed), "| stock:", summary(stock), "| against one block a window:", summary(rough))
     # bfloat16 makes stock vLLM miss the best token by as much.
     assert packed.mean() < 2 * stock.mean() + 1e-3 and packed.max() < 2 * stock.max() + 0.05
-    # The figures above can tell: they are larger against a reference that does not round.
-    assert plain.mean() > 2 * packed.mean()
+    # The figures can tell: they are larger against a reference that keeps other tokens.
+    assert rough.mean() > 2 * packed.mean()
 
 
 def test_random_traffic_with_preemption(llm: LLM, reference_model: Any) -> None:  # noqa: F811

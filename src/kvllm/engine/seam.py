@@ -226,7 +226,14 @@ IMPORTS = (
 
 # fmt: on
 SEAM: tuple[Touch, ...] = (
-    *PATCHES, LOG_SUM_EXP_PATCH, *OVERRIDES, *ASSIGNMENTS, *ADDITIONS, *READS, *RELIANCES, *IMPORTS,
+    *PATCHES,
+    LOG_SUM_EXP_PATCH,
+    *OVERRIDES,
+    *ASSIGNMENTS,
+    *ADDITIONS,
+    *READS,
+    *RELIANCES,
+    *IMPORTS,
 )
 
 # The vLLM classes of objects that our source does not annotate with them, by module and expression. The checker looks
