@@ -17,8 +17,8 @@ from transformers.models.auto.modeling_auto import (
 
 from kvllm import support
 from kvllm.compression.compressor import Compressor, most_survivors
-from kvllm.compression.query_ring import query_shifts
 from kvllm.compression.footprint import head_dim_of
+from kvllm.compression.query_ring import query_shifts
 from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.compression.rows import Due
 from kvllm.config import KvConfig
