@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ from vllm import LLM, SamplingParams
 from kvllm.config import KvConfig
 from kvllm.engine.stats import engine_stats
 from kvllm.errors import UsageError
+from kvllm.reference import Request
 from tests.gpu.test_engine_gpu import greedy, model_dir, prompt, reference_model, start  # noqa: F401
 from tests.near_ties import greedy_losses
 
@@ -52,6 +54,16 @@ def losses(model: Any, prompts: list[list[int]], outputs: list[list[int]], confi
     ).cpu()
 
 
+def reference_answer(model: Any, prompt_ids: list[int], num_tokens: int) -> list[int]:
+    request, ids = Request(model, len(prompt_ids), CONFIG, 16, packed=True), list(prompt_ids)
+    while len(ids) < len(prompt_ids) + num_tokens:
+        new = ids[request.num_computed_tokens :][: request.max_step()]
+        logits = request.step(new)
+        if request.num_computed_tokens == len(ids):
+            ids.append(int(logits[-1].argmax()))
+    return ids[len(prompt_ids) :]
+
+
 def summary(loss: Tensor) -> str:
     return f"mean {loss.mean():.5f}, most {loss.max():.3f}, not the best {float((loss > 0).float().mean()):.3f}"
 
@@ -63,13 +75,14 @@ def test_outputs_are_the_references(llm: LLM, reference_model: Any) -> None:  # 
     assert stats["num_windows_compressed"] >= 5 * len(prompts)
     assert stats["free_kv_blocks"] == stats["num_kv_blocks"]
     packed = losses(reference_model, prompts, outputs, CONFIG)
-    stock = losses(reference_model, prompts, greedy(llm, prompts, NUM_TOKENS, ratio=1.0), None)
-    rough = losses(reference_model, prompts, outputs, replace(CONFIG, retention_ratio=0.4375))
-    print("packed:", summary(packed), "| stock:", summary(stock), "| against one block a window:", summary(rough))
-    # bfloat16 makes stock vLLM miss the best token by as much.
-    assert packed.mean() < 2 * stock.mean() + 1e-3 and packed.max() < 2 * stock.max() + 0.05
+    in_half = copy.deepcopy(reference_model).bfloat16()
+    own = losses(reference_model, prompts, [reference_answer(in_half, p, NUM_TOKENS) for p in prompts], CONFIG)
+    other = losses(reference_model, prompts, outputs, replace(CONFIG, retention_ratio=0.4375))
+    print("packed:", summary(packed), "| reference in bfloat16:", summary(own), "| other survivors:", summary(other))
+    # A code that bfloat16 moves is a whole step: the reference in bfloat16 misses its own best token as often.
+    assert packed.mean() < 1.5 * own.mean()
     # The figures can tell: they are larger against a reference that keeps other tokens.
-    assert rough.mean() > 2 * packed.mean()
+    assert other.mean() > 5 * packed.mean()
 
 
 def test_random_traffic_with_preemption(llm: LLM, reference_model: Any) -> None:  # noqa: F811
