@@ -141,7 +141,7 @@ def test_blocks_follow_the_layout_whatever_happens(make: Callable[..., Any], kvl
     assert stats["num_preemptions"] > 0 and stats["num_windows_compressed"] > 10
     assert (stats["num_prompts_cut"] > 0) == ("prompt_budget" in kvllm)
     assert stats["free_kv_blocks"] == stats["num_kv_blocks"]
-    assert stats["num_physical_tokens"] == 0 == scheduler.kv_managers[0].tokens_removed
+    assert stats["num_physical_tokens"] == 0 == scheduler.kv_managers[0].tokens_evicted
     assert stats["num_tokens_evicted"] == stats["num_blocks_freed"] * BLOCK_SIZE
     if not kvllm:
         kept, evicted = stats["num_tokens_kept"], stats["num_tokens_evicted"]

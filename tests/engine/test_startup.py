@@ -33,13 +33,13 @@ def test_how_many_fit_and_what_the_bank_takes(vllm_config: Any, monkeypatch: pyt
     geometry = Geometry.from_config(config, 32)
     assert geometry is not None
     ours, stock = 200 // geometry.peak_blocks(256, 1024), 200 // 32
-    text = startup.summary(vllm_config, config, 200, 2 * 32 * 3 * 64 * 4, 32)
+    text = startup.summary(vllm_config, config, geometry, 200, 2 * 32 * 3 * 64 * 4, 32)
     assert f"fit at once: {ours}; without compression, and" in text and f"KV cache: {stock}." in text
     assert f"Query bank: {bank / 2**30:.2f} GiB" in text and "max_num_seqs=16" in text
     monkeypatch.setattr(startup, "on_gpu", lambda vllm_config: True)  # where stock would have the bank's memory too
     page = bank // (30 * 100)
-    assert f"KV cache: {300 // 32}." in startup.summary(vllm_config, config, 200, page, 32)
-    assert "max_num_seqs lets 16 run" in startup.summary(vllm_config, config, 20_000, page, 32)
+    assert f"KV cache: {300 // 32}." in startup.summary(vllm_config, config, geometry, 200, page, 32)
+    assert "max_num_seqs lets 16 run" in startup.summary(vllm_config, config, geometry, 20_000, page, 32)
 
 
 @pytest.mark.parametrize(

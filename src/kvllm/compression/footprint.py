@@ -46,7 +46,7 @@ def footprint(
     check_model(config, config.model_type, max_model_len)
     dtype = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
     num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    head_dim = head_dim_of(config)
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     kv_bytes = 1 if kv_cache_dtype.startswith("fp8") else DTYPE_BYTES[dtype]
     bank = QueryBank.allocate(
@@ -58,6 +58,11 @@ def footprint(
         kv_per_token=2 * num_layers * num_kv_heads * head_dim * kv_bytes,
         query_bank=bank.num_bytes,
     )
+
+
+def head_dim_of(config: Any) -> int:
+    """config: a transformers config"""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def default_max_num_seqs(memory: int, utilization: float, one: Footprint) -> int:

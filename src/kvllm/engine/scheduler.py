@@ -39,7 +39,7 @@ class CompressionMixin(Base):
         super().__init__(*args, **kwargs)
         config = kv_config(self.vllm_config)
         assert config is not None, "the KvLLM scheduler runs only where KvLLM is configured"
-        self.geometries = Geometries(config, self.block_size)
+        self.geometries = Geometries.of_engine(self.vllm_config)
         self.kv_managers = [
             m for m in self.kv_cache_manager.coordinator.single_type_managers if isinstance(m, KvManager)
         ]
@@ -53,7 +53,8 @@ class CompressionMixin(Base):
         self.report = Report()
         pages = self.kv_managers[0].kv_cache_spec.page_size_bytes
         num_blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is the null block
-        logger.info("%s", summary(self.vllm_config, config, num_blocks, pages, self.block_size))
+        geometry = self.geometries.of_ratio(config.retention_ratio)
+        logger.info("%s", summary(self.vllm_config, config, geometry, num_blocks, pages, self.block_size))
         self.own_watermark_blocks = self.kv_cache_manager.watermark_blocks
         # Route every chunk through `_mamba_block_aligned_split`, where upstream itself clips prefills, resumed ones
         # included; the name is theirs, hybrid models are refused at start-up.
@@ -156,7 +157,7 @@ class CompressionMixin(Base):
             num_preemptions=self.num_preemptions,
             num_running=len(self.running),
             num_logical_tokens=num_logical_tokens,
-            num_physical_tokens=num_logical_tokens - manager.tokens_removed,
+            num_physical_tokens=num_logical_tokens - manager.tokens_evicted,
             compression_seconds=self.compression_seconds,
         )
         if reset_peak:

@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvllm.compression.blocks import close_gap
-from kvllm.engine.settings import kv_config
+from kvllm.engine.settings import kv_config, packed_tokens
 from kvllm.layout import Geometry
 
 if TYPE_CHECKING:
@@ -32,8 +32,9 @@ class KvSpec(FullAttentionSpec):
 
         A request that is not compressed, or has a long prompt, can need more: it is refused when it arrives.
         """
-        config = kv_config(vllm_config)
-        geometry = Geometry.from_config(config, self.block_size) if config is not None else None
+        geometry = None
+        if (config := kv_config(vllm_config)) is not None:
+            geometry = Geometry.from_config(config, self.block_size, packed_tokens=packed_tokens(vllm_config))
         if geometry is None:
             return super().max_memory_usage_bytes(vllm_config)
         return geometry.peak_blocks(1, vllm_config.model_config.max_model_len) * self.page_size_bytes
@@ -57,6 +58,7 @@ class Progress:
     next_event: int  # computed tokens at which the next event is due
     num_shared_blocks: int  # of the prompt, that others may find
     num_events: int = 0  # events whose blocks are freed
+    num_evicted: int = 0  # tokens that these evicted
 
     @classmethod
     def start(cls, geometry: Geometry, request: Request) -> Progress:
@@ -81,7 +83,7 @@ class KvManager(FullAttentionManager):
         self.total_prompts_cut = 0
         self.total_tokens_kept = 0
         self.total_tokens_evicted = 0
-        self.tokens_removed = 0  # of the requests that hold blocks now
+        self.tokens_evicted = 0  # of the requests that hold blocks now
         self._last_admission = ("", 0)
 
     def bind(self, lookup: RequestLookup) -> None:
@@ -116,24 +118,24 @@ class KvManager(FullAttentionManager):
             self.block_pool.free_blocks(reversed(freed))  # the newest first, as vLLM frees a request
             self.total_blocks_freed += len(freed)
             self.total_events += 1
-            self._count_tokens(geometry, request.num_prompt_tokens, event)
+            self._count_tokens(progress, event)
             progress.num_events += 1
             progress.next_event = geometry.event_at(request.num_prompt_tokens, progress.num_events)
 
-    def _count_tokens(self, geometry: Geometry, num_prompt_tokens: int, event: int) -> None:
-        evicted = geometry.num_freed(num_prompt_tokens, event)
-        prompt = geometry.prompt_shape(num_prompt_tokens) if event == 0 else None
+    def _count_tokens(self, progress: Progress, event: int) -> None:
+        geometry, prompt_len = progress.geometry, progress.request.num_prompt_tokens
+        evicted = geometry.num_evicted(prompt_len, event)
+        prompt = geometry.prompt_shape(prompt_len) if event == 0 else None
         self.total_tokens_kept += geometry.shape(event).num_kept + (prompt.num_kept if prompt else 0)
         self.total_tokens_evicted += evicted
-        self.tokens_removed += evicted
+        self.tokens_evicted += evicted
+        progress.num_evicted += evicted
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if (progress := self._progress.pop(request_id, None)) is not None:
             # Counts an event of the last step; the step that would begin at the present length was never scheduled.
             self._free_events(progress, progress.request.num_computed_tokens - 1)
-            self.tokens_removed -= progress.geometry.num_removed(
-                progress.request.num_prompt_tokens, progress.num_events
-            )
+            self.tokens_evicted -= progress.num_evicted
         return super().pop_blocks_for_free(request_id)
 
     def get_num_blocks_to_allocate(

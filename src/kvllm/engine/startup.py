@@ -16,13 +16,20 @@ PROMPT = 256  # tokens, as in `kvllm plan`
 GIB = 2**30
 
 
-def summary(vllm_config: VllmConfig, config: KvConfig, num_blocks: int, page_bytes: int, block_size: int) -> str:
+def summary(
+    vllm_config: VllmConfig,
+    config: KvConfig,
+    geometry: Geometry | None,
+    num_blocks: int,
+    page_bytes: int,
+    block_size: int,
+) -> str:
     """One block of lines for the log of one engine.
 
+    geometry:   of a request that chooses no ratio; None: it is not compressed
     num_blocks: of the pool, without the null block; page_bytes: of one block, in one layer of one device
     """
     scheduler, length = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
-    geometry = Geometry.from_config(config, block_size)
     bank = bank_bytes(vllm_config, config)
     lines = [
         f"KvLLM {kvllm.__version__}: {what_is_on(config)}",

@@ -42,7 +42,7 @@ class KvUsage:
         events = evicted = 0
         if geometry is not None and num_generated_tokens:
             events = geometry.num_events(num_prompt_tokens, computed - 1)  # the last step started one token earlier
-            evicted = geometry.num_removed(num_prompt_tokens, events)
+            evicted = sum(geometry.num_evicted(num_prompt_tokens, event) for event in range(events))
         self.kept_tokens += computed - evicted
         self.evicted_tokens += evicted
         self.compressions += events
