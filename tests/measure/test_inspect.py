@@ -13,9 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from kvllm.__main__ import app
 from kvllm.config import KvConfig
+from kvllm.errors import UsageError
 from kvllm.layout import Geometry
+from kvllm.measure.eval.traces import Trace, write_traces
 from kvllm.measure.inspect.page import page
 from kvllm.measure.inspect.record import Event, record
 from kvllm.reference import Request, feed
@@ -86,6 +90,31 @@ def test_recording_changes_nothing() -> None:
         assert torch.equal(event.spans[0].heads.long(), counts)
 
 
+def test_the_command_shows_a_trace(model_dir: Path, tmp_path: Path) -> None:
+    traces, file = tmp_path / "traces.jsonl", tmp_path / "page.html"
+    write_traces(traces, [Trace("a", text(60), 5), Trace("b", text(130), 20)])
+    options = ["--window-size", "32", "--buffer-size", "16", "--retention-ratio", "0.5", "--output", str(file)]
+    command = ["inspect", str(model_dir), "--trace", str(traces), *options]
+    result = CliRunner().invoke(app, [*command, "--trace-id", "b"])
+    assert result.exit_code == 0, result.output
+    data = data_of(file.read_text())
+    assert len(data["tokens"]) == 130 and data["numPrompt"] == 20 and data["numHeads"] == 3
+    assert [event["window"] for event in data["events"]] == [[32, 64], [64, 96]]
+    heads = [sum(base64.b64decode(span["heads"])) for event in data["events"] for span in event["spans"]]
+    assert heads == [30 * 3 * 16] * 2
+    for wrong, message in ((["--trace-id", "c"], "has a, b"), (["--max-tokens", "40"], "the text has 45 tokens")):
+        with pytest.raises(UsageError, match=message):
+            CliRunner().invoke(app, [*command, *wrong], catch_exceptions=False)
+    with pytest.raises(UsageError, match="give one of --prompt"):
+        CliRunner().invoke(app, [*command, "--prompt", "Hello"], catch_exceptions=False)
+
+
+def data_of(made: str) -> dict[str, Any]:
+    match = re.search(r'type="text/plain">([\w+/=]+)</script>', made)
+    assert match
+    return json.loads(gzip.decompress(base64.b64decode(match[1])))
+
+
 def make_page(case: str) -> str:
     _, events = events_of(case)
     tokens = [f" t{i}" for i in range(88)] + ["</script>", "<b>"]
@@ -95,9 +124,7 @@ def make_page(case: str) -> str:
 def test_the_page_holds_everything_and_loads_nothing() -> None:
     made = make_page("window")
     assert not re.search(r"(src|href)=|url\(|https?://|@import|fetch\(", made)
-    match = re.search(r'type="text/plain">([\w+/=]+)</script>', made)
-    assert match
-    data = json.loads(gzip.decompress(base64.b64decode(match[1])))
+    data = data_of(made)
     assert data["tokens"][-1] == "<b>" and data["numPrompt"] == PROMPT and len(data["events"]) == 4
     heads = base64.b64decode(data["events"][0]["spans"][0]["heads"])
     assert list(heads) == ([0] * 8 + [HEADS] * 8) * 2
