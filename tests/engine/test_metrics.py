@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,3 +117,18 @@ def test_documents_and_dashboard_name_every_metric_and_no_other() -> None:
     assert set(re.findall(r"`(kvllm:\w+)`", (docs / "operating.md").read_text())) == known
     shown = set(re.findall(r"kvllm:\w+", (docs / "grafana.json").read_text()))
     assert shown <= known and known - shown == {"kvllm:effective_retention"}  # the dashboard divides sums instead
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool, which comes with Prometheus")
+def test_the_queries_of_the_dashboard_are_valid(tmp_path: Path) -> None:
+    dashboard = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    assert len(queries) > 15
+    values = {"$model": "m", "$engine": ".*", "$__rate_interval": "30s"}
+    for name, value in values.items():
+        queries = [query.replace(name, value) for query in queries]
+    rules = [{"record": f"query:{i}", "expr": query} for i, query in enumerate(queries)]
+    file = tmp_path / "rules.json"  # JSON is YAML
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    checked = subprocess.run(["promtool", "check", "rules", str(file)], capture_output=True, text=True)
+    assert checked.returncode == 0 and f"{len(queries)} rules found" in checked.stdout, checked.stderr
