@@ -55,6 +55,7 @@ class PackedSurvivors:
             len(survivor_blocks),
             plan.device,
         )
+        self.stream = torch.cuda.Stream(plan.device)
         # Compiled now: the first request that is resumed should not wait for it.
         nothing = torch.zeros(1, first.num_heads, first.head_size, dtype=cache.dtype, device=plan.device)
         lse = torch.zeros(first.num_heads, 1, device=plan.device)
@@ -88,19 +89,23 @@ class PackedSurvivors:
         ) -> Any:  # fmt: skip
             if attn_metadata is None or self.attention is None:
                 return forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            num_tokens = attn_metadata.num_actual_tokens
+            batch = Batch(attn_metadata.query_start_loc, self.survivor_blocks, self.plan)
+            packed = (query[:num_tokens], self.cache.keys[index], self.cache.values[index], batch, scale)
+            # Beside the backend's kernels: neither fills the GPU to its end.
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                self.attention.attend(*packed)
             LOG_SUM_EXP.wanted = True
             try:
                 result = forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             finally:
                 LOG_SUM_EXP.wanted = False
-            num_tokens = attn_metadata.num_actual_tokens
+            current.wait_stream(self.stream)
             # A graph that is captured with several tokens a request must serve steps that have such requests.
             prefill = attn_metadata.max_query_len > 1 and (self.resumed or torch.cuda.is_current_stream_capturing())
-            self.attention.merge(
-                output[:num_tokens], LOG_SUM_EXP.take(), query[:num_tokens], self.cache.keys[index],
-                self.cache.values[index], Batch(attn_metadata.query_start_loc, self.survivor_blocks, self.plan), scale,
-                prefill,
-            )  # fmt: skip
+            self.attention.finish(output[:num_tokens], LOG_SUM_EXP.take(), *packed, prefill)
             return result
 
         return merging_forward

@@ -106,7 +106,7 @@ class PackedAttention:
 
     def __init__(self, layout: PackedLayout, num_heads: int, num_kv_heads: int, max_num_reqs: int, device: Any) -> None:
         self.layout = layout
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.num_heads, self.num_kv_heads, self.group_size = num_heads, num_kv_heads, num_heads // num_kv_heads
         most = max_parts(max_num_reqs, num_kv_heads) * num_heads
         self.outputs = torch.empty(most, layout.head_dim, dtype=torch.float32, device=device)
         self.lse = torch.empty(most, dtype=torch.float32, device=device)
@@ -116,16 +116,56 @@ class PackedAttention:
         prefill: bool = False,
     ) -> None:  # fmt: skip
         """As `merge_packed_ref`."""
-        num_reqs, layout = len(batch.query_start_loc) - 1, self.layout
-        group = self.num_heads // self.num_kv_heads
-        assert query.stride(2) == output.stride(2) == lse.stride(1) == 1
+        self.attend(query, keys, values, batch, scale)
+        self.finish(output, lse, query, keys, values, batch, scale, prefill)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> None:
+        """The part of `merge` that needs nothing of the backend's: its results wait in the buffers."""
+        block_n = max(8, next_power_of_2(self.group_size))
+        # 128 registers let a multiprocessor run eight programs at once; larger heads need more.
+        limit = {"maxnreg": 128} if block_n == 8 and self.layout.head_dim <= 128 else {}
+        num_parts = max_parts(len(batch.query_start_loc) - 1, self.num_kv_heads)
+        self._launch(
+            num_parts, None, None, query, keys, values, batch, scale,
+            PREFILL=False, BLOCK_Q=1, BLOCK_N=block_n, num_stages=3, **limit,
+        )  # fmt: skip
+
+    def finish(
+        self, output: Tensor, lse: Tensor, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float,
+        prefill: bool = False,
+    ) -> None:  # fmt: skip
+        """The rest of `merge`."""
+        assert output.stride(2) == lse.stride(1) == 1
+        num_reqs, head_dim = len(batch.query_start_loc) - 1, self.layout.head_dim
+        _merge_kernel[(num_reqs, self.num_heads)](
+            output, lse, self.outputs, self.lse, batch.query_start_loc, batch.plan, output.stride(0), output.stride(1),
+            lse.stride(0), batch.plan.stride(0), HEAD_DIM=head_dim, BLOCK_D=next_power_of_2(head_dim), num_warps=1,
+        )  # fmt: skip
+        if prefill:
+            block_n = max(32, next_power_of_2(self.group_size))
+            block_q = block_n // next_power_of_2(self.group_size)
+            self._launch(
+                ceil_div(query.shape[0], block_q) + num_reqs, output, lse, query, keys, values, batch, scale,
+                PREFILL=True, BLOCK_Q=block_q, BLOCK_N=block_n, num_stages=2,
+            )  # fmt: skip
+
+    def _launch(
+        self, size: int, output: Tensor | None, lse: Tensor | None, query: Tensor, keys: Tensor, values: Tensor,
+        batch: Batch, scale: float, **options: Any,
+    ) -> None:  # fmt: skip
+        layout = self.layout
+        assert query.stride(2) == 1
         keys, values = as_words(keys), as_words(values)
         dtype = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(query.dtype, tl.float32)
         plain = INTERPRETED or dtype == tl.float32
-        constants = dict(
+        strides = (0, 0, 0) if output is None or lse is None else (*output.stride()[:2], lse.stride(0))
+        _attend_kernel[(size, self.num_kv_heads)](
+            output, lse, self.outputs, self.lse, query, keys, values, *batch, len(batch.query_start_loc) - 1,
+            *strides, *query.stride()[:2], *keys.stride()[:3], batch.survivor_blocks.stride(0), batch.plan.stride(0),
+            scale / math.log(2),
             NUM_TOKENS=layout.num_tokens,
             HEAD_DIM=layout.head_dim,
-            GROUP_SIZE=group,
+            GROUP_SIZE=self.group_size,
             TOKENS_PER_ROW=layout.tokens_per_row,
             PAIRS_PER_ROW=layout.pairs_per_row,
             CODE_ROWS=layout.code_rows,
@@ -133,29 +173,9 @@ class PackedAttention:
             ASSEMBLY=not plain,
             BLOCK_T=max(16, next_power_of_2(layout.num_tokens)),
             BLOCK_W=max(16, next_power_of_2(layout.num_words)),
-            BLOCK_D=next_power_of_2(layout.head_dim),
-        )
-        arguments = (
-            output, lse, self.outputs, self.lse, query, keys, values, *batch, num_reqs,
-            output.stride(0), output.stride(1), lse.stride(0), query.stride(0), query.stride(1),
-            *keys.stride()[:3], batch.survivor_blocks.stride(0), batch.plan.stride(0), scale / math.log(2),
+            num_warps=2,
+            **options,
         )  # fmt: skip
-        block_n = max(8, next_power_of_2(group))
-        # 128 registers let a multiprocessor run eight programs at once; larger heads need more.
-        limit = {"maxnreg": 128} if block_n == 8 and layout.head_dim <= 128 else {}
-        _attend_kernel[(max_parts(num_reqs, self.num_kv_heads), self.num_kv_heads)](
-            *arguments, PREFILL=False, BLOCK_Q=1, BLOCK_N=block_n, num_warps=2, num_stages=3, **limit, **constants
-        )
-        _merge_kernel[(num_reqs, self.num_heads)](
-            *arguments[:4], batch.query_start_loc, batch.plan, output.stride(0), output.stride(1), lse.stride(0),
-            batch.plan.stride(0), HEAD_DIM=layout.head_dim, BLOCK_D=constants["BLOCK_D"], num_warps=1,
-        )  # fmt: skip
-        if prefill:
-            block_n = max(32, next_power_of_2(group))
-            block_q = block_n // next_power_of_2(group)
-            _attend_kernel[(ceil_div(query.shape[0], block_q) + num_reqs, self.num_kv_heads)](
-                *arguments, PREFILL=True, BLOCK_Q=block_q, BLOCK_N=block_n, num_warps=2, num_stages=2, **constants
-            )
 
 
 @triton.jit
@@ -212,7 +232,7 @@ def _attend_kernel(
     stride_block, stride_row, stride_head, stride_survivors, stride_plan, scale,
     NUM_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP_SIZE: tl.constexpr, TOKENS_PER_ROW: tl.constexpr,
     PAIRS_PER_ROW: tl.constexpr, CODE_ROWS: tl.constexpr,
-    DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
     PREFILL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Column n of the logits is query token n // GROUP of the tile, head n % GROUP of the query group."""

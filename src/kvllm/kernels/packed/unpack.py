@@ -46,13 +46,13 @@ def _quarter(words, QUARTER: tl.constexpr, ASSEMBLY: tl.constexpr):
 @triton.jit
 def codes(words, QUARTER: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
     """A quarter's code of each word in DTYPE, plus `code_bias`."""
-    words = _quarter(words, QUARTER, ASSEMBLY)
+    shifted = _quarter(words, QUARTER, ASSEMBLY)
     if not ASSEMBLY:
-        return (words & 15).to(DTYPE)
+        return (shifted & 15).to(DTYPE)
     elif DTYPE == tl.bfloat16:
-        return tl.inline_asm_elementwise(_BF16_CODES, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(_BF16_CODES, "=r,r", [shifted], dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
-        return tl.inline_asm_elementwise(_F16_CODES, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(_F16_CODES, "=r,r", [shifted], dtype=tl.float16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -60,15 +60,12 @@ def restored(words, scale, lowest, QUARTER: tl.constexpr, DTYPE: tl.constexpr, A
     """lowest + code * scale for a quarter's code of each word, in DTYPE; scale, lowest: in DTYPE, broadcast."""
     if not ASSEMBLY:
         return codes(words, QUARTER, DTYPE, False) * scale + lowest
-    words = _quarter(words, QUARTER, ASSEMBLY)
-    if DTYPE == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            _BF16_RESTORED, "=&r,r,r,r", [words, scale, lowest], dtype=tl.bfloat16, is_pure=True, pack=2
-        )
+    elif DTYPE == tl.bfloat16:
+        operands = [_quarter(words, QUARTER, ASSEMBLY), scale, lowest]
+        return tl.inline_asm_elementwise(_BF16_RESTORED, "=&r,r,r,r", operands, dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
-        return tl.inline_asm_elementwise(
-            _F16_RESTORED, "=&r,r,r,r", [words, scale, lowest], dtype=tl.float16, is_pure=True, pack=2
-        )
+        operands = [_quarter(words, QUARTER, ASSEMBLY), scale, lowest]
+        return tl.inline_asm_elementwise(_F16_RESTORED, "=&r,r,r,r", operands, dtype=tl.float16, is_pure=True, pack=2)
 
 
 @triton.jit
