@@ -9,6 +9,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from kvllm.engine.admission import blocks_ahead
+from kvllm.engine.cache_groups import checked_groups, compressed_group, only_hashed
 from kvllm.engine.settings import Geometries, kv_config
 from kvllm.engine.spec import KvManager, will_cut_prompt
 from kvllm.engine.stats import EngineStats
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
-    from kvllm.layout import Geometry
+    from kvllm.layout import Geometry, IntArray
 
 # For the type checker a scheduler; at run time the classes below put one behind the mixin.
 Base: Any = Scheduler if TYPE_CHECKING else object
@@ -31,12 +32,16 @@ class CompressionMixin(Base):
         super().__init__(*args, **kwargs)
         config = kv_config(self.vllm_config)
         assert config is not None, "the KvLLM scheduler runs only where KvLLM is configured"
+        coordinator = self.kv_cache_manager.coordinator
+        self.groups = checked_groups(self.vllm_config, self.kv_cache_config)
+        compressed_group(self.kv_cache_config, self.block_size)
         self.geometries = Geometries(config, self.block_size)
-        self.kv_managers = [
-            m for m in self.kv_cache_manager.coordinator.single_type_managers if isinstance(m, KvManager)
-        ]
+        self.kv_managers = [m for m in coordinator.single_type_managers if isinstance(m, KvManager)]
         for manager in self.kv_managers:
             manager.bind(self._compressed)
+        if self.groups.local is not None:
+            # Managers of other groups do not know that generated tokens of compressed requests have no hashes.
+            coordinator.cache_blocks = only_hashed(coordinator.cache_blocks, self.hash_block_size)
         self.peak_used_blocks = 0
         self.num_preemptions = 0
         self.own_watermark_blocks = self.kv_cache_manager.watermark_blocks
@@ -101,9 +106,15 @@ class CompressionMixin(Base):
             held = ceil_div(geometry.physical_len(prompt, computed), self.block_size)
             to_event = geometry.max_chunk(prompt, computed)
             freed = geometry.num_freed(prompt, geometry.num_events(prompt, computed)) // self.block_size
-            rows.append((held, to_event, prompt + most - computed, freed))
-        held, to_event, to_end, freed = np.concatenate(rows, axis=1)
-        return blocks_ahead(held, to_event, to_end, freed, widest, self.block_size)
+            rows.append((held, to_event, prompt + most - computed, freed, computed))
+        held, to_event, to_end, freed, computed = np.concatenate(rows, axis=1)
+        if self.groups.local is None:
+            return blocks_ahead(held, to_event, to_end, freed, widest, self.block_size)
+
+        def local_blocks(steps: IntArray) -> IntArray:
+            return self.groups.local_blocks_held(computed + steps, self.block_size)
+
+        return blocks_ahead(held, to_event, to_end, freed, widest, self.block_size, local_blocks)
 
     def _num_used_blocks(self) -> int:
         pool = self.kv_cache_manager.block_pool

@@ -13,6 +13,7 @@ from kvllm.compression.footprint import BANK_SHARE, fitting_max_num_seqs, footpr
 from kvllm.compression.rounding import PLAIN_BITS, Rounding
 from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
+from kvllm.layers import Local, local_layers
 from kvllm.layout import Geometry
 from kvllm.methods import checked_config
 
@@ -95,11 +96,23 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     _check_survivor_bits(config, device, cache.block_size, vllm_config.model_config)
     for found in support.engine_reasons(vllm_config, device):
         raise UsageError(f"KvLLM does not support {found}.")
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and any(local_layers_of(vllm_config)):
+        logger.warning(
+            "KvLLM: layers of chunked attention get KV cache groups of their own, so that the others can be "
+            "compressed. By default vLLM keeps all in one group, and says that steps are faster then."
+        )
+        vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = False
     # Cascade attention reads the prefix of the unshortened tables.
     vllm_config.model_config.disable_cascade_attn = True
     scheduler = "KvAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "KvScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"kvllm.engine.scheduler.{scheduler}"
     return config
+
+
+def local_layers_of(vllm_config: VllmConfig) -> list[Local | None]:
+    """How each layer of the engine's model looks back; None: over the whole text."""
+    model = vllm_config.model_config
+    return local_layers(model.hf_config.get_text_config(), model.max_model_len)
 
 
 def why_not_inspected(engine_args: Any, error: ValueError) -> str | None:
