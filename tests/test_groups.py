@@ -66,38 +66,6 @@ def test_groups_are_of_equal_size(num_full: int, num_local: int, expected: Group
     assert Groups.of([None] * num_full + [WINDOW] * num_local) == expected
 
 
-@pytest.mark.parametrize(
-    "local, num_full, num_local", [(WINDOW, 12, 12), (WINDOW, 4, 22), (CHUNK, 12, 36), (WINDOW, 5, 4)]
-)
-@pytest.mark.parametrize("block_size", [16, 32])
-def test_vllm_makes_the_same_groups_and_counts_the_same_blocks(
-    local: Local, num_full: int, num_local: int, block_size: int
-) -> None:
-    """Without an engine: vLLM's own grouping, and what its specs say of a request."""
-    import torch
-    from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
-    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, SlidingWindowSpec
-
-    from kvllm.engine.cache_groups import local_of
-    from kvllm.engine.spec import KvSpec
-
-    shape: dict[str, Any] = {"block_size": block_size, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float16}
-    other: Any = SlidingWindowSpec(sliding_window=local.size, **shape)
-    if local.chunked:
-        other = ChunkedLocalAttentionSpec(attention_chunk_size=local.size, **shape)
-    specs = {f"full.{i}": KvSpec(**shape) for i in range(num_full)} | {f"local.{i}": other for i in range(num_local)}
-    made = _get_kv_cache_groups_uniform_page_size(specs)
-    groups = Groups.of([None] * num_full + [local] * num_local)
-    kinds = [type(group.kv_cache_spec) for group in made]
-    assert (kinds.count(KvSpec), kinds.count(type(other))) == (groups.num_full, groups.num_local)
-    assert max(len(group.layer_names) for group in made) == groups.group_size
-    assert {local_of(g.kv_cache_spec) for g in made if type(g.kv_cache_spec) is not KvSpec} == {local}
-    for num_tokens in (1, 15, 16, 17, 127, 128, 129, 200, 1000):
-        cap = other.max_admission_blocks_per_request(100, 10**6)
-        expected = groups.num_local * min(cap, -(-num_tokens // block_size))
-        assert groups.local_blocks(num_tokens, block_size, in_flight=100) == expected
-
-
 def test_blocks_that_are_held_while_a_text_grows() -> None:
     groups = Groups(2, 1, 3, WINDOW)
     counts = np.arange(1, 400)
