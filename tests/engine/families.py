@@ -202,6 +202,7 @@ def _families() -> dict[str, Family]:
 
 FAMILIES = _families()
 # Few, but of every kind: grouped queries and none, learned positions, windows of all and of some layers, refusals.
+# Models with layers that look back less far are in test_local_layers.py.
 ON_EVERY_RUN = (
     "Qwen3",
     "Mistral, window as long as the context",
@@ -209,7 +210,7 @@ ON_EVERY_RUN = (
     "GPT-2",
     "BLOOM",
     "Falcon with ALiBi",
-    "Gemma 3, shorter window",
+    "Mistral, shorter window",
 )
 
 
