@@ -161,7 +161,6 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     scheduler_cls = vllm_config.scheduler_config.scheduler_cls
     one_group = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
-    local = set(local_layers(model.hf_config.get_text_config(), model.max_model_len))
     backend = vllm_config.attention_config.backend
     prefill_parallel = getattr(parallel, "prefill_context_parallel_size", 1)
     before_model: list[tuple[bool, str, Any, str]] = [
@@ -184,11 +183,11 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
             "KV connectors would move blocks while they are compressed; leave it off",
         ),
         (
-            # By itself vLLM sets this for chunked attention only.
-            one_group and any(kind is not None and not kind.chunked for kind in local),
+            one_group and any(local_layers(model.hf_config.get_text_config(), model.max_model_len)),
             "disable_hybrid_kv_cache_manager",
             True,
-            "layers with a window need KV cache groups of their own; leave it out",
+            "layers with a window or a chunk need KV cache groups of their own; leave it out, and "
+            "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE at 1",
         ),
         (cache.kv_sharing_fast_prefill, "kv_sharing_fast_prefill", True, "leave it off"),
         (

@@ -96,14 +96,13 @@ def test_layers_with_a_window_have_groups_of_their_own_and_no_bank() -> None:
     assert local_blocks(found.groups, 16, 1000, 5000) == 2 * 63  # the prompt, computed in one step
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_plans_count_all_groups(chunked: bool) -> None:
+def test_plans_count_all_groups() -> None:
     geometry = Geometry.from_config(KvConfig(window_size=256, buffer_size=56, retention_ratio=0.3), 16)
-    made = Footprint(0, 100, 0, Groups(4, 1, 3, Local(128, chunked)))
+    made = Footprint(0, 100, 0, Groups(4, 1, 3, Local(128)))
     (row,) = plan(made, 100 * 16 * 1000, geometry, 16, 256, [1408]).rows
-    local = 3 * 16  # while the prompt is computed; later 3 * 10, or 3 * 9 within their chunk
-    assert row.kvllm_blocks == 50 + local
-    assert row.stock_blocks == 88 * 4 if chunked else 88 + local  # stock vLLM frees nothing of chunked layers
+    local = 3 * 16  # while the prompt is computed; later 3 * 10
+    assert (row.stock_blocks, row.kvllm_blocks) == (88 + local, 50 + local)
+    assert (row.stock_requests, row.kvllm_requests) == (999 // 136, 999 // 98)
 
 
 def test_pool_is_the_share_less_weights_query_bank_and_reserve() -> None:

@@ -72,9 +72,7 @@ def plan(
         stock = ceil_div(length, block_size)
         ours = geometry.peak_blocks(num_prompt_tokens, length) if geometry else stock
         local = local_blocks(footprint.groups, block_size, num_prompt_tokens, length)
-        # By default stock vLLM keeps all layers in one group where some are chunked, and frees nothing of them.
-        chunked = footprint.groups.local is not None and footprint.groups.local.chunked
-        stock, ours = stock + (footprint.groups.num_local * stock if chunked else local), ours + local
+        stock, ours = stock + local, ours + local
         # vLLM keeps one block, the null block.
         rows.append(Row(length, stock, (stock_num_blocks - 1) // stock, ours, (num_blocks - 1) // ours))
     return Plan(pool_bytes, num_blocks, stock_num_blocks, block_size, num_prompt_tokens, footprint, rows)

@@ -119,9 +119,8 @@ ASSIGNMENTS = (
         "`kvllm generate` merges its options into vLLM's parsed arguments", PUBLIC),
     Assignment("vllm.config",
         """CacheConfig.block_size CacheConfig.user_specified_block_size ModelConfig.disable_cascade_attn
-        SchedulerConfig.scheduler_cls SchedulerConfig.disable_hybrid_kv_cache_manager""",
-        "our default block size, no attention over unshortened tables, our scheduler, and KV cache groups of their own "
-        "for layers of chunked attention", PLUGIN_CONFIG),
+        SchedulerConfig.scheduler_cls""",
+        "our default block size, no attention over unshortened tables, and our scheduler", PLUGIN_CONFIG),
     Assignment("vllm.v1.engine:EngineCoreRequest", "sampling_params",
         "`max_tokens` is capped in a copy: the caller may use its own parameters for other prompts", PLUGIN_REQUESTS),
     Assignment(SCHEDULER, "need_mamba_block_aligned_split",

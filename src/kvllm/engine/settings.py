@@ -96,12 +96,6 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     _check_survivor_bits(config, device, cache.block_size, vllm_config.model_config)
     for found in support.engine_reasons(vllm_config, device):
         raise UsageError(f"KvLLM does not support {found}.")
-    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and any(local_layers_of(vllm_config)):
-        logger.warning(
-            "KvLLM: layers of chunked attention get KV cache groups of their own, so that the others can be "
-            "compressed. By default vLLM keeps all in one group, and says that steps are faster then."
-        )
-        vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = False
     # Cascade attention reads the prefix of the unshortened tables.
     vllm_config.model_config.disable_cascade_attn = True
     scheduler = "KvAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "KvScheduler"
