@@ -337,9 +337,10 @@ INTRODUCTION = """\
 Each line is a tiny random checkpoint in float32, built from a transformers config, on a CPU. *Served, equal to the
 reference* means that {prompts} prompts decoded {tokens} greedy tokens each in one batch, with three compressions each
 (`kara`, windows of {window} tokens of which half stay), and every token is the one that the reference chooses, near
-ties aside. The context is {context} tokens. *Refused* is what the engine says at start-up and, where the reason is in
-the config, what `kvllm plan` and the reference say too. An architecture that is not listed is served if each of its
-layers passes the checks of `src/kvllm/support.py`, and refused by name if not.
+ties aside. The context is {context} tokens, a shorter window or chunk {local}; layers that have one are left to
+vLLM, and those of full attention beside them are compressed. *Refused* is what the engine says at start-up and, where
+the reason is in the config, what `kvllm plan` and the reference say too. An architecture that is not listed is served
+if each of its layers passes the checks of `src/kvllm/support.py`, and refused by name if not.
 
 Last run: {date}, vLLM {vllm}, transformers {transformers}, torch {torch}. `python -m tests.engine.families` runs all of
 them again and writes this page.
@@ -352,7 +353,8 @@ them again and writes this page.
 def page(results: dict[str, Result], versions: dict[str, str]) -> str:
     """docs/compatibility.md: the outcomes of the last run, and for refusals by the config what `kvllm.support` says."""
     context = {"prompts": len(PROMPT_LENGTHS), "tokens": NUM_TOKENS, "window": CONFIG.window_size}
-    lines = [INTRODUCTION.format(**context, context=MAX_MODEL_LEN, **versions)]
+    local = MIXED["sliding_window"]
+    lines = [INTRODUCTION.format(**context, context=MAX_MODEL_LEN, local=local, **versions)]
     for name, result in results.items():
         detail = "" if "differs" in result.outcome else result.detail  # which token by how much is in the JSON
         if result.outcome == "refused" and (said := model_reasons(FAMILIES[name].config(), MAX_MODEL_LEN)):

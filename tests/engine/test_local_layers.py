@@ -10,11 +10,20 @@ import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from kvllm.compression.footprint import footprint
 from kvllm.engine.stats import engine_stats
 from kvllm.layers import Local
 from kvllm.reference import load_model
 from tests.conftest import group_resources
-from tests.engine.conftest import BLOCK_SIZE, CONFIG, assert_pool_whole, engine, scheduler_of, watch_blocks
+from tests.engine.conftest import (
+    BLOCK_SIZE,
+    CONFIG,
+    assert_pool_whole,
+    compressor_of,
+    engine,
+    scheduler_of,
+    watch_blocks,
+)
 from tests.engine.families import FAMILIES, prompts, save_random
 from tests.near_ties import check_greedy
 
@@ -107,6 +116,16 @@ def test_what_all_groups_together_can_not_hold_is_refused(name: str, served: Ser
     (output,) = served.greedy(prompt, num_tokens=most, kv_retention_ratio=1.0)
     assert len(output.outputs[0].token_ids) == most
     assert_pool_whole(served.llm)
+
+
+@each
+def test_a_plan_s_blocks_are_the_engine_s(name: str, served: Served) -> None:
+    scheduler = scheduler_of(served.llm)
+    planned = footprint(FAMILIES[name].config(), CONFIG, 8, max_model_len=MAX_MODEL_LEN)
+    cache = scheduler.kv_cache_config
+    assert planned.groups == scheduler.groups and planned.groups.num_local == len(cache.kv_cache_groups) - 1
+    assert {t.size for t in cache.kv_cache_tensors} == {planned.kv_per_token * BLOCK_SIZE * cache.num_blocks}
+    assert planned.query_bank == compressor_of(served.llm).state.bank.num_bytes
 
 
 def watch_local_groups(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
