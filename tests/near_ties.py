@@ -64,9 +64,10 @@ def greedy_losses(
     config: KvConfig | None,
     block_size: int,
     seed: int | None = None,
+    packed: bool = False,
 ) -> Tensor:
     """[len(output)]: how far each token is from the reference's best, in nats; with a seed, from that variant's."""
-    request = Request(model, len(prompt_ids), config, block_size)
+    request = Request(model, len(prompt_ids), config, block_size, packed=packed)
     if seed is not None:
         request.method = with_score_noise(request.method, seed)
     logprobs = feed(request, [*prompt_ids, *output], keep_full=True).full_logprobs

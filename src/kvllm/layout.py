@@ -59,6 +59,9 @@ class Geometry:
     survivors as well and leaves `history_kept` of them. The budget policy is the case in which every event does so.
 
     With a `prompt_budget`, event 0 also cuts a longer prompt to that many tokens.
+
+    Where survivors are packed, each of their blocks holds `packed_tokens` of them. Lengths then count such a block as
+    the `block_size` tokens whose space it takes; `Shape.num_kept` counts the survivors themselves.
     """
 
     block_size: int
@@ -70,11 +73,19 @@ class Geometry:
     cycle: int = 1
     history_kept: int = 0
     prompt_budget: int = 0  # 0: prompts stay whole
+    packed_tokens: int | None = None  # None: survivors' blocks are plain
 
     @classmethod
-    def from_config(cls, config: KvConfig, block_size: int, retention_ratio: float | None = None) -> Geometry | None:
+    def from_config(
+        cls,
+        config: KvConfig,
+        block_size: int,
+        retention_ratio: float | None = None,
+        packed_tokens: int | None = None,
+    ) -> Geometry | None:
         """The geometry of `config`, or None where nothing is compressed (ratio 1.0).
 
+        packed_tokens: survivors that one block holds, where they are packed
         Raises UsageError, naming option, value and remedy, where the sizes do not fit the block size.
         """
         ratio = check_retention_ratio(config.retention_ratio if retention_ratio is None else retention_ratio)
@@ -84,7 +95,7 @@ class Geometry:
         if config.policy == "budget":
             return cls._budget(config, block_size)
         _check_multiple("window_size", config.window_size, block_size)
-        kept = _kept_blocks(ratio, config.window_size, block_size)
+        kept = _kept_blocks(ratio, config.window_size, block_size, packed_tokens or block_size)
         limit = _history_limit(config.history_size, kept, block_size) if config.history_size else {}
         return cls(
             block_size=block_size,
@@ -92,6 +103,7 @@ class Geometry:
             buffer_size=config.buffer_size,
             kept_blocks=kept,
             prompt_budget=config.prompt_budget,
+            packed_tokens=packed_tokens,
             **limit,
         )
 
@@ -130,7 +142,12 @@ class Geometry:
         """What event number `event` does."""
         history = self.survivors(event) if self._cuts_history(event) else 0
         raw = self._consumed(event + 1) - self._consumed(event)
-        return Shape(history, raw, self.survivors(event + 1) - self.survivors(event) + history)
+        return Shape(history, raw, self.num_kept_blocks(event) * (self.packed_tokens or self.block_size))
+
+    def num_kept_blocks(self, event: int) -> int:
+        """Blocks that hold what event number `event` keeps."""
+        history = self.survivors(event) if self._cuts_history(event) else 0
+        return (self.survivors(event + 1) - self.survivors(event) + history) // self.block_size
 
     def shapes(self) -> dict[Shape, int]:
         """Every shape that events have, with the first event of each: what has to be compiled before serving."""
@@ -226,8 +243,9 @@ class Geometry:
         return self.survivors(event) - self.shape(event).num_history
 
     def candidate_start(self, num_prompt_tokens: int, event: int) -> int:
-        """Physical index of the first candidate just before event number `event`."""
-        return self.prompt_len(num_prompt_tokens, event) + self.num_left_alone(event)
+        """Tokens in front of the first candidate just before event number `event`: of the prompt, and survivors."""
+        held = self.num_left_alone(event) // self.block_size * (self.packed_tokens or self.block_size)
+        return self.prompt_len(num_prompt_tokens, event) + held
 
     def peak_tokens(self, num_prompt_tokens: int, num_tokens: int) -> int:
         """The most tokens that a request ever holds while it grows to `num_tokens`: now, or just before an event."""
@@ -272,24 +290,34 @@ def most_that_fits(needed: Callable[[int], int], low: int, num_blocks: int) -> i
     return low
 
 
-def _kept_blocks(retention_ratio: float, window_size: int, block_size: int) -> Fraction:
-    """Blocks that a window keeps on average; UsageError where a window would keep less than one."""
+def _kept_blocks(retention_ratio: float, window_size: int, block_size: int, held: int) -> Fraction:
+    """Blocks that a window keeps on average, each of `held` tokens; UsageError where it would keep less than one."""
     # Decimal fractions stay what they are, and so exact; the sums of `Geometry` stay within 64 bits.
     ratio = max(Fraction(retention_ratio).limit_denominator(10_000), Fraction(1, 10_000))
-    fitting = block_size * max(2, ceil(1 / ratio))
+    fitting = ceil_div(max(2 * block_size, ceil(held / ratio)), block_size) * block_size
     if window_size < 2 * block_size:
         raise UsageError(
             f"window_size={window_size}: with blocks of {block_size} tokens nothing could be freed; "
             f"use at least {fitting}, or a smaller --block-size."
         )
-    kept = ratio * Fraction(window_size, block_size)
+    kept = ratio * Fraction(window_size, held)
     if kept < 1:
         raise UsageError(
-            f"retention_ratio={retention_ratio}: every window keeps at least one block, {block_size} tokens, which is "
-            f"{block_size / window_size:.3g} of window_size={window_size}. Use that ratio or more, or a window_size of "
+            f"retention_ratio={retention_ratio}: every window keeps at least one block, {held} tokens, which is "
+            f"{held / window_size:.3g} of window_size={window_size}. Use that ratio or more, or a window_size of "
             f"at least {fitting}."
         )
+    most = window_size // held
+    if kept > most and held > block_size:
+        raise UsageError(
+            f"retention_ratio={retention_ratio}: packed blocks hold {held} tokens each, and window_size={window_size} "
+            f"fills {most} of them. Use at most {_rounded_down(most * held / window_size)}, or survivor_bits=16."
+        )
     return kept
+
+
+def _rounded_down(ratio: float) -> float:
+    return int(ratio * 10_000) / 10_000
 
 
 def _history_limit(history_size: int, kept_blocks: Fraction, block_size: int) -> dict[str, int]:

@@ -306,6 +306,24 @@ def layer_reasons(layer: Any, max_model_len: int) -> list[str]:
     return [reason(what, value, why) for wrong, what, value, why in checks if wrong]
 
 
+def packed_reasons(layer: Any) -> list[str]:
+    """Why attention over packed survivors cannot be merged into that of a layer, from the loaded layer itself."""
+    backend, impl = layer.attn_backend.get_name(), layer.impl
+    soft_cap, sinks = getattr(impl, "logits_soft_cap", None), getattr(impl, "sinks", None)
+    checks: Iterable[tuple[bool, str, Any, str]] = (
+        (
+            backend != "FLASH_ATTN",
+            "attention_backend",
+            backend,
+            "only FLASH_ATTN tells what merging needs; use it, or survivor_bits=16",
+        ),
+        (bool(soft_cap), "logits_soft_cap", soft_cap, "use survivor_bits=16"),
+        (sinks is not None, "sinks", "learned", "use survivor_bits=16"),
+        (layer.head_size % 16 > 0, "head_size", layer.head_size, "use survivor_bits=16"),
+    )
+    return [reason(what, value, why) for wrong, what, value, why in checks if wrong]
+
+
 LAYER_SHAPE = ("num_heads", "num_kv_heads", "head_size", "kv_cache_dtype")
 
 

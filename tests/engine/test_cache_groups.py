@@ -108,7 +108,7 @@ def test_the_v2_runner_gives_each_group_its_lengths(real: bool, capture: bool) -
     """Ours the physical ones, in a real batch; the others those of the text. Through vLLM's own code."""
     state: Any = object.__new__(KvModelState)
     state.group, state.supports_mm_inputs, state.encoder_cache = 1, False, None
-    state.model_config = SimpleNamespace(max_model_len=512)
+    state.model_config, state.packed = SimpleNamespace(max_model_len=512), None
     state.seq_lens = torch.tensor([200, 90, 0, 0], dtype=torch.int32)
     state.compression = SimpleNamespace(codes=torch.zeros(4))
     logical = torch.tensor([300, 90], dtype=torch.int32)

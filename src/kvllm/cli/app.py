@@ -118,15 +118,18 @@ def plan(
     from transformers import AutoConfig
 
     from kvllm.cli import plan as planning
-    from kvllm.compression.footprint import default_max_num_seqs, footprint
+    from kvllm.compression.footprint import default_max_num_seqs, footprint, head_dim_of
+    from kvllm.compression.rounding import Rounding
     from kvllm.layout import Geometry
     from kvllm.methods import checked_config
 
     config = checked_config(options)
-    geometry = Geometry.from_config(config, block_size)
     device_bytes = planning.parse_bytes(memory)
     size = planning.parse_bytes(weights, "--weights") if weights else None
-    one = footprint(AutoConfig.from_pretrained(model), config, 1, kv_cache_dtype, size, max_model_len)
+    model_config = AutoConfig.from_pretrained(model)
+    one = footprint(model_config, config, 1, kv_cache_dtype, size, max_model_len)
+    rounding = Rounding.from_config(config, block_size, head_dim_of(model_config))
+    geometry = Geometry.from_config(config, block_size, packed_tokens=rounding.block_tokens if rounding else None)
     num_seqs = max_num_seqs or default_max_num_seqs(device_bytes, gpu_memory_utilization, one)
     taken = replace(one, query_bank=num_seqs * one.query_bank)
     pool = planning.pool_bytes(device_bytes, gpu_memory_utilization, planning.parse_bytes(reserve, "--reserve"), taken)

@@ -19,6 +19,8 @@ from kvllm.methods.rope import Rope
 
 # Kernels that do what a method does, without copies of the candidates: (candidates of the store, number kept).
 Fused = Callable[[Any, int], None]
+# Rounds the first candidates of each event, as many as are kept, and packs them where they are.
+Pack = Callable[[Any, int], None]
 
 
 class Compressor:
@@ -30,6 +32,7 @@ class Compressor:
                [max_num_reqs, num_layers, num_kv_heads, most survivors]; None: not needed, or the kernels need none
     fused:     used instead of the method, if there is one
     rounding:  of the survivors that are written; None: they keep the cache's precision (survivor_bits=16)
+    pack:      does the rounding once the survivors are written, where they are stored in fewer bits
     observe:   called with each event's `Kept` and whether it is the prompt's; not by `fused`
     """
 
@@ -45,10 +48,11 @@ class Compressor:
         fused: Fused | None = None,
         observe: Callable[[Kept, bool], None] | None = None,
         rounding: Rounding | None = None,
+        pack: Pack | None = None,
     ) -> None:
         if (rounding.bits if rounding else PLAIN_BITS) != config.survivor_bits:
             raise ValueError(f"survivor_bits={config.survivor_bits} with rounding={rounding}")
-        if rounding is not None and fused is not None:
+        if rounding is not None and fused is not None and pack is None:
             raise ValueError(f"survivor_bits={config.survivor_bits}: the fused kernels do not round")
         if method.uses_rope:
             method.check_rope(rope)
@@ -61,7 +65,8 @@ class Compressor:
         self.positions = positions
         self.fused = fused
         self.observe = observe
-        self.rounding = rounding
+        self.rounding = rounding if pack is None else None
+        self.pack = pack
 
     def compress(self, due: Sequence[Due]) -> None:
         """Compress what is due; events of one geometry and shape together."""
@@ -80,6 +85,8 @@ class Compressor:
         if self.fused is not None:
             if shape.num_kept < shape.num_candidates:
                 self.fused(candidates, shape.num_kept)
+            if self.pack is not None:
+                self.pack(candidates, shape.num_kept)
             return
         # The survivors and a window are as many tokens as many windows.
         size = max(1, self.store.max_batch * group[0].geometry.interval // shape.num_candidates)
@@ -101,6 +108,8 @@ class Compressor:
             kept = rounded(window, kept, self.rounding)
         if not all_stay or self.rounding is not None:
             self.store.write(candidates, kept)
+        if self.pack is not None:
+            self.pack(candidates, shape.num_kept)
         if self.positions is not None and part[0].geometry.tracks_survivors:
             found = window.positions.gather(-1, kept.indices).to(self.positions.dtype)
             for each, own in zip(part, found.unflatten(0, (len(part), -1)), strict=True):

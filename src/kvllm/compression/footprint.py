@@ -56,7 +56,7 @@ def footprint(
     text = config.get_text_config()
     layers = local_layers(text, max_model_len or getattr(text, "max_position_embeddings", None))
     groups, num_heads = Groups.of(layers), config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    head_dim = head_dim_of(config)
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     kv_bytes = 1 if kv_cache_dtype.startswith("fp8") else DTYPE_BYTES[dtype]
     bank = QueryBank.allocate(
@@ -69,6 +69,11 @@ def footprint(
         query_bank=bank.num_bytes,
         groups=groups,
     )
+
+
+def head_dim_of(config: Any) -> int:
+    """config: a transformers config"""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def default_max_num_seqs(memory: int, utilization: float, one: Footprint) -> int:

@@ -68,7 +68,8 @@ class PagedStore(ABC):
         assert self.block_table is not None
         table, width, own_width = self.block_table, self.block_table.stride(0), self.survivor_blocks.stride(0)
         shape = due[0].geometry.shape(due[0].event)
-        num_history, num_raw, num_kept = (size // self.block_size for size in shape)
+        num_history, num_raw = shape.num_history // self.block_size, shape.num_raw // self.block_size
+        num_kept = due[0].geometry.num_kept_blocks(due[0].event)
         starts: list[int] = []
         history: list[int] = []
         raw: list[int] = []

@@ -23,6 +23,7 @@ from kvllm.config import KvConfig
 from kvllm.errors import UsageError
 
 PLAIN_BITS = 16  # of a cache that is not rounded
+PACKED_BITS = 4  # that GPUs store
 SCALE_BYTES = 4  # a scale and a lowest value, bfloat16 each; with 8 bits each, blocks of 16 would still hold 56 tokens
 TOKEN_STEP = 8  # a packed block holds a multiple of this
 
@@ -103,7 +104,8 @@ def encode(x: Tensor, lowest: Tensor, highest: Tensor, bits: int) -> Rounded:
     levels = 2**bits - 1
     # Scales are rounded to bfloat16 before the codes are chosen, so that the codes fit what is stored.
     stored = lowest.bfloat16()
-    scale = ((highest - stored.float()).clamp(min=0) / levels).bfloat16()
+    # Multiplied, since PyTorch does not divide by a number in the same way on every device.
+    scale = ((highest - stored.float()).clamp(min=0) * (1 / levels)).bfloat16()
     # A channel that is constant has a scale of 0, or one that bfloat16 cannot hold: any code gives its lowest value.
     steps = (x - stored.float()) / scale.float().clamp(min=torch.finfo(torch.float32).tiny)
     return Rounded(steps.round().clamp(0, levels).to(torch.uint8), scale, stored)

@@ -31,6 +31,7 @@ class RequestRows:
     columns: [6, max_num_reqs]: blocks of the PROMPT that are left; blocks of the PREFIX segment; logical index, in
              blocks, of the TAIL segment; EVENTS done (all four 0 before the first event); START, the computed tokens
              from which on queries are kept, past every length where nothing is compressed; tokens REMOVED so far
+             from what the attention backend reads: packed survivors, which it does not read, included
     """
 
     def __init__(self, config: KvConfig, max_num_reqs: int) -> None:
@@ -80,6 +81,8 @@ class RequestRows:
         column[PREFIX] = geometry.prefix_len(prompt, done) // size
         column[TAIL] = geometry.tail_start(prompt, done) // size
         column[REMOVED] = geometry.num_removed(prompt, done)
+        if geometry.packed_tokens:
+            column[REMOVED] += geometry.survivors(done)
         return Due(index, row, geometry, prompt, event)
 
     def query_codes(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvllm.compression.compressor import Compressor, Fused, most_survivors
+from kvllm.compression.compressor import Compressor, Fused, Pack, most_survivors
 from kvllm.compression.paged_store import PagedCandidates, PagedStore
 from kvllm.compression.query_bank import QueryBank
 from kvllm.compression.rounding import Rounding
@@ -55,8 +55,12 @@ class WorkerState:
         max_num_tokens: int,
         device: torch.device | str = "cpu",
         fused: bool = False,
+        packed: bool = False,
     ) -> None:
-        """fused: whether `attach` will bring kernels that need no positions of survivors"""
+        """
+        fused:  whether `attach` will bring kernels that need no positions of survivors
+        packed: whether `attach` will bring what packs survivors; the plan then has one more row, for its kernels
+        """
         self.config = config
         self.method = make_method(config)
         self.layers = layers
@@ -74,19 +78,20 @@ class WorkerState:
         self.compressor: Compressor | None = None
         # What a step tells the device: the plan of `join_segments` and the bank's codes, side by side for one copy.
         self.plan_stride = ceil_div(max_num_reqs, 4) * 4  # every row starts at a multiple of 16 bytes
-        self.plan_size = PLAN_ROWS * self.plan_stride
+        self.plan_rows = PLAN_ROWS + packed
+        self.plan_size = self.plan_rows * self.plan_stride
         self.step = torch.zeros(self.plan_size + max_num_tokens, dtype=torch.int32, device=device)
-        self.plan = self.step[: self.plan_size].view(PLAN_ROWS, -1)
+        self.plan = self.step[: self.plan_size].view(self.plan_rows, -1)
         self.codes = self.step[self.plan_size :]
         self.codes.fill_(-1)
 
-    def attach(self, store: PagedStore, fused: Fused | None = None) -> None:
+    def attach(self, store: PagedStore, fused: Fused | None = None, pack: Pack | None = None) -> None:
         """Compress in this store from now on."""
         self.store = store
         numbers = torch.tensor(self.layers.numbers, device=self.bank.queries.device)
         self.compressor = Compressor(
             self.config, self.method, store, numbers, self.bank.shifts, self.rope, self.positions, fused,
-            rounding=Rounding.from_config(self.config, store.block_size, self.layers.head_dim),
+            rounding=Rounding.from_config(self.config, store.block_size, self.layers.head_dim), pack=pack,
         )  # fmt: skip
 
     def warm_up(self, geometries: Iterable[Geometry]) -> None:
@@ -123,13 +128,14 @@ class WorkerState:
         rows: IntArray,
         num_computed_tokens: IntArray,
         counts: IntArray,
-    ) -> None:
-        """What the device has to know of the step, for `step`; after `begin_step`.
+    ) -> npt.NDArray[np.int32]:
+        """What the device has to know of the step, for `step`; after `begin_step`. Returns the plan, a part of `host`.
 
         host: [plan_size + tokens of the step, padding included], written
         """
-        plan, codes = host[: self.plan_size].reshape(PLAN_ROWS, -1), host[self.plan_size :]
+        plan, codes = host[: self.plan_size].reshape(self.plan_rows, -1), host[self.plan_size :]
         plan[:NUM_PLANNED, : len(rows)] = self.rows.columns[:NUM_PLANNED, rows]
         plan[NUM_PLANNED, : len(rows)] = rows
         plan[TAIL, len(rows) :] = 0  # of a request without events nothing else is read
         codes[:] = self.rows.query_codes(rows, num_computed_tokens, counts, self.bank.period, len(codes))
+        return plan

@@ -72,7 +72,7 @@ class RequestCheck:
         self.config = config
         self.vllm_config = vllm_config
         self.block_size = vllm_config.cache_config.block_size
-        self.geometries = Geometries(config, self.block_size)
+        self.geometries = Geometries.of_engine(vllm_config)
         self.groups = Groups.of(local_layers_of(vllm_config))
         # What vLLM puts in place of a max_tokens that was left out: the model's own default, or that of SamplingParams
         # and /v1/completions. (Elsewhere it is what max_model_len leaves.)

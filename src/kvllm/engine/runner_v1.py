@@ -41,7 +41,7 @@ class CompressorV1:
         assert config is not None
         self.runner = runner
         self.config = config
-        self.geometries = Geometries(config, runner.cache_config.block_size)
+        self.geometries = Geometries.of_engine(runner.vllm_config)
         named_layers = compressed_layers(runner.vllm_config)
         self.layers = list(named_layers.values())
         layer, numbers = self.layers[0], [extract_layer_index(name) for name in named_layers]

@@ -22,10 +22,12 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from kvllm.compression.rounding import Rounding
 from kvllm.compression.worker import Layers, WorkerState
 from kvllm.engine.attention import capture_queries, compressed_layers, store_with_queries
 from kvllm.engine.cache_groups import compressed_group
 from kvllm.engine.compat import is_quantized_kv_cache
+from kvllm.engine.packed import PackedSurvivors
 from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, allowed_geometries, kv_config
 from kvllm.engine.store_gpu import GpuStore
@@ -60,7 +62,7 @@ class KvModelState(DefaultModelState):
         config = kv_config(vllm_config)
         assert config is not None
         self.config = config
-        self.geometries = Geometries(config, vllm_config.cache_config.block_size)
+        self.geometries = Geometries.of_engine(vllm_config)
         named_layers = compressed_layers(vllm_config)
         self.layers = list(named_layers.values())
         layer, numbers = self.layers[0], [extract_layer_index(name) for name in named_layers]
@@ -68,7 +70,11 @@ class KvModelState(DefaultModelState):
         method = make_method(config)
         rope = rope_of(model, self.layers, vllm_config.model_config, device) if method.uses_rope else None
         fused = has_fused_kernels(method, layer.head_size)
-        self.compression = WorkerState(config, shape, rope, self.max_num_reqs, self.max_num_tokens, device, fused)
+        rounding = Rounding.from_config(config, self.geometries.block_size, layer.head_size)
+        self.packed = PackedSurvivors(self.layers, rounding) if rounding is not None else None
+        self.compression = WorkerState(
+            config, shape, rope, self.max_num_reqs, self.max_num_tokens, device, fused, packed=self.packed is not None
+        )
         self.seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self.cache: PagedCache | None = None
         self.prepared: InputBatch | None = None  # the real batch that preprocess_state has planned
@@ -120,8 +126,12 @@ class KvModelState(DefaultModelState):
             self.config, state.bank, self.geometries.block_size, self.max_model_len, self._to_device,
             cache=cache, dtype=self.dtype,
         )  # fmt: skip
-        state.attach(store, fused_kernels(state.method, self.config, state.bank, cache, state.rope))
-        state.warm_up(allowed_geometries(self.config, store.block_size))
+        fused, pack = fused_kernels(state.method, self.config, state.bank, cache, state.rope), None
+        if self.packed is not None:
+            self.packed.attach(cache, store.survivor_blocks, state.plan)
+            pack = self.packed.pack
+        state.attach(store, fused, pack)
+        state.warm_up(allowed_geometries(self.config, store.block_size, self.geometries.packed_tokens))
 
     def _to_device(self, numbers: list[int]) -> Tensor:
         return async_tensor_h2d(numbers, dtype=torch.int64, device=self.device)
@@ -153,13 +163,16 @@ class KvModelState(DefaultModelState):
         # Staged where the GPU can read it, which it may do after this step.
         size = state.plan_size + input_batch.num_tokens_after_padding
         staged = torch.empty(size, dtype=torch.int32, pin_memory=is_pin_memory_available())
-        state.write_plan(staged.numpy(), rows, computed, input_batch.num_scheduled_tokens[:num_reqs])
+        counts = input_batch.num_scheduled_tokens[:num_reqs]
+        plan = state.write_plan(staged.numpy(), rows, computed, counts)
+        if self.packed is not None:
+            self.packed.write_plan(plan, counts)
         state.step[:size].copy_(staged, non_blocking=True)
         assert state.store is not None
         seq_lens = input_batch.seq_lens
         join_segments(
             block_tables[self.group], seq_lens, self.seq_lens[: seq_lens.shape[0]], state.store.survivor_blocks,
-            state.plan, state.store.block_size,
+            state.plan, state.store.block_size, self.packed is not None,
         )  # fmt: skip
         self.prepared = input_batch
 
@@ -184,6 +197,8 @@ class KvModelState(DefaultModelState):
         else:
             seq_lens.copy_(input_batch.seq_lens)
             self.compression.codes.fill_(-1)
+            if self.packed is not None and self.packed.attention is not None:
+                self.packed.idle()
         self.prepared = None
 
         def prepare(groups: list[list[Any]]) -> dict[str, Any]:

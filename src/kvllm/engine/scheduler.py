@@ -35,7 +35,7 @@ class CompressionMixin(Base):
         coordinator = self.kv_cache_manager.coordinator
         self.groups = checked_groups(self.vllm_config, self.kv_cache_config)
         compressed_group(self.kv_cache_config, self.block_size)
-        self.geometries = Geometries(config, self.block_size)
+        self.geometries = Geometries.of_engine(self.vllm_config)
         self.kv_managers = [m for m in coordinator.single_type_managers if isinstance(m, KvManager)]
         for manager in self.kv_managers:
             manager.bind(self._compressed)

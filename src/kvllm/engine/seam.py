@@ -7,6 +7,7 @@ installed vLLM; `make check-seam VLLM=FOLDER` with any unpacked one. This module
 from __future__ import annotations
 
 from kvllm.engine import patches
+from kvllm.engine.log_sum_exp import PATCH as LOG_SUM_EXP_PATCH
 from kvllm.engine.touch import RELEASES as RELEASES
 from kvllm.engine.touch import Addition, Assignment, Import, Override, Patch, Read, Reliance, Touch
 
@@ -242,12 +243,22 @@ IMPORTS = (
 )
 
 # fmt: on
-SEAM: tuple[Touch, ...] = (*PATCHES, *OVERRIDES, *ASSIGNMENTS, *ADDITIONS, *READS, *RELIANCES, *IMPORTS)
+SEAM: tuple[Touch, ...] = (
+    *PATCHES,
+    LOG_SUM_EXP_PATCH,
+    *OVERRIDES,
+    *ASSIGNMENTS,
+    *ADDITIONS,
+    *READS,
+    *RELIANCES,
+    *IMPORTS,
+)
 
 # The vLLM classes of objects that our source does not annotate with them, by module and expression. The checker looks
 # up every member that we use of them, and whether the functions among these take the arguments that we pass.
 OBJECTS = {
     "kvllm.engine.attention": {"layer": ATTENTION, "layer.impl": "vllm.v1.attention.backend:AttentionImpl"},
+    "kvllm.engine.packed": {"layer.impl": "vllm.v1.attention.backend:AttentionImpl"},
     "kvllm.engine.rope": {"layer": ATTENTION, "config": "vllm.config:ModelConfig"},
     "kvllm.engine.runner_v1": {
         "runner": RUNNER_V1,

@@ -6,11 +6,12 @@ import copy
 import functools
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.logger import init_logger
 
 from kvllm import support
 from kvllm.compression.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
-from kvllm.compression.rounding import PLAIN_BITS, Rounding
+from kvllm.compression.rounding import PACKED_BITS, PLAIN_BITS, Rounding, packed_block_tokens
 from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
 from kvllm.layers import Local, local_layers
@@ -18,7 +19,7 @@ from kvllm.layout import Geometry
 from kvllm.methods import checked_config
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import CacheConfig, ModelConfig, VllmConfig
     from vllm.sampling_params import SamplingParams
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
@@ -47,12 +48,22 @@ def request_ratio(config: KvConfig, params: SamplingParams | None) -> float:
     return check_retention_ratio(extra[RATIO_KEY], RATIO_KEY)
 
 
+def packed_tokens(vllm_config: VllmConfig) -> int | None:
+    """Survivors that one packed block holds; None where they are not packed, as on a CPU."""
+    config = kv_config(vllm_config)
+    if config is None or config.survivor_bits == PLAIN_BITS or vllm_config.device_config.device_type == "cpu":
+        return None
+    head_size = vllm_config.model_config.get_head_size()
+    return packed_block_tokens(vllm_config.cache_config.block_size, head_size, config.survivor_bits)
+
+
 class Geometries:
     """The geometry of each request, by its ratio; the same in the client, the scheduler and the worker."""
 
-    def __init__(self, config: KvConfig, block_size: int) -> None:
+    def __init__(self, config: KvConfig, block_size: int, packed_tokens: int | None = None) -> None:
         self.config = config
         self.block_size = block_size
+        self.packed_tokens = packed_tokens
         # The scheduler asks for every running request in every step. One object for each of `all_ratios`.
         self._made: dict[float, Geometry | None] = {}
         self.of_ratio = functools.lru_cache(maxsize=1024)(self._of_ratio)
@@ -65,13 +76,19 @@ class Geometries:
     def _of_ratio(self, ratio: float) -> Geometry | None:
         ratio = self.config.nearest_ratio(ratio)
         if ratio not in self._made:
-            self._made[ratio] = Geometry.from_config(self.config, self.block_size, ratio)
+            self._made[ratio] = Geometry.from_config(self.config, self.block_size, ratio, self.packed_tokens)
         return self._made[ratio]
 
+    @classmethod
+    def of_engine(cls, vllm_config: VllmConfig) -> Geometries:
+        config = kv_config(vllm_config)
+        assert config is not None
+        return cls(config, vllm_config.cache_config.block_size, packed_tokens(vllm_config))
 
-def allowed_geometries(config: KvConfig, block_size: int) -> list[Geometry]:
+
+def allowed_geometries(config: KvConfig, block_size: int, packed_tokens: int | None = None) -> list[Geometry]:
     """Every geometry that a compressed request can have, each once."""
-    made = (Geometry.from_config(config, block_size, ratio) for ratio in config.all_ratios)
+    made = (Geometry.from_config(config, block_size, ratio, packed_tokens) for ratio in config.all_ratios)
     return list(dict.fromkeys(geometry for geometry in made if geometry is not None))
 
 
@@ -92,8 +109,8 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     if not cache.user_specified_block_size:
         cache.block_size = DEFAULT_BLOCK_SIZE[device]
         cache.user_specified_block_size = True
-    _check_geometry(config, cache.block_size, vllm_config.model_config.max_model_len)
-    _check_survivor_bits(config, device, cache.block_size, vllm_config.model_config)
+    _check_survivor_bits(config, device, cache, vllm_config.model_config)
+    _check_geometry(config, cache.block_size, vllm_config.model_config.max_model_len, packed_tokens(vllm_config))
     for found in support.engine_reasons(vllm_config, device):
         raise UsageError(f"KvLLM does not support {found}.")
     # Cascade attention reads the prefix of the unshortened tables.
@@ -159,29 +176,40 @@ def gpu_memory() -> int | None:
     return current_platform.get_device_total_memory() if current_platform.is_cuda() else None
 
 
-def _check_survivor_bits(config: KvConfig, device: str, block_size: int, model_config: Any) -> None:
+def _check_survivor_bits(config: KvConfig, device: str, cache: CacheConfig, model_config: ModelConfig) -> None:
     """Raise UsageError where survivors cannot be rounded; on a CPU, log that rounding saves no memory there."""
-    if config.survivor_bits == PLAIN_BITS:
+    bits = config.survivor_bits
+    if bits == PLAIN_BITS:
         return
-    if device != "cpu":
-        raise UsageError(
-            f"survivor_bits={config.survivor_bits}: packed storage on GPUs is not there yet. Use survivor_bits=16."
-        )
-    rounding = Rounding.from_config(config, block_size, model_config.get_head_size())
+    rounding = Rounding.from_config(config, cache.block_size, model_config.get_head_size())
     assert rounding is not None
-    logger.info(
-        "KvLLM: survivor_bits=%d: on a CPU, survivors are rounded in runs of %d tokens but stored in the cache's own "
-        "type. Outputs are those of packed storage, but rounding saves no memory.",
-        rounding.bits,
-        rounding.block_tokens,
-    )
+    if device == "cpu":
+        logger.info(
+            "KvLLM: survivor_bits=%d: on a CPU, survivors are rounded in runs of %d tokens but stored in the cache's "
+            "own type. Outputs are those of packed storage, but rounding saves no memory.",
+            bits,
+            rounding.block_tokens,
+        )
+        return
+    if bits != PACKED_BITS:
+        raise UsageError(f"survivor_bits={bits}: GPUs pack survivors in {PACKED_BITS} bits. Use {PACKED_BITS}, or 16.")
+    if cache.cache_dtype not in ("auto", "bfloat16", "float16"):
+        raise UsageError(
+            f"survivor_bits={bits}: not with kv_cache_dtype={cache.cache_dtype} on a GPU. Use --kv-cache-dtype auto, "
+            "or survivor_bits=16."
+        )
+    if model_config.dtype not in (torch.bfloat16, torch.float16):
+        raise UsageError(
+            f"survivor_bits={bits}: GPUs compute attention over packed survivors in 16 bits, not in dtype="
+            f"{str(model_config.dtype).removeprefix('torch.')}. Use --dtype bfloat16, or survivor_bits=16."
+        )
 
 
-def _check_geometry(config: KvConfig, block_size: int, max_model_len: int) -> None:
+def _check_geometry(config: KvConfig, block_size: int, max_model_len: int, packed: int | None) -> None:
     """Raise UsageError for sizes that do not fit the block size, or a prompt budget that leaves no room to decode."""
-    geometry = Geometry.from_config(config, block_size)
+    geometry = Geometry.from_config(config, block_size, packed_tokens=packed)
     try:
-        allowed_geometries(config, block_size)
+        allowed_geometries(config, block_size, packed)
     except UsageError as e:
         raise UsageError(f"request_ratios={config.request_ratios!r}: {e}") from e
     if geometry is None or not geometry.prompt_budget:

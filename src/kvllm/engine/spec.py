@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvllm.compression.blocks import close_gap
-from kvllm.engine.settings import kv_config
+from kvllm.engine.settings import kv_config, packed_tokens
 from kvllm.layout import Geometry
 
 if TYPE_CHECKING:
@@ -32,8 +32,9 @@ class KvSpec(FullAttentionSpec):
 
         A request that is not compressed, or has a long prompt, can need more: it is refused when it arrives.
         """
-        config = kv_config(vllm_config)
-        geometry = Geometry.from_config(config, self.block_size) if config is not None else None
+        geometry = None
+        if (config := kv_config(vllm_config)) is not None:
+            geometry = Geometry.from_config(config, self.block_size, packed_tokens=packed_tokens(vllm_config))
         if geometry is None:
             return super().max_memory_usage_bytes(vllm_config)
         return geometry.peak_blocks(1, vllm_config.model_config.max_model_len) * self.page_size_bytes

@@ -10,8 +10,9 @@ from torch import Tensor
 
 
 def join_segments_ref(
-    block_table: Tensor, seq_lens: Tensor, seq_lens_out: Tensor, survivor_blocks: Tensor, plan: Tensor, block_size: int
-) -> None:
+    block_table: Tensor, seq_lens: Tensor, seq_lens_out: Tensor, survivor_blocks: Tensor, plan: Tensor, block_size: int,
+    packed: bool = False,
+) -> None:  # fmt: skip
     """Leave out the blocks between the segments, and put the survivors' blocks behind the prompt's; in place.
 
     block_table:     [num_reqs, max_blocks] int32, rows of logical blocks, which become physical ones; entries past
@@ -22,10 +23,12 @@ def join_segments_ref(
     plan:            [4, at least num_reqs] int32: blocks of the prompt, blocks of the prefix segment, the logical block
                      at which the tail segment starts (`kvllm.compression.rows`; 0 leaves the request alone), and the
                      request's row of `survivor_blocks`
+    packed:          survivors are read by a kernel of their own (`kvllm.kernels.packed`), and left out here
     """
     for i in range(len(seq_lens)):
         prompt, prefix, tail, row = plan[:, i].tolist()
         length = int(seq_lens[i])
+        prefix = prompt if packed else prefix
         if tail:
             length -= (tail - prefix) * block_size
             num_blocks = -(-length // block_size)
@@ -35,8 +38,9 @@ def join_segments_ref(
 
 
 def join_segments(
-    block_table: Tensor, seq_lens: Tensor, seq_lens_out: Tensor, survivor_blocks: Tensor, plan: Tensor, block_size: int
-) -> None:
+    block_table: Tensor, seq_lens: Tensor, seq_lens_out: Tensor, survivor_blocks: Tensor, plan: Tensor, block_size: int,
+    packed: bool = False,
+) -> None:  # fmt: skip
     """`join_segments_ref` as a Triton kernel, one program per request."""
     assert block_table.stride(1) == survivor_blocks.stride(1) == plan.stride(1) == 1
     if len(seq_lens):
@@ -51,6 +55,7 @@ def join_segments(
             plan.stride(0),
             BLOCK_SIZE=block_size,
             TILE=512,
+            PACKED=packed,
             num_warps=4,
         )
 
@@ -58,13 +63,16 @@ def join_segments(
 @triton.jit
 def _join_kernel(
     block_table, seq_lens, seq_lens_out, survivor_blocks, plan, stride_table, stride_survivors, stride_plan,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     req = tl.program_id(0).to(tl.int64)
     length = tl.load(seq_lens + req)
     tail = tl.load(plan + 2 * stride_plan + req)
     if tail > 0:
-        prompt, prefix = tl.load(plan + req), tl.load(plan + stride_plan + req)
+        prompt = tl.load(plan + req)
+        prefix = prompt
+        if not PACKED:
+            prefix = tl.load(plan + stride_plan + req)
         length -= (tail - prefix) * BLOCK_SIZE
         num_blocks = tl.cdiv(length, BLOCK_SIZE)
         table = block_table + req * stride_table

@@ -17,8 +17,9 @@ from transformers.models.auto.modeling_auto import (
 
 from kvllm import support
 from kvllm.compression.compressor import Compressor, most_survivors
+from kvllm.compression.footprint import head_dim_of
 from kvllm.compression.query_ring import query_shifts
-from kvllm.compression.rounding import Rounding
+from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.compression.rows import Due
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
@@ -55,14 +56,19 @@ class Request:
         config: KvConfig | None = None,
         block_size: int = 16,
         max_queries: int = 0,
+        packed: bool = False,
     ) -> None:
+        """packed: windows keep whole packed blocks, as where survivors are stored in fewer bits (on GPUs)"""
         check_model(model)
         if num_prompt_tokens < 1:
             raise ValueError(f"num_prompt_tokens={num_prompt_tokens}: a prompt has at least one token.")
         self.model = model
         self.num_prompt_tokens = num_prompt_tokens
         self.config = config
-        self.geometry = Geometry.from_config(config, block_size) if config else None
+        self.geometry = None
+        if config:
+            held = packed_block_tokens(block_size, head_dim_of(model.config.get_text_config()), config.survivor_bits)
+            self.geometry = Geometry.from_config(config, block_size, packed_tokens=held if packed else None)
         self.kept: list[Tensor] = []
         self.kept_prompt: Tensor | None = None
         self.num_computed_tokens = 0

@@ -271,8 +271,11 @@ def run_one(engine: Engine, run: dict[str, Any], engine_options: dict[str, Any] 
     spec, options, concurrency = engine.spec, run["options"], run["concurrency"]
     geometry, extra_args = None, None
     if options is not None:
+        from kvllm.engine.settings import packed_tokens
+
         config = checked_config(options)
-        geometry = Geometry.from_config(config, engine.block_size)
+        held = packed_tokens(engine.llm.vllm_config)
+        geometry = Geometry.from_config(config, engine.block_size, packed_tokens=held)
         if engine_options and engine_options["retention_ratio"] != config.retention_ratio:
             extra_args = {RATIO_KEY: config.retention_ratio}
 

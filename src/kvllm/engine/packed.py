@@ -1,0 +1,111 @@
+"""Packed survivors on GPUs: attention over them, merged into what each layer's backend computes over prompt and tail.
+
+The backend sees prompt and tail alone, and hands out the logarithm of its softmax's denominator besides its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvllm import support
+from kvllm.compression.paged_store import PagedCandidates
+from kvllm.compression.rounding import Rounding
+from kvllm.compression.rows import PREFIX, PROMPT
+from kvllm.engine.log_sum_exp import LOG_SUM_EXP, PATCH
+from kvllm.errors import UsageError
+from kvllm.kernels.packed.attend import Batch, PackedAttention, plan_parts
+from kvllm.kernels.packed.layout import PackedLayout
+from kvllm.kernels.packed.pack import pack
+from kvllm.kernels.paged import PagedCache
+from kvllm.layout import IntArray
+
+
+class PackedSurvivors:
+    """Merges attention over packed survivors into that of the layers, and packs what events keep.
+
+    Raises UsageError for layers whose attention cannot be merged.
+    """
+
+    def __init__(self, layers: list[Any], rounding: Rounding) -> None:
+        for layer in layers:
+            for reason in support.packed_reasons(layer):
+                raise UsageError(f"KvLLM does not support survivor_bits={rounding.bits} with {reason}.")
+        self.layers = layers
+        self.rounding = rounding
+        self.attention: PackedAttention | None = None
+        self.resumed = False  # whether the step computes several tokens of a request that has packed survivors
+        PATCH.apply()
+        for index, layer in enumerate(layers):
+            layer.impl.forward = self._merging(layer.impl.forward, index)
+
+    def attach(self, cache: PagedCache, survivor_blocks: Tensor, plan: Tensor) -> None:
+        """Read packed survivors of this cache from now on; `survivor_blocks` and `plan` as of `Batch`."""
+        first = self.layers[0]
+        self.cache, self.survivor_blocks, self.plan = cache, survivor_blocks, plan
+        attention = PackedAttention(
+            PackedLayout.of(cache, self.rounding),
+            first.num_heads,
+            first.num_kv_heads,
+            len(survivor_blocks),
+            plan.device,
+        )
+        self.stream = torch.cuda.Stream(plan.device)
+        # Compiled now: the first request that is resumed should not wait for it.
+        nothing = torch.zeros(1, first.num_heads, first.head_size, dtype=cache.dtype, device=plan.device)
+        lse = torch.zeros(first.num_heads, 1, device=plan.device)
+        empty = Batch(torch.zeros(2, dtype=torch.int32, device=plan.device), survivor_blocks, plan)
+        attention.merge(nothing, lse, nothing, cache.keys[0], cache.values[0], empty, 1.0, prefill=True)
+        self.attention = attention
+
+    def pack(self, candidates: PagedCandidates, num_kept: int) -> None:
+        pack(candidates.blocks, num_kept, self.cache, self.rounding)
+
+    def write_plan(self, plan: npt.NDArray[np.int32], counts: IntArray) -> None:
+        """Complete the plan of a step on the host; counts: [num_reqs], tokens of each request."""
+        num_reqs = len(counts)
+        num_blocks = plan[PREFIX, :num_reqs].astype(np.int64) - plan[PROMPT, :num_reqs]
+        self.resumed = bool((num_blocks[counts > 1] > 0).any())
+        ends = plan_parts(np.where(counts == 1, num_blocks, 0), self.layers[0].num_kv_heads)
+        plan[-1, :num_reqs] = ends
+        plan[-1, num_reqs:] = ends[-1]
+
+    def idle(self) -> None:
+        """Prepare a step that is not a real batch."""
+        self.plan.zero_()
+        self.resumed = False
+
+    def _merging(self, forward: Callable[..., Any], index: int) -> Callable[..., Any]:
+        scale = self.layers[index].impl.scale
+
+        def merging_forward(
+            layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any, output: Tensor,
+            *args: Any, **kwargs: Any,
+        ) -> Any:  # fmt: skip
+            if attn_metadata is None or self.attention is None:
+                return forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            num_tokens = attn_metadata.num_actual_tokens
+            batch = Batch(attn_metadata.query_start_loc, self.survivor_blocks, self.plan)
+            packed = (query[:num_tokens], self.cache.keys[index], self.cache.values[index], batch, scale)
+            # Beside the backend's kernels: neither fills the GPU to its end.
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                self.attention.attend(*packed)
+            LOG_SUM_EXP.wanted = True
+            try:
+                result = forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            finally:
+                LOG_SUM_EXP.wanted = False
+            current.wait_stream(self.stream)
+            # A graph that is captured with several tokens a request must serve steps that have such requests.
+            prefill = attn_metadata.max_query_len > 1 and (self.resumed or torch.cuda.is_current_stream_capturing())
+            self.attention.finish(output[:num_tokens], LOG_SUM_EXP.take(), *packed, prefill)
+            return result
+
+        return merging_forward

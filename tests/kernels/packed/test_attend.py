@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvllm.compression.rounding import Rounding, packed_block_tokens
+from kvllm.kernels.packed.attend import Batch, PackedAttention, max_parts, merge_packed_ref, plan_parts
+from kvllm.kernels.packed.layout import PackedLayout
+from kvllm.kernels.packed.pack import pack_ref
+from tests.kernels.paged_caches import random_blocks, random_cache
+
+SHAPES = [
+    # block_size, num_heads, num_kv_heads, head_dim, dtype, token_major
+    (16, 8, 2, 128, torch.bfloat16, False),
+    (16, 3, 3, 64, torch.float16, True),
+    (16, 10, 2, 256, torch.bfloat16, False),
+    (32, 6, 1, 64, torch.float32, True),
+    (16, 14, 1, 96, torch.bfloat16, False),
+]
+# Query tokens and packed blocks of each request: none packed, one, several programs' share, prefill chunks.
+BATCHES = [
+    ([1, 1, 1], [0, 1, 35]),
+    ([1, 5, 1, 9], [2, 3, 0, 0]),
+    ([70, 1], [17, 18]),
+]
+
+
+@pytest.mark.parametrize("counts, packed", BATCHES)
+@pytest.mark.parametrize("block_size, num_heads, num_kv_heads, head_dim, dtype, token_major", SHAPES)
+def test_merge(block_size, num_heads, num_kv_heads, head_dim, dtype, token_major, counts, packed, device):
+    rounding = Rounding(4, packed_block_tokens(block_size, head_dim, 4))
+    pool = 4 * sum(packed) + 8
+    cache = random_cache(
+        num_blocks=pool, block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype,
+        device=device, token_major=token_major,
+    )  # fmt: skip
+    layout = PackedLayout.of(cache, rounding)
+    per_block = -(-layout.num_tokens // block_size)
+    survivors = torch.full((len(counts) + 3, max(packed) + 5), -1, dtype=torch.int32, device=device)
+    plan = torch.full((5, len(counts) + 1), -7, dtype=torch.int32, device=device)
+    order = random_blocks(1, pool, pool, device)[0]
+    for i, num_blocks in enumerate(packed):
+        row, first = len(counts) - i + 1, 2 * i % 5
+        plan[:4, i] = torch.tensor([first, first + num_blocks, 99, row])
+        for j in range(num_blocks):
+            own, order = order[:per_block], order[per_block:]
+            pack_ref(own[None, :], layout.num_tokens, cache, rounding)
+            survivors[row, first + j] = own[0]
+    alone = np.array(packed) * (np.array(counts) == 1)
+    plan[4, : len(counts)] = torch.from_numpy(plan_parts(alone, num_kv_heads))
+    generator = torch.Generator().manual_seed(1)
+    shape = (sum(counts), num_heads, head_dim)
+    query, output = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
+    query = query * 2
+    lse = torch.randn(num_heads, sum(counts), generator=generator).to(device) + 5
+    starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    batch, scale = Batch(starts, survivors, plan), head_dim**-0.5
+    attention = PackedAttention(layout, num_heads, num_kv_heads, len(counts), device)
+    for layer in range(cache.num_layers):
+        expected, actual = output.clone(), output.clone()
+        attention.outputs.fill_(torch.nan)
+        attention.lse.fill_(torch.nan)
+        merge_packed_ref(expected, lse, query, cache.keys[layer], cache.values[layer], batch, layout, scale)
+        attention.merge(
+            actual, lse, query, cache.keys[layer], cache.values[layer], batch, scale, prefill=max(counts) > 1
+        )
+        # Keys are restored, and probabilities multiplied, in the model's dtype.
+        tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=300), st.sampled_from([1, 2, 8, 40]))
+def test_parts_cover_every_block_in_a_launch_of_known_size(num_blocks, num_kv_heads):
+    ends = plan_parts(np.array(num_blocks), num_kv_heads)
+    counts = np.diff(ends, prepend=0)
+    assert ends[-1] <= max_parts(len(num_blocks), num_kv_heads)
+    assert all(
+        (count > 0) == (blocks > 0) and count <= blocks for count, blocks in zip(counts, num_blocks, strict=True)
+    )
