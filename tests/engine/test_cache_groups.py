@@ -117,7 +117,7 @@ def test_the_v2_runner_gives_each_group_its_lengths(real: bool, capture: bool) -
         query_start_loc_np=np.arange(3, dtype=np.int32), query_start_loc=torch.arange(3, dtype=torch.int32),
         seq_lens=logical, seq_lens_cpu_upper_bound=logical.clone(), dcp_local_seq_lens=None,
         dcp_local_seq_lens_cpu_upper_bound=None, positions=None, is_prefilling_np=np.zeros(2, bool), prompt_lens=None,
-        idx_mapping_np=np.arange(2), fast_prefill=None, num_scheduled_tokens=np.ones(2, np.int64),
+        idx_mapping_np=np.arange(2), fast_prefill=None, num_scheduled_tokens=np.ones(2, np.int64), pcp=None,
     )  # fmt: skip
     state.prepared, state.num_removed = (batch, np.array([100, 0])) if real else (None, np.zeros(0, np.int64))
     tables = tuple(torch.full((2, 4), i) for i in range(3))
