@@ -11,7 +11,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 # From the ground up. A part may import those on the floors below its own, and itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("kvllm", "kvllm.errors"),
+    ("kvllm", "kvllm.errors", "kvllm.layers"),
+    ("kvllm.groups",),
     ("kvllm.options", "kvllm.support"),
     ("kvllm.config",),
     ("kvllm.layout", "kvllm.methods"),

@@ -28,6 +28,9 @@ LAYERS = ["sliding_attention", "full_attention"]
         config("mistral", sliding_window=512),  # as long as the longest text
         config("qwen2", use_sliding_window=False, sliding_window=16),
         config("gemma3_text", sliding_window=1024, layer_types=LAYERS, num_hidden_layers=2),
+        config("gemma3_text", sliding_window=64, layer_types=LAYERS, num_hidden_layers=2),
+        config("llama4_text", num_hidden_layers=4),
+        config("gpt_oss"),
         config("falcon", alibi=False),
         config("gptj"),
         config("gpt2"),
@@ -50,10 +53,22 @@ def test_served(made: Any) -> None:
         (config("biogpt"), "model_type=biogpt: how it tells positions apart is not known"),
         (config("mistral", sliding_window=511), "sliding_window=511: .* max_model_len=512; use --max-model-len 511,"),
         (
-            config("gemma3_text", sliding_window=64, layer_types=LAYERS, num_hidden_layers=2),
-            "sliding_window=64: all layers must be full attention",
+            config("ministral", sliding_window=64, layer_types=LAYERS[:1] * 2, num_hidden_layers=2),
+            "sliding_window=64: no layer is full attention, so there is nothing to compress if max_model_len=512",
         ),
-        (config("llama4_text", num_hidden_layers=4), "layer_types=chunked_attention: all layers"),
+        (
+            config("gemma3_text", sliding_window=64, layer_types=[*LAYERS, LAYERS[1]], num_hidden_layers=3),
+            "layer_types=2 of full attention, 1 others: vLLM would make 2 KV cache groups",
+        ),
+        (
+            config("llama4_text", num_hidden_layers=2, layer_types=["chunked_attention"] * 2),
+            "attention_chunk_size=8192: no layer is full attention",
+        ),
+        (
+            config("llama4_text", sliding_window=64, num_hidden_layers=3, layer_types=[*LAYERS, "chunked_attention"]),
+            "layer_types=chunked_attention, sliding_attention: only one of these",
+        ),
+        (config("gemma4_text"), "per_layer_config=head_dim: these must be the same in all layers"),
         (config("mamba2"), "layer_types=linear_attention: all layers"),
         (config("falcon_h1"), "layer_types=hybrid: all layers"),
         (config("jamba"), "layer_types=linear_attention: all layers"),

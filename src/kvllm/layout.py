@@ -6,6 +6,7 @@ the prompt length and the number of computed tokens alone, so scheduler and work
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -268,17 +269,30 @@ class Geometry:
         """The most blocks that a request ever holds while it grows to `num_tokens`."""
         return ceil_div(self.peak_tokens(num_prompt_tokens, num_tokens), self.block_size)
 
-    def max_tokens_that_fit(self, num_prompt_tokens: int, num_blocks: int) -> int:
-        """Longest text (prompt included) that one request may reach with `num_blocks` blocks; 0 if none."""
-        if self.peak_blocks(num_prompt_tokens, num_prompt_tokens + 1) > num_blocks:
-            return 0
-        low, high = num_prompt_tokens + 1, num_prompt_tokens + 2
-        while self.peak_blocks(num_prompt_tokens, high) <= num_blocks and high < 1 << 40:
-            low, high = high, high * 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.peak_blocks(num_prompt_tokens, middle) <= num_blocks else (low, middle)
-        return low
+    def max_tokens_that_fit(
+        self, num_prompt_tokens: int, num_blocks: int, beside: Callable[[int], int] = lambda num_tokens: 0
+    ) -> int:
+        """Longest text (prompt included) that one request may reach with `num_blocks` blocks; 0 if none.
+
+        beside: blocks that a text of so many tokens takes besides `peak_blocks`
+        """
+
+        def needed(num_tokens: int) -> int:
+            return self.peak_blocks(num_prompt_tokens, num_tokens) + beside(num_tokens)
+
+        shortest = num_prompt_tokens + 1
+        return most_that_fits(needed, shortest, num_blocks) if needed(shortest) <= num_blocks else 0
+
+
+def most_that_fits(needed: Callable[[int], int], low: int, num_blocks: int) -> int:
+    """The largest number from `low`, which fits, that needs `num_blocks` blocks or fewer."""
+    high = low + 1
+    while needed(high) <= num_blocks and high < 1 << 40:
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if needed(middle) <= num_blocks else (low, middle)
+    return low
 
 
 def _kept_blocks(retention_ratio: float, window_size: int, block_size: int, held: int) -> Fraction:

@@ -7,7 +7,8 @@ model's config alone. The engine asks again once the model is loaded, when each 
 Compression moves the survivors of a text together, so the index of a token in the cache no longer says where it was in
 the text. An attention layer may know positions only from what is in the cache: keys that are rotated, or that come from
 hidden states with a position embedding. A layer that computes anything from indices (ALiBi slopes, relative position
-bias, windows, chunks) would compute it from the wrong ones.
+bias, windows, chunks) would compute it from the wrong ones. So layers that look back over a window or a chunk are left
+to vLLM, and those beside them, of full attention, are compressed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvllm.errors import UsageError
+from kvllm.groups import Groups
+from kvllm.layers import Local, layer_kinds, local_layers
 
 CACHE_DTYPES = {
     "cpu": ("auto", "float16", "bfloat16"),
@@ -24,8 +27,14 @@ CACHE_DTYPES = {
 BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "TRITON_ATTN")}
 
 ALL_FULL = "all layers must be full attention"
-# Names that configs have for layers of full attention.
+# Names that configs have for layers of full attention, and for those that look back over a window or a chunk.
 FULL_ATTENTION = {"full_attention", "attention"}
+LOCAL_ATTENTION = {"sliding_attention", "chunked_attention"}
+NO_FULL = "no layer is full attention, so there is nothing to compress"
+SERVED_KINDS = "all layers must be full, sliding or chunked attention"
+# The classes of vLLM's attention layers that are served.
+ATTENTION = ("vllm.model_executor.layers.attention.attention", "Attention")
+CHUNKED = ("vllm.model_executor.layers.attention.chunked_local_attention", "ChunkedLocalAttention")
 # Fields of a config that say how the model tells positions apart: by rotating queries and keys.
 ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "rotary_pct", "rotary_emb_base")
 # Models that add a learned embedding of each position to the hidden states instead.
@@ -88,29 +97,40 @@ def check_model(config: Any, name: str, max_model_len: int | None = None) -> Non
 
 
 def _layer_kind_reasons(text: Any, max_model_len: int | None) -> list[str]:
-    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    if kinds is None:
+    if getattr(text, "is_heterogeneous", False):
+        differing = ", ".join(sorted(text.per_layer_attributes))
+        return [reason("per_layer_config", differing, "these must be the same in all layers")]
+    if getattr(text, "layer_types", None) is None and getattr(text, "layers_block_type", None) is None:
         states = [field for field in STATE_FIELDS if getattr(text, field, None)]
         if states:
-            return [reason(field, getattr(text, field), ALL_FULL) for field in states[:1]]
-    else:
-        if others := set(kinds) - FULL_ATTENTION - {"sliding_attention"}:
-            return [reason("layer_types", ", ".join(sorted(others)), ALL_FULL)]
-        if "sliding_attention" not in kinds:
-            return []
-    # A window that no text outgrows is full attention.
-    if not window or (max_model_len is not None and window >= max_model_len):
-        return []
+            return [reason(field, getattr(text, field), SERVED_KINDS) for field in states[:1]]
+    if others := set(layer_kinds(text)) - FULL_ATTENTION - LOCAL_ATTENTION:
+        return [reason("layer_types", ", ".join(sorted(others)), SERVED_KINDS)]
+    layers = local_layers(text, max_model_len)
+    kinds = {layer for layer in layers if layer is not None}
+    if None not in layers:
+        return [_all_local(text, layers[0], max_model_len)]
+    if len(kinds) > 1:
+        why = "only one of these may be beside full attention"
+        return [reason("layer_types", ", ".join(sorted(LOCAL_ATTENTION)), why)]
+    if (groups := Groups.of(layers)).num_full > 1:
+        counts = f"{layers.count(None)} of full attention, {len(layers) - layers.count(None)} others"
+        why = f"vLLM would make {groups.num_full} KV cache groups of those of full attention; compression needs one"
+        return [reason("layer_types", counts, why)]
+    return []
+
+
+def _all_local(text: Any, local: Local | None, max_model_len: int | None) -> str:
     longest = "unknown" if max_model_len is None else max_model_len
-    return [
-        reason(
-            "sliding_window",
-            window,
-            f"{ALL_FULL}, and sliding_attention is not if max_model_len={longest}; use --max-model-len {window}, or "
-            "--hf-overrides '{\"sliding_window\": null}' if the model allows it",
-        )
-    ]
+    if local is None or local.chunked:
+        return reason("attention_chunk_size", getattr(local, "size", None), NO_FULL)
+    window = text.sliding_window
+    return reason(
+        "sliding_window",
+        window,
+        f"{NO_FULL} if max_model_len={longest}; use --max-model-len {window}, or --hf-overrides "
+        "'{\"sliding_window\": null}' if the model allows it",
+    )
 
 
 def _position_reasons(text: Any) -> list[str]:
@@ -140,6 +160,7 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
     """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     scheduler_cls = vllm_config.scheduler_config.scheduler_cls
+    one_group = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
     backend = vllm_config.attention_config.backend
     prefill_parallel = getattr(parallel, "prefill_context_parallel_size", 1)
     before_model: list[tuple[bool, str, Any, str]] = [
@@ -160,6 +181,13 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
             "kv_transfer_config",
             getattr(vllm_config.kv_transfer_config, "kv_connector", None),
             "KV connectors would move blocks while they are compressed; leave it off",
+        ),
+        (
+            one_group and any(local_layers(model.hf_config.get_text_config(), model.max_model_len)),
+            "disable_hybrid_kv_cache_manager",
+            True,
+            "layers with a window or a chunk need KV cache groups of their own; leave it out, and "
+            "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE at 1",
         ),
         (cache.kv_sharing_fast_prefill, "kv_sharing_fast_prefill", True, "leave it off"),
         (
@@ -225,30 +253,41 @@ def model_state_reasons(cls: type) -> list[str]:
     return [reason("model_state", cls.__name__, ALL_FULL)]
 
 
+def is_local_layer(layer: Any, max_model_len: int) -> bool:
+    """Whether a layer of vLLM looks back over a window or a chunk. It is left alone, with a KV cache of vLLM's own."""
+    if _class_of(layer) == CHUNKED:
+        return True
+    window = layer.sliding_window if _class_of(layer) == ATTENTION else None
+    return window is not None and window < max_model_len
+
+
+def _class_of(layer: Any) -> tuple[str, str]:
+    return type(layer).__module__, type(layer).__qualname__
+
+
 def layer_reasons(layer: Any, max_model_len: int) -> list[str]:
-    """Why a layer of vLLM that keeps a KV cache cannot be compressed, from what the loaded layer itself says.
+    """Why a layer of vLLM that keeps a KV cache cannot be served, from what the loaded layer itself says.
 
     Soft-capped logits are served, since each depends on its own query and key alone, and so are attention sinks, which
     are one more logit. Scaling queries by their position (Llama 4) happens before the layer.
     """
-    cls = type(layer)
-    if (cls.__module__, cls.__qualname__) != ("vllm.model_executor.layers.attention.attention", "Attention"):
-        return [reason("class", f"{cls.__module__}.{cls.__qualname__}", ALL_FULL)]
-    window, impl = layer.sliding_window, layer.impl
+    local = is_local_layer(layer, max_model_len)
+    if not local and _class_of(layer) != ATTENTION:
+        return [reason("class", ".".join(_class_of(layer)), SERVED_KINDS)]
+    impl: Any = getattr(layer, "impl", None)
     checks: Iterable[tuple[bool, str, Any, str]] = (
         (layer.attn_type != "decoder", "attn_type", layer.attn_type, "all layers must be causal attention"),
         (
-            getattr(impl, "alibi_slopes", None) is not None,
+            not local and getattr(impl, "alibi_slopes", None) is not None,
             "alibi_slopes",
             len(impl.alibi_slopes) if getattr(impl, "alibi_slopes", None) is not None else None,
             "ALiBi takes distances from places in the cache",
         ),
-        (window is not None and window < max_model_len, "sliding_window", window, ALL_FULL),
         (
-            getattr(impl, "chunk_lookback", -1) > -1,
+            not local and getattr(impl, "chunk_lookback", -1) > -1,
             "chunk_lookback",
             getattr(impl, "chunk_lookback", -1),
-            ALL_FULL,
+            "a layer that looks back over chunks must have a window",
         ),
         (
             layer.kv_sharing_target_layer_name is not None,
@@ -256,9 +295,9 @@ def layer_reasons(layer: Any, max_model_len: int) -> list[str]:
             layer.kv_sharing_target_layer_name,
             "every layer must have a KV cache of its own",
         ),
-        (layer.use_mm_prefix, "use_mm_prefix", True, "all layers must be causal attention"),
+        (not local and layer.use_mm_prefix, "use_mm_prefix", True, "all layers must be causal attention"),
         (
-            layer.head_size_v != layer.head_size,
+            not local and layer.head_size_v != layer.head_size,
             "head_size_v",
             layer.head_size_v,
             f"keys and values must be equally wide, and keys have {layer.head_size} dimensions",

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, Qwen3Config
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
 
-from kvllm.cli.plan import parse_bytes, parse_lengths, plan, pool_bytes
+from kvllm.cli.plan import local_blocks, parse_bytes, parse_lengths, plan, pool_bytes
 from kvllm.compression.footprint import Footprint, default_max_num_seqs, fitting_max_num_seqs, footprint
 from kvllm.config import KvConfig
+from kvllm.groups import Groups
+from kvllm.layers import Local
 from kvllm.layout import Geometry
 
 SHAPE: dict[str, Any] = dict(
@@ -24,7 +26,8 @@ PARAMETERS = 1000 * 64 + 3 * (LAYER_MATRICES + 2 * 64) + 64
 def test_footprint_of_a_llama() -> None:
     # A token's KV: keys and values of 3 layers, 2 heads of 16 numbers, 2 bytes each.
     # 16 requests have 48 queries of 3 layers and 4 heads, each 16 bytes and a scale of four.
-    expected = Footprint(2 * PARAMETERS, kv_per_token=2 * 3 * 2 * 16 * 2, query_bank=16 * 48 * 3 * 4 * (16 + 4))
+    bank = 16 * 48 * 3 * 4 * (16 + 4)
+    expected = Footprint(2 * PARAMETERS, kv_per_token=2 * 3 * 2 * 16 * 2, query_bank=bank, groups=Groups(3))
     assert footprint(LlamaConfig(**SHAPE, tie_word_embeddings=True), KvConfig(), max_num_seqs=16) == expected
 
 
@@ -74,11 +77,32 @@ def test_an_unknown_quantization_asks_for_the_size() -> None:
     assert footprint(config, KvConfig(), 1, weights=123).weights == 123
 
 
-def test_layers_with_a_sliding_window_are_refused() -> None:
-    config = MistralConfig(**SHAPE)
-    config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
-    with pytest.raises(ValueError, match="sliding_attention"):
+def test_a_model_that_is_refused_has_no_plan() -> None:
+    config = MistralConfig(**SHAPE, sliding_window=128)
+    with pytest.raises(ValueError, match="sliding_window=128: no layer is full attention"):
         footprint(config, KvConfig(), 1)
+
+
+def test_layers_with_a_window_have_groups_of_their_own_and_no_bank() -> None:
+    # Three groups of two layers: one of full attention, two with a window.
+    shape = SHAPE | {"num_hidden_layers": 6, "head_dim": 16}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    found = footprint(Gemma3TextConfig(**shape, sliding_window=128, layer_types=kinds), KvConfig(), 1)
+    assert found.groups == Groups(2, 1, 2, Local(128))
+    assert found.kv_per_token == 2 * 2 * 2 * 16 * 2
+    assert found.query_bank == 48 * 2 * 4 * (16 + 4)
+    assert local_blocks(found.groups, 16, 1, 100) == 2 * 7
+    assert local_blocks(found.groups, 16, 1, 5000) == 2 * 10  # 127 tokens and two in flight, anywhere in their blocks
+    assert local_blocks(found.groups, 16, 1000, 5000) == 2 * 63  # the prompt, computed in one step
+
+
+def test_plans_count_all_groups() -> None:
+    geometry = Geometry.from_config(KvConfig(window_size=256, buffer_size=56, retention_ratio=0.3), 16)
+    made = Footprint(0, 100, 0, Groups(4, 1, 3, Local(128)))
+    (row,) = plan(made, 100 * 16 * 1000, geometry, 16, 256, [1408]).rows
+    local = 3 * 16  # while the prompt is computed; later 3 * 10
+    assert (row.stock_blocks, row.kvllm_blocks) == (88 + local, 50 + local)
+    assert (row.stock_requests, row.kvllm_requests) == (999 // 136, 999 // 98)
 
 
 def test_pool_is_the_share_less_weights_query_bank_and_reserve() -> None:

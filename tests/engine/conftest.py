@@ -125,7 +125,7 @@ def watch_blocks(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, i
         batch = compressor.runner.input_batch
         counts = [scheduled[req_id] for req_id in batch.req_ids]
         computed = batch.num_computed_tokens_cpu[: len(counts)].tolist()
-        logical = torch.from_numpy(batch.block_table[0].get_numpy_array()[: len(counts)].copy())
+        logical = torch.from_numpy(batch.block_table[compressor.group].get_numpy_array()[: len(counts)].copy())
         tables, lengths = attention_tables(compressor, logical, computed, counts)
         for i, req_id in enumerate(batch.req_ids):
             geometry, request = scheduler._compressed(req_id)

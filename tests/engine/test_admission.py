@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvllm.engine.admission import blocks_ahead
+from kvllm.groups import Groups
+from kvllm.layers import Local
 
 BLOCK, INTERVAL, FREED = 4, 32, 5
 REQUEST = st.tuples(st.integers(1, 40), st.integers(0, INTERVAL), st.integers(1, 100))
@@ -25,6 +27,32 @@ def test_equals_a_walk(requests: list[tuple[int, int, int]]) -> None:
                 now -= blocks
         most = max(most, now)
     actual = blocks_ahead(held, to_event, to_end, np.full(len(held), FREED), INTERVAL, BLOCK)
+    assert actual == most
+
+
+@given(st.lists(st.tuples(REQUEST, st.integers(1, 60)), min_size=1, max_size=6), st.booleans())
+def test_other_groups_count_what_they_will_hold(
+    requests: list[tuple[tuple[int, int, int], int]], chunked: bool
+) -> None:
+    """Two groups with a window of 20 tokens, or a chunk; a request that ends gives back the blocks of all groups."""
+    groups = Groups(1, 1, 2, Local(20, chunked))
+    (held, to_event, to_end), computed = np.array([r for r, _ in requests]).T, np.array([c for _, c in requests])
+    most = 0
+    for time in range(BLOCK, INTERVAL + 1, BLOCK):
+        now = 0
+        for (blocks, event, end), at in requests:
+            before = groups.local_blocks_held(at, BLOCK)
+            if end >= time:
+                now += (
+                    time // BLOCK - (FREED if event < time else 0) + groups.local_blocks_held(at + time, BLOCK) - before
+                )
+            else:
+                now -= blocks + before
+        most = max(most, now)
+    actual = blocks_ahead(
+        held, to_event, to_end, np.full(len(held), FREED), INTERVAL, BLOCK,
+        lambda steps: groups.local_blocks_held(computed + steps, BLOCK),
+    )  # fmt: skip
     assert actual == most
 
 

@@ -144,7 +144,7 @@ def test_sliding_window_models_are_refused(model_dir: Path, tmp_path: Path) -> N
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((model_dir / name).read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"sliding_window=128: all layers must be full attention"):
+    with pytest.raises(ValueError, match=r"sliding_window=128: no layer is full attention"):
         vllm_config(tmp_path, {})
 
 
@@ -155,6 +155,14 @@ def test_a_sliding_window_as_long_as_the_longest_text_is_served(model_dir: Path,
         (tmp_path / name).write_text((model_dir / name).read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert vllm_config(tmp_path, {}).scheduler_config.scheduler_cls == "kvllm.engine.scheduler.KvScheduler"
+
+
+@pytest.mark.parametrize("kind, architecture", [("gpt_oss", "GptOssForCausalLM"), ("llama4_text", "Llama4ForCausalLM")])
+def test_layers_with_a_window_or_chunk_need_groups_of_their_own(kind: str, architecture: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(kind, num_hidden_layers=4, architectures=[architecture]).save_pretrained(tmp_path)
+    vllm_config(tmp_path, {}, skip_tokenizer_init=True)
+    with pytest.raises(ValueError, match="disable_hybrid_kv_cache_manager=True: layers with .* leave it out"):
+        vllm_config(tmp_path, {}, skip_tokenizer_init=True, disable_hybrid_kv_cache_manager=True)
 
 
 def test_every_option_reaches_the_engine(model_dir: Path) -> None:

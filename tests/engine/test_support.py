@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
-from kvllm.engine.attention import compressed_layers
+from kvllm.engine.attention import compressed_layers, compressed_spec
 from kvllm.engine.settings import why_not_inspected
-from kvllm.support import layer_reasons, layers_reasons, model_state_reasons
+from kvllm.engine.spec import KvSpec
+from kvllm.support import is_local_layer, layer_reasons, layers_reasons, model_state_reasons
 
 MAX_MODEL_LEN = 512
 
@@ -43,7 +44,8 @@ def layer(**changes: Any) -> Any:
 
 def config_of(**layers: Any) -> Any:
     return SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN),
+        model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN, model="some/model"),
+        cache_config=SimpleNamespace(block_size=32),
         compilation_config=SimpleNamespace(static_forward_context=layers),
     )
 
@@ -78,7 +80,6 @@ def test_served(changes: dict[str, Any]) -> None:
     "changes, message",
     [
         ({"impl": {"alibi_slopes": torch.ones(4)}}, "alibi_slopes=4: ALiBi"),
-        ({"sliding_window": MAX_MODEL_LEN - 1}, "sliding_window=511: all layers must be full"),
         ({"impl": {"chunk_lookback": 0}}, "chunk_lookback=0"),
         ({"kv_sharing_target_layer_name": "a"}, "kv_sharing_target_layer_name=a: every layer"),
         ({"attn_type": "encoder_only"}, "attn_type=encoder_only"),
@@ -96,7 +97,8 @@ def test_every_other_class_of_vllm_with_a_cache_is_refused() -> None:
     def below(cls: type) -> set[type]:
         return {cls}.union(*map(below, cls.__subclasses__()))
 
-    others = [cls for cls in below(AttentionLayerBase) if cls is not Attention and not inspect.isabstract(cls)]
+    served = {Attention, ChunkedLocalAttention}
+    others = [cls for cls in below(AttentionLayerBase) - served if not inspect.isabstract(cls)]
     assert len(others) > 5  # those that importing vLLM's layers brings: MLA, cross attention, static sinks and others
     for cls in others:
         (found,) = layer_reasons(object.__new__(cls), MAX_MODEL_LEN)
@@ -105,8 +107,37 @@ def test_every_other_class_of_vllm_with_a_cache_is_refused() -> None:
 
 def test_a_cache_beside_attention_is_refused_and_a_layer_without_one_left_alone() -> None:
     assert list(compressed_layers(config_of(a=layer(), b=Cache(None)))) == ["a"]
-    with pytest.raises(ValueError, match=r"layer model.indexer with class=.*Cache: all layers must be full attention"):
+    with pytest.raises(
+        ValueError, match=r"layer model.indexer with class=.*Cache: all layers must be full, sliding or"
+    ):
         compressed_layers(config_of(a=layer(), **{"model.indexer": Cache(SPEC)}))
+
+
+def test_layers_that_look_back_less_far_are_left_alone() -> None:
+    """Whatever their heads are like; but a KV cache of another layer, or attention that is not causal, is refused."""
+    window = layer(sliding_window=MAX_MODEL_LEN - 1, num_kv_heads=4, head_size_v=16, impl={"chunk_lookback": 1})
+    chunked = ChunkedLocalAttention.__new__(ChunkedLocalAttention)
+    torch.nn.Module.__init__(chunked)
+    for name, value in (vars(layer()) | {"attention_chunk_size": 64, "kv_cache_torch_dtype": torch.float32}).items():
+        if name not in vars(chunked):
+            setattr(chunked, name, value)
+    assert is_local_layer(window, MAX_MODEL_LEN) and is_local_layer(chunked, MAX_MODEL_LEN)
+    assert not is_local_layer(window, MAX_MODEL_LEN - 1) and not is_local_layer(layer(), MAX_MODEL_LEN)
+    assert list(compressed_layers(config_of(a=window, b=layer(), c=chunked))) == ["b"]
+    assert window.sliding_window == MAX_MODEL_LEN - 1
+    with pytest.raises(ValueError, match="layer a with kv_sharing_target_layer_name=b"):
+        compressed_layers(config_of(a=layer(sliding_window=64, kv_sharing_target_layer_name="b"), b=layer()))
+    with pytest.raises(ValueError, match="does not support some/model: no layer is full attention"):
+        compressed_layers(config_of(a=window, c=chunked))
+
+
+def test_only_full_attention_gets_our_spec() -> None:
+    shape: dict[str, Any] = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+    window = SlidingWindowSpec(sliding_window=64, **shape)
+    assert compressed_spec("a", window) is window and compressed_spec("a", None) is None
+    assert type(compressed_spec("a", SPEC)) is KvSpec
+    with pytest.raises(ValueError, match="layer a with ChunkedLocalAttentionSpec: all layers must be full, sliding or"):
+        compressed_spec("a", ChunkedLocalAttentionSpec(attention_chunk_size=64, **shape))
 
 
 @pytest.mark.parametrize("cpu", [True, False])

@@ -164,6 +164,7 @@ class SymbolicCompressor(CompressorV1):
         self.runner, self.config, self.geometries = runner, config, Geometries(config, BLOCK_SIZE)
         self.state, self.store = label_state(config, cache, max_num_seqs)
         self.running = RunningRequests(max_num_seqs)
+        self.group = 0
         self.skip_step()
 
 

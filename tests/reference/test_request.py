@@ -202,14 +202,13 @@ def test_bad_lengths_are_refused():
 
 
 def test_models_with_other_layers_are_refused():
-    qwen = tiny_config("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1)
-    mixed = type(tiny_model("qwen2"))(qwen)
-    with pytest.raises(ValueError, match="Qwen2ForCausalLM with sliding_window=16: all layers must be full attention"):
-        Request(mixed, 4)
+    qwen = tiny_config("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=0)
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM with sliding_window=16: no layer is full attention"):
+        Request(type(tiny_model("qwen2"))(qwen), 4)
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     mistral = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=16))
-    with pytest.raises(ValueError, match="MistralForCausalLM with sliding_window=16: all layers must be full"):
+    with pytest.raises(ValueError, match="MistralForCausalLM with sliding_window=16: no layer is full attention"):
         check_model(mistral)
     check_model(MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=None)))
     with pytest.raises(ValueError, match="BloomForCausalLM with model_type=bloom: ALiBi"):

@@ -11,16 +11,21 @@ from rich.table import Table
 
 from kvllm.compression.footprint import Footprint
 from kvllm.errors import UsageError
+from kvllm.groups import Groups
 from kvllm.layout import Geometry, ceil_div
 from kvllm.options import parse_numbers
 
 # Not pydantic.ByteSize, which ignores what follows the first number and unit: it reads 1.2.3G as 1.2 bytes.
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+# What blocks behind a local layer's view wait for: asynchronous scheduling has two steps in flight, and on a large GPU
+# vLLM's server computes so many tokens of prompts in one.
+STEPS_IN_FLIGHT, PREFILL_TOKENS = 2, 8192
 
 
 @dataclass(frozen=True)
 class Row:
-    """Requests that grow to `length` tokens, prompt included: blocks each holds at its peak, and how many fit."""
+    """Requests that grow to `length` tokens, prompt included: blocks each holds at its peak in all groups, and how many
+    requests fit."""
 
     length: int
     stock_blocks: int
@@ -66,9 +71,17 @@ def plan(
             )
         stock = ceil_div(length, block_size)
         ours = geometry.peak_blocks(num_prompt_tokens, length) if geometry else stock
+        local = local_blocks(footprint.groups, block_size, num_prompt_tokens, length)
+        stock, ours = stock + local, ours + local
         # vLLM keeps one block, the null block.
         rows.append(Row(length, stock, (stock_num_blocks - 1) // stock, ours, (num_blocks - 1) // ours))
     return Plan(pool_bytes, num_blocks, stock_num_blocks, block_size, num_prompt_tokens, footprint, rows)
+
+
+def local_blocks(groups: Groups, block_size: int, num_prompt_tokens: int, length: int) -> int:
+    """Blocks of local groups that a request holds at most: while its prompt is computed, or later."""
+    prefill = groups.local_blocks(num_prompt_tokens, block_size, STEPS_IN_FLIGHT * PREFILL_TOKENS)
+    return max(prefill, groups.local_blocks(length, block_size, STEPS_IN_FLIGHT))
 
 
 def pool_bytes(memory: int, utilization: float, reserve: int, footprint: Footprint) -> int:
@@ -85,11 +98,12 @@ def pool_bytes(memory: int, utilization: float, reserve: int, footprint: Footpri
 
 def summary(plan: Plan) -> str:
     """Where the memory goes, in one line."""
-    gib = 2**30
+    gib, num_local = 2**30, plan.footprint.groups.num_local
     return (
         f"weights {plan.footprint.weights / gib:.2f} GiB, query bank {plan.footprint.query_bank / gib:.2f} GiB, "
         f"KV pool {plan.pool_bytes / gib:.2f} GiB = {plan.num_blocks} blocks of {plan.block_size} tokens "
         f"(stock: {plan.stock_num_blocks}), {plan.footprint.kv_per_token / 2**10:.1f} KiB a token"
+        + (f" and KV cache group, of which 1 of {1 + num_local} is compressed" if num_local else "")
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
+from kvllm.groups import Groups
+from kvllm.layers import local_layers
 from kvllm.support import check_model
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -18,11 +20,17 @@ BANK_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model takes of a device, in bytes."""
+    """What a model takes of a device, in bytes.
+
+    kv_per_token: of the layers of one KV cache group, so of the slots that one token takes in one block
+    query_bank:   KvLLM's only
+    groups:       of its layers; by default all are in one group, which is compressed
+    """
 
     weights: int
     kv_per_token: int
-    query_bank: int  # KvLLM's only
+    query_bank: int
+    groups: Groups = Groups(group_size=1)
 
 
 def footprint(
@@ -33,7 +41,7 @@ def footprint(
     weights: int | None = None,
     max_model_len: int | None = None,
 ) -> Footprint:
-    """Bytes of the weights (counted unless given), of one token's KV and of the query bank.
+    """Bytes of the weights (counted unless given), of one token's KV and of the query bank, and the KV cache groups.
 
     config:        a transformers config
     max_model_len: longest text, prompt included; default: the config's
@@ -45,18 +53,21 @@ def footprint(
 
     check_model(config, config.model_type, max_model_len)
     dtype = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
-    num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
+    text = config.get_text_config()
+    layers = local_layers(text, max_model_len or getattr(text, "max_position_embeddings", None))
+    groups, num_heads = Groups.of(layers), config.num_attention_heads
     head_dim = head_dim_of(config)
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     kv_bytes = 1 if kv_cache_dtype.startswith("fp8") else DTYPE_BYTES[dtype]
     bank = QueryBank.allocate(
-        num_layers, max_num_seqs, compression.num_queries, num_heads, num_kv_heads, head_dim,
+        layers.count(None), max_num_seqs, compression.num_queries, num_heads, num_kv_heads, head_dim,
         compression.query_stride, getattr(torch, dtype), device="meta",
     )  # fmt: skip
     return Footprint(
         weights=weight_bytes(config, DTYPE_BYTES[dtype]) if weights is None else weights,
-        kv_per_token=2 * num_layers * num_kv_heads * head_dim * kv_bytes,
+        kv_per_token=2 * groups.group_size * num_kv_heads * head_dim * kv_bytes,
         query_bank=bank.num_bytes,
+        groups=groups,
     )
 
 

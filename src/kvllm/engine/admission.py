@@ -7,22 +7,35 @@ answer again. So a request is admitted only into what the running ones leave fre
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from kvllm.layout import IntArray
 
 
 def blocks_ahead(
-    held: IntArray, to_event: IntArray, to_end: IntArray, freed: IntArray, interval: int, block_size: int
+    held: IntArray,
+    to_event: IntArray,
+    to_end: IntArray,
+    freed: IntArray,
+    interval: int,
+    block_size: int,
+    local_blocks: Callable[[IntArray], IntArray] | None = None,
 ) -> int:
     """Most blocks that requests will hold beyond today's, at any time in the next `interval` steps.
 
-    held:     [num_reqs], blocks held now
-    to_event: [num_reqs], steps to the next event; to_end: steps until the request must end
-    freed:    [num_reqs], blocks that an event frees
+    held:         [num_reqs], blocks held now of the group that is compressed
+    to_event:     [num_reqs], steps to the next event; to_end: steps until the request must end
+    freed:        [num_reqs], blocks that an event frees
+    local_blocks: blocks of all other groups that the requests hold after so many steps, [any, num_reqs] of both
     """
     steps = np.arange(block_size, interval + 1, block_size)[:, None]  # [num_times, 1]
-    grown = np.minimum(steps, to_end) // block_size
+    lasting = np.minimum(steps, to_end)
+    grown = lasting // block_size
+    if local_blocks is not None:
+        local_now = local_blocks(np.zeros_like(to_end))
+        held, grown = held + local_now, grown + local_blocks(lasting) - local_now
     happened = freed * (to_event < steps)
     gone = np.where(to_end < steps, held + grown - happened, 0)
     return max(0, int((grown - happened - gone).sum(axis=1).max(initial=0)))

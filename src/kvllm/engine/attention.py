@@ -15,7 +15,7 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvllm import support
 from kvllm.engine.spec import KvSpec
@@ -27,11 +27,12 @@ Store = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None"], None]
 
 
 def compressed_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
-    """The layers of the loaded model that keep a KV cache, by name; layers without one are left out, and alone.
+    """The layers of full attention of the loaded model, by name. Others are left alone: layers without a KV cache, and
+    local ones, which look back over a window or a chunk.
 
     A sliding window that no text outgrows is taken away: such a layer is full attention, but vLLM would free the blocks
     behind the window in groups of their own.
-    Raises UsageError, naming layer and reason, unless each of them is known to be full attention.
+    Raises UsageError, naming layer and reason, unless each layer with a KV cache is known to be one or the other.
     """
     max_model_len = vllm_config.model_config.max_model_len
     found: dict[str, Attention] = {}
@@ -41,24 +42,31 @@ def compressed_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
             continue
         for reason in support.layer_reasons(layer, max_model_len):
             raise UsageError(f"KvLLM does not support layer {name} with {reason}.")
+        if support.is_local_layer(layer, max_model_len):
+            continue
         if layer.sliding_window is not None:
             layer.sliding_window = None
             layer.impl.sliding_window = (-1, -1) if isinstance(layer.impl.sliding_window, tuple) else -1
         found[name] = layer
     for reason in support.layers_reasons(found):
         raise UsageError(f"KvLLM does not support {reason}.")
+    if not found:
+        raise UsageError(f"KvLLM does not support {vllm_config.model_config.model}: {support.NO_FULL}.")
     return found
 
 
 def compressed_spec(layer_name: str, spec: Any) -> Any:
-    """Our spec with the fields of a layer's own; UsageError where the layer is not plain full attention.
+    """Our spec with the fields of a layer's own, where that is of full attention; a sliding window keeps its own.
 
-    Layers are checked one by one in `compressed_layers`, before vLLM asks for their specs.
+    Layers are checked one by one in `compressed_layers`, before vLLM asks for their specs. Layers of chunked attention
+    are not asked here.
     """
-    if spec is None:
-        return None
+    if spec is None or type(spec) is SlidingWindowSpec:
+        return spec
     if type(spec) is not FullAttentionSpec:
-        raise UsageError(f"KvLLM does not support layer {layer_name} with {type(spec).__name__}: {support.ALL_FULL}.")
+        raise UsageError(
+            f"KvLLM does not support layer {layer_name} with {type(spec).__name__}: {support.SERVED_KINDS}."
+        )
     return KvSpec(**{f.name: getattr(spec, f.name) for f in fields(spec)})
 
 

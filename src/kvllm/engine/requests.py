@@ -12,10 +12,11 @@ from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from kvllm.config import RATIO_KEY, USAGE_KEY
-from kvllm.engine.settings import Geometries, kv_config, request_ratio
+from kvllm.engine.settings import Geometries, kv_config, local_layers_of, request_ratio
 from kvllm.engine.usage import Watch
 from kvllm.errors import UsageError
-from kvllm.layout import Geometry, ceil_div
+from kvllm.groups import Groups
+from kvllm.layout import Geometry, ceil_div, most_that_fits
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -92,6 +93,7 @@ class RequestCheck:
         self.vllm_config = vllm_config
         self.block_size = vllm_config.cache_config.block_size
         self.geometries = Geometries.of_engine(vllm_config)
+        self.groups = Groups.of(local_layers_of(vllm_config))
         # What vLLM puts in place of a max_tokens that was left out: the model's own default, or that of SamplingParams
         # and /v1/completions. (Elsewhere it is what max_model_len leaves.)
         self.default_max_tokens = {
@@ -146,11 +148,12 @@ class RequestCheck:
                 remedy += ", which the server's operator must allow first, with --request-ratios 1.0"
             raise VLLMValidationError(f"streaming input sessions cannot be compressed; {remedy}", parameter="resumable")
         max_model_len = self.vllm_config.model_config.max_model_len
-        if num_blocks and ceil_div(max_model_len, self.block_size) > num_blocks:
+        if num_blocks and self._peak_blocks(None, 0, max_model_len) > num_blocks:
+            most = self._max_tokens_that_fit(None, 0, num_blocks)
             raise VLLMValidationError(
                 f"a streaming input session may grow to max_model_len={max_model_len} tokens and is not compressed, "
-                f"and the KV cache holds {num_blocks * self.block_size}; start the server with a --max-model-len of at "
-                f"most {num_blocks * self.block_size}, or with a larger KV cache",
+                f"and the KV cache holds {most}; start the server with a --max-model-len of at most {most}, or with a "
+                "larger KV cache",
                 parameter="resumable",
             )
 
@@ -167,11 +170,11 @@ class RequestCheck:
         most = self._max_tokens_that_fit(geometry, num_prompt_tokens, num_blocks)
         if most < 1:
             # Before the first token nothing has been compressed, whatever the ratio.
+            capacity = self._max_tokens_that_fit(None, 0, num_blocks)
             raise VLLMValidationError(
                 f"a prompt of {num_prompt_tokens} tokens does not fit: prompt and first generated token must fit in "
-                f"the KV cache, which holds {num_blocks * self.block_size} tokens; use a prompt of at most "
-                f"{num_blocks * self.block_size - 1} tokens, or start the server with a larger KV cache "
-                "(--gpu-memory-utilization, --kv-cache-memory-bytes)",
+                f"the KV cache, which holds {capacity} tokens; use a prompt of at most {capacity - 1} tokens, or start "
+                "the server with a larger KV cache (--gpu-memory-utilization, --kv-cache-memory-bytes)",
                 parameter="input_tokens",  # vLLM's name for it, in its refusal of prompts beyond max_model_len
             )
         # vLLM fills in a max_tokens that was left out before the request gets here. A client that asks for as much as
@@ -194,8 +197,8 @@ class RequestCheck:
                 raise VLLMValidationError(
                     f"prefix_budget_exhausted: a prompt of {num_prompt_tokens} tokens is cut to "
                     f"prompt_budget={geometry.prompt_budget} once {due - num_prompt_tokens} tokens are generated, and "
-                    f"takes {ceil_div(due, self.block_size)} KV blocks until then; the pool has {num_blocks}. {remedy} "
-                    "A shorter prompt helps too.",
+                    f"takes {self._peak_blocks(None, 0, due)} KV blocks until then; the pool has {num_blocks}. "
+                    f"{remedy} A shorter prompt helps too.",
                     parameter="max_tokens",
                 )
         raise VLLMValidationError(
@@ -205,14 +208,22 @@ class RequestCheck:
         )
 
     def _peak_blocks(self, geometry: Geometry | None, num_prompt_tokens: int, num_generated: int) -> int:
+        """The most blocks of all KV cache groups that the request can hold, as the scheduler admits it."""
         total = num_prompt_tokens + num_generated
-        return ceil_div(total, self.block_size) if geometry is None else geometry.peak_blocks(num_prompt_tokens, total)
+        own = ceil_div(total, self.block_size) if geometry is None else geometry.peak_blocks(num_prompt_tokens, total)
+        return own + self._local_blocks(total)
+
+    def _local_blocks(self, num_tokens: int) -> int:
+        if self.groups.local is None:
+            return 0
+        return self.groups.local_blocks(num_tokens, self.block_size, self.vllm_config.max_in_flight_tokens)
 
     def _max_tokens_that_fit(self, geometry: Geometry | None, num_prompt_tokens: int, num_blocks: int) -> int:
         """Most tokens that the request can generate; 0 or less where not even one."""
-        if geometry is None:
-            return num_blocks * self.block_size - num_prompt_tokens
-        return geometry.max_tokens_that_fit(num_prompt_tokens, num_blocks) - num_prompt_tokens
+        if geometry is not None:
+            return geometry.max_tokens_that_fit(num_prompt_tokens, num_blocks, self._local_blocks) - num_prompt_tokens
+        whole = most_that_fits(lambda n: n + self._local_blocks(n * self.block_size), 0, num_blocks)
+        return whole * self.block_size - num_prompt_tokens
 
     def _other_ratio(self, num_prompt_tokens: int, num_generated: int, num_blocks: int) -> str:
         """The highest allowed ratio with which the request would fit, as another remedy; "" if there is none."""

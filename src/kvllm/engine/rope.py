@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import Phi3LongRoPEScaledRotaryEmbedding
 from vllm.model_executor.models.transformers.base import Base as TransformersBackend
@@ -43,7 +44,8 @@ def rope_of(model: nn.Module, layers: Sequence[Any], config: Any, device: torch.
             if isinstance(model, TransformersBackend):
                 decoder = model.model.get_decoder()
                 candidates = transformers_candidates(decoder, config.max_model_len)
-                queries = _decoder_queries(decoder, parents, layers, positions, config)
+                others = [module for module in model.modules() if isinstance(module, Attention)]
+                queries = _decoder_queries(decoder, parents, layers, others, positions, config)
             else:
                 candidates = _candidates(model)
                 states = probe_hidden_states(len(positions), config.get_hidden_size(), config.dtype, device)
@@ -91,10 +93,19 @@ class _Taken(Exception):
 
 
 def _decoder_queries(
-    decoder: nn.Module, parents: Sequence[nn.Module], layers: Sequence[Any], positions: Tensor, config: Any
+    decoder: nn.Module,
+    parents: Sequence[nn.Module],
+    layers: Sequence[Any],
+    others: Iterable[Any],
+    positions: Tensor,
+    config: Any,
 ) -> list[Tensor]:
-    """The same for each layer of the Transformers backend, whose layers get their rotation from the decoder."""
-    taken: list[list[Tensor]] = [[] for _ in layers]
+    """The same for each layer of the Transformers backend, whose layers get their rotation from the decoder.
+
+    The other layers of attention run as well, and compute none either.
+    """
+    every = [*layers, *(other for other in others if not any(other is layer for layer in layers))]
+    taken: list[list[Tensor]] = [[] for _ in every]
 
     def taking(into: list[Tensor]) -> Callable[..., Tensor]:
         def take(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -103,9 +114,9 @@ def _decoder_queries(
 
         return take
 
-    with same_hidden_states(parents), _replaced(layers, "forward", [taking(into) for into in taken]):
+    with same_hidden_states(parents), _replaced(every, "forward", [taking(into) for into in taken]):
         run_decoder(decoder, positions, config.get_hidden_size(), config.dtype)
-    return [_by_head(queries, layer) for queries, layer in zip(taken, layers, strict=True)]
+    return [_by_head(queries, layer) for queries, layer in zip(taken, layers, strict=False)]
 
 
 def _by_head(taken: list[Tensor], layer: Any) -> Tensor:

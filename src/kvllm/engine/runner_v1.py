@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from kvllm.compression.rows import RunningRequests
 from kvllm.compression.worker import Layers, WorkerState
 from kvllm.engine.attention import capture_queries, compressed_layers, shortening_backend
+from kvllm.engine.cache_groups import compressed_group
 from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, kv_config
 from kvllm.engine.store_cpu import CpuStore
@@ -80,7 +82,7 @@ class CompressorV1:
         rows = np.array([self._row_of(req_id) for req_id in req_ids], np.int64)
         computed = batch.num_computed_tokens_cpu[: len(req_ids)].astype(np.int64)
         counts = np.array([num_scheduled_tokens[req_id] for req_id in req_ids], np.int64)
-        table = torch.from_numpy(batch.block_table[0].get_numpy_array()[: len(req_ids)])
+        table = torch.from_numpy(batch.block_table[self.group].get_numpy_array()[: len(req_ids)])
         removed = self.state.begin_step(rows, computed, req_ids, table)
         size = self.state.plan_size + int(counts.sum())
         self.state.write_plan(self.state.step.numpy()[:size], rows, computed, counts)
@@ -89,6 +91,11 @@ class CompressorV1:
             self.targets = self.state.bank.targets(codes.long())
         if removed.any():
             self.num_removed = removed
+
+    @cached_property
+    def group(self) -> int:
+        """The KV cache group that is compressed; known once vLLM has made its groups."""
+        return compressed_group(self.runner.kv_cache_config, self.geometries.block_size)
 
     def _row_of(self, req_id: str) -> int:
         if req_id not in self.running:

@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from kvllm.compression.rounding import Rounding
 from kvllm.compression.worker import Layers, WorkerState
 from kvllm.engine.attention import capture_queries, compressed_layers, store_with_queries
+from kvllm.engine.cache_groups import compressed_group
 from kvllm.engine.compat import is_quantized_kv_cache
 from kvllm.engine.packed import PackedSurvivors
 from kvllm.engine.rope import rope_of
@@ -53,6 +54,8 @@ def compressing(cls: type) -> type:
 
 class KvModelState(DefaultModelState):
     """vLLM's model state, which also compresses due windows before a step and joins what its attention reads."""
+
+    group = 0  # of vLLM's KV cache groups the one that is compressed
 
     def __init__(self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any, device: torch.device):
         super().__init__(vllm_config, model, encoder_cache, device)
@@ -101,10 +104,11 @@ class KvModelState(DefaultModelState):
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         block_size = self.geometries.block_size
-        if list(block_tables.block_sizes) != [block_size]:
+        self.group = compressed_group(kv_cache_config, block_size)
+        if block_tables.block_sizes[self.group] != block_size:
             raise UsageError(
-                f"KvLLM needs one KV cache group with blocks of {block_size} tokens; vLLM made "
-                f"{list(block_tables.block_sizes)}."
+                f"KvLLM needs block tables with blocks of {block_size} tokens; vLLM made "
+                f"{block_tables.block_sizes[self.group]}."
             )
         pairs = [layer.kv_cache.transpose(1, 2).split(layer.head_size, dim=-1) for layer in self.layers]
         scales: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -155,7 +159,7 @@ class KvModelState(DefaultModelState):
         super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
         num_reqs, state = input_batch.num_reqs, self.compression
         rows, computed = input_batch.idx_mapping_np[:num_reqs], input_batch.num_computed_tokens_np[:num_reqs]
-        self.num_removed = state.begin_step(rows, computed, input_batch.req_ids, block_tables[0])
+        self.num_removed = state.begin_step(rows, computed, input_batch.req_ids, block_tables[self.group])
         # Staged where the GPU can read it, which it may do after this step.
         size = state.plan_size + input_batch.num_tokens_after_padding
         staged = torch.empty(size, dtype=torch.int32, pin_memory=is_pin_memory_available())
@@ -167,15 +171,25 @@ class KvModelState(DefaultModelState):
         assert state.store is not None
         seq_lens = input_batch.seq_lens
         join_segments(
-            block_tables[0], seq_lens, self.seq_lens[: seq_lens.shape[0]], state.store.survivor_blocks, state.plan,
-            state.store.block_size, self.packed is not None,
+            block_tables[self.group], seq_lens, self.seq_lens[: seq_lens.shape[0]], state.store.survivor_blocks,
+            state.plan, state.store.block_size, self.packed is not None,
         )  # fmt: skip
         self.prepared = input_batch
 
     def prepare_attn(
-        self, input_batch: InputBatch, cudagraph_mode: Any, block_tables: tuple[Tensor, ...], *args: Any, **kwargs: Any
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: Any,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: list[list[Any]],
+        *args: Any,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """Attention metadata over the physical lengths; in dummy runs, which hold nothing, over the given ones."""
+        """Attention metadata over the physical lengths; in dummy runs, which hold nothing, over the given ones.
+
+        Groups of local layers get theirs from a call of their own, with the lengths of the text.
+        """
         seq_lens = self.seq_lens[: input_batch.seq_lens.shape[0]]
         upper_bound = input_batch.seq_lens_cpu_upper_bound.clone()
         if input_batch is self.prepared:
@@ -186,8 +200,18 @@ class KvModelState(DefaultModelState):
             if self.packed is not None and self.packed.attention is not None:
                 self.packed.idle()
         self.prepared = None
+
+        def prepare(groups: list[list[Any]]) -> dict[str, Any]:
+            return super(KvModelState, self).prepare_attn(
+                input_batch, cudagraph_mode, block_tables, slot_mappings, groups, *args, **kwargs
+            )
+
+        made = {}
+        if len(attn_groups) > 1:
+            made = prepare([[] if i == self.group else group for i, group in enumerate(attn_groups)])
+            attn_groups = [group if i == self.group else [] for i, group in enumerate(attn_groups)]
         with physical_lengths(input_batch, seq_lens, upper_bound):
-            return super().prepare_attn(input_batch, cudagraph_mode, block_tables, *args, **kwargs)
+            return made | prepare(attn_groups)
 
 
 @contextmanager

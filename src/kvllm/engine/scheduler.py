@@ -11,6 +11,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from kvllm.engine.admission import blocks_ahead
+from kvllm.engine.cache_groups import checked_groups, compressed_group, only_hashed
 from kvllm.engine.metrics import Report, add_report, metric_values
 from kvllm.engine.settings import Geometries, kv_config
 from kvllm.engine.spec import KvManager, will_cut_prompt
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
-    from kvllm.layout import Geometry
+    from kvllm.layout import Geometry, IntArray
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
@@ -39,12 +40,16 @@ class CompressionMixin(Base):
         super().__init__(*args, **kwargs)
         config = kv_config(self.vllm_config)
         assert config is not None, "the KvLLM scheduler runs only where KvLLM is configured"
+        coordinator = self.kv_cache_manager.coordinator
+        self.groups = checked_groups(self.vllm_config, self.kv_cache_config)
+        compressed_group(self.kv_cache_config, self.block_size)
         self.geometries = Geometries.of_engine(self.vllm_config)
-        self.kv_managers = [
-            m for m in self.kv_cache_manager.coordinator.single_type_managers if isinstance(m, KvManager)
-        ]
+        self.kv_managers = [m for m in coordinator.single_type_managers if isinstance(m, KvManager)]
         for manager in self.kv_managers:
             manager.bind(self._compressed)
+        if self.groups.local is not None:
+            # Managers of other groups do not know that generated tokens of compressed requests have no hashes.
+            coordinator.cache_blocks = only_hashed(coordinator.cache_blocks, self.hash_block_size)
         self.peak_used_blocks = 0
         self.num_preemptions = 0
         self.num_held_back = 0
@@ -131,9 +136,15 @@ class CompressionMixin(Base):
             held = ceil_div(geometry.physical_len(prompt, computed), self.block_size)
             to_event = geometry.max_chunk(prompt, computed)
             freed = geometry.num_freed(prompt, geometry.num_events(prompt, computed)) // self.block_size
-            rows.append((held, to_event, prompt + most - computed, freed))
-        held, to_event, to_end, freed = np.concatenate(rows, axis=1)
-        return blocks_ahead(held, to_event, to_end, freed, widest, self.block_size)
+            rows.append((held, to_event, prompt + most - computed, freed, computed))
+        held, to_event, to_end, freed, computed = np.concatenate(rows, axis=1)
+        if self.groups.local is None:
+            return blocks_ahead(held, to_event, to_end, freed, widest, self.block_size)
+
+        def local_blocks(steps: IntArray) -> IntArray:
+            return self.groups.local_blocks_held(computed + steps, self.block_size)
+
+        return blocks_ahead(held, to_event, to_end, freed, widest, self.block_size, local_blocks)
 
     def _num_used_blocks(self) -> int:
         pool = self.kv_cache_manager.block_pool

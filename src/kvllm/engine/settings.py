@@ -14,6 +14,7 @@ from kvllm.compression.footprint import BANK_SHARE, fitting_max_num_seqs, footpr
 from kvllm.compression.rounding import PACKED_BITS, PLAIN_BITS, Rounding, packed_block_tokens
 from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
+from kvllm.layers import Local, local_layers
 from kvllm.layout import Geometry
 from kvllm.methods import checked_config
 
@@ -117,6 +118,12 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     scheduler = "KvAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "KvScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"kvllm.engine.scheduler.{scheduler}"
     return config
+
+
+def local_layers_of(vllm_config: VllmConfig) -> list[Local | None]:
+    """How each layer of the engine's model looks back; None: over the whole text."""
+    model = vllm_config.model_config
+    return local_layers(model.hf_config.get_text_config(), model.max_model_len)
 
 
 def why_not_inspected(engine_args: Any, error: ValueError) -> str | None:

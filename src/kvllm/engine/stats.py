@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class EngineStats(TypedDict):
-    """Counts since the engine started. Blocks are vLLM's KV blocks of `block_size` tokens, all layers together.
+    """Counts since the engine started. Blocks are vLLM's KV blocks of `block_size` tokens, of all KV cache groups.
 
     What a preempted request repeats counts again.
     """

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from kvllm.errors import UsageError
+from kvllm.layers import Local
 from kvllm.methods.attention import query_factor
 from kvllm.reference.cache import LayerCache
 
@@ -54,10 +55,13 @@ def attend(
     kept_query = query if factor is None else query * factor
     cache.append(*(x[0].transpose(0, 1) for x in (kept_query, key, value)))
     window = options.get("sliding_window")
-    if window is not None and cache.num_appended > window:
+    if cache.local is None and window is not None and cache.num_appended > window:
         raise ValueError(f"{cache.num_appended} tokens: {type(module).__name__} looks back only {window}.")
     keys, values = cache.keys.transpose(0, 1)[None], cache.values.transpose(0, 1)[None]
-    mask = causal_mask(num_new, len(cache.keys), query.device)
+    if cache.local is None:
+        mask = causal_mask(num_new, len(cache.keys), query.device)
+    else:
+        mask = local_mask(num_new, len(cache.keys), cache.local, query.device)
     if softcap is None and sinks is None:
         output = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
     else:
@@ -95,6 +99,13 @@ def causal_mask(num_new: int, num_tokens: int, device: torch.device) -> Tensor |
     if num_new == 1:
         return None
     return torch.ones(num_new, num_tokens, dtype=torch.bool, device=device).tril(num_tokens - num_new)
+
+
+def local_mask(num_new: int, num_tokens: int, local: Local, device: torch.device) -> Tensor:
+    """`causal_mask` of a local layer, whose cache holds the whole text."""
+    positions = torch.arange(num_tokens, device=device)
+    asking = positions[-num_new:, None]
+    return (positions <= asking) & (positions >= local.first_seen(asking))
 
 
 AttentionInterface.register(NAME, attend)

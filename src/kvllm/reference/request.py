@@ -23,6 +23,7 @@ from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.compression.rows import Due
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
+from kvllm.layers import Local, local_layers
 from kvllm.layout import Geometry
 from kvllm.methods import make_method
 from kvllm.methods.base import Kept
@@ -43,7 +44,8 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: s
 class Request:
     """The state of a request, batch size 1. `config=None` compresses nothing, and keeps `max_queries` for a fork.
 
-    kept:        for each compression so far, the indices that survived, [num_layers, num_kv_heads, num_kept]
+    layers:      the cache of each layer; those of full attention are compressed
+    kept:        for each compression so far, the indices that survived, [num_compressed, num_kv_heads, num_kept]
     kept_prompt: the same of the prompt, once it is cut (`prompt_budget`)
     """
 
@@ -77,8 +79,8 @@ class Request:
             if self.method.uses_rope:
                 self.rope = _known_rope(model)
                 self.method.check_rope(self.rope)
-        num_layers = model.config.get_text_config().num_hidden_layers
-        self.layers = [LayerCache(config.query_span if config else max_queries) for _ in range(num_layers)]
+        max_queries = config.query_span if config else max_queries
+        self.layers = [LayerCache(max_queries, local) for local in layers_of(model)]
 
     @classmethod
     def fork(cls, full: Request, config: KvConfig, block_size: int = 16) -> Request:
@@ -89,16 +91,21 @@ class Request:
         forked = cls(full.model, full.num_prompt_tokens, config, block_size)
         if full.geometry is not None or full.num_computed_tokens > (forked.max_step() or full.num_computed_tokens):
             raise ValueError(f"{full.num_computed_tokens} tokens are computed: past the first event, or compressed.")
-        if any(layer.max_queries < config.query_span for layer in full.layers):
+        if any(layer.max_queries < config.query_span for layer in full.compressed):
             raise ValueError(f"the request keeps {full.layers[0].max_queries} queries, not {config.query_span}.")
         forked.num_computed_tokens = full.num_computed_tokens
         forked.layers = [copy.copy(layer) for layer in full.layers]  # their tensors are replaced, never written into
         return forked
 
     @property
+    def compressed(self) -> list[LayerCache]:
+        """The caches of the layers of full attention, which are compressed."""
+        return [layer for layer in self.layers if layer.local is None]
+
+    @property
     def physical_len(self) -> int:
-        """Tokens that are in the cache."""
-        return len(self.layers[0].keys) if self.num_computed_tokens else 0
+        """Tokens that are in the cache of each layer of full attention."""
+        return len(self.compressed[0].keys) if self.num_computed_tokens else 0
 
     def max_step(self) -> int | None:
         """Most tokens of the next step: none may run past the next event. None: as many as you like."""
@@ -140,12 +147,13 @@ class Request:
         self._compressor.compress([Due(0, 0, self.geometry, self.num_prompt_tokens, event)])
 
     def _make_compressor(self, config: KvConfig, geometry: Geometry) -> Compressor:
-        layer, num_layers = self.layers[0], len(self.layers)
+        layers, numbers = self.compressed, [i for i, layer in enumerate(self.layers) if layer.local is None]
+        layer, num_layers = layers[0], len(layers)
         device, (num_kv_heads, head_dim) = layer.keys.device, layer.keys.shape[1:]
         shifts = query_shifts(config.query_stride, layer.queries.shape[1] // num_kv_heads)
         positions = torch.zeros(1, num_layers, num_kv_heads, most_survivors(config), dtype=torch.int32, device=device)
         return Compressor(
-            config, self.method, DenseStore(config, self.layers), torch.arange(num_layers, device=device),
+            config, self.method, DenseStore(config, layers), torch.tensor(numbers, device=device),
             torch.from_numpy(shifts).to(device), self.rope, positions, observe=self._note,
             rounding=Rounding.from_config(config, geometry.block_size, head_dim),
         )  # fmt: skip
@@ -160,8 +168,7 @@ class Request:
         for i, layer in enumerate(self.layers):
             if layer.num_appended != self.num_computed_tokens:
                 raise UsageError(
-                    f"layer {i} of {type(self.model).__name__} keeps no KV cache of its own; every layer must be "
-                    "full attention."
+                    f"layer {i} of {type(self.model).__name__} keeps no KV cache of its own; every layer must have one."
                 )
 
 
@@ -172,10 +179,17 @@ _ropes: WeakKeyDictionary[PreTrainedModel, tuple[torch.device, Rope | None]] = W
 def _known_rope(model: PreTrainedModel) -> Rope | None:
     """`rope_of`, measured once for each model and device."""
     if model not in _ropes or _ropes[model][0] != model.device:
-        _ropes[model] = (model.device, rope_of(model))
+        compressed = [i for i, local in enumerate(layers_of(model)) if local is None]
+        _ropes[model] = (model.device, rope_of(model, compressed))
     return _ropes[model][1]
 
 
+def layers_of(model: PreTrainedModel) -> list[Local | None]:
+    """How each layer of the model looks back; None: over the whole text, or a window as long as the context."""
+    text = model.config.get_text_config()
+    return local_layers(text, getattr(text, "max_position_embeddings", None))
+
+
 def check_model(model: PreTrainedModel) -> None:
-    """Raise ValueError unless every layer is full attention, as far as the model's config says."""
+    """Raise ValueError unless the model can be compressed, as far as its config says."""
     support.check_model(model.config, type(model).__name__)

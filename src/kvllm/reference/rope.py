@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,8 +24,8 @@ NAME = "kvllm_rope_probe"
 _queries: ContextVar[dict[int, Tensor]] = ContextVar("queries")
 
 
-def rope_of(model: PreTrainedModel) -> Rope | None:
-    """The rotary embedding of all layers; None where no layer has one.
+def rope_of(model: PreTrainedModel, layers: Sequence[int] | None = None) -> Rope | None:
+    """The rotary embedding of these layers, by their numbers (default: all); None where none of them has one.
 
     Raises UsageError where a layer's rotary embedding is not known. Runs the model once on a few tokens.
     """
@@ -33,7 +34,8 @@ def rope_of(model: PreTrainedModel) -> Rope | None:
         positions = probe_positions(config.max_position_embeddings, model.device)
         candidates = transformers_candidates(decoder, config.max_position_embeddings)
         queries = _layer_queries(model, decoder, positions, config)
-        return Rope.of_layers([matching_rope(q, positions, candidates) for q in queries])
+        chosen = range(len(queries)) if layers is None else layers
+        return Rope.of_layers([matching_rope(queries[i], positions, candidates) for i in chosen])
     except Exception as e:  # whatever a model's own code makes of being asked
         raise UsageError(
             f"{type(model).__name__}: how it rotates its queries is not known ({type(e).__name__}: {e}); {REMEDY}."

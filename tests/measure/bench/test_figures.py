@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -88,6 +90,9 @@ def test_r_eff_of_one_request_is_its_mean_physical_over_its_mean_logical_length(
     samples = [Lengths(0.0, 1, n, geometry.physical_len(10, n)) for n in lengths]
     assert [s.physical for s in samples] == list(lengths.values())
     assert effective_ratio(samples) == pytest.approx(sum(lengths.values()) / sum(lengths))
+    in_all_groups = [replace(s, local=64) for s in samples]
+    most = len(lengths) * 64
+    assert effective_ratio(in_all_groups) == pytest.approx((sum(lengths.values()) + most) / (sum(lengths) + most))
 
 
 def test_a_step_takes_what_its_least_delayed_request_waited() -> None:

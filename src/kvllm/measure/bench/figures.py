@@ -38,12 +38,16 @@ class Trace:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of all running requests together at one moment: of their texts, and of those still in the cache."""
+    """Tokens of all running requests together at one moment: of their texts, and of those still in the cache.
+
+    local: slots that they hold in KV cache groups of local layers, compressed or not
+    """
 
     time: float
     num_requests: int
     logical: int
     physical: int
+    local: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class SteadyFigures:
     tbt_p99_ms: float
     longest_step_ms: float  # every request of the batch waited this long
     longest_gap_ms: float  # one request did, preempted perhaps
-    r_eff: float  # mean physical length / mean logical length
+    r_eff: float  # see effective_ratio
     mean_context: float
     bound: str
     steady_from_s: float
@@ -139,8 +143,8 @@ def steady_figures(trace: Trace, first_wave_s: float = 0.0) -> SteadyFigures:
 
 
 def effective_ratio(samples: list[Lengths]) -> float:
-    """r_eff: mean physical length / mean logical length."""
-    return sum(s.physical for s in samples) / max(sum(s.logical for s in samples), 1)
+    """r_eff: mean physical length / mean logical length; where there are several KV cache groups, of all together."""
+    return sum(s.physical + s.local for s in samples) / max(sum(s.logical + s.local for s in samples), 1)
 
 
 def mean_context(samples: list[Lengths]) -> float:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import entry_points
 from itertools import count
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from kvllm.config import CONFIG_KEY, RATIO_KEY
+from kvllm.groups import Groups
+from kvllm.layers import local_layers
 from kvllm.layout import Geometry, ceil_div
 from kvllm.measure.bench.figures import POOL_FULL, Lengths, Trace, by_context, run_figures, steady_figures, timeline
 from kvllm.measure.bench.profile import profile_figures, profiler_args, read_kernels
@@ -106,6 +109,11 @@ class Engine:
     def block_size(self) -> int:
         return self.llm.vllm_config.cache_config.block_size
 
+    @cached_property
+    def groups(self) -> Groups:
+        model = self.llm.vllm_config.model_config
+        return Groups.of(local_layers(model.hf_config.get_text_config(), model.max_model_len))
+
     @property
     def num_kv_blocks(self) -> int:
         return self.llm.vllm_config.cache_config.num_gpu_blocks - 1  # one is the null block
@@ -142,7 +150,8 @@ class Engine:
         ]
         logical = sum(n for _, n in running)
         physical = sum(geometry.physical_len(p, n) for p, n in running) if geometry else logical
-        return Lengths(time.perf_counter() - self.recorder.start, len(running), logical, physical)
+        local = sum(self.groups.local_blocks_held(n, self.block_size) for _, n in running) * self.block_size
+        return Lengths(time.perf_counter() - self.recorder.start, len(running), logical, physical, local)
 
     def clear(self) -> None:
         """Abort what is left and empty the prefix cache, so that the next run starts like the first."""

@@ -1,0 +1,70 @@
+"""The KV cache groups of an engine: which of them is compressed, and whether the others are what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
+
+from kvllm.engine.settings import local_layers_of
+from kvllm.engine.spec import KvSpec
+from kvllm.errors import UsageError
+from kvllm.groups import Groups
+from kvllm.layers import Local
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.request import Request
+
+CacheBlocks = Callable[["Request", int], None]  # of vLLM's coordinator, for all groups
+
+
+def compressed_group(kv_cache_config: KVCacheConfig, block_size: int) -> int:
+    """The number of the KV cache group whose layers are compressed.
+
+    Raises UsageError unless there is exactly one, with blocks of `block_size` tokens and none but our layers.
+    """
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    found = [i for i, spec in enumerate(specs) if isinstance(spec, KvSpec)]
+    if len(found) != 1 or specs[found[0]].block_size != block_size:
+        raise UsageError(
+            f"KvLLM needs all layers of full attention in one KV cache group with blocks of {block_size} tokens; vLLM "
+            f"made {', '.join(f'{type(spec).__name__} with blocks of {spec.block_size}' for spec in specs)}."
+        )
+    return found[0]
+
+
+def checked_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
+    """The groups that the model's config makes us expect, by which requests are admitted and plans are made.
+
+    Raises UsageError where vLLM has made others.
+    """
+    expected = Groups.of(local_layers_of(vllm_config))
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    local = [spec for spec in specs if not isinstance(spec, KvSpec)]
+    made = {local_of(spec) for spec in local}
+    if len(local) != expected.num_local or made != ({expected.local} if expected.local else set()):
+        raise UsageError(
+            f"KvLLM does not support {vllm_config.model_config.model}: by its config, {expected.num_local} KV cache "
+            f"groups would hold local layers, {expected.local}; vLLM made {len(local)}, {made or None}."
+        )
+    return expected
+
+
+def local_of(spec: KVCacheSpec) -> Local | str:
+    """How layers with this spec look back; the name of a spec that is not known."""
+    if isinstance(spec, SlidingWindowSpec):
+        return Local(spec.sliding_window)
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        return Local(spec.attention_chunk_size, chunked=True)
+    return type(spec).__name__
+
+
+def only_hashed(cache_blocks: CacheBlocks, hash_block_size: int) -> CacheBlocks:
+    """The same function for no more tokens than the request has hashes for: of a compressed one, its prompt's."""
+
+    def cache_hashed_blocks(request: Request, num_computed_tokens: int) -> None:
+        cache_blocks(request, min(num_computed_tokens, len(request.block_hashes) * hash_block_size))
+
+    return cache_hashed_blocks

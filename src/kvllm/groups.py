@@ -1,0 +1,70 @@
+"""The KV cache groups that vLLM makes of a model's layers, and what a request holds in those that are not compressed.
+
+vLLM puts the layers into groups of equal size. Each has a block table of its own, and all take their blocks from one
+pool. `kvllm plan` and vLLM's front end count them before there is an engine, which compares the answer with the groups
+that vLLM has made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from kvllm.layers import Local
+
+Count = TypeVar("Count")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """`num_full` groups of layers of full attention and `num_local` of local layers.
+
+    group_size: layers in each group: a block of the pool holds what so many layers store of `block_size` tokens
+    local:      how the local layers look back; None where there are none
+    """
+
+    group_size: int
+    num_full: int = 1
+    num_local: int = 0
+    local: Local | None = None
+
+    @classmethod
+    def of(cls, layers: Sequence[Local | None]) -> Groups:
+        """vLLM's grouping of layers of full attention (None) and of local ones, which all look back alike.
+
+        A group has as many layers as there are of the rarer kind, or of the other where it has less than 1.5 times as
+        many.
+        """
+        kinds = set(layers) - {None}
+        num_full = sum(layer is None for layer in layers)
+        if not kinds or not num_full:
+            return cls(len(layers), int(not kinds), int(not num_full), next(iter(kinds), None))
+        (local,) = kinds
+        counts = num_full, len(layers) - num_full
+        size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+        num_full, num_local = (-(-count // size) for count in counts)
+        return cls(size, num_full, num_local, local)
+
+    def local_blocks(self, num_tokens: int, block_size: int, in_flight: int) -> int:
+        """The most blocks of local groups that a request holds while it grows to `num_tokens`, as vLLM admits it.
+
+        in_flight: tokens that may be computed before the blocks behind them are freed
+        """
+        if self.local is None:
+            return 0
+        if self.local.chunked:
+            most = -(-(self.local.size + in_flight) // block_size)
+        else:
+            most = -(-(self.local.size - 1 + in_flight) // block_size) + 1
+        return self.num_local * min(most, -(-num_tokens // block_size))
+
+    def local_blocks_held(self, num_computed_tokens: Count, block_size: int) -> Count:
+        """Blocks of local groups that a request holds once what its next token does not see is freed.
+
+        num_computed_tokens: a number, or an array of them
+        """
+        computed: Any = num_computed_tokens
+        if self.local is None:
+            return computed * 0
+        return self.num_local * (-(-computed // block_size) - self.local.first_seen(computed) // block_size)

@@ -1,0 +1,140 @@
+"""Several KV cache groups, without an engine: which is ours, which lengths each attends over, what each caches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+
+from kvllm.engine.cache_groups import checked_groups, compressed_group, local_of, only_hashed
+from kvllm.engine.compat import RELEASE
+from kvllm.engine.runner_v2 import KvModelState
+from kvllm.engine.spec import KvSpec
+from kvllm.groups import Groups
+from kvllm.layers import Local
+
+if RELEASE >= (0, 33):
+    from vllm.v1.core.kv_cache_planning import _get_kv_cache_groups_uniform_page_size
+else:
+    from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
+
+BLOCK_SIZE = 16
+SHAPE: dict[str, Any] = {"block_size": BLOCK_SIZE, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float16}
+FULL, WINDOW = KvSpec(**SHAPE), SlidingWindowSpec(sliding_window=128, **SHAPE)
+
+
+def cache_config(*specs: Any) -> KVCacheConfig:
+    groups = [KVCacheGroupSpec([f"layer.{i}"], spec) for i, spec in enumerate(specs)]
+    return KVCacheConfig(num_blocks=10, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def test_the_compressed_group_is_the_only_one_of_its_kind() -> None:
+    assert compressed_group(cache_config(WINDOW, FULL, WINDOW), BLOCK_SIZE) == 1
+    for specs, block_size in (((FULL, FULL), BLOCK_SIZE), ((WINDOW,), BLOCK_SIZE), ((FULL, WINDOW), 32)):
+        with pytest.raises(ValueError, match=f"one KV cache group with blocks of {block_size} tokens; vLLM made "):
+            compressed_group(cache_config(*specs), block_size)
+
+
+@pytest.mark.parametrize(
+    "local, num_full, num_local",
+    [(Local(128), 12, 12), (Local(128), 4, 22), (Local(64, chunked=True), 12, 36), (Local(128), 5, 4)],
+)
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_vllm_makes_the_same_groups_and_counts_the_same_blocks(
+    local: Local, num_full: int, num_local: int, block_size: int
+) -> None:
+    """vLLM's own grouping, and what its specs say of a request."""
+    shape = SHAPE | {"block_size": block_size}
+    other: Any = SlidingWindowSpec(sliding_window=local.size, **shape)
+    if local.chunked:
+        other = ChunkedLocalAttentionSpec(attention_chunk_size=local.size, **shape)
+    specs = {f"full.{i}": KvSpec(**shape) for i in range(num_full)} | {f"local.{i}": other for i in range(num_local)}
+    made = _get_kv_cache_groups_uniform_page_size(specs)
+    groups = Groups.of([None] * num_full + [local] * num_local)
+    kinds = [type(group.kv_cache_spec) for group in made]
+    assert (kinds.count(KvSpec), kinds.count(type(other))) == (groups.num_full, groups.num_local)
+    assert max(len(group.layer_names) for group in made) == groups.group_size
+    assert {local_of(g.kv_cache_spec) for g in made if type(g.kv_cache_spec) is not KvSpec} == {local}
+    for num_tokens in (1, 15, 16, 17, 127, 128, 129, 200, 1000):
+        cap = other.max_admission_blocks_per_request(100, 10**6)
+        expected = groups.num_local * min(cap, -(-num_tokens // block_size))
+        assert groups.local_blocks(num_tokens, block_size, in_flight=100) == expected
+
+
+def test_groups_that_the_config_does_not_explain_are_refused() -> None:
+    made = AutoConfig.for_model("gpt_oss", num_hidden_layers=4, sliding_window=128)
+    config: Any = SimpleNamespace(model_config=SimpleNamespace(hf_config=made, max_model_len=512, model="some/model"))
+    assert checked_groups(config, cache_config(WINDOW, FULL)) == Groups(2, 1, 1, Local(128))
+    longer = SlidingWindowSpec(sliding_window=129, **SHAPE)
+    for specs in ((FULL,), (FULL, longer), (FULL, WINDOW, WINDOW)):
+        with pytest.raises(ValueError, match=r"some/model: by its config, 1 KV cache groups .*Local\(size=128"):
+            checked_groups(config, cache_config(*specs))
+
+
+def test_no_group_caches_more_than_a_request_has_hashes_for() -> None:
+    seen: list[int] = []
+    cache = only_hashed(lambda request, num_tokens: seen.append(num_tokens), BLOCK_SIZE)
+    request: Any = SimpleNamespace(block_hashes=[b"a", b"b"])
+    for num_tokens in (5, 32, 33, 100):
+        cache(request, num_tokens)
+    assert seen == [5, 32, 32, 32]
+
+
+class Group:
+    """An attention group of vLLM's V2 runner, whose metadata is what it was built from."""
+
+    def __init__(self, name: str) -> None:
+        self.layer_names, self.kv_cache_spec = [name], None
+        self.builder = SimpleNamespace(supports_update_block_table=False)
+
+    def get_metadata_builder(self, ubatch_idx: int) -> Any:
+        return self.builder
+
+    def build_metadata(self, common: Any, ubatch_idx: int) -> Any:
+        return common
+
+    build_metadata_for_cudagraph_capture = build_metadata
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("real", [False, True])
+def test_the_v2_runner_gives_each_group_its_lengths(real: bool, capture: bool) -> None:
+    """Ours the physical ones, in a real batch; the others those of the text. Through vLLM's own code."""
+    state: Any = object.__new__(KvModelState)
+    state.group, state.supports_mm_inputs, state.encoder_cache = 1, False, None
+    state.model_config, state.packed = SimpleNamespace(max_model_len=512), None
+    state.seq_lens = torch.tensor([200, 90, 0, 0], dtype=torch.int32)
+    state.compression = SimpleNamespace(codes=torch.zeros(4))
+    logical = torch.tensor([300, 90], dtype=torch.int32)
+    batch: Any = SimpleNamespace(
+        num_reqs=2, num_tokens=2, num_reqs_after_padding=2, num_tokens_after_padding=2, max_query_len=1,
+        query_start_loc_np=np.arange(3, dtype=np.int32), query_start_loc=torch.arange(3, dtype=torch.int32),
+        seq_lens=logical, seq_lens_cpu_upper_bound=logical.clone(), dcp_local_seq_lens=None,
+        dcp_local_seq_lens_cpu_upper_bound=None, positions=None, is_prefilling_np=np.zeros(2, bool), prompt_lens=None,
+        idx_mapping_np=np.arange(2), fast_prefill=None, num_scheduled_tokens=np.ones(2, np.int64), pcp=None,
+    )  # fmt: skip
+    state.prepared, state.num_removed = (batch, np.array([100, 0])) if real else (None, np.zeros(0, np.int64))
+    tables = tuple(torch.full((2, 4), i) for i in range(3))
+    made = state.prepare_attn(
+        batch, CUDAGraphMode.NONE, tables, torch.zeros(3, 2), [[Group("a")], [Group("b")], [Group("c")]],
+        cache_config(WINDOW, FULL, WINDOW), capture,
+    )  # fmt: skip
+    assert set(made) == {"a", "b", "c"}
+    physical = [200, 90] if real else [300, 90]
+    for i, (name, lengths) in enumerate({"a": [300, 90], "b": physical, "c": [300, 90]}.items()):
+        common = made[name]
+        assert common.seq_lens.tolist() == lengths == common.seq_lens_cpu_upper_bound.tolist()
+        assert common.max_seq_len == (512 if capture else lengths[0])
+        assert common.block_table_tensor is tables[i]
+    # The address that a captured graph reads.
+    assert (
+        made["b"].seq_lens.data_ptr() == state.seq_lens.data_ptr()
+        and made["a"].seq_lens.data_ptr() == logical.data_ptr()
+    )
+    assert batch.seq_lens is logical

@@ -1,0 +1,79 @@
+"""How layers look back, by the config alone, and the KV cache groups that vLLM makes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoConfig
+
+from kvllm.groups import Groups
+from kvllm.layers import Local, local_layers
+
+WINDOW, CHUNK = Local(128), Local(64, chunked=True)
+
+
+def config(model_type: str, **options: Any) -> Any:
+    return AutoConfig.for_model(model_type, **({"max_position_embeddings": 512, "num_hidden_layers": 4} | options))
+
+
+@pytest.mark.parametrize(
+    "made, expected",
+    [
+        (config("llama"), [None] * 4),
+        (config("mistral", sliding_window=128), [WINDOW] * 4),
+        (config("mistral", sliding_window=512), [None] * 4),
+        (config("qwen2", use_sliding_window=False, sliding_window=128), [None] * 4),
+        (config("gpt_oss", sliding_window=128), [WINDOW, None, WINDOW, None]),
+        (config("cohere2", sliding_window=128), [Local(129)] * 3 + [None]),  # 128 before the token itself
+        (config("olmo3", sliding_window=None), [None] * 4),
+        (config("llama4_text", attention_chunk_size=64), [CHUNK] * 3 + [None]),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_how_layers_look_back(made: Any, expected: list[Local | None]) -> None:
+    assert local_layers(made, 512) == expected
+
+
+def test_a_window_is_full_attention_where_no_text_outgrows_it() -> None:
+    made = config("gpt_oss", sliding_window=128)
+    assert local_layers(made, 128) == [None] * 4
+    assert local_layers(made, 129) == local_layers(made, None) == [WINDOW, None, WINDOW, None]
+
+
+def test_what_a_token_looks_back_to() -> None:
+    positions = np.arange(200)
+    seen = [[int(at - first + 1) for at in positions if at >= first] for first in (0,)]
+    assert seen[0] == [*range(1, 201)]
+    assert (positions - WINDOW.first_seen(positions) + 1).tolist() == [min(n, 128) for n in range(1, 201)]
+    assert (positions - CHUNK.first_seen(positions) + 1).tolist() == [n % 64 + 1 for n in range(200)]
+
+
+@pytest.mark.parametrize(
+    "num_full, num_local, expected",
+    [
+        (12, 12, Groups(12, 1, 1, WINDOW)),  # gpt-oss-20b
+        (4, 22, Groups(4, 1, 6, WINDOW)),  # Gemma-3 1B: the last group of 2 is filled up
+        (16, 48, Groups(16, 1, 3, WINDOW)),
+        (5, 4, Groups(5, 1, 1, WINDOW)),
+        (3, 2, Groups(2, 2, 1, WINDOW)),
+        (7, 0, Groups(7, 1, 0, None)),
+        (0, 7, Groups(7, 0, 1, WINDOW)),
+    ],
+)
+def test_groups_are_of_equal_size(num_full: int, num_local: int, expected: Groups) -> None:
+    assert Groups.of([None] * num_full + [WINDOW] * num_local) == expected
+
+
+def test_blocks_that_are_held_while_a_text_grows() -> None:
+    groups = Groups(2, 1, 3, WINDOW)
+    counts = np.arange(1, 400)
+    held = groups.local_blocks_held(counts, 16)
+    assert held[:128].tolist() == [3 * -(-n // 16) for n in range(1, 129)]
+    assert set(held[128:].tolist()) <= {3 * 8, 3 * 9}
+    assert held.max() <= groups.local_blocks(400, 16, in_flight=1)
+    assert groups.local_blocks_held(399, 16) == held[-1]
+    chunked = Groups(2, 1, 1, CHUNK).local_blocks_held(counts, 16)
+    assert chunked.tolist() == [-(-n // 16) - n // 64 * 4 for n in range(1, 400)]
+    assert Groups(2).local_blocks_held(counts, 16).sum() == Groups(2).local_blocks(400, 16, 1) == 0
