@@ -24,6 +24,10 @@ CACHE_DTYPES = {
 BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "TRITON_ATTN")}
 
 ALL_FULL = "all layers must be full attention"
+COUNTS_POSITIONS = (
+    "it computes the angles of keys from their indices in the text, and M-RoPE's positions behind an image are fewer; "
+    "use another method"
+)
 # Names that configs have for layers of full attention.
 FULL_ATTENTION = {"full_attention", "attention"}
 # Fields of a config that say how the model tells positions apart: by rotating queries and keys.

@@ -102,6 +102,14 @@ class Method(ABC):
         """Whether the method needs `Window.rope`, without which it would take the model for one that has none."""
         return False
 
+    @property
+    def counts_positions(self) -> bool:
+        """Whether the method takes `Window.positions` for the angles of keys, not only for distances between tokens.
+
+        Behind an image M-RoPE's positions are fewer than the tokens.
+        """
+        return False
+
     def check_rope(self, rope: Rope | None) -> None:  # noqa: B027 (most have nothing to check)
         """Raise ValueError where the method's options contradict the model's rotary embedding; asked at start."""
 

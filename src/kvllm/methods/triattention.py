@@ -54,6 +54,10 @@ class TriAttention(Method):
             raise UsageError(f"statistics={self.statistics!r}: no such file; triattention needs it for this model.")
         load_statistics(self.statistics, torch.device("cpu"))
 
+    @property
+    def counts_positions(self) -> bool:
+        return True
+
     def score(self, window: Window) -> Tensor:
         statistics = load_statistics(self.statistics, window.keys.device)
         self._check_fit(statistics, window)

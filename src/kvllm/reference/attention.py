@@ -25,13 +25,14 @@ _layers: ContextVar[list[LayerCache]] = ContextVar("layers")
 @contextmanager
 def attention_through(model: PreTrainedModel, layers: list[LayerCache]) -> Iterator[None]:
     """While this is open, the model's forward passes read and extend `layers`, one cache a layer."""
-    before = model.config._attn_implementation
+    decoder = model.get_decoder()  # not all of the model: a vision tower keeps its own attention
+    before = decoder.config._attn_implementation
     token = _layers.set(layers)
-    model.set_attn_implementation(NAME)
+    decoder.set_attn_implementation(NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        decoder.set_attn_implementation(before)
         _layers.reset(token)
 
 
