@@ -95,7 +95,7 @@ def _text() -> list[int]:
 
 
 def words(num_tokens: int, seed: int = 0) -> list[int]:
-    """Token ids of a prompt: a stretch of this project's licence, from a place that `seed` chooses."""
+    """Token ids of a prompt: a stretch of this project's licence, from an offset that `seed` chooses."""
     start = seed * 37 % (len(_text()) - num_tokens)
     return _text()[start : start + num_tokens]
 

@@ -87,8 +87,8 @@ def test_keys_and_values(num_tokens, num_heads, num_kv_heads, head_dim, block_si
     store_tokens(query, bank, 1, codes, key, value, cache, slot_mapping)
     store_tokens_ref(query, expected, 1, codes, key, value, expected_cache, slot_mapping)
 
-    place = divmod(int(slot_mapping[0]), block_size)
-    assert torch.equal(expected_cache.keys[1][place], key[0].to(cache_dtype))
-    assert torch.equal(expected_cache.values[1][place], value[0].to(cache_dtype))
+    where = divmod(int(slot_mapping[0]), block_size)
+    assert torch.equal(expected_cache.keys[1][where], key[0].to(cache_dtype))
+    assert torch.equal(expected_cache.values[1][where], value[0].to(cache_dtype))
     assert_same_bits(cache, expected_cache)
     assert torch.equal(bank.queries, expected.queries) and torch.equal(bank.scales, expected.scales)

@@ -6,7 +6,7 @@ from kvllm.kernels.window_scores import window_scores, window_scores_ref
 from kvllm.kernels.window_scores.launch import tile_sizes
 from kvllm.kernels.windows import gather_window_ref
 from kvllm.methods.base import Window
-from kvllm.methods.kara import Kara, turn_distances
+from kvllm.methods.kara import Kara, ahead_distances
 from kvllm.methods.rope import Rope, frequencies
 from tests.kernels.paged_caches import random_blocks, random_cache
 
@@ -59,7 +59,7 @@ def window_of(method, bank, starts, blocks, cache):
     )
     if not method.uses_rope:
         return window, None
-    distances = turn_distances(window.query_positions, window.query_shifts, method.lookahead)
+    distances = ahead_distances(window.query_positions, window.query_shifts, method.lookahead)
     return window, rope.rotation(distances.unsqueeze(1), head_dim)
 
 

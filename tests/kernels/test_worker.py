@@ -65,9 +65,9 @@ def worker_state(config: KvConfig, cache: PagedCache, device: str, head_dim: int
 
 @dataclass
 class Running:
-    """A request in a slot of the runner: its text, drawn anew, and the reference's cache of it."""
+    """A request in a row of the runner: its text, drawn anew, and the reference's cache of it."""
 
-    slot: int
+    row: int
     num_prompt_tokens: int
     block_ids: Tensor  # [MAX_BLOCKS]
     layers: list[LayerCache]
@@ -110,9 +110,9 @@ def begin_step(state: WorkerState, running: list[Running], device: str) -> tuple
     returns the batch's block tables and lengths as attention reads them, and the tokens removed
     """
     counts = np.array([r.new[0].shape[1] for r in running])
-    computed, rows = np.array([r.computed for r in running]), np.array([r.slot for r in running])
+    computed, rows = np.array([r.computed for r in running]), np.array([r.row for r in running])
     tables = torch.stack([r.block_ids for r in running])
-    removed = state.begin_step(rows, computed, [str(r.slot) for r in running], tables)
+    removed = state.begin_step(rows, computed, [str(r.row) for r in running], tables)
     host = np.full(state.plan_size + int(counts.sum()), 77, np.int32)
     state.write_plan(host, rows, computed, counts)
     state.step[: len(host)].copy_(torch.from_numpy(host))
@@ -172,12 +172,12 @@ def test_equals_reference(config: KvConfig, num_events: int, device: str, monkey
     while len(running) < 2 or running[0].computed < last:
         if not running or (len(running) == 1 and running[0].computed == 20 + 3 * config.window_size - 1):
             request = Running(
-                slot=2 - len(running),
+                row=2 - len(running),
                 num_prompt_tokens=20,
                 block_ids=block_ids[len(running)],
                 layers=[LayerCache(config.query_span) for _ in range(NUM_LAYERS)],
             )
-            state.rows.set(request.slot, geometry, request.num_prompt_tokens)
+            state.rows.set(request.row, geometry, request.num_prompt_tokens)
             running.insert(0, request)
         for request in running:
             request.draw(generator)

@@ -57,8 +57,8 @@ def num_rotations(rotation: Rotation | None) -> int:
 def load_tile(ptrs, offsets, mask, layer, dims, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, NUM_DIMS: tl.constexpr):
     """[BLOCK_T, len(dims)]: the first NUM_DIMS of these dimensions of the candidates' keys or values; zeros outside."""
     rows = layer_ptr(ptrs, layer, DTYPE, ALIGNMENT) + offsets[:, None] + dims[None, :]
-    places = tl.arange(0, dims.shape[0])
-    return tl.load(rows, mask=mask[:, None] & (places < NUM_DIMS)[None, :], other=0.0)
+    indices = tl.arange(0, dims.shape[0])
+    return tl.load(rows, mask=mask[:, None] & (indices < NUM_DIMS)[None, :], other=0.0)
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def pairs(first, second, NUM_PAIRS: tl.constexpr, HALVES: tl.constexpr, BLOCK_H:
 
 @triton.jit
 def ring(ring_starts, max_num_reqs, due, layer, NUM_QUERIES: tl.constexpr):
-    """Of a request in a layer: its row among the bank's (layer, row) pairs, and the slot of its oldest query."""
+    """Of a request in a layer: its row among the bank's (layer, row) pairs, and the entry of its oldest query."""
     start = tl.load(ring_starts + due).to(tl.int32)
     return layer * max_num_reqs + start // NUM_QUERIES, start % NUM_QUERIES
 
@@ -92,8 +92,8 @@ def load_queries(
     """
     num_queries: tl.constexpr = NUM_ROWS // GROUP_SIZE
     num_pairs: tl.constexpr = HEAD_DIM // 2
-    slots = (oldest + rows // GROUP_SIZE) % num_queries
-    vectors = (layer_row * num_queries + slots) * NUM_HEADS + head * GROUP_SIZE + rows % GROUP_SIZE
+    entries = (oldest + rows // GROUP_SIZE) % num_queries
+    vectors = (layer_row * num_queries + entries) * NUM_HEADS + head * GROUP_SIZE + rows % GROUP_SIZE
     pairs = tl.arange(0, BLOCK_H)
     mask = (rows < NUM_ROWS)[:, None] & (pairs < num_pairs)[None, :]
     numbers += vectors[:, None] * HEAD_DIM
@@ -112,6 +112,6 @@ def load_queries(
 
 @triton.jit
 def locate(NUM_LAYERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr):
-    """This program's place in the batch, request, layer and KV head; neighbours share the lines of a block."""
+    """This program's index in the batch, request, layer and KV head; neighbours share the lines of a block."""
     pid = tl.program_id(0).to(tl.int64)
     return pid, pid // (NUM_LAYERS * NUM_KV_HEADS), pid // NUM_KV_HEADS % NUM_LAYERS, pid % NUM_KV_HEADS

@@ -31,7 +31,7 @@ def store_tokens_ref(
     query:        [num_tokens, num_heads, head_dim], padded like the layer's input
     codes:        [at least num_tokens] int32, `QueryBank.codes`; -1: not stored
     key, value:   [num_tokens, num_kv_heads, head_dim]
-    slot_mapping: [at most num_tokens] int64, block * block_size + place in it; -1: not stored
+    slot_mapping: [at most num_tokens] int64, block * block_size + index in it; -1: not stored
     """
     bank.store(layer, query, codes[: len(query)])
     if slot_mapping is None:
@@ -140,8 +140,8 @@ def _store_tokens_kernel(
     if code < 0:
         return
     period: tl.constexpr = NUM_QUERIES * STRIDE
-    row, place = (code // period).to(tl.int64), code % period
-    at = (place + heads % GROUP_SIZE * STRIDE // GROUP_SIZE) % period
+    row, offset = (code // period).to(tl.int64), code % period
+    at = (offset + heads % GROUP_SIZE * STRIDE // GROUP_SIZE) % period
     stored = (at % STRIDE == STRIDE - 1) & (heads < NUM_HEADS)
     x = x.to(tl.float32)
     scale = tl.full([BLOCK_H], 1.0, tl.float32)

@@ -79,8 +79,8 @@ def attention_with_extras(
 
     query, keys, values, mask: as in `scaled_dot_product_attention`; sinks: [num_heads]
     """
-    group = query.shape[1] // keys.shape[1]
-    keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+    group_size = query.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(group_size, dim=1), values.repeat_interleave(group_size, dim=1)
     logits = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap

@@ -43,7 +43,7 @@ def window_scores_ref(
     grouped = rotated_queries_ref(bank, ring_starts, rotation)
     keys, values = gather_window_ref(candidate_blocks, cache, torch.float64)
     logits = torch.einsum("bqhgd,bthd->bhgqt", grouped, keys) * cache.head_dim**-0.5
-    scores = logits.softmax(dim=-1).mean(dim=(2, 3))  # over the heads of a group and the queries
+    scores = logits.softmax(dim=-1).mean(dim=(2, 3))  # over the heads of a query group and the queries
     scores = scores + attention_floor / keys.shape[1]
     if value_norm:
         scores = scores * values.norm(dim=-1).transpose(1, 2)

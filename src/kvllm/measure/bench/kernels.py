@@ -213,9 +213,9 @@ def store_case(shape: Shape, bank: QueryBank, cache: PagedCache) -> Case:
     """256 decoded tokens, of each the queries whose turn it is; one launch a layer, all layers timed together."""
     num_tokens = 256
     query, key, value = random_tokens(shape, num_tokens)
-    places = torch.randperm(bank.queries.shape[1] * bank.period, device=DEVICE)[:num_tokens]
+    entries = torch.randperm(bank.queries.shape[1] * bank.period, device=DEVICE)[:num_tokens]
     codes = torch.full((num_tokens,), -1, dtype=torch.int32, device=DEVICE)
-    codes[: len(places)] = places.int()
+    codes[: len(entries)] = entries.int()
     slot_mapping = torch.randperm(len(cache.keys[0]) * cache.block_size, device=DEVICE)[:num_tokens]
     # Only a cache of the model's own dtype is written by this kernel.
     written = (key, value, cache, slot_mapping) if cache.k_scale is None else ()
