@@ -27,7 +27,7 @@ from kvllm.kernels import kara as kara_kernels
 from kvllm.kernels.block_tables import join_segments, join_segments_ref
 from kvllm.kernels.fused import fused_kernels, has_fused_kernels
 from kvllm.kernels.paged import PagedCache
-from kvllm.kernels.store_tokens import store_tokens, store_tokens_ref
+from kvllm.kernels.store_tokens import NewPairs, store_tokens, store_tokens_ref
 from kvllm.layout import Geometry
 from kvllm.methods import make_method
 from kvllm.methods.rope import Rope, frequencies
@@ -203,7 +203,7 @@ def test_equals_reference(config: KvConfig, num_events: int, device: str, monkey
             queries, keys, values = (
                 torch.cat([request.new[i][layer] for request in running]).to(device) for i in range(3)
             )
-            store(queries, state.bank, layer, state.codes, keys, values, cache, torch.cat(slots))
+            store(queries, state.bank, layer, state.codes, NewPairs(keys, values, cache, torch.cat(slots)))
         for request in running:
             for layer, (queries, keys, values) in enumerate(zip(*request.new, strict=True)):
                 request.layers[layer].append(queries, keys, values)
