@@ -63,7 +63,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.xdist_group(group_of(item)))
     order = {group: i for i, group in reversed([*enumerate(map(group_of, items))])}
-    items.sort(key=lambda item: order[group_of(item)])
+    # Those that start engines first: groups of a few seconds are left to fill the workers at the end.
+    slow = {group_of(item) for item in items if item.get_closest_marker("engine")}
+    items.sort(key=lambda item: (group_of(item) not in slow, order[group_of(item)]))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -7,7 +7,7 @@ scores are moved by as much as rounding moves them; then every single token has 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,16 +38,18 @@ def check_greedy(
     config: KvConfig | None,
     block_size: int,
     num_variants: int = NUM_VARIANTS,
+    images: Mapping[str, Tensor] | None = None,
 ) -> Match:
     """Every token of the output is the reference's choice after those before it; AssertionError if not.
 
     num_variants: how many variants of the scores may explain an answer; 0: survivors must be the same without any
+    images: in the prompt, as `Request.show` takes them
     """
-    loss = greedy_losses(model, prompt_ids, output, config, block_size)
+    loss = greedy_losses(model, prompt_ids, output, config, block_size, images=images)
     if bool((loss <= NEAR_TIE).all()):
         return Match(int((loss > 0).sum()), None)
     for seed in range(num_variants if config else 0):
-        moved = greedy_losses(model, prompt_ids, output, config, block_size, seed)
+        moved = greedy_losses(model, prompt_ids, output, config, block_size, seed, images)
         if bool((moved <= NEAR_TIE).all()):
             return Match(int((moved > 0).sum()), seed)
     wrong = (loss > NEAR_TIE).nonzero().flatten().tolist()
@@ -64,10 +66,13 @@ def greedy_losses(
     config: KvConfig | None,
     block_size: int,
     seed: int | None = None,
+    images: Mapping[str, Tensor] | None = None,
     packed: bool = False,
 ) -> Tensor:
     """[len(output)]: how far each token is from the reference's best, in nats; with a seed, from that variant's."""
     request = Request(model, len(prompt_ids), config, block_size, packed=packed)
+    if images is not None:
+        request.show(prompt_ids, images)
     if seed is not None:
         request.method = with_score_noise(request.method, seed)
     logprobs = feed(request, [*prompt_ids, *output], keep_full=True).full_logprobs

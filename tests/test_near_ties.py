@@ -32,8 +32,8 @@ class First(Method):
     gap: float = 0.0
 
     def score(self, window: Window) -> Tensor:
-        places = torch.arange(window.num_tokens, dtype=torch.float32)
-        scores = (2 - places / window.num_tokens).expand(window.positions.shape).clone()
+        indices = torch.arange(window.num_tokens, dtype=torch.float32)
+        scores = (2 - indices / window.num_tokens).expand(window.positions.shape).clone()
         scores[0, 0, NUM_KEPT] = scores[0, 0, NUM_KEPT - 1] * (1 - self.gap)
         return scores
 

@@ -27,6 +27,10 @@ CACHE_DTYPES = {
 BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "TRITON_ATTN")}
 
 ALL_FULL = "all layers must be full attention"
+COUNTS_POSITIONS = (
+    "it computes the angles of keys from their indices in the text, and M-RoPE's positions behind an image are fewer; "
+    "use another method"
+)
 # Names that configs have for layers of full attention, and for those that look back over a window or a chunk.
 FULL_ATTENTION = {"full_attention", "attention"}
 LOCAL_ATTENTION = {"sliding_attention", "chunked_attention"}

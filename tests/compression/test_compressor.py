@@ -31,7 +31,7 @@ def geometry_of(config: KvConfig, ratio: float | None = None) -> Geometry:
     return geometry
 
 
-class Place(NamedTuple):
+class Span(NamedTuple):
     """Candidates: the request in `row`, `num_tokens` tokens from physical index `start` on, or its whole prompt."""
 
     row: int
@@ -64,33 +64,33 @@ class DenseStore:
         """[num_layers, num_kv_heads, num_tokens]: of what is in the cache."""
         return torch.stack([keys[..., POSITION].T for keys in self.keys[row]]).long()
 
-    def candidates(self, due: Sequence[Due]) -> list[Place]:
+    def candidates(self, due: Sequence[Due]) -> list[Span]:
         ((geometry, shape),) = {(each.geometry, each.geometry.shape(each.event)) for each in due}
         starts = [geometry.candidate_start(each.num_prompt_tokens, each.event) for each in due]
-        return [Place(each.row, start, shape.num_candidates) for each, start in zip(due, starts, strict=True)]
+        return [Span(each.row, start, shape.num_candidates) for each, start in zip(due, starts, strict=True)]
 
-    def prompt(self, due: Due) -> list[Place]:
-        return [Place(due.row, 0, due.geometry.protected_len(due.num_prompt_tokens))]
+    def prompt(self, due: Due) -> list[Span]:
+        return [Span(due.row, 0, due.geometry.protected_len(due.num_prompt_tokens))]
 
-    def part(self, candidates: list[Place], events: slice) -> list[Place]:
+    def part(self, candidates: list[Span], events: slice) -> list[Span]:
         return candidates[events]
 
-    def queries(self, candidates: list[Place], layers: slice = ALL_LAYERS) -> Tensor:
+    def queries(self, candidates: list[Span], layers: slice = ALL_LAYERS) -> Tensor:
         labels = torch.zeros(len(candidates), NUM_LAYERS, self.config.num_queries, NUM_KV_HEADS * GROUP_SIZE, 3)
         labels[..., LAYER] = torch.arange(NUM_LAYERS)[:, None, None]
-        for label, place in zip(labels, candidates, strict=True):
-            label[..., ROW] = place.row
+        for label, span in zip(labels, candidates, strict=True):
+            label[..., ROW] = span.row
             behind = self.config.query_stride * torch.arange(self.config.num_queries - 1, -1, -1)
-            label[..., POSITION] = (self.num_computed[place.row] - 1 - behind)[:, None]
+            label[..., POSITION] = (self.num_computed[span.row] - 1 - behind)[:, None]
         return labels[:, layers].flatten(0, 1)
 
-    def read(self, candidates: list[Place], layers: slice = ALL_LAYERS) -> tuple[Tensor, Tensor]:
+    def read(self, candidates: list[Span], layers: slice = ALL_LAYERS) -> tuple[Tensor, Tensor]:
         def of(held: dict[int, list[Tensor]]) -> Tensor:
             return torch.stack([x[p.start : p.start + p.num_tokens] for p in candidates for x in held[p.row][layers]])
 
         return of(self.keys), of(self.values)
 
-    def write(self, candidates: list[Place], kept: Kept, layers: slice = ALL_LAYERS) -> None:
+    def write(self, candidates: list[Span], kept: Kept, layers: slice = ALL_LAYERS) -> None:
         """As the reference's: the rest of the request moves up behind the survivors."""
         assert (kept.keys is None) == (kept.values is None)
         index = kept.indices.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, 3)
@@ -118,11 +118,11 @@ class Checking(Method):
         assert (keys[..., [ROW, LAYER]] == owners[:, None, None]).all()
         assert (queries[..., [ROW, LAYER]] == owners[:, None, None]).all()
         assert window.layers.tolist() == [LAYER_NUMBERS[int(i)] for i in owners[:, 1]]
-        # Seen from the newest candidate the text is dense, so its place says which tokens ask.
-        places = window.query_positions - (window.num_tokens - 1) + positions[:, :1, -1]
+        # Seen from the newest candidate the text is dense, so its position says which tokens ask.
+        standing = window.query_positions - (window.num_tokens - 1) + positions[:, :1, -1]
         if window.num_tokens - 1 == positions[0, 0, -1]:  # the first tokens of the text
-            places = window.query_positions.expand(len(keys), -1)
-        assert torch.equal(queries[:, :, 0, POSITION].long(), places)
+            standing = window.query_positions.expand(len(keys), -1)
+        assert torch.equal(queries[:, :, 0, POSITION].long(), standing)
         return ((positions * 7919 + 31 * window.layers[:, None, None]) * torch.tensor([[[1], [3]]]) % 101).float()
 
 
@@ -164,7 +164,7 @@ def test_positions_of_survivors_over_many_events(name: str) -> None:
     geometry, store = geometry_of(config), DenseStore(config)
     kept: list[tuple[Tensor, bool]] = []
     compressor = compressor_of(config, store, observe=lambda k, of_prompt: kept.append((k.indices, of_prompt)))
-    prompts = {3: 11, 6: 30}  # other rows than places in a batch; 32 tokens in the blocks of the second
+    prompts = {3: 11, 6: 30}  # other rows than indices in a batch; 32 tokens in the blocks of the second
     for event in range(9):
         due = [due_at(store, geometry, row, prompt, event) for row, prompt in prompts.items()]
         before = {row: store.positions(row) for row in prompts}
@@ -283,23 +283,23 @@ def test_a_second_event_leaves_the_prompt_alone() -> None:
     assert [tokens for _, tokens in windows_of(compressor)] == [16, 40, 16]
 
 
-def fused_into(calls: list[tuple[list[Place], int]]) -> Fused:
+def fused_into(calls: list[tuple[list[Span], int]]) -> Fused:
     return lambda candidates, num_kept: calls.append((candidates, num_kept))
 
 
 def test_fused_kernels_do_a_windows_work_where_there_are_any() -> None:
-    """All of a group in one call, whatever `max_batch` is. Prompts are still the method's: four layers, then one."""
+    """All of a batch in one call, whatever `max_batch` is. Prompts are still the method's: four layers, then one."""
     config = KvConfig(**SIZES, retention_ratio=0.7, prompt_budget=8)
     store, geometry = DenseStore(config, max_batch=1), geometry_of(config)
     assert [geometry.shape(event).num_kept for event in range(3)] == [12, 12, 8]
-    calls: list[tuple[list[Place], int]] = []
+    calls: list[tuple[list[Span], int]] = []
     observed: list[bool] = []
     compressor = compressor_of(
         config, store, fused=fused_into(calls), observe=lambda kept, of_prompt: observed.append(of_prompt)
     )
     due = [due_at(store, geometry, row, prompt, 0) for row, prompt in ((4, 5), (1, 20))]
     compressor.compress(due)
-    assert calls == [([Place(4, 8, 16), Place(1, 20, 16)], 12)]
+    assert calls == [([Span(4, 8, 16), Span(1, 20, 16)], 12)]
     assert [tokens for _, tokens in windows_of(compressor)] == [20] * 2 and observed == [True]
 
     everything = geometry_of(replace(config, retention_ratio=0.95))

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvllm.compression.blocks import close_gap
 from kvllm.compression.paged_store import PagedCandidates, PagedStore
 from kvllm.compression.query_bank import QueryBank
-from kvllm.compression.query_ring import oldest_slot
+from kvllm.compression.query_ring import oldest_entry
 from kvllm.compression.rows import Due, RequestRows
 from kvllm.compression.store import ALL_LAYERS
 from kvllm.config import KvConfig
@@ -100,7 +100,7 @@ def test_survivors_over_many_events(name: str) -> None:
         prompts = {
             d.row: store.prompt(d).blocks for d in due if event == 0 and geometry.prompt_shape(d.num_prompt_tokens)
         }
-        ring = [store.bank.ring_start(r.row, oldest_slot(config, geometry, event)) for r in requests]
+        ring = [store.bank.ring_start(r.row, oldest_entry(config, geometry, event)) for r in requests]
         assert found.ring_starts.tolist() == ring
         for i, each in enumerate(requests):
             start = geometry.candidate_start(each.num_prompt_tokens, event) // BLOCK_SIZE

@@ -29,7 +29,7 @@ def rounded(vector: torch.Tensor) -> list[float]:
 
 
 def newest_of_a_head(num_tokens: int, num_queries: int, stride: int, shift: int) -> list[int]:
-    """The token in each slot of a head's ring after `num_tokens`, which it is offered one by one."""
+    """The token in each entry of a head's ring after `num_tokens`, which it is offered one by one."""
     ring, taken = [-1] * num_queries, 0
     for offset in range(num_tokens):
         if offset % stride == stride - 1 - shift:
@@ -74,7 +74,7 @@ def test_chunks_leave_what_token_after_token_would(num_kv_heads, group_size, str
 
 
 def test_one_by_hand():
-    """A group of two heads, stride 4, two slots: the first head keeps tokens 3, 7, 11, ..., the second 1, 5, 9, ..."""
+    """Two heads a KV head, stride 4, two entries: the first keeps tokens 3, 7, 11, ..., the second 1, 5, 9, ..."""
     bank = bank_of(2, 1, 2, 4)
     assert bank.shifts.tolist() == [0, 2] == query_shifts(4, 2).tolist()
     assert bank.codes(0, np.arange(10)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
@@ -96,7 +96,7 @@ def test_rows_without_a_code_and_rows_of_others_stay():
     query = torch.randn(3, 4, HEAD_DIM, generator=torch.Generator().manual_seed(0))
     bank.store(1, query, torch.tensor([-1, -1, -1]))
     assert (bank.queries == 77).all() and (bank.scales == -1).all()
-    bank.store(1, query[:2], torch.tensor([4 + 0, 4 + 1]))  # the first slot of row 1
+    bank.store(1, query[:2], torch.tensor([4 + 0, 4 + 1]))  # the first entry of row 1
     assert (bank.scales[1, 1, 0] > 0).all()
     assert (bank.scales[1, 1, 1] == -1).all() and (bank.scales[1, [0, 2]] == -1).all()
     assert (bank.queries[1, 1, 1] == 77).all() and (bank.queries[1, [0, 2]] == 77).all()
@@ -118,8 +118,8 @@ def test_of_one_request_or_several():
     several = bank.of(torch.tensor(starts))
     assert several.shape == (2, 2, 3, 4, HEAD_DIM) and several.dtype == torch.float32
     assert torch.equal(several[:, 0], bank.of(starts[0])) and torch.equal(several[:, 1], bank.of(starts[1]))
-    for age, slot in enumerate([2, 0, 1]):
-        number, scale = bank.queries[1, 2, slot, 3, 4], bank.scales[1, 2, slot, 3]
+    for age, entry in enumerate([2, 0, 1]):
+        number, scale = bank.queries[1, 2, entry, 3, 4], bank.scales[1, 2, entry, 3]
         assert float(several[1, 0, age, 3, 4]) == pytest.approx(float(number) * float(scale), rel=1e-6)
 
 

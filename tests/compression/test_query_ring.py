@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvllm.compression.query_ring import oldest_slot, query_positions, query_shifts, slot_of
+from kvllm.compression.query_ring import entry_of, oldest_entry, query_positions, query_shifts
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry
 
@@ -46,9 +46,9 @@ def test_query_positions_equal_simulated_rings(config, num_prompt_tokens, group_
     protected_len = -(-num_prompt_tokens // 8) * 8
     num_queries = config.num_queries
     shifts = query_shifts(config.query_stride, group_size)
-    # The place in the text of each slot's query, for each head of the group.
+    # The position in the text of each entry's query, for each head of the query group.
     rings = [[-1] * num_queries for _ in range(group_size)]
-    cache: list[int] = []  # the place in the text of each token in the cache
+    cache: list[int] = []  # the position in the text of each token in the cache
     event = 0
     for position in range(protected_len + 300):
         if geometry.num_events(num_prompt_tokens, position) > event:
@@ -56,7 +56,7 @@ def test_query_positions_equal_simulated_rings(config, num_prompt_tokens, group_
             # Tokens that were candidates before (budget policy) may be gone, their queries are not: they count on
             # backwards as if nothing were.
             length, raw = len(cache) - first, geometry.interval + geometry.buffer_size
-            oldest = oldest_slot(config, geometry, event)
+            oldest = oldest_entry(config, geometry, event)
             in_order = [ring[oldest:] + ring[:oldest] for ring in rings]
             ring = in_order[0]
             assert ring == sorted(ring)
@@ -75,20 +75,20 @@ def test_query_positions_equal_simulated_rings(config, num_prompt_tokens, group_
         cache.append(position)
         offset = position - protected_len
         for ring, shift in zip(rings, shifts, strict=True):
-            stored, slot = slot_of(offset, int(shift), config.query_stride, num_queries)
+            stored, entry = entry_of(offset, int(shift), config.query_stride, num_queries)
             if offset >= 0 and stored:
-                ring[slot] = position
+                ring[entry] = position
     assert event > 0
 
 
 def test_one_by_hand():
-    """W=16, U=8, stride 4: an event finds 24 tokens, every fourth with its query, and the ring turned on."""
+    """W=16, U=8, stride 4: an event finds 24 tokens, every fourth with its query, and the ring moved on."""
     config = KvConfig(window_size=16, buffer_size=8, query_stride=4, retention_ratio=0.5)
     geometry = Geometry.from_config(config, 8)
     assert geometry is not None
     for event, oldest in enumerate([0, 4, 2, 0, 4]):
         assert query_positions(config, geometry, event).tolist() == [3, 7, 11, 15, 19, 23]
-        assert oldest_slot(config, geometry, event) == oldest
+        assert oldest_entry(config, geometry, event) == oldest
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_heads_share_the_tokens_out_evenly(query_stride, group_size):
     """Every head keeps one token of each stride, and no token is kept by two more heads than another."""
     shifts = query_shifts(query_stride, group_size)
     tokens = np.arange(5 * query_stride, 6 * query_stride)
-    stored = slot_of(tokens, shifts[:, None], query_stride, 1)[0]
+    stored = entry_of(tokens, shifts[:, None], query_stride, 1)[0]
     assert (stored.sum(axis=1) == 1).all()
     counts = stored.sum(axis=0)
     assert counts.max() - counts.min() <= 1
@@ -118,6 +118,6 @@ def test_heads_share_the_tokens_out_evenly(query_stride, group_size):
 )
 def test_what_is_stored_where(offset, shift, expected):
     """Numbers, arrays and tensors; counted modulo the period of 16 tokens too."""
-    for place in (offset, offset % 16, np.array(offset), torch.tensor(offset)):
-        stored, slot = slot_of(place, shift, 4, 4)
-        assert (int(slot) if stored else None) == expected
+    for counted in (offset, offset % 16, np.array(offset), torch.tensor(offset)):
+        stored, entry = entry_of(counted, shift, 4, 4)
+        assert (int(entry) if stored else None) == expected

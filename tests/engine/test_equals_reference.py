@@ -18,7 +18,6 @@ NUM_TOKENS = 270  # three windows and some
 
 @pytest.fixture(scope="module")
 def llm(shared_llm: Any) -> Any:
-    """A prompt of 500 is prefilled in chunks, beside others that decode."""
     return shared_llm
 
 
@@ -27,29 +26,36 @@ def greedy(llm: Any, prompts: list[list[int]], num_tokens: int = NUM_TOKENS, **e
     return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
 
-def test_prompts_around_block_borders_in_one_batch_with_chunked_prefill(llm: Any, reference_model: Any) -> None:
+@pytest.fixture(scope="module")
+def batch(llm: Any) -> dict[str, Any]:
+    """One batch of prompts around block borders, the longest prefilled in chunks beside others that decode."""
     prompts = [words(n, seed=n) for n in (1, 15, 16, 17, 31, 32, 33, 500)]
     before = engine_stats(llm)
-    outputs = greedy(llm, prompts)
+    answers = [list(output.outputs[0].token_ids) for output in greedy(llm, prompts)]
+    after = engine_stats(llm)
+    counted = {name: after[name] - before[name] for name in ("num_windows_compressed", "num_blocks_freed")}
+    return {"prompts": prompts, "answers": answers} | counted
+
+
+def test_prompts_around_block_borders_in_one_batch_with_chunked_prefill(
+    llm: Any, batch: dict[str, Any], reference_model: Any
+) -> None:
+    prompts, answers = batch["prompts"], batch["answers"]
     ties = sum(
-        check_greedy(reference_model, p, list(o.outputs[0].token_ids), CONFIG, BLOCK_SIZE, num_variants=0).near_ties
-        for p, o in zip(prompts, outputs, strict=True)
+        check_greedy(reference_model, prompt, answer, CONFIG, BLOCK_SIZE, num_variants=0).near_ties
+        for prompt, answer in zip(prompts, answers, strict=True)
     )
     assert ties <= 2
-    after = engine_stats(llm)
     # Every request passes the events at P' + 96, 160 and 224 of its 270 tokens.
-    assert after["num_windows_compressed"] - before["num_windows_compressed"] == 3 * len(prompts)
-    assert after["num_blocks_freed"] - before["num_blocks_freed"] == 3 * len(prompts)
+    assert batch["num_windows_compressed"] == batch["num_blocks_freed"] == 3 * len(prompts)
     assert_pool_whole(llm)
 
 
-def test_same_tokens_alone_as_in_a_batch(llm: Any) -> None:
-    """Invariant 6, as far as tokens show it."""
-    prompts = [words(n, seed=n) for n in (17, 40)]
-    together = greedy(llm, prompts)
-    for prompt, output in zip(prompts, together, strict=True):
-        (alone,) = greedy(llm, [prompt])
-        assert list(alone.outputs[0].token_ids) == list(output.outputs[0].token_ids)
+@pytest.mark.parametrize("index", [3, 6])
+def test_same_tokens_alone_as_in_a_batch(llm: Any, batch: dict[str, Any], index: int) -> None:
+    """Invariant 6, as far as tokens show it: over two windows and some."""
+    (alone,) = greedy(llm, [batch["prompts"][index]], 210)
+    assert list(alone.outputs[0].token_ids) == batch["answers"][index][:210]
 
 
 def test_prefix_cache_hit(llm: Any, reference_model: Any) -> None:

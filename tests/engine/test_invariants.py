@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,20 +16,23 @@ from kvllm.engine.stats import engine_stats
 from tests.engine.conftest import (
     BLOCK_SIZE,
     CONFIG,
+    SHARED,
     assert_pool_whole,
     compressor_of,
+    engine,
     scheduler_of,
+    small_words,
     watch_blocks,
-    words,
 )
 from tests.near_ties import check_greedy
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("shared engine")]
+pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def llm(shared_llm: Any) -> Any:
-    return shared_llm
+def llm(small_model_dir: Path) -> Any:
+    with engine(small_model_dir, **SHARED) as made:
+        yield made
 
 
 def params(max_tokens: int, **extra: Any) -> SamplingParams:
@@ -53,7 +57,7 @@ def run(
 def test_scheduler_and_worker_agree_at_every_step(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 3: the blocks that attention reads are the scheduler's live ones."""
     seen = watch_blocks(llm, monkeypatch)
-    requests = {f"agree-{n}": (words(n, seed=n), params(200)) for n in (5, 32, 100)}
+    requests = {f"agree-{n}": (small_words(n, seed=n), params(200)) for n in (5, 32, 100)}
     run(llm, requests, lambda: None)
     assert (
         len(seen) == 601 and max(events for _, events in seen) == 2
@@ -71,7 +75,7 @@ def test_evicted_blocks_return_to_the_pool_while_the_request_runs(llm: Any) -> N
             length = geometry.physical_len(request.num_prompt_tokens, request.num_computed_tokens - 1) + 1
             used.append((pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(), -(-length // BLOCK_SIZE)))
 
-    run(llm, {"frees": (words(20, seed=1), params(300))}, note)
+    run(llm, {"frees": (small_words(20, seed=1), params(300))}, note)
     assert len(used) == 299 and all(expected == held for held, expected in used)
     assert max(held for held, _ in used) == 7 and -(-320 // BLOCK_SIZE) == 10
     assert_pool_whole(llm)
@@ -90,29 +94,29 @@ def cached_blocks(llm: Any) -> dict[int, bytes]:
 
 def test_no_block_that_others_can_see_is_written(llm: Any) -> None:
     """Invariant 4: prefix-cached blocks keep their contents while requests that share them are compressed."""
-    prompt = words(100, seed=2)
+    prompt = small_words(100, seed=2)
     run(llm, {"first": (prompt, params(4))}, lambda: None)
     before = cached_blocks(llm)
     assert len(before) >= 3
-    run(llm, {f"sharing-{i}": (prompt + words(i, seed=i), params(200)) for i in (1, 2, 3)}, lambda: None)
+    run(llm, {f"sharing-{i}": (prompt + small_words(i, seed=i), params(200)) for i in (1, 2, 3)}, lambda: None)
     after = cached_blocks(llm)
     assert all(after[block] == contents for block, contents in before.items() if block in after)
     assert set(before) & set(after)
 
 
-def test_a_compressed_block_is_never_found_by_another_request(llm: Any, reference_model: Any) -> None:
+def test_a_compressed_block_is_never_found_by_another_request(llm: Any, small_reference: Any) -> None:
     """Peer bug: the prefix cache served a compressed block. A prompt that repeats an answer finds only the prompt."""
-    prompt = words(64, seed=11)
+    prompt = small_words(64, seed=11)
     answer = run(llm, {"asks": (prompt, params(200))}, lambda: None)["asks"]
     again = prompt + answer[:150]
     outputs = llm.generate([{"prompt_token_ids": again}], params(120), use_tqdm=False)
     assert outputs[0].num_cached_tokens == 64
-    check_greedy(reference_model, again, list(outputs[0].outputs[0].token_ids), CONFIG, BLOCK_SIZE, num_variants=0)
+    check_greedy(small_reference, again, list(outputs[0].outputs[0].token_ids), CONFIG, BLOCK_SIZE, num_variants=0)
 
 
 def test_generated_tokens_of_a_compressed_request_have_no_hashes(llm: Any) -> None:
     """A resumed request must not adopt, and then overwrite, the blocks of an uncompressed twin."""
-    prompt, seen = words(70, seed=12), set()
+    prompt, seen = small_words(70, seed=12), set()
     scheduler = scheduler_of(llm)
 
     def note() -> None:
@@ -129,24 +133,24 @@ def test_generated_tokens_of_a_compressed_request_have_no_hashes(llm: Any) -> No
 def test_nothing_is_compressed_during_prefill_nor_by_absolute_length(llm: Any) -> None:
     """Peer bugs: compaction between prefill chunks; a trigger on prompt plus generated length."""
     before = engine_stats(llm)["num_windows_compressed"]
-    run(llm, {"long": (words(500, seed=13), params(90))}, lambda: None)
+    run(llm, {"long": (small_words(500, seed=13), params(90))}, lambda: None)
     assert engine_stats(llm)["num_windows_compressed"] == before
 
 
-def test_queries_are_captured_in_mixed_batches(llm: Any, reference_model: Any) -> None:
+def test_queries_are_captured_in_mixed_batches(llm: Any, small_reference: Any) -> None:
     """Peer bug: the observation window stayed empty where prefill and decode shared a batch."""
-    prompt = words(40, seed=14)
+    prompt = small_words(40, seed=14)
     core = llm.llm_engine
     core.add_request("decodes", {"prompt_token_ids": prompt}, params(200))
     output, steps = [], 0
     while core.has_unfinished_requests():
         steps += 1
         if steps % 3 == 0 and steps < 180:  # a prefill beside nearly every decode
-            core.add_request(f"prefills-{steps}", {"prompt_token_ids": words(90, seed=steps)}, params(1))
+            core.add_request(f"prefills-{steps}", {"prompt_token_ids": small_words(90, seed=steps)}, params(1))
         for result in core.step():
             if result.request_id == "decodes" and result.finished:
                 output = list(result.outputs[0].token_ids)
-    check_greedy(reference_model, prompt, output, CONFIG, BLOCK_SIZE, num_variants=0)
+    check_greedy(small_reference, prompt, output, CONFIG, BLOCK_SIZE, num_variants=0)
 
 
 def test_rope_positions_are_logical(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +163,7 @@ def test_rope_positions_are_logical(llm: Any, monkeypatch: pytest.MonkeyPatch) -
         positions.append(int(compressor.runner.positions[0]))
 
     monkeypatch.setattr(compressor, "begin_step", begin_step)
-    run(llm, {"rope": (words(30, seed=15), params(150))}, lambda: None)
+    run(llm, {"rope": (small_words(30, seed=15), params(150))}, lambda: None)
     assert positions == [0, *range(30, 30 + 149)]
 
 
@@ -176,7 +180,7 @@ def test_rope_positions_are_logical(llm: Any, monkeypatch: pytest.MonkeyPatch) -
 )
 def test_a_bad_ratio_is_refused_when_the_request_arrives(llm: Any, ratio: Any, message: str) -> None:
     with pytest.raises(VLLMValidationError, match=message) as refusal:
-        llm.generate([{"prompt_token_ids": words(10)}], params(5, kv_retention_ratio=ratio), use_tqdm=False)
+        llm.generate([{"prompt_token_ids": small_words(10)}], params(5, kv_retention_ratio=ratio), use_tqdm=False)
     assert refusal.value.parameter == "kv_retention_ratio"
     assert_pool_whole(llm)
 
@@ -184,7 +188,7 @@ def test_a_bad_ratio_is_refused_when_the_request_arrives(llm: Any, ratio: Any, m
 def test_sampling_with_a_seed_is_reproducible(llm: Any) -> None:
     sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=200, ignore_eos=True)
     first, second = (
-        llm.generate([{"prompt_token_ids": words(25, seed=16)}], sampling, use_tqdm=False)[0].outputs[0].token_ids
+        llm.generate([{"prompt_token_ids": small_words(25, seed=16)}], sampling, use_tqdm=False)[0].outputs[0].token_ids
         for _ in range(2)
     )
     assert list(first) == list(second)

@@ -10,7 +10,7 @@ from vllm import SamplingParams
 
 from kvllm.config import KvConfig
 from kvllm.engine.stats import engine_stats
-from tests.engine.conftest import BLOCK_SIZE, assert_pool_whole, engine, words
+from tests.engine.conftest import BLOCK_SIZE, assert_pool_whole, engine, small_words
 from tests.near_ties import check_greedy
 
 pytestmark = pytest.mark.engine
@@ -32,12 +32,12 @@ BUDGET: dict[str, Any] = {**WINDOW, "policy": "budget", "budget_size": 64, "budg
     ],
     ids=lambda v: f"{v.method}-{v.policy}-{v.survivor_bits}" if isinstance(v, KvConfig) else str(v),
 )
-def test_equals_reference(config: KvConfig, num_events: int, model_dir: Path, reference_model: Any) -> None:
-    prompts = [words(20, seed=21), words(32, seed=22)]
+def test_equals_reference(config: KvConfig, num_events: int, small_model_dir: Path, small_reference: Any) -> None:
+    prompts = [small_words(20, seed=21), small_words(32, seed=22)]
     params = SamplingParams(temperature=0, max_tokens=240, ignore_eos=True)
-    with engine(model_dir, config) as llm:
+    with engine(small_model_dir, config) as llm:
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         for prompt, output in zip(prompts, outputs, strict=True):
-            check_greedy(reference_model, prompt, list(output.outputs[0].token_ids), config, BLOCK_SIZE, num_variants=0)
+            check_greedy(small_reference, prompt, list(output.outputs[0].token_ids), config, BLOCK_SIZE, num_variants=0)
         assert engine_stats(llm)["num_windows_compressed"] == num_events * len(prompts)
         assert_pool_whole(llm)

@@ -15,8 +15,8 @@ from tests.engine.conftest import (
     assert_pool_whole,
     compressor_of,
     engine,
+    small_words,
     watch_blocks,
-    words,
 )
 from tests.near_ties import check_greedy
 
@@ -26,22 +26,22 @@ NUM_TOKENS = 200  # two events each
 
 
 @pytest.fixture(scope="module")
-def llm(model_dir: Path) -> Any:
+def llm(small_model_dir: Path) -> Any:
     # 8 blocks, of which each request below needs 5: the two that may run preempt each other.
     with engine(
-        model_dir, scheduling_policy="priority", max_num_seqs=2, num_gpu_blocks_override=9, max_model_len=256
+        small_model_dir, scheduling_policy="priority", max_num_seqs=2, num_gpu_blocks_override=9, max_model_len=256
     ) as made:
         yield made
 
 
 def test_better_priorities_arrive_while_all_seats_are_taken(
-    llm: Any, reference_model: Any, monkeypatch: pytest.MonkeyPatch
+    llm: Any, small_reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A preempted request waits while others take its seat, so its row is theirs too."""
     seen = watch_blocks(llm, monkeypatch)
     core, outputs, num_steps = llm.llm_engine, {}, 0
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    prompts = {name: words(20, seed=seed) for seed, name in enumerate("abcd", start=40)}
+    prompts = {name: small_words(20, seed=seed) for seed, name in enumerate("abcd", start=40)}
 
     def arrive(names: str, priority: int) -> None:
         for name in names:
@@ -60,7 +60,7 @@ def test_better_priorities_arrive_while_all_seats_are_taken(
     assert list(outputs)[-1] in "ab"  # c and d overtook one of them
     for name, prompt in prompts.items():
         assert len(outputs[name]) == NUM_TOKENS
-        check_greedy(reference_model, prompt, outputs[name], CONFIG, BLOCK_SIZE, num_variants=0)
+        check_greedy(small_reference, prompt, outputs[name], CONFIG, BLOCK_SIZE, num_variants=0)
     assert_pool_whole(llm)
 
 
@@ -69,7 +69,7 @@ def test_nothing_is_kept_of_preempted_and_finished_requests(llm: Any) -> None:
     core, compressor = llm.llm_engine, compressor_of(llm)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     for name in ("first", "second"):
-        core.add_request(name, {"prompt_token_ids": words(20, seed=50)}, params)
+        core.add_request(name, {"prompt_token_ids": small_words(20, seed=50)}, params)
     while engine_stats(llm)["num_running"] < 2:
         core.step()
     before = engine_stats(llm)["num_preemptions"]
@@ -77,7 +77,7 @@ def test_nothing_is_kept_of_preempted_and_finished_requests(llm: Any) -> None:
         core.step()
     assert len(compressor.running) == 1
     core.abort_request(["first", "second"])
-    core.add_request("third", {"prompt_token_ids": words(20, seed=51)}, params)
+    core.add_request("third", {"prompt_token_ids": small_words(20, seed=51)}, params)
     core.step()
     assert len(compressor.running) == 1
     core.abort_request(["third"])

@@ -14,13 +14,11 @@ from transformers import (
     LlamaConfig,
     Phi3Config,
     PretrainedConfig,
-    Qwen2_5_VLConfig,
     Qwen3Config,
-    Qwen3VLConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
-from transformers.models.auto import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import rotary_embedding
@@ -198,29 +196,6 @@ LAYERS_WITHOUT = {"no_rope_layers": [1, 0, 1, 0], "layer_types": ["full_attentio
 def test_an_engine_answers_as_the_reference(config_class, options, settings, tmp_path, monkeypatch) -> None:
     """With windows of 64 tokens whose survivors Kara chooses by queries that it rotates ahead."""
     check_engine(save_random_model(tmp_path, config_class, **options), monkeypatch, **settings)
-
-
-@pytest.mark.engine
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_a_vision_language_model_answers_text_as_the_reference(kind, tmp_path, monkeypatch) -> None:
-    pytest.importorskip("torchvision", reason="vLLM's vision-language models import it", exc_type=ImportError)
-    text = dict(
-        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.08, bos_token_id=None,
-        eos_token_id=None, pad_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
-    )  # fmt: skip
-    vision: dict[str, Any] = dict(depth=2, hidden_size=64, intermediate_size=64, num_heads=2, out_hidden_size=256)
-    ids = dict(image_token_id=1, video_token_id=2, vision_start_token_id=3, vision_end_token_id=4)
-    torch.manual_seed(0)
-    config: PretrainedConfig
-    if kind == "qwen3_vl":
-        vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
-        config = Qwen3VLConfig(text_config=text | {"head_dim": 64}, vision_config=vision, **ids)
-    else:
-        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"fullatt_block_indexes": [1]}, **ids)
-    AutoModelForImageTextToText.from_config(config).float().save_pretrained(tmp_path)
-    check_engine(tmp_path, monkeypatch, limit_mm_per_prompt={"image": 0, "video": 0})
 
 
 def check_engine(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:

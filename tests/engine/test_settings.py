@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 from vllm.engine.arg_utils import EngineArgs
 
@@ -16,6 +19,8 @@ from kvllm.compression.footprint import footprint
 from kvllm.config import KvConfig
 from kvllm.engine import settings
 from kvllm.engine.settings import prepare
+from kvllm.errors import UsageError
+from kvllm.methods.triattention import save_statistics
 
 
 def vllm_config(model_dir: Path, kvllm: Any = None, **options: Any) -> Any:
@@ -131,6 +136,23 @@ def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memor
 def test_refused_by_name(model_dir: Path, kvllm: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         vllm_config(model_dir, kvllm, **options)
+
+
+@pytest.mark.parametrize(
+    "uses_mrope, text_only, refused", [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_angles_from_indices_are_wrong_behind_images(
+    tmp_path: Path, uses_mrope: bool, text_only: bool, refused: bool
+) -> None:
+    """As of a vision-language model, which no vLLM without torchvision loads."""
+    file = str(tmp_path / "statistics")
+    save_statistics(file, torch.randn(1, 1, 8, 64), torch.ones(32))
+    model = SimpleNamespace(multimodal_config=SimpleNamespace(language_model_only=text_only), uses_mrope=uses_mrope)
+    config = KvConfig(method="triattention", method_options={"statistics": file})
+    with pytest.raises(UsageError, match="method=triattention") if refused else nullcontext():
+        settings._check_positions(config, model)
+    settings._check_positions(KvConfig(), model)
+    settings._check_positions(config, SimpleNamespace(multimodal_config=None, uses_mrope=uses_mrope))
 
 
 def test_a_ratio_that_frees_a_block_in_several_windows_is_served(model_dir: Path) -> None:

@@ -64,8 +64,8 @@ class LabelMethod(Method):
         owners, asking = window.keys[..., 0].flatten(1), queries[..., 0].flatten(1)
         owner = asking[:, :1]
         assert bool((asking == owner).all()) and bool(((owners == owner) | (owners < 0)).all())
-        # From the end the text is dense: the newest candidate's place says where the queries stand.
-        expected = window.query_places + positions[..., -1:, None] + 1 - window.num_tokens
+        # From the end the text is dense: the newest candidate's position says where the queries stand.
+        expected = window.head_query_positions + positions[..., -1:, None] + 1 - window.num_tokens
         assert torch.equal(queries[..., 1].long(), expected)
         return (positions * 7919 % 31).float()
 
@@ -268,27 +268,27 @@ class WorkerV2:
         if not scheduled.total_num_scheduled_tokens:
             return None
         req_ids, counts = list(scheduled.num_scheduled_tokens), list(scheduled.num_scheduled_tokens.values())
-        slots = np.array([runner.req_states.req_id_to_index[r] for r in req_ids])
-        computed = runner.req_states.num_computed_tokens_np[slots].astype(np.int64)
+        rows = np.array([runner.req_states.req_id_to_index[r] for r in req_ids])
+        computed = runner.req_states.num_computed_tokens_np[rows].astype(np.int64)
         seq_lens = torch.from_numpy(computed + np.array(counts)).int()
-        logical = runner.block_tables.rows[slots]
+        logical = runner.block_tables.rows[rows]
         tables = logical.clone()
         state.store.written.clear()
         batch: Any = SimpleNamespace(
-            num_reqs=len(req_ids), req_ids=req_ids, idx_mapping_np=slots, num_computed_tokens_np=computed,
+            num_reqs=len(req_ids), req_ids=req_ids, idx_mapping_np=rows, num_computed_tokens_np=computed,
             num_scheduled_tokens=np.array(counts), num_tokens=sum(counts), num_tokens_after_padding=sum(counts),
             seq_lens=seq_lens,
         )  # fmt: skip
         state.preprocess_state(batch, (tables,), None, seq_lens)
         known = state.compression.rows
-        events = [int(known.columns[EVENTS, slot]) if known.geometries[slot] is not None else None for slot in slots]
+        events = [int(known.columns[EVENTS, row]) if known.geometries[row] is not None else None for row in rows]
         lengths = state.seq_lens[: len(req_ids)].clone()
         return Step(req_ids, counts, computed.tolist(), events, tables, lengths, logical)
 
     @property
     def rows(self) -> dict[str, int]:
-        slots = self.runner.req_states.req_id_to_index
-        return {r: slot for r, slot in slots.items() if self.state.compression.rows.geometries[slot] is not None}
+        rows = self.runner.req_states.req_id_to_index
+        return {r: row for r, row in rows.items() if self.state.compression.rows.geometries[row] is not None}
 
     @property
     def written(self) -> list[int]:

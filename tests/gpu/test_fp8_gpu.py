@@ -30,9 +30,9 @@ def test_events_in_an_fp8_cache(model_dir: Path, monkeypatch: pytest.MonkeyPatch
     }  # fmt: skip
     llm = start(model_dir, **options)
     errors: list[Tensor] = []
-    compress_group = Compressor.compress_group
+    compress_batch = Compressor.compress_batch
 
-    def both(compressor: Compressor, group: Any, shape: Shape, candidates: PagedCandidates) -> None:
+    def both(compressor: Compressor, batch: Any, shape: Shape, candidates: PagedCandidates) -> None:
         """By the kernels, then from the same cache by the method itself; the kernels' result stays."""
         cache = compressor.store.cache  # type: ignore[attr-defined]
         layers = [t.view(torch.uint8) for t in (*cache.keys, *cache.values)]
@@ -42,19 +42,19 @@ def test_events_in_an_fp8_cache(model_dir: Path, monkeypatch: pytest.MonkeyPatch
 
         before = [t.clone() for t in layers]
         assert compressor.fused is not None
-        compress_group(compressor, group, shape, candidates)
+        compress_batch(compressor, batch, shape, candidates)
         after, actual = [t.clone() for t in layers], survivors()
         for t, old in zip(layers, before, strict=True):
             t.copy_(old)
         fused, compressor.fused = compressor.fused, None
-        compress_group(compressor, group, shape, candidates)
+        compress_batch(compressor, batch, shape, candidates)
         compressor.fused = fused
         for a, e in zip(actual, survivors(), strict=True):
             errors.append((a - e).norm(dim=(1, 3)) / e.norm(dim=(1, 3)))  # of each layer and head
         for t, new in zip(layers, after, strict=True):
             t.copy_(new)
 
-    monkeypatch.setattr(Compressor, "compress_group", both)
+    monkeypatch.setattr(Compressor, "compress_batch", both)
     prompts = [prompt(n, n) for n in (5, 70)]
     outputs = greedy(llm, prompts, NUM_TOKENS)
     monkeypatch.undo()

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kvllm.kernels.compact import compact_ref
+from kvllm.kernels.queries import DueQueries
 from kvllm.kernels.refit import refit, refit_ref
 from kvllm.kernels.windows import gather_window_ref
 from kvllm.methods.kara import Kara
@@ -62,8 +63,8 @@ def test_refit(num_candidates, num_kept, num_heads, num_kv_heads, head_dim, dtyp
     rotation = None if options is None else rotation_of(bank, head_dim, device, **options)
     expected, moved = copy_of(actual), copy_of(actual)
 
-    refit(bank, starts, kept, blocks, actual, rotation, *ridges)
-    refit_ref(bank, starts, kept, blocks, expected, rotation, *ridges)
+    refit(DueQueries(bank, starts, rotation), kept, blocks, actual, *ridges)
+    refit_ref(DueQueries(bank, starts, rotation), kept, blocks, expected, *ridges)
     compact_ref(kept, blocks, moved)
 
     assert_close(actual, expected, stored)
@@ -79,9 +80,9 @@ def test_more_requests_than_one_launch_takes(device, monkeypatch):
     kept = random_kept(2, actual, 32, 16, device)
     expected = copy_of(actual)
     for due in (0, 1):
-        refit(bank, starts[due:][:1], kept[due:][:1], blocks[due:][:1], expected, None, 1.0, 1.0)
+        refit(DueQueries(bank, starts[due:][:1]), kept[due:][:1], blocks[due:][:1], expected, 1.0, 1.0)
     monkeypatch.setattr("kvllm.kernels.refit.launch._BATCH", 1)
-    refit(bank, starts, kept, blocks, actual, None, 1.0, 1.0)
+    refit(DueQueries(bank, starts), kept, blocks, actual, 1.0, 1.0)
     assert_same_bits(actual, expected)
 
 
@@ -90,7 +91,7 @@ def test_a_strong_ridge_only_moves(dtype, device):
     bank, starts, blocks, actual = make(64, 4, 2, 64, dtype, device)
     kept = random_kept(2, actual, 64, 32, device)
     expected = copy_of(actual)
-    refit(bank, starts, kept, blocks, actual, None, 1e9, 1e9)
+    refit(DueQueries(bank, starts), kept, blocks, actual, 1e9, 1e9)
     compact_ref(kept, blocks, expected)
     assert_close(actual, expected, dtype)
 
@@ -102,7 +103,7 @@ def test_queries_that_look_nowhere_change_no_key(device):
     kept = random_kept(2, actual, 64, 32, device)
     keys, values = gather_window_ref(blocks, actual, torch.float32)
     moved = copy_of(actual)
-    refit(bank, starts, kept, blocks, actual, None, 1.0, 1e-6)
+    refit(DueQueries(bank, starts), kept, blocks, actual, 1.0, 1e-6)
     compact_ref(kept, blocks, moved)
     assert all(torch.equal(actual.raw(layer)[0], moved.raw(layer)[0]) for layer in range(2))
     mean = gather_window_ref(blocks, actual, torch.float32)[1][:, :32].mean(dim=1)
@@ -115,7 +116,7 @@ def test_reference_is_kara(method, device):
     window, rotation = window_of(method, bank, starts, blocks, cache)
     expected = method.compress(window, 16)
     kept = expected.indices.int().unflatten(0, (2, cache.num_layers)).contiguous()
-    refit_ref(bank, starts, kept, blocks, cache, rotation, method.key_ridge, method.value_ridge)
+    refit_ref(DueQueries(bank, starts, rotation), kept, blocks, cache, method.key_ridge, method.value_ridge)
     keys, values = gather_window_ref(blocks, cache, torch.float32)
     torch.testing.assert_close(keys[:, :16], expected.keys, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(values[:, :16], expected.values, rtol=1e-4, atol=1e-4)
@@ -125,5 +126,5 @@ def test_nothing_due(device):
     bank, starts, blocks, cache = make(64, 4, 2, 64, torch.bfloat16, device)
     expected = copy_of(cache)
     kept = torch.empty(0, 2, 2, 16, dtype=torch.int32, device=device)
-    refit(bank, starts[:0], kept, blocks[:0], cache, None, 1.0, 1.0)
+    refit(DueQueries(bank, starts[:0]), kept, blocks[:0], cache, 1.0, 1.0)
     assert_same_bits(cache, expected)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from kvllm.compression.query_bank import QueryBank
-from kvllm.kernels.store_tokens import store_tokens, store_tokens_ref
+from kvllm.kernels.store_tokens import NewPairs, store_tokens, store_tokens_ref
 from tests.kernels.paged_caches import assert_same_bits, copy_of, random_cache
 
 
@@ -84,11 +84,11 @@ def test_keys_and_values(num_tokens, num_heads, num_kv_heads, head_dim, block_si
     slot_mapping = torch.randperm(3 * block_size)[: max(num_tokens - 1, 1)].to(device)
     slot_mapping[2::3] = -1
 
-    store_tokens(query, bank, 1, codes, key, value, cache, slot_mapping)
-    store_tokens_ref(query, expected, 1, codes, key, value, expected_cache, slot_mapping)
+    store_tokens(query, bank, 1, codes, NewPairs(key, value, cache, slot_mapping))
+    store_tokens_ref(query, expected, 1, codes, NewPairs(key, value, expected_cache, slot_mapping))
 
-    place = divmod(int(slot_mapping[0]), block_size)
-    assert torch.equal(expected_cache.keys[1][place], key[0].to(cache_dtype))
-    assert torch.equal(expected_cache.values[1][place], value[0].to(cache_dtype))
+    where = divmod(int(slot_mapping[0]), block_size)
+    assert torch.equal(expected_cache.keys[1][where], key[0].to(cache_dtype))
+    assert torch.equal(expected_cache.values[1][where], value[0].to(cache_dtype))
     assert_same_bits(cache, expected_cache)
     assert torch.equal(bank.queries, expected.queries) and torch.equal(bank.scales, expected.scales)

@@ -2,11 +2,12 @@ import pytest
 import torch
 
 from kvllm.compression.query_bank import QueryBank, quantize
+from kvllm.kernels.queries import DueQueries
 from kvllm.kernels.window_scores import window_scores, window_scores_ref
 from kvllm.kernels.window_scores.launch import tile_sizes
 from kvllm.kernels.windows import gather_window_ref
 from kvllm.methods.base import Window
-from kvllm.methods.kara import Kara, turn_distances
+from kvllm.methods.kara import Kara, ahead_distances
 from kvllm.methods.rope import Rope, frequencies
 from tests.kernels.paged_caches import random_blocks, random_cache
 
@@ -59,7 +60,7 @@ def window_of(method, bank, starts, blocks, cache):
     )
     if not method.uses_rope:
         return window, None
-    distances = turn_distances(window.query_positions, window.query_shifts, method.lookahead)
+    distances = ahead_distances(window.query_positions, window.query_shifts, method.lookahead)
     return window, rope.rotation(distances.unsqueeze(1), head_dim)
 
 
@@ -77,8 +78,8 @@ def window_of(method, bank, starts, blocks, cache):
 )
 def test_window_scores(num_candidates, num_heads, num_kv_heads, head_dim, dtype, value_norm, device):
     bank, starts, blocks, cache = make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device)
-    actual = window_scores(bank, starts, blocks, cache, value_norm)
-    assert_scores_close(actual, window_scores_ref(bank, starts, blocks, cache, value_norm))
+    actual = window_scores(DueQueries(bank, starts), blocks, cache, value_norm)
+    assert_scores_close(actual, window_scores_ref(DueQueries(bank, starts), blocks, cache, value_norm))
 
 
 @pytest.mark.parametrize(
@@ -87,18 +88,20 @@ def test_window_scores(num_candidates, num_heads, num_kv_heads, head_dim, dtype,
 )
 def test_candidates_of_several_tiles(num_candidates, head_dim, dtype, block_size, device):
     assert tile_sizes(num_candidates, 70, 256, dtype == torch.float32)[0] < num_candidates
-    arguments = make(num_candidates, 14, 2, head_dim, dtype, device, block_size=block_size, num_queries=10)
-    assert_scores_close(window_scores(*arguments), window_scores_ref(*arguments))
+    bank, starts, *where = make(num_candidates, 14, 2, head_dim, dtype, device, block_size=block_size, num_queries=10)
+    queries = DueQueries(bank, starts)
+    assert_scores_close(window_scores(queries, *where), window_scores_ref(queries, *where))
 
 
 @pytest.mark.parametrize("num_candidates", [64, 320])
 @pytest.mark.parametrize("token_major", [True, False])
 def test_fp8_cache(num_candidates, token_major, device):
-    arguments = make(
+    bank, starts, *where = make(
         *(num_candidates, 8, 2, 128, torch.bfloat16, device), kv_dtype=torch.float8_e4m3fn, token_major=token_major
     )
     # Every e4m3 value is a bf16 value, so dequantising adds no error.
-    assert_scores_close(window_scores(*arguments), window_scores_ref(*arguments))
+    queries = DueQueries(bank, starts)
+    assert_scores_close(window_scores(queries, *where), window_scores_ref(queries, *where))
 
 
 def rotation_of(bank, head_dim, device, interleaved=False, num_pairs=None, by_layer=False):
@@ -131,10 +134,11 @@ def test_rotated_queries_and_distinct_keys(
 ):
     bank, starts, blocks, cache = make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, num_queries=10)
     rotation = rotation_of(bank, head_dim, device, **options)
-    actual = window_scores(bank, starts, blocks, cache, keydiff_power=keydiff_power, rotation=rotation)
-    expected = window_scores_ref(bank, starts, blocks, cache, keydiff_power=keydiff_power, rotation=rotation)
+    queries = DueQueries(bank, starts, rotation)
+    actual = window_scores(queries, blocks, cache, keydiff_power=keydiff_power)
+    expected = window_scores_ref(queries, blocks, cache, keydiff_power=keydiff_power)
     assert_scores_close(actual, expected, rotated_in=dtype)
-    still = window_scores_ref(bank, starts, blocks, cache, keydiff_power=keydiff_power)
+    still = window_scores_ref(DueQueries(bank, starts), blocks, cache, keydiff_power=keydiff_power)
     assert not torch.allclose(expected, still, rtol=0.1)
     assert torch.equal(expected[:, 0], still[:, 0]) == ("by_layer" in options)
 
@@ -142,17 +146,17 @@ def test_rotated_queries_and_distinct_keys(
 @pytest.mark.parametrize("num_candidates", [64, 288])
 def test_attention_floor(num_candidates, device):
     bank, starts, blocks, cache = make(num_candidates, 4, 2, 128, torch.bfloat16, device)
-    actual = window_scores(bank, starts, blocks, cache, attention_floor=3.0)
-    assert_scores_close(actual, window_scores_ref(bank, starts, blocks, cache, attention_floor=3.0))
-    assert (actual > 1.5 * window_scores_ref(bank, starts, blocks, cache)).any()
+    actual = window_scores(DueQueries(bank, starts), blocks, cache, attention_floor=3.0)
+    assert_scores_close(actual, window_scores_ref(DueQueries(bank, starts), blocks, cache, attention_floor=3.0))
+    assert (actual > 1.5 * window_scores_ref(DueQueries(bank, starts), blocks, cache)).any()
 
 
 def test_large_logits_do_not_overflow(device):
     bank, starts, blocks, cache = make(64, 4, 2, 64, torch.bfloat16, device)
     bank.scales.mul_(100)
-    scores = window_scores(bank, starts, blocks, cache)
+    scores = window_scores(DueQueries(bank, starts), blocks, cache)
     # Logits in the hundreds lose as many digits after the point.
-    torch.testing.assert_close(scores, window_scores_ref(bank, starts, blocks, cache), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(scores, window_scores_ref(DueQueries(bank, starts), blocks, cache), rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", [Kara(), Kara(keydiff_power=0.0), Kara(lookahead=0, value_norm=False)])
@@ -161,10 +165,10 @@ def test_reference_is_kara(method, device):
     window, rotation = window_of(method, bank, starts, blocks, cache)
     expected = method.score(window).unflatten(0, (2, cache.num_layers))
     options = (method.value_norm, method.keydiff_power, method.attention_floor)
-    actual = window_scores_ref(bank, starts, blocks, cache, *options, rotation)
+    actual = window_scores_ref(DueQueries(bank, starts, rotation), blocks, cache, *options)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-8)
 
 
 def test_nothing_due(device):
     bank, starts, blocks, cache = make(64, 4, 2, 64, torch.bfloat16, device)
-    assert window_scores(bank, starts[:0], blocks[:0], cache).shape == (0, 2, 2, 64)
+    assert window_scores(DueQueries(bank, starts[:0]), blocks[:0], cache).shape == (0, 2, 2, 64)

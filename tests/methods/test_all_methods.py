@@ -37,8 +37,8 @@ def window_of_the_budget_policy() -> Window:
     """Candidates that earlier cuts have thinned, for each head differently; the newest lie side by side."""
     window = random_window(batch=3, num_tokens=48, num_kv_heads=2, group_size=3, head_dim=HEAD_DIM)
     generator = torch.Generator().manual_seed(5)
-    places = torch.stack([torch.randperm(300, generator=generator)[:30].sort().values for _ in range(6)])
-    old = places.view(3, 2, 30) + 64
+    positions = torch.stack([torch.randperm(300, generator=generator)[:30].sort().values for _ in range(6)])
+    old = positions.view(3, 2, 30) + 64
     new = torch.arange(364, 364 + 18).expand(3, 2, -1)
     return replace(window, positions=torch.cat([old, new], dim=-1))
 
@@ -105,10 +105,10 @@ def test_a_batch_equals_its_members_bit_for_bit(method, name):
 
 @pytest.mark.parametrize("name", ["window", "budget"])
 def test_the_order_of_the_query_ring_does_not_matter(method, name):
-    """The same queries in other slots: the same tokens stay."""
+    """The same queries in other entries: the same tokens stay."""
     window = WINDOWS[name]
-    slots = torch.tensor([3, 0, 4, 1, 2])
-    shuffled = replace(window, queries=window.queries[:, slots], query_positions=window.query_positions[slots])
+    entries = torch.tensor([3, 0, 4, 1, 2])
+    shuffled = replace(window, queries=window.queries[:, entries], query_positions=window.query_positions[entries])
     # Sums over queries may round differently in another order.
     torch.testing.assert_close(method.score(shuffled), method.score(window), rtol=1e-5, atol=1e-6)
 

@@ -71,8 +71,8 @@ def test_mass_is_the_pooled_attention_of_the_buffers_queries(name):
     def mass(b, h):
         heads = []
         for g in range(group_size(window)):
-            slots = behind(window, g, newest(window, 4))
-            mean = torch.stack([weights(window, b, h, g, q) for q in slots]).mean(dim=0)
+            entries = behind(window, g, newest(window, 4))
+            mean = torch.stack([weights(window, b, h, g, q) for q in entries]).mean(dim=0)
             heads.append(torch.tensor(pooled(mean.tolist(), 5), dtype=torch.float64))
         total = torch.stack(heads).sum(dim=0)
         return total / total.sum()

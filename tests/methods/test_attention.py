@@ -1,4 +1,4 @@
-"""Who sees whom, where the heads of a group take turns in the query ring."""
+"""Who sees whom, where the heads of a query group take turns in the query ring."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from dataclasses import replace
 
 import torch
 
-from kvllm.methods.attention import observed_attention, seen, text_places
+from kvllm.methods.attention import observed_attention, seen, text_positions
 from kvllm.methods.base import Window
 from tests.methods.windows import random_window
 
 
 def window_by_hand() -> Window:
-    """Six tokens at 160 to 165; slots at 6, 2 and 5, the second head's queries two tokens older."""
+    """Six tokens at 160 to 165; entries at 6, 2 and 5, the second head's queries two tokens older."""
     window = random_window(batch=1, num_tokens=6, num_queries=3, num_kv_heads=1, group_size=2)
     return replace(window, query_positions=torch.tensor([6, 2, 5]), query_shifts=torch.tensor([0, 2]))
 
 
 def test_places_are_each_head_s_own():
     window = window_by_hand()
-    assert window.query_places.tolist() == [[6, 2, 5], [4, 0, 3]]
-    assert text_places(window).tolist() == [[[[166, 162, 165], [164, 160, 163]]]]
-    assert replace(window, query_shifts=None).query_places.tolist() == [[6, 2, 5], [6, 2, 5]]
+    assert window.head_query_positions.tolist() == [[6, 2, 5], [4, 0, 3]]
+    assert text_positions(window).tolist() == [[[[166, 162, 165], [164, 160, 163]]]]
+    assert replace(window, query_shifts=None).head_query_positions.tolist() == [[6, 2, 5], [6, 2, 5]]
 
 
 def test_a_head_sees_up_to_its_own_query():

@@ -94,8 +94,8 @@ def test_the_same_token_twice_is_merged_into_itself():
 def test_far_tokens_are_merged_last():
     """Equal keys, but a gap in the text between 9 and 10: with 2 entries left the cut is there."""
     window = random_window(batch=1, num_tokens=20, num_kv_heads=1)
-    places = torch.cat([torch.arange(10), torch.arange(10) + 100])
-    window = replace(window, keys=torch.ones_like(window.keys), positions=places.view(1, 1, -1))
+    positions = torch.cat([torch.arange(10), torch.arange(10) + 100])
+    window = replace(window, keys=torch.ones_like(window.keys), positions=positions.view(1, 1, -1))
     assert CASK(base="recent", core_share=0.0).compress(window, 2).indices.tolist() == [[[9, 19]]]
 
 

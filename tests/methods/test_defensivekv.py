@@ -12,8 +12,8 @@ from tests.methods.windows import random_window
 def kept_by_loops(window, b, h, num_kept, method):
     """The stages of the paper, one after the other."""
     size = group_size(window)
-    slots = newest(window, method.num_observed)
-    heads = [[weights(window, b, h, g, q) for q in behind(window, g, slots)] for g in range(size)]
+    entries = newest(window, method.num_observed)
+    heads = [[weights(window, b, h, g, q) for q in behind(window, g, entries)] for g in range(size)]
     rows = [row for head in heads for row in head]
     mean = torch.stack([torch.stack(head).mean(dim=0) for head in heads]).mean(dim=0).tolist()
     order = sorted(range(window.num_tokens), key=lambda t: -mean[t])

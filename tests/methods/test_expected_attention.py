@@ -11,12 +11,12 @@ from tests.methods.loops import group_size, per_head
 from tests.methods.test_all_methods import WINDOWS
 
 
-def rotation(place, theta, dim):
+def rotation(position, theta, dim):
     """RoPE as a matrix."""
     half = dim // 2
     matrix = torch.zeros(dim, dim, dtype=torch.float64)
     for i in range(half):
-        angle = torch.tensor(place * theta ** (-2 * i / dim), dtype=torch.float64)
+        angle = torch.tensor(position * theta ** (-2 * i / dim), dtype=torch.float64)
         matrix[i, i] = matrix[i + half, i + half] = angle.cos()
         matrix[i + half, i], matrix[i, i + half] = angle.sin(), -angle.sin()
     return matrix
@@ -34,8 +34,8 @@ def by_loops(window, method):
             average = torch.eye(dim, dtype=torch.float64)
             if method.rope_theta is not None:
                 shift = 0 if window.query_shifts is None else int(window.query_shifts[g])
-                places = int(window.positions[b, h, -1]) + window.query_positions - (window.num_tokens - 1) - shift
-                rotations = [rotation(-int(p), method.rope_theta, dim) for p in places]
+                positions = int(window.positions[b, h, -1]) + window.query_positions - (window.num_tokens - 1) - shift
+                rotations = [rotation(-int(p), method.rope_theta, dim) for p in positions]
                 queries = torch.stack([rotation @ q for rotation, q in zip(rotations, queries, strict=True)])
                 future = range(newest + 1, newest + 1 + method.num_future_tokens)
                 average = sum(rotation(p, method.rope_theta, dim) for p in future) / len(future)
@@ -71,7 +71,7 @@ def test_scores_equal_the_definition(name, method):
     torch.testing.assert_close(method.score(window), by_loops(window, method), rtol=2e-4, atol=1e-6)
 
 
-def test_a_head_s_queries_stand_where_its_turn_was():
+def test_a_head_s_queries_stand_at_its_own_tokens():
     """What its shifts say of a group makes a difference with the rotation undone, and none without."""
     window = WINDOWS["window"]
     for method, same in ((ExpectedAttention(), True), (ExpectedAttention(rope_theta=100.0), False)):
@@ -87,9 +87,10 @@ def test_with_rope_theta_only_the_place_before_rope_counts():
     one = window.queries[:, :1].expand_as(window.queries)
     assert window.query_shifts is not None
     members = window.query_shifts.repeat(window.num_kv_heads)  # of each head
-    places = 160 + window.query_positions.view(1, -1, 1) - members
+    positions = 160 + window.query_positions.view(1, -1, 1) - members
     at_last = replace(window, queries=one, query_positions=last, query_shifts=None)
-    shifted = unrotate(one, (160 + last).view(1, -1, 1) - places, 100.0)  # rotated back from the last place to each
+    # Rotated back from the last position to each.
+    shifted = unrotate(one, (160 + last).view(1, -1, 1) - positions, 100.0)
     spread = replace(window, queries=shifted)
     torch.testing.assert_close(method.score(spread), method.score(at_last), rtol=1e-4, atol=1e-6)
 

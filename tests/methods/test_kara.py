@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from kvllm.config import KvConfig
 from kvllm.methods import make_method
-from kvllm.methods.kara import MOST_REFITTED, Kara, token2chunk, turn_distances
+from kvllm.methods.kara import MOST_REFITTED, Kara, ahead_distances, token2chunk
 from kvllm.methods.rope import Rope, frequencies
-from tests.methods.loops import place_of
+from tests.methods.loops import position_of
 from tests.methods.windows import random_window
 
 
@@ -33,13 +33,13 @@ def queries_by_loops(window, lookahead):
     if not lookahead or window.rope is None:
         return result
     batch, num_queries, num_heads, _ = result.shape
-    places = window.query_positions.tolist()
+    positions = window.query_positions.tolist()
     for q in range(num_queries):
-        share = sorted(places).index(places[q]) * (math.sqrt(5) - 1) / 2 % 1
-        target = max(places) + 1 + math.floor(share * lookahead)
+        share = sorted(positions).index(positions[q]) * (math.sqrt(5) - 1) / 2 % 1
+        target = max(positions) + 1 + math.floor(share * lookahead)
         for head in range(num_heads):
             shifts = [0] * num_heads if window.query_shifts is None else window.query_shifts.tolist()
-            stands = places[q] - shifts[head % (num_heads // window.num_kv_heads)]
+            stands = positions[q] - shifts[head % (num_heads // window.num_kv_heads)]
             for b in range(batch):
                 result[b, q, head] = rotated_by_hand(result[b, q, head], target - stands, window.rope)
     return result
@@ -70,15 +70,15 @@ def scores_by_loops(window, bidirectional, value_norm, moment="mean", lookahead=
         for head in range(num_heads):
             kv_head = head // group_size
             for q in range(num_queries):
-                place = place_of(window, head % group_size, q)
-                seen = [t for t in range(num_tokens) if bidirectional or t <= place]
+                position = position_of(window, head % group_size, q)
+                seen = [t for t in range(num_tokens) if bidirectional or t <= position]
                 query = queries[b, q, head]
                 weights = {
                     t: math.exp(float(query @ window.keys[b, t, kv_head].double()) / head_dim**0.5) for t in seen
                 }
                 for t in seen:
                     pairs = [(g, p) for g in range(group_size) for p in range(num_queries)]
-                    judges = sum(bidirectional or place_of(window, *pair) >= t for pair in pairs)
+                    judges = sum(bidirectional or position_of(window, *pair) >= t for pair in pairs)
                     weight = weights[t] / sum(weights.values())
                     power = 2 if moment == "rms" else 1
                     result[b, kv_head, t] += weight**power / judges
@@ -139,14 +139,14 @@ def test_distances_by_hand():
     positions = torch.tensor([36, 40, 24, 28, 32])
     ahead = {24: 1, 28: 1 + 61, 32: 1 + 23, 36: 1 + 85, 40: 1 + 47}
     expected = [[40 - p + ahead[p], 40 - p + ahead[p] + 2] for p in positions.tolist()]
-    assert turn_distances(positions, torch.tensor([0, 2]), 100).tolist() == expected
-    assert turn_distances(positions, None, 100).tolist() == [[first] for first, _ in expected]
-    assert turn_distances(positions, None, 1).flatten().tolist() == [5, 1, 17, 13, 9]
+    assert ahead_distances(positions, torch.tensor([0, 2]), 100).tolist() == expected
+    assert ahead_distances(positions, None, 100).tolist() == [[first] for first, _ in expected]
+    assert ahead_distances(positions, None, 1).flatten().tolist() == [5, 1, 17, 13, 9]
 
 
 def test_places_ahead_cover_the_range_evenly():
     positions = torch.randperm(64, generator=torch.Generator().manual_seed(0)) * 4
-    ahead = (turn_distances(positions, None, 300)[:, 0] - (positions.max() - positions)).sort().values
+    ahead = (ahead_distances(positions, None, 300)[:, 0] - (positions.max() - positions)).sort().values
     assert ahead.min() == 1 and ahead.max() <= 300
     assert ahead.diff().min() >= 2 and ahead.diff().max() <= 8  # 300 / 64 is 4.7
 
@@ -184,14 +184,14 @@ def test_of_keys_all_alike_none_is_distinct():
 
 def test_nothing_rotates_without_rope_or_in_the_causal_ablation():
     window = random_window()
-    still, turning = Kara(lookahead=0), Kara(lookahead=300)
+    still, rotating = Kara(lookahead=0), Kara(lookahead=300)
     without = replace(window, rope=None)
-    assert torch.equal(turning.score(without), still.score(window))
-    assert not torch.allclose(turning.score(window), still.score(window), rtol=0.01)
-    causal = replace(turning, bidirectional=False)
+    assert torch.equal(rotating.score(without), still.score(window))
+    assert not torch.allclose(rotating.score(window), still.score(window), rtol=0.01)
+    causal = replace(rotating, bidirectional=False)
     assert torch.equal(causal.score(window), replace(still, bidirectional=False).score(window))
-    assert turning.ahead(without) is without and still.ahead(window) is window and causal.ahead(window) is window
-    assert turning.uses_rope and not still.uses_rope and not causal.uses_rope
+    assert rotating.ahead(without) is without and still.ahead(window) is window and causal.ahead(window) is window
+    assert rotating.uses_rope and not still.uses_rope and not causal.uses_rope
 
 
 def test_a_key_is_judged_by_the_queries_before_it_only_when_bidirectional():

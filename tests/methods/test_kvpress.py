@@ -44,8 +44,8 @@ class Layer:
         self.module = LlamaAttention(config, layer_idx=0).eval()
         self.module.rotary_emb = LlamaRotaryEmbedding(config)
         self.hidden = 4 * torch.randn(1, TOKENS, 96)
-        places = torch.arange(TOKENS)
-        self.rotary = self.module.rotary_emb(self.hidden, places[None])
+        positions = torch.arange(TOKENS)
+        self.rotary = self.module.rotary_emb(self.hidden, positions[None])
         with torch.no_grad():
             queries, keys, self.values = (
                 project(self.hidden).unflatten(-1, (-1, DIM)).transpose(1, 2)

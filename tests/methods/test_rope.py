@@ -20,14 +20,14 @@ def test_it_undoes_the_rotation_of_transformers():
             "rope_theta": 5000.0,
         },
     )
-    places = torch.tensor([[0, 1, 7, 500, 4000]])
+    positions = torch.tensor([[0, 1, 7, 500, 4000]])
     generator = torch.Generator().manual_seed(0)
     before = torch.randn(1, 2, 5, 16, generator=generator)
     rotary = LlamaRotaryEmbedding(config)
     torch.testing.assert_close(frequencies(5000.0, 16).float(), rotary.inv_freq)
-    after, _ = apply_rotary_pos_emb(before, before, *rotary(before, places))
-    # transformers computes angles in float32: off by 2e-4 at place 4000
-    torch.testing.assert_close(unrotate(after, places[:, None], 5000.0), before, rtol=0, atol=1e-3)
+    after, _ = apply_rotary_pos_emb(before, before, *rotary(before, positions))
+    # transformers computes angles in float32: off by 2e-4 at position 4000
+    torch.testing.assert_close(unrotate(after, positions[:, None], 5000.0), before, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -48,8 +48,8 @@ def test_rotations_equal_complex_numbers(num_pairs, head_dim, interleaved):
     assert rotation.halves == halves
 
     expected = vectors.double()
-    for place, distance in enumerate(distances.flatten().tolist()):
-        vector = expected.view(-1, head_dim)[place]
+    for index, distance in enumerate(distances.flatten().tolist()):
+        vector = expected.view(-1, head_dim)[index]
         for i in range(num_pairs):
             pair = [2 * i, 2 * i + 1] if interleaved else [i, i + num_pairs]
             rotated = complex(*vector[pair].tolist()) * cmath.exp(1j * distance * float(rope.frequencies[i]))
@@ -60,7 +60,7 @@ def test_rotations_equal_complex_numbers(num_pairs, head_dim, interleaved):
     assert torch.equal(actual[..., 2 * num_pairs :], vectors[..., 2 * num_pairs :])
 
 
-def test_turning_on_and_back_again():
+def test_rotating_on_and_back_again():
     rope = Rope(frequencies(10000.0, 16))
     vectors = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     at = torch.tensor([5, 600, 70_000])

@@ -37,15 +37,15 @@ def scores_by_loops(window):
             sample = SAMPLES[int(window.layers[b]), h * group_size(window) + g].double()
             row = []
             for t in range(window.num_tokens):
-                place, total = int(window.positions[b, h, t]), 0.0
+                position, total = int(window.positions[b, h, t]), 0.0
                 for f in range(PAIRS):
                     rotation = THETA ** (-2 * f / DIM)
                     stored = complex(float(window.keys[b, t, h, f]), float(window.keys[b, t, h, f + PAIRS]))
-                    key = stored * cmath.exp(-1j * rotation * place)
+                    key = stored * cmath.exp(-1j * rotation * position)
                     queries = [complex(q[f], q[f + PAIRS]) for q in sample.tolist()]
                     mean = sum(queries) / len(queries)
                     spread = sum(abs(q) for q in queries) / len(queries) - abs(mean)
-                    distances = [now - place + 2**i for i in range(17)]
+                    distances = [now - position + 2**i for i in range(17)]
                     aligned = sum((mean * key.conjugate() * cmath.exp(1j * rotation * d)).real for d in distances)
                     total += float(SCALE[f]) ** 2 * (aligned / len(distances) + spread * abs(key))
                 row.append(total)

@@ -20,15 +20,15 @@ def random_window(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Window:
-    """Queries at shuffled places, as a ring gives them, the newest half past the window, as in a buffer.
+    """Queries at shuffled positions, as a ring gives them, the newest half past the window, as in a buffer.
 
-    They lie three tokens apart, and the heads of a group take turns.
+    They lie three tokens apart, and the heads of a query group take turns.
     """
     g = torch.Generator().manual_seed(seed)
-    places = torch.arange(num_queries) * 3 + num_tokens - 3 * num_queries // 2
+    positions = torch.arange(num_queries) * 3 + num_tokens - 3 * num_queries // 2
     return Window(
         queries=(2 * torch.randn(batch, num_queries, num_kv_heads * group_size, head_dim, generator=g)).to(dtype),
-        query_positions=places[torch.randperm(num_queries, generator=g)],
+        query_positions=positions[torch.randperm(num_queries, generator=g)],
         keys=torch.randn(batch, num_tokens, num_kv_heads, head_dim, generator=g).to(dtype),
         values=torch.randn(batch, num_tokens, num_kv_heads, head_dim, generator=g).to(dtype),
         positions=(torch.arange(num_tokens) + 160).expand(batch, num_kv_heads, -1),

@@ -69,10 +69,10 @@ def masked_replay(
     group_size, num_queries = config.num_attention_heads // heads, query_span // query_stride
 
     def ring_of(older: int, now: int) -> list[int]:
-        """The token whose query each slot has, for a head that takes that many tokens before every stride's last."""
+        """The token whose query each entry has, for a head that takes that many tokens before every stride's last."""
         stored = range(protected_len + query_stride - 1 - older, now, query_stride)
-        # Slot i has the newest of the i-th, (i + n)-th, (i + 2n)-th, ... to be stored.
-        return [max(p for i, p in enumerate(stored) if i % num_queries == slot) for slot in range(num_queries)]
+        # Entry i has the newest of the i-th, (i + n)-th, (i + 2n)-th, ... to be stored.
+        return [max(p for i, p in enumerate(stored) if i % num_queries == entry) for entry in range(num_queries)]
 
     visible = torch.ones(config.num_hidden_layers, heads, num_tokens, num_tokens, dtype=torch.bool).tril()
     everything: list[Tensor] = []

@@ -63,12 +63,12 @@ def model_of(config: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
 
 
-def rotated_by_the_model(model: PreTrainedModel, vectors: torch.Tensor, place: int) -> torch.Tensor:
-    """The vectors [num_vectors, HEAD_DIM] as queries of the text's token number `place`, after the model's RoPE."""
-    cos, sin = model.base_model.rotary_emb(vectors, torch.tensor([[place]]))
+def rotated_by_the_model(model: PreTrainedModel, vectors: torch.Tensor, position: int) -> torch.Tensor:
+    """The vectors [num_vectors, HEAD_DIM] as queries of the text's token number `position`, after the model's RoPE."""
+    cos, sin = model.base_model.rotary_emb(vectors, torch.tensor([[position]]))
     apply = sys.modules[type(model).__module__].apply_rotary_pos_emb
-    turning, still = vectors.split([cos.shape[-1], vectors.shape[-1] - cos.shape[-1]], dim=-1)
-    queries = turning[None, :, None]  # [batch, num_heads, num_tokens, head_dim]
+    rotated, still = vectors.split([cos.shape[-1], vectors.shape[-1] - cos.shape[-1]], dim=-1)
+    queries = rotated[None, :, None]  # [batch, num_heads, num_tokens, head_dim]
     return torch.cat([apply(queries, queries, cos, sin)[0][0, :, 0], still], dim=-1)
 
 
@@ -85,15 +85,15 @@ def rotated_by_the_model(model: PreTrainedModel, vectors: torch.Tensor, place: i
     ],
     ids=["llama", "llama3", "yarn", "cohere", "glm", "phi", "stablelm"],
 )
-def test_turning_on_equals_the_model_s_rotation_at_a_later_place(config, interleaved, num_pairs):
+def test_rotating_on_equals_the_model_s_rotation_at_a_later_position(config, interleaved, num_pairs):
     model = model_of(config)
     rope = rope_of(model)
     assert rope is not None and rope.interleaved == interleaved
     assert rope.frequencies.shape == (num_pairs,) and rope.frequencies.dtype == torch.float64
     vectors = torch.randn(5, HEAD_DIM, generator=torch.Generator().manual_seed(0))
-    for place, distance in ((0, 1), (7, 0), (30, 300), (500, -100)):
+    for position, distance in ((0, 1), (7, 0), (30, 300), (500, -100)):
         rotation = rope.rotation(torch.tensor(distance), HEAD_DIM)
-        before, expected = (rotated_by_the_model(model, vectors, p) for p in (place, place + distance))
+        before, expected = (rotated_by_the_model(model, vectors, p) for p in (position, position + distance))
         if "yarn" in str(config.rope_parameters):
             assert not torch.allclose(before.norm(dim=-1), vectors.norm(dim=-1))  # it also stretches, once
         # transformers computes angles of hundreds of radians in float32.

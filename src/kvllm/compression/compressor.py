@@ -70,17 +70,17 @@ class Compressor:
 
     def compress(self, due: Sequence[Due]) -> None:
         """Compress what is due; events of one geometry and shape together."""
-        groups: dict[tuple[Geometry, Shape], list[Due]] = {}
+        batches: dict[tuple[Geometry, Shape], list[Due]] = {}
         for each in due:
-            groups.setdefault((each.geometry, each.geometry.shape(each.event)), []).append(each)
-        for (_, shape), group in groups.items():
-            self.compress_group(group, shape, self.store.candidates(group))
+            batches.setdefault((each.geometry, each.geometry.shape(each.event)), []).append(each)
+        for (_, shape), batch in batches.items():
+            self.compress_batch(batch, shape, self.store.candidates(batch))
         for each in due:
             cut = each.geometry.prompt_shape(each.num_prompt_tokens)
             if each.event == 0 and cut is not None:
                 self._compress_prompt(each, cut)
 
-    def compress_group(self, group: Sequence[Due], shape: Shape, candidates: Any) -> None:
+    def compress_batch(self, batch: Sequence[Due], shape: Shape, candidates: Any) -> None:
         """Events of one geometry and shape, whose candidates are these."""
         if self.fused is not None:
             if shape.num_kept < shape.num_candidates:
@@ -89,10 +89,10 @@ class Compressor:
                 self.pack(candidates, shape.num_kept)
             return
         # The survivors and a window are as many tokens as many windows.
-        size = max(1, self.store.max_batch * group[0].geometry.interval // shape.num_candidates)
-        for start in range(0, len(group), size):
+        size = max(1, self.store.max_batch * batch[0].geometry.interval // shape.num_candidates)
+        for start in range(0, len(batch), size):
             part = slice(start, start + size)
-            self._compress_part(group[part], shape, self.store.part(candidates, part))
+            self._compress_part(batch[part], shape, self.store.part(candidates, part))
 
     def _compress_part(self, part: Sequence[Due], shape: Shape, candidates: Any) -> None:
         where = torch.from_numpy(query_positions(self.config, part[0].geometry, part[0].event))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvllm.compression.query_bank import QueryBank
-from kvllm.compression.query_ring import oldest_slot
+from kvllm.compression.query_ring import oldest_entry
 from kvllm.compression.rows import Due
 from kvllm.compression.store import ALL_LAYERS
 from kvllm.config import KvConfig
@@ -114,7 +114,7 @@ class PagedStore(ABC):
         """As of `Store`."""
 
     def _ring_start(self, due: Due) -> int:
-        return self.bank.ring_start(due.row, oldest_slot(self.config, due.geometry, due.event))
+        return self.bank.ring_start(due.row, oldest_entry(self.config, due.geometry, due.event))
 
 
 def _flat(table: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvllm.compression.query_ring import query_shifts, slot_of
+from kvllm.compression.query_ring import entry_of, query_shifts
 from kvllm.layout import IntArray
 
 LEVELS = 127
@@ -64,7 +64,7 @@ class QueryBank:
 
     @cached_property
     def period(self) -> int:
-        """Tokens from one use of a slot to the next."""
+        """Tokens from one use of an entry to the next."""
         return self.num_queries * self.query_stride
 
     @property
@@ -74,7 +74,7 @@ class QueryBank:
     def codes(self, rows: IntArray | int, offsets: IntArray) -> IntArray:
         """What `store` is told of a token: its request's row in the bank, and where in the ring's period it falls.
 
-        offsets: places after the protected prompt, not negative
+        offsets: tokens after the protected prompt, not negative
         """
         return rows * self.period + offsets % self.period
 
@@ -85,9 +85,9 @@ class QueryBank:
         returns token, member of the group, row and entry of the ring of each query that is kept
         """
         # Both [num_tokens, group_size].
-        stored, slots = slot_of(codes[:, None] % self.period, self.shifts, self.query_stride, self.num_queries)
+        stored, entries = entry_of(codes[:, None] % self.period, self.shifts, self.query_stride, self.num_queries)
         token, member = (stored & (codes >= 0)[:, None]).nonzero(as_tuple=True)
-        return token, member, codes[token] // self.period, slots[token, member]
+        return token, member, codes[token] // self.period, entries[token, member]
 
     def store(self, layer: int, query: Tensor, codes: Tensor) -> None:
         """Keep the queries of those heads whose turn it is.
@@ -98,19 +98,19 @@ class QueryBank:
 
     def put(self, layer: int, query: Tensor, targets: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         """Keep the queries that `targets` chose."""
-        token, member, row, slot = targets
+        token, member, row, entry = targets
         grouped = query.unflatten(1, (self.num_kv_heads, self.group_size))[token, :, member]
         numbers, scales = quantize(grouped, self.queries.dtype)
         shape = (self.num_kv_heads, self.group_size)
-        self.queries[layer].unflatten(2, shape)[row, slot, :, member] = numbers
-        self.scales[layer].unflatten(2, shape)[row, slot, :, member] = scales
+        self.queries[layer].unflatten(2, shape)[row, entry, :, member] = numbers
+        self.scales[layer].unflatten(2, shape)[row, entry, :, member] = scales
 
-    def ring_start(self, row: Any, oldest_slot: Any) -> Any:
-        """What a reader is told of a request: its row in the bank, and the slot at which its ring starts.
+    def ring_start(self, row: Any, oldest_entry: Any) -> Any:
+        """What a reader is told of a request: its row in the bank, and the entry at which its ring starts.
 
         Numbers, arrays or tensors, whose shapes broadcast.
         """
-        return row * self.num_queries + oldest_slot
+        return row * self.num_queries + oldest_entry
 
     def row_of(self, ring_start: Any) -> Any:
         """The row in what `ring_start` made."""
@@ -119,9 +119,9 @@ class QueryBank:
     def of(self, ring_starts: Tensor | int, layers: slice = slice(None)) -> Tensor:
         """[num_layers, *ring_starts, num_queries, num_heads, head_dim] in float32, oldest first."""
         starts = torch.as_tensor(ring_starts, device=self.queries.device)[..., None]
-        slots = (starts + torch.arange(self.num_queries, device=starts.device)) % self.num_queries
+        entries = (starts + torch.arange(self.num_queries, device=starts.device)) % self.num_queries
         rows = self.row_of(starts)
-        return dequantize(self.queries[layers][:, rows, slots], self.scales[layers][:, rows, slots])
+        return dequantize(self.queries[layers][:, rows, entries], self.scales[layers][:, rows, entries])
 
 
 def quantize(vectors: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:

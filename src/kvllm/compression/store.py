@@ -44,7 +44,7 @@ class Store(Protocol):
         """Keys and values, [batch, num_candidates, num_kv_heads, head_dim] each."""
 
     def write(self, candidates: Any, kept: Kept, layers: slice = ALL_LAYERS) -> None:
-        """The survivors take the first places of the candidates.
+        """The survivors overwrite the first of the candidates.
 
         kept: with new keys and new values, or with neither: then the survivors' own are moved bit for bit
         """

@@ -109,7 +109,7 @@ class WorkerState:
                 num_blocks = shape.num_candidates // geometry.block_size
                 blocks = torch.zeros(1, num_blocks, dtype=torch.int32, device=self.step.device)
                 candidates = PagedCandidates(blocks, self.store.to_device([0]))
-                self.compressor.compress_group([Due(0, 0, geometry, 1, event)], shape, candidates)
+                self.compressor.compress_batch([Due(0, 0, geometry, 1, event)], shape, candidates)
 
     def begin_step(
         self, rows: IntArray, num_computed_tokens: IntArray, names: Sequence[str], block_table: Tensor

@@ -35,7 +35,7 @@ from kvllm.errors import UsageError
 from kvllm.kernels.block_tables import join_segments
 from kvllm.kernels.fused import fused_kernels, has_fused_kernels
 from kvllm.kernels.paged import PagedCache
-from kvllm.kernels.store_tokens import store_tokens
+from kvllm.kernels.store_tokens import NewPairs, store_tokens
 from kvllm.methods import make_method
 from kvllm.support import model_state_reasons
 
@@ -146,7 +146,8 @@ class KvModelState(DefaultModelState):
         state = self.compression
         assert query.shape[0] <= len(state.codes)
         queries = query.view(-1, *state.bank.queries.shape[3:])
-        store_tokens(queries, state.bank, layer, state.codes, key, value, self.cache, slot_mapping)
+        pairs = None if slot_mapping is None else NewPairs(key, value, self.cache, slot_mapping)
+        store_tokens(queries, state.bank, layer, state.codes, pairs)
 
     def preprocess_state(
         self,

@@ -122,15 +122,15 @@ class CompressionMixin(Base):
 
     def _blocks_ahead(self) -> int:
         """Blocks that running requests will need over the next interval."""
-        groups: dict[int, tuple[Geometry, list[tuple[int, int, int]]]] = {}  # by geometry, of which there is one object
+        by_geometry: dict[int, tuple[Geometry, list[tuple[int, int, int]]]] = {}  # of each there is one object
         for request in self.running:
             if (geometry := self.geometries.of(request.sampling_params)) is not None:
-                _, lengths = groups.setdefault(id(geometry), (geometry, []))
+                _, lengths = by_geometry.setdefault(id(geometry), (geometry, []))
                 lengths.append((request.num_prompt_tokens, request.num_computed_tokens, request.max_tokens))
-        if not groups:
+        if not by_geometry:
             return 0
         rows, widest = [], 0
-        for geometry, lengths in groups.values():
+        for geometry, lengths in by_geometry.values():
             widest = max(widest, geometry.interval)
             prompt, computed, most = np.array(lengths, np.int64).T
             held = ceil_div(geometry.physical_len(prompt, computed), self.block_size)

@@ -16,7 +16,7 @@ from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
 from kvllm.layers import Local, local_layers
 from kvllm.layout import Geometry
-from kvllm.methods import checked_config
+from kvllm.methods import checked_config, make_method
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig, ModelConfig, VllmConfig
@@ -113,6 +113,7 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     _check_geometry(config, cache.block_size, vllm_config.model_config.max_model_len, packed_tokens(vllm_config))
     for found in support.engine_reasons(vllm_config, device):
         raise UsageError(f"KvLLM does not support {found}.")
+    _check_positions(config, vllm_config.model_config)
     # Cascade attention reads the prefix of the unshortened tables.
     vllm_config.model_config.disable_cascade_attn = True
     scheduler = "KvAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "KvScheduler"
@@ -124,6 +125,16 @@ def local_layers_of(vllm_config: VllmConfig) -> list[Local | None]:
     """How each layer of the engine's model looks back; None: over the whole text."""
     model = vllm_config.model_config
     return local_layers(model.hf_config.get_text_config(), model.max_model_len)
+
+
+def _check_positions(config: KvConfig, model_config: Any) -> None:
+    """Refuse a method that takes indices for rotary positions where images may come between them."""
+    multimodal = model_config.multimodal_config
+    if multimodal is None or multimodal.language_model_only or not model_config.uses_mrope:
+        return
+    if make_method(config).counts_positions:
+        found = support.reason("method", config.method, support.COUNTS_POSITIONS)
+        raise UsageError(f"KvLLM does not support {found}, or --language-model-only to take no images.")
 
 
 def why_not_inspected(engine_args: Any, error: ValueError) -> str | None:

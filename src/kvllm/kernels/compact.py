@@ -21,11 +21,11 @@ def compact_ref(kept: Tensor, candidate_blocks: Tensor, cache: PagedCache) -> No
     candidate_blocks: [num_due, num_candidates / block_size], block ids; no block twice
     """
     block_size = cache.block_size
-    slots = torch.arange(kept.shape[-1], device=kept.device)
+    indices = torch.arange(kept.shape[-1], device=kept.device)
     heads = torch.arange(cache.num_kv_heads, device=kept.device)[:, None]
     for blocks, rows in zip(candidate_blocks.long(), kept.long(), strict=True):
         for layer in range(cache.num_layers):
-            source, target = rows[layer], slots.expand_as(rows[layer])
+            source, target = rows[layer], indices.expand_as(rows[layer])
             for paged in cache.raw(layer):
                 moved = paged[blocks[source // block_size], source % block_size, heads]
                 paged[blocks[target // block_size], target % block_size, heads] = moved
@@ -81,7 +81,7 @@ def _compact_kernel(
         source, target = source[:, None] + dims[None, :], target[:, None] + dims[None, :]
         k = tl.load(keys + source, mask=mask)
         v = tl.load(values + source, mask=mask)
-        # kept is ascending, so kept[j] >= j: a tile that writes slots [a, b) reads from a on, and later tiles read
+        # kept is ascending, so kept[j] >= j: a tile that writes tokens [a, b) reads from a on, and later tiles read
         # from b on. So no tile reads what an earlier one wrote, and this barrier, between the reads and the writes of
         # one tile, is all the order that moving in place needs.
         tl.debug_barrier()

@@ -10,6 +10,7 @@ from kvllm.compression.query_bank import QueryBank
 from kvllm.config import KvConfig
 from kvllm.kernels.compact import compact
 from kvllm.kernels.paged import PagedCache
+from kvllm.kernels.queries import DueQueries
 from kvllm.kernels.refit import MOST_DIMS, refit
 from kvllm.kernels.registry import serves
 from kvllm.kernels.select_chunks import select_chunks
@@ -32,13 +33,11 @@ def kara_kernels(method: Method, config: KvConfig, bank: QueryBank, cache: Paged
     rotation = _rotation(method, config, bank, cache, rope)
 
     def compress(candidates: PagedCandidates, num_kept: int) -> None:
-        blocks, starts = candidates.blocks, candidates.ring_starts.int()
-        scores = window_scores(
-            bank, starts, blocks, cache, method.value_norm, method.keydiff_power, method.attention_floor, rotation
-        )
+        blocks, queries = candidates.blocks, DueQueries(bank, candidates.ring_starts.int(), rotation)
+        scores = window_scores(queries, blocks, cache, method.value_norm, method.keydiff_power, method.attention_floor)
         kept = select_chunks(scores, num_kept, method.max_chunk_size, method.chunk_fill)
         if method.refits(num_kept):
-            refit(bank, starts, kept, blocks, cache, rotation, method.key_ridge, method.value_ridge)
+            refit(queries, kept, blocks, cache, method.key_ridge, method.value_ridge)
         else:
             compact(kept, blocks, cache)
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,34 +17,57 @@ from kvllm.kernels.paged import TL_DTYPES, layer_ptr, next_power_of_2
 from kvllm.methods.rope import Rotation
 
 
-def rotated_queries_ref(bank: QueryBank, ring_starts: Tensor, rotation: Rotation | None) -> Tensor:
-    """[num_due * num_layers, num_queries, num_kv_heads, group_size, head_dim] in float64."""
-    queries = bank.of(ring_starts.long()).transpose(0, 1).flatten(0, 1).double()
-    grouped = queries.unflatten(2, (bank.num_kv_heads, -1))
-    if rotation is None:
-        return grouped
-    # [num_due, num_layers, num_queries, num_kv_heads, group_size, head_dim]: `rotation` broadcasts to it
-    return rotation.apply(grouped.unflatten(0, (len(ring_starts), -1))).flatten(0, 1)
+@dataclass(frozen=True)
+class DueQueries:
+    """The stored queries of the requests that are due, and how they are rotated ahead.
 
+    ring_starts: [num_due], `QueryBank.ring_start` of each
+    rotation:    of distances [num_queries, 1, group_size], oldest first, for all layers or each its own; None: the
+                 queries stay as they are
+    """
 
-def query_arguments(bank: QueryBank, ring_starts: Tensor, rotation: Rotation | None) -> tuple[Any, ...]:
-    """What `load_queries` needs to find them, from `numbers` to `max_num_reqs`."""
-    rotations = (rotation.cos, rotation.sin, rotation.first, rotation.second) if rotation else (None, None, None, None)
-    return (bank.queries, bank.scales, *rotations, ring_starts, bank.queries.shape[1])
+    bank: QueryBank
+    ring_starts: Tensor
+    rotation: Rotation | None = None
 
+    def __len__(self) -> int:
+        return len(self.ring_starts)
 
-def query_sizes(bank: QueryBank, rotation: Rotation | None, dot_dtype: torch.dtype) -> dict[str, Any]:
-    """The constants that go with `query_arguments`."""
-    _, _, num_queries, num_heads, head_dim = bank.queries.shape
-    return dict(
-        NUM_HEADS=num_heads,
-        GROUP_SIZE=bank.group_size,
-        NUM_ROWS=num_queries * bank.group_size,
-        DOT_DTYPE=TL_DTYPES[dot_dtype],
-        NUM_ROTATIONS=num_rotations(rotation),
-        HALVES=rotation is None or rotation.halves,
-        BLOCK_H=max(16, next_power_of_2(head_dim // 2)),
-    )
+    @property
+    def num_rows(self) -> int:
+        """Queries that one KV head is asked by."""
+        return self.bank.num_queries * self.bank.group_size
+
+    def split(self, size: int) -> list[DueQueries]:
+        return [replace(self, ring_starts=starts) for starts in self.ring_starts.split(size)]
+
+    def rotated_ref(self) -> Tensor:
+        """[num_due * num_layers, num_queries, num_kv_heads, group_size, head_dim] in float64."""
+        queries = self.bank.of(self.ring_starts.long()).transpose(0, 1).flatten(0, 1).double()
+        grouped = queries.unflatten(2, (self.bank.num_kv_heads, -1))
+        if self.rotation is None:
+            return grouped
+        # [num_due, num_layers, num_queries, num_kv_heads, group_size, head_dim]: `rotation` broadcasts to it
+        return self.rotation.apply(grouped.unflatten(0, (len(self), -1))).flatten(0, 1)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What `load_queries` needs to find them, from `numbers` to `max_num_reqs`."""
+        given = self.rotation
+        rotations = (None, None, None, None) if given is None else (given.cos, given.sin, given.first, given.second)
+        return (self.bank.queries, self.bank.scales, *rotations, self.ring_starts, self.bank.queries.shape[1])
+
+    def sizes(self, dot_dtype: torch.dtype) -> dict[str, Any]:
+        """The constants that go with `arguments`."""
+        num_heads, head_dim = self.bank.queries.shape[3:]
+        return dict(
+            NUM_HEADS=num_heads,
+            GROUP_SIZE=self.bank.group_size,
+            NUM_ROWS=self.num_rows,
+            DOT_DTYPE=TL_DTYPES[dot_dtype],
+            NUM_ROTATIONS=num_rotations(self.rotation),
+            HALVES=self.rotation is None or self.rotation.halves,
+            BLOCK_H=max(16, next_power_of_2(head_dim // 2)),
+        )
 
 
 def num_rotations(rotation: Rotation | None) -> int:
@@ -57,8 +81,8 @@ def num_rotations(rotation: Rotation | None) -> int:
 def load_tile(ptrs, offsets, mask, layer, dims, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, NUM_DIMS: tl.constexpr):
     """[BLOCK_T, len(dims)]: the first NUM_DIMS of these dimensions of the candidates' keys or values; zeros outside."""
     rows = layer_ptr(ptrs, layer, DTYPE, ALIGNMENT) + offsets[:, None] + dims[None, :]
-    places = tl.arange(0, dims.shape[0])
-    return tl.load(rows, mask=mask[:, None] & (places < NUM_DIMS)[None, :], other=0.0)
+    indices = tl.arange(0, dims.shape[0])
+    return tl.load(rows, mask=mask[:, None] & (indices < NUM_DIMS)[None, :], other=0.0)
 
 
 @triton.jit
@@ -75,7 +99,7 @@ def pairs(first, second, NUM_PAIRS: tl.constexpr, HALVES: tl.constexpr, BLOCK_H:
 
 @triton.jit
 def ring(ring_starts, max_num_reqs, due, layer, NUM_QUERIES: tl.constexpr):
-    """Of a request in a layer: its row among the bank's (layer, row) pairs, and the slot of its oldest query."""
+    """Of a request in a layer: its row among the bank's (layer, row) pairs, and the entry of its oldest query."""
     start = tl.load(ring_starts + due).to(tl.int32)
     return layer * max_num_reqs + start // NUM_QUERIES, start % NUM_QUERIES
 
@@ -92,8 +116,8 @@ def load_queries(
     """
     num_queries: tl.constexpr = NUM_ROWS // GROUP_SIZE
     num_pairs: tl.constexpr = HEAD_DIM // 2
-    slots = (oldest + rows // GROUP_SIZE) % num_queries
-    vectors = (layer_row * num_queries + slots) * NUM_HEADS + head * GROUP_SIZE + rows % GROUP_SIZE
+    entries = (oldest + rows // GROUP_SIZE) % num_queries
+    vectors = (layer_row * num_queries + entries) * NUM_HEADS + head * GROUP_SIZE + rows % GROUP_SIZE
     pairs = tl.arange(0, BLOCK_H)
     mask = (rows < NUM_ROWS)[:, None] & (pairs < num_pairs)[None, :]
     numbers += vectors[:, None] * HEAD_DIM
@@ -112,6 +136,6 @@ def load_queries(
 
 @triton.jit
 def locate(NUM_LAYERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr):
-    """This program's place in the batch, request, layer and KV head; neighbours share the lines of a block."""
+    """This program's index in the batch, request, layer and KV head; neighbours share the lines of a block."""
     pid = tl.program_id(0).to(tl.int64)
     return pid, pid // (NUM_LAYERS * NUM_KV_HEADS), pid // NUM_KV_HEADS % NUM_LAYERS, pid % NUM_KV_HEADS

@@ -67,11 +67,11 @@ def _take_best(keys, rivals, favoured, COUNT: tl.constexpr):
         threshold = tl.where(reached >= COUNT, trial, threshold)
     above = rivals & (keys > threshold)
     equal = rivals & (keys == threshold)
-    places = COUNT - tl.sum(above.to(tl.int32), axis=0)
+    num_missing = COUNT - tl.sum(above.to(tl.int32), axis=0)
     first = (equal & favoured).to(tl.int32)
     second = (equal & (favoured == 0)).to(tl.int32)
-    takes_first = (first > 0) & (tl.cumsum(first, axis=0) <= places)
-    takes_second = (second > 0) & (tl.cumsum(second, axis=0) <= places - tl.sum(first, axis=0))
+    takes_first = (first > 0) & (tl.cumsum(first, axis=0) <= num_missing)
+    takes_second = (second > 0) & (tl.cumsum(second, axis=0) <= num_missing - tl.sum(first, axis=0))
     return above | takes_first | takes_second
 
 

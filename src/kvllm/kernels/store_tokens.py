@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,43 +18,36 @@ from kvllm.layout import ceil_div
 _HEADS = 8  # a program's
 
 
-def store_tokens_ref(
-    query: Tensor,
-    bank: QueryBank,
-    layer: int,
-    codes: Tensor,
-    key: Tensor | None = None,
-    value: Tensor | None = None,
-    cache: PagedCache | None = None,
-    slot_mapping: Tensor | None = None,
-) -> None:
-    """`QueryBank.store`, and where keys are given (all four then) vLLM's `reshape_and_cache_flash`, not quantised.
+class NewPairs(NamedTuple):
+    """A step's keys and values of one layer, and where in the cache they belong.
 
-    query:        [num_tokens, num_heads, head_dim], padded like the layer's input
-    codes:        [at least num_tokens] int32, `QueryBank.codes`; -1: not stored
     key, value:   [num_tokens, num_kv_heads, head_dim]
-    slot_mapping: [at most num_tokens] int64, block * block_size + place in it; -1: not stored
+    slot_mapping: [at most num_tokens] int64, block * block_size + index in it; -1: not stored
+    """
+
+    key: Tensor
+    value: Tensor
+    cache: PagedCache
+    slot_mapping: Tensor
+
+
+def store_tokens_ref(query: Tensor, bank: QueryBank, layer: int, codes: Tensor, pairs: NewPairs | None = None) -> None:
+    """`QueryBank.store`, and of pairs vLLM's `reshape_and_cache_flash`, not quantised.
+
+    query: [num_tokens, num_heads, head_dim], padded like the layer's input
+    codes: [at least num_tokens] int32, `QueryBank.codes`; -1: not stored
     """
     bank.store(layer, query, codes[: len(query)])
-    if slot_mapping is None:
+    if pairs is None:
         return
-    assert key is not None and value is not None and cache is not None
+    key, value, cache, slot_mapping = pairs
     stored = slot_mapping >= 0
     slots = slot_mapping[stored]
     for tokens, target in ((key, cache.keys[layer]), (value, cache.values[layer])):
         target[slots // cache.block_size, slots % cache.block_size] = tokens[: len(stored)][stored].to(cache.dtype)
 
 
-def store_tokens(
-    query: Tensor,
-    bank: QueryBank,
-    layer: int,
-    codes: Tensor,
-    key: Tensor | None = None,
-    value: Tensor | None = None,
-    cache: PagedCache | None = None,
-    slot_mapping: Tensor | None = None,
-) -> None:
+def store_tokens(query: Tensor, bank: QueryBank, layer: int, codes: Tensor, pairs: NewPairs | None = None) -> None:
     """`store_tokens_ref` as one Triton kernel, programs for each token and some heads of its query, key or value.
 
     Safe inside CUDA graphs: it allocates nothing, and its grid depends on the padded number of tokens only.
@@ -64,9 +59,11 @@ def store_tokens(
         return
     block_h = min(_HEADS, next_power_of_2(num_heads))
     programs = num_query_programs = ceil_div(num_heads, block_h)
-    keys, values, strides, num_slots, num_kv_heads, block_size = None, None, (0, 0, 0, 0, 0), 0, 0, 1
-    if slot_mapping is not None:
-        assert key is not None and value is not None and cache is not None and cache.k_scale is None
+    key = value = slot_mapping = keys = values = None
+    strides, num_slots, num_kv_heads, block_size = (0, 0, 0, 0, 0), 0, 0, 1
+    if pairs is not None:
+        key, value, cache, slot_mapping = pairs
+        assert cache.k_scale is None
         assert key.stride()[1:] == value.stride()[1:] == (head_dim, 1)
         keys, values, strides = cache.keys[layer], cache.values[layer], (key.stride(0), value.stride(0), *cache.strides)
         num_slots, num_kv_heads, block_size = len(slot_mapping), cache.num_kv_heads, cache.block_size
@@ -140,8 +137,8 @@ def _store_tokens_kernel(
     if code < 0:
         return
     period: tl.constexpr = NUM_QUERIES * STRIDE
-    row, place = (code // period).to(tl.int64), code % period
-    at = (place + heads % GROUP_SIZE * STRIDE // GROUP_SIZE) % period
+    row, offset = (code // period).to(tl.int64), code % period
+    at = (offset + heads % GROUP_SIZE * STRIDE // GROUP_SIZE) % period
     stored = (at % STRIDE == STRIDE - 1) & (heads < NUM_HEADS)
     x = x.to(tl.float32)
     scale = tl.full([BLOCK_H], 1.0, tl.float32)

@@ -24,13 +24,13 @@ def query_factor(scale: float, head_dim: int) -> float | None:
     return None if math.isclose(factor, 1) else factor
 
 
-def text_places(window: Window) -> Tensor:
-    """[batch, num_kv_heads, group_size, num_queries]: place in the text of each head's queries.
+def text_positions(window: Window) -> Tensor:
+    """[batch, num_kv_heads, group_size, num_queries]: position in the text of each head's queries.
 
     The last candidate has always stood right before the buffer, so queries are counted from it: under the budget
     policy older candidates no longer lie side by side.
     """
-    from_last = window.query_places - (window.num_tokens - 1)
+    from_last = window.head_query_positions - (window.num_tokens - 1)
     return window.positions[..., -1:, None] + from_last
 
 
@@ -42,7 +42,7 @@ def newest_queries(window: Window, count: int) -> Window:
 
 def seen(window: Window) -> Tensor:
     """[batch, num_kv_heads, group_size, num_queries, num_tokens] bool: whether a query stands at or after a token."""
-    return window.positions[:, :, None, None] <= text_places(window).unsqueeze(-1)
+    return window.positions[:, :, None, None] <= text_positions(window).unsqueeze(-1)
 
 
 def causal_attention(window: Window) -> Tensor:
@@ -65,7 +65,7 @@ def observed_attention(window: Window, count: int) -> tuple[Tensor, Tensor]:
     mean over those queries [batch, num_kv_heads, group_size, num_tokens], zero for a head that has none
     """
     window = newest_queries(window, count)
-    sees_all = (window.query_places >= window.num_tokens - 1).unsqueeze(-1)  # [group_size, count, 1]
+    sees_all = (window.head_query_positions >= window.num_tokens - 1).unsqueeze(-1)  # [group_size, count, 1]
     weights = window.logits().softmax(dim=-1) * sees_all
     return weights, weights.sum(dim=3) / sees_all.sum(dim=1).clamp(min=1)
 

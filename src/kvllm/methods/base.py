@@ -22,7 +22,7 @@ class Window:
                      need not ascend
     query_shifts:    [group_size], by how many tokens the queries of each head of a group are older; None: by none
     keys, values:    [batch, num_tokens, num_kv_heads, head_dim], keys after RoPE
-    positions:       [batch, num_kv_heads, num_tokens], place in the text of each candidate (int64)
+    positions:       [batch, num_kv_heads, num_tokens], position in the text of each candidate (int64)
     layers:          [batch], index of the layer (int64)
     rope:            how the model rotates queries and keys, each member of the batch its own way where layers differ;
                      None: none of them has a rotary embedding
@@ -46,7 +46,7 @@ class Window:
         return self.keys.shape[2]
 
     @property
-    def query_places(self) -> Tensor:
+    def head_query_positions(self) -> Tensor:
         """[group_size, num_queries]: where each head's own queries stand, counted as `query_positions`."""
         shifts = self.query_positions.new_zeros(self.queries.shape[2] // self.num_kv_heads)
         if self.query_shifts is not None:
@@ -100,6 +100,14 @@ class Method(ABC):
     @property
     def uses_rope(self) -> bool:
         """Whether the method needs `Window.rope`, without which it would take the model for one that has none."""
+        return False
+
+    @property
+    def counts_positions(self) -> bool:
+        """Whether the method takes `Window.positions` for the angles of keys, not only for distances between tokens.
+
+        Behind an image M-RoPE's positions are fewer than the tokens.
+        """
         return False
 
     def check_rope(self, rope: Rope | None) -> None:  # noqa: B027 (most have nothing to check)

@@ -28,6 +28,10 @@ class OnBase(Method):
     def uses_rope(self) -> bool:
         return self.scorer.uses_rope
 
+    @property
+    def counts_positions(self) -> bool:
+        return self.scorer.counts_positions
+
     def check_rope(self, rope: Rope | None) -> None:
         if self.scorer.uses_rope:
             self.scorer.check_rope(rope)

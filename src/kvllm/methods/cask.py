@@ -20,7 +20,7 @@ class CASK(OnBase):
     """Keep the best half of K as they are; merge neighbours among the rest until K entries are left.
 
     Same: core and scratch; runs of scratch never cross a core token; merges prefer a gap of at most `max_gap` and a
-    cosine of at least `min_similarity`, then the gap alone, then any, by similarity; the entry has the key and place
+    cosine of at least `min_similarity`, then the gap alone, then any, by similarity; the entry has the key and position
     of its best source and the mean value of all, weighted by softplus(score) + 1e-4, score normalised to mean 0 and
     variance 1; no correction of the logit for the number of sources.
     Differs:

@@ -52,6 +52,6 @@ def chunk_ranks(scores: Tensor, chunk_length: int) -> Tensor:
 
 
 def rank(scores: Tensor) -> Tensor:
-    """Place of each entry in the descending order of the last axis, from 0; of equals the earlier comes first."""
+    """Rank of each entry in the descending order of the last axis, from 0; of equals the earlier comes first."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     return order.argsort(dim=-1)

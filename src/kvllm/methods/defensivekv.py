@@ -17,8 +17,8 @@ from kvllm.options import Count, KernelSize, Share, strict_dataclass
 class DefensiveKV(Method):
     """Keep the tokens that carry most of the mean attention, then those that any query or head might need.
 
-    Same: first the tokens within `first_mass` of the mean attention; then the maximum over the heads of a group and
-    over the queries, of weights pooled over 5 tokens that keep their row's mass; never below the head's mean; times
+    Same: first the tokens within `first_mass` of the mean attention; then the maximum over the heads of a query group
+    and over the queries, of weights pooled over 5 tokens that keep their row's mass; never below the head's mean; times
     the size of what the token brings.
     Differs: that size is the L1 norm of the value, not of W_o v, which no method sees here. Each head keeps the same
     number, since the paged cache has one length for all (the paper moves budget between heads). The queries are

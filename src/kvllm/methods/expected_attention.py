@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvllm.methods import register
-from kvllm.methods.attention import text_places
+from kvllm.methods.attention import text_positions
 from kvllm.methods.base import Method, Window
 from kvllm.methods.rope import Rope, check_plain, frequencies
 from kvllm.options import Count, RopeTheta, Share, strict_dataclass
@@ -25,7 +25,7 @@ class ExpectedAttention(Method):
     Differs: mu and S come from the stored queries, not from all of the prompt's. The four sinks that the paper keeps
     lie in the protected prompt. By default the stored queries count as they are, after RoPE: the rotations of the
     newest tokens stand for those of the next ones. With `rope_theta` the rotation is undone and replaced by the
-    average over the next `num_future_tokens` places, as in the paper (plain RoPE only, no scaling).
+    average over the next `num_future_tokens` positions, as in the paper (plain RoPE only, no scaling).
     """
 
     rope_theta: RopeTheta = None
@@ -49,7 +49,7 @@ class ExpectedAttention(Method):
     def score(self, window: Window) -> Tensor:
         queries = window.grouped_queries()
         if self.rope_theta is not None:
-            queries = future_queries(queries, text_places(window), self.rope_theta, self.num_future_tokens)
+            queries = future_queries(queries, text_positions(window), self.rope_theta, self.num_future_tokens)
         scale = queries.shape[-1] ** -0.5
         logits = torch.einsum("bhgqd,bthd->bhgqt", queries, window.keys.float()) * scale
         exponent = logits.mean(dim=3)
@@ -61,15 +61,15 @@ class ExpectedAttention(Method):
         return (weights + self.epsilon) * window.values.float().norm(dim=-1).transpose(1, 2)
 
 
-def future_queries(queries: Tensor, places: Tensor, rope_theta: float, num_future_tokens: int) -> Tensor:
-    """Queries rotated from their own places to the average of the next ones after the newest.
+def future_queries(queries: Tensor, positions: Tensor, rope_theta: float, num_future_tokens: int) -> Tensor:
+    """Queries rotated from their own positions to the average of the next ones after the newest.
 
     queries: [batch, num_kv_heads, group_size, num_queries, head_dim], after RoPE
-    places:  [batch, num_kv_heads, group_size, num_queries]
+    positions:  [batch, num_kv_heads, group_size, num_queries]
     """
     head_dim = queries.shape[-1]
     rope = Rope(frequencies(rope_theta, head_dim, queries.device))
-    to_newest = rope.rotation(places.amax(dim=(-2, -1), keepdim=True) - places, head_dim)
+    to_newest = rope.rotation(positions.amax(dim=(-2, -1), keepdim=True) - positions, head_dim)
     ahead = rope.rotation(torch.arange(1, num_future_tokens + 1, device=queries.device), head_dim, torch.float64)
     # The average rotation: also shorter than 1.
     ahead = replace(ahead, cos=ahead.cos.mean(dim=0), sin=ahead.sin.mean(dim=0))

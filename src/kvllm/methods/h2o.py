@@ -19,7 +19,7 @@ class H2O(Method):
     Same: the sum over queries of a key's attention weight; the newest tokens stay (here the buffer).
     Differs: the paper adds up every query since the key was written. Serving kernels hand out no weights, so the sum
     is taken at compression time, over the stored queries and with a softmax over the candidates alone. The paper
-    evicts one token a step, here many at once. The heads of a group are averaged, so a KV head has one choice.
+    evicts one token a step, here many at once. The heads of a query group are averaged, so a KV head has one choice.
     """
 
     average: bool = Field(

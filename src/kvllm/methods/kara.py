@@ -77,7 +77,7 @@ class Kara(Method):
     moment: Literal["mean", "rms", "max"] = Field(
         "mean",
         description="How the weights that a key gets are summed up: their mean, root mean square, or the maximum over "
-        "the queries (mean over the heads of a group).",
+        "the queries (mean over the heads of a query group).",
     )
     key_ridge: float = Field(
         1.0,
@@ -145,7 +145,7 @@ class Kara(Method):
         dtype: torch.dtype = torch.float32,
     ) -> Rotation:
         """The rotation of queries ahead, of distances [num_queries, 1, group_size]; dtype: of the sines and cosines."""
-        distances = turn_distances(query_positions, query_shifts, self.lookahead)
+        distances = ahead_distances(query_positions, query_shifts, self.lookahead)
         return rope.rotation(distances.unsqueeze(1), head_dim, dtype)
 
     def select(self, scores: Tensor, num_kept: int) -> Tensor:
@@ -164,7 +164,7 @@ class Kara(Method):
         return Kept(kept, keys.transpose(1, 2).to(window.keys.dtype), values.transpose(1, 2).to(window.values.dtype))
 
 
-def turn_distances(query_positions: Tensor, query_shifts: Tensor | None, lookahead: int) -> Tensor:
+def ahead_distances(query_positions: Tensor, query_shifts: Tensor | None, lookahead: int) -> Tensor:
     """[num_queries, group_size], tokens from where each query stands to where it is taken to stand.
 
     That is 1 to `lookahead` tokens after the newest one: from the oldest query to the newest in steps of the golden
@@ -187,8 +187,8 @@ def attention_moment(window: Window, moment: str, bidirectional: bool = True) ->
     if bidirectional:
         weights = logits.softmax(dim=-1)
     else:
-        places = torch.arange(window.num_tokens, device=window.keys.device)
-        sees = places <= window.query_places.unsqueeze(-1)  # [group_size, num_queries, num_tokens]
+        indices = torch.arange(window.num_tokens, device=window.keys.device)
+        sees = indices <= window.head_query_positions.unsqueeze(-1)  # [group_size, num_queries, num_tokens]
         # A finite floor, not -inf: a query that sees nothing then has weights to mask, and not NaN.
         weights = logits.masked_fill(~sees, torch.finfo(torch.float32).min).softmax(dim=-1).masked_fill(~sees, 0.0)
         judges = sees.sum(dim=(0, 1)).clamp(min=1)
@@ -217,14 +217,14 @@ def token2chunk(scores: Tensor, num_kept: int, max_chunk_size: int, chunk_fill: 
     if max_chunk_size <= 2 or chunk_fill == 0:
         return picks
     num_tokens = scores.shape[-1]
-    places = torch.arange(num_tokens, device=scores.device).expand(scores.shape)
+    indices = torch.arange(num_tokens, device=scores.device).expand(scores.shape)
     is_pick = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, picks, True)
-    left = torch.where(is_pick, places, -1).cummax(dim=-1).values  # the nearest pick at or before each token
-    right = torch.where(is_pick, places, num_tokens).flip(-1).cummin(dim=-1).values.flip(-1)
+    left = torch.where(is_pick, indices, -1).cummax(dim=-1).values  # the nearest pick at or before each token
+    right = torch.where(is_pick, indices, num_tokens).flip(-1).cummin(dim=-1).values.flip(-1)
     fillable = ~is_pick & (left >= 0) & (right < num_tokens) & (right - left < max_chunk_size)
     weaker = torch.minimum(scores.gather(-1, left.clamp(min=0)), scores.gather(-1, right.clamp(max=num_tokens - 1)))
     fill = torch.where(fillable, chunk_fill * weaker, -torch.inf)
     # Picks come first in the row, so the stable order of top_k settles ties in their favour.
     rivals = torch.cat([scores.gather(-1, picks), fill], dim=-1)
-    tokens = torch.cat([picks, places], dim=-1)
+    tokens = torch.cat([picks, indices], dim=-1)
     return tokens.gather(-1, top_k(rivals, num_kept)).sort(dim=-1).values

@@ -18,8 +18,8 @@ _LOW32 = 0xFFFFFFFF
 class Random(Method):
     """Keep tokens drawn uniformly, for each layer and KV head on its own.
 
-    The draw is a hash of seed, layer, head and place in the text, so it is the same in every batch, after a resume and
-    on every device.
+    The draw is a hash of seed, layer, head and position in the text, so it is the same in every batch, after a resume
+    and on every device.
     """
 
     seed: int = Field(0, description="Seed of the draws.")

@@ -53,6 +53,6 @@ def redundancy(keys: Tensor, threshold: float) -> Tensor:
     keys = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
     cosines = keys @ keys.transpose(-1, -2)
     cosines.diagonal(dim1=-2, dim2=-1).zero_()
-    places = torch.arange(cosines.shape[-1], device=keys.device)
-    spared = torch.where(cosines > threshold, places, 0).amax(dim=-1, keepdim=True)
+    indices = torch.arange(cosines.shape[-1], device=keys.device)
+    spared = torch.where(cosines > threshold, indices, 0).amax(dim=-1, keepdim=True)
     return cosines.scatter(-1, spared, 0.0).mean(dim=1).softmax(dim=-1)

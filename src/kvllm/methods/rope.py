@@ -68,12 +68,12 @@ class Rope:
         angles = distances.to(frequencies).unsqueeze(-1) * frequencies
         return Rotation(angles.cos().to(dtype), angles.sin().to(dtype), first, second, halves)
 
-    def undo(self, vectors: Tensor, places: Tensor) -> Tensor:
+    def undo(self, vectors: Tensor, positions: Tensor) -> Tensor:
         """The vectors as they were before the rotation, in float32.
 
-        vectors: [..., head_dim];  places: [...], place in the text
+        vectors: [..., head_dim];  positions: [...], in the text
         """
-        return self.rotation(-places, vectors.shape[-1]).apply(vectors.float())
+        return self.rotation(-positions, vectors.shape[-1]).apply(vectors.float())
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,9 @@ def check_plain(rope: Rope | None, rope_theta: float) -> None:
         )
 
 
-def unrotate(vectors: Tensor, places: Tensor, rope_theta: float) -> Tensor:
+def unrotate(vectors: Tensor, positions: Tensor, rope_theta: float) -> Tensor:
     """The vectors as they were before RoPE, in float32.
 
-    vectors: [..., head_dim];  places: [...], place in the text
+    vectors: [..., head_dim];  positions: [...], in the text
     """
-    return Rope(frequencies(rope_theta, vectors.shape[-1], vectors.device)).undo(vectors, places)
+    return Rope(frequencies(rope_theta, vectors.shape[-1], vectors.device)).undo(vectors, positions)

@@ -16,8 +16,8 @@ from kvllm.options import Count, KernelSize, strict_dataclass
 class SnapKV(Method):
     """Keep what the newest queries look at, and its neighbours.
 
-    The logits are maximised over the heads of a group, then softmax over the candidates, mean over the queries, max
-    pooling. The newest tokens, which SnapKV always keeps, are the buffer here, so they are no candidates.
+    The logits are maximised over the heads of a query group, then softmax over the candidates, mean over the queries,
+    max pooling. The newest tokens, which SnapKV always keeps, are the buffer here, so they are no candidates.
     """
 
     num_observed: Count = Field(

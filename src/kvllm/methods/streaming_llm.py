@@ -16,7 +16,7 @@ from kvllm.options import strict_dataclass
 class StreamingLLM(Method):
     """Keep the first tokens of the window and its newest ones; looks at no query and no key.
 
-    Keys keep the rotation of their place in the text; the paper numbers them anew inside the cache.
+    Keys keep the rotation of their position in the text; the paper numbers them anew inside the cache.
     """
 
     num_sink_tokens: int = Field(4, ge=0, description="Tokens at the start of the window that are kept.")

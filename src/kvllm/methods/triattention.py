@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvllm.errors import UsageError
 from kvllm.methods import register
-from kvllm.methods.attention import text_places
+from kvllm.methods.attention import text_positions
 from kvllm.methods.base import Method, Window
 from kvllm.options import strict_dataclass
 
@@ -35,7 +35,7 @@ class TriAttention(Method):
     4, ... 65536 from now, plus the spread of the queries' length times the key's; each query head normalised to mean 0
     and variance 1 over the candidates; the maximum over the group.
     Differs: each layer keeps its own choice, as each head does (the paper's per_head mode shares one over the layers).
-    "Now" is the newest stored query's place. The prompt is protected and the newest tokens are the buffer.
+    "Now" is the newest stored query's position. The prompt is protected and the newest tokens are the buffer.
     """
 
     statistics: str = Field(
@@ -54,6 +54,10 @@ class TriAttention(Method):
             raise UsageError(f"statistics={self.statistics!r}: no such file; triattention needs it for this model.")
         load_statistics(self.statistics, torch.device("cpu"))
 
+    @property
+    def counts_positions(self) -> bool:
+        return True
+
     def score(self, window: Window) -> Tensor:
         statistics = load_statistics(self.statistics, window.keys.device)
         self._check_fit(statistics, window)
@@ -64,8 +68,8 @@ class TriAttention(Method):
         )
         mean = torch.complex(mean_real, mean_imag)
         weight = statistics["scale"] ** 2
-        now = text_places(window).amax(dim=(-2, -1))  # [batch, num_kv_heads]
-        expected = mean * future_turn(statistics["frequencies"], now).unsqueeze(2) * weight
+        now = text_positions(window).amax(dim=(-2, -1))  # [batch, num_kv_heads]
+        expected = mean * future_rotation(statistics["frequencies"], now).unsqueeze(2) * weight
         expected = torch.cat([expected.real, expected.imag], dim=-1)  # [batch, num_kv_heads, group_size, head_dim]
         # float64: products with so few rows round differently from batch to batch.
         keys = window.keys.double()
@@ -92,7 +96,7 @@ def as_complex(vectors: Tensor) -> Tensor:
     return torch.complex(*vectors.float().chunk(2, dim=-1))
 
 
-def future_turn(frequencies: Tensor, now: Tensor) -> Tensor:
+def future_rotation(frequencies: Tensor, now: Tensor) -> Tensor:
     """Mean rotation of a query that comes 1, 2, 4, ... 65536 tokens after `now`.
 
     frequencies: [pairs], float64;  now: [...];  returns [..., pairs], complex

@@ -26,13 +26,14 @@ _layers: ContextVar[list[LayerCache]] = ContextVar("layers")
 @contextmanager
 def attention_through(model: PreTrainedModel, layers: list[LayerCache]) -> Iterator[None]:
     """While this is open, the model's forward passes read and extend `layers`, one cache a layer."""
-    before = model.config._attn_implementation
+    decoder = model.get_decoder()  # not all of the model: a vision tower keeps its own attention
+    before = decoder.config._attn_implementation
     token = _layers.set(layers)
-    model.set_attn_implementation(NAME)
+    decoder.set_attn_implementation(NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        decoder.set_attn_implementation(before)
         _layers.reset(token)
 
 
@@ -82,8 +83,8 @@ def attention_with_extras(
 
     query, keys, values, mask: as in `scaled_dot_product_attention`; sinks: [num_heads]
     """
-    group = query.shape[1] // keys.shape[1]
-    keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+    group_size = query.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(group_size, dim=1), values.repeat_interleave(group_size, dim=1)
     logits = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap

@@ -88,7 +88,7 @@ class DenseStore:
         """[num_queries, num_heads, head_dim] in float32."""
         stride, device = self.config.query_stride, layer.queries.device
         group_size = layer.queries.shape[1] // layer.keys.shape[1]
-        # From the newest token back, which is -1; the heads of a group take turns.
+        # From the newest token back, which is -1; the heads of a query group take turns.
         behind = -1 - stride * torch.arange(self.config.num_queries - 1, -1, -1, device=device)
         shifts = torch.from_numpy(query_shifts(stride, group_size)).to(device)
         members = torch.arange(group_size, device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -30,6 +30,7 @@ from kvllm.methods.base import Kept
 from kvllm.methods.rope import Rope
 from kvllm.reference.attention import attention_through
 from kvllm.reference.cache import DenseStore, LayerCache
+from kvllm.reference.images import PromptImages
 from kvllm.reference.rope import rope_of
 
 
@@ -72,6 +73,7 @@ class Request:
         self.kept: list[Tensor] = []
         self.kept_prompt: Tensor | None = None
         self.num_computed_tokens = 0
+        self.images: PromptImages | None = None
         self._compressor: Compressor | None = None
         if config and self.geometry:
             self.method = make_method(config)
@@ -108,7 +110,9 @@ class Request:
         return len(self.compressed[0].keys) if self.num_computed_tokens else 0
 
     def max_step(self) -> int | None:
-        """Most tokens of the next step: none may run past the next event. None: as many as you like."""
+        """Most tokens of the next step, which may not run past the next event; None: as many as you like."""
+        if self.images is not None and not self.num_computed_tokens:
+            return self.num_prompt_tokens
         if self.geometry is None:
             return None
         event = self.geometry.num_events(self.num_prompt_tokens, self.num_computed_tokens)
@@ -125,16 +129,26 @@ class Request:
         if end > context_len:
             raise UsageError(f"{end} tokens: the model's context ends at {context_len}.")
         self._compress_if_due()
-        device = self.model.device
+        first, device = self.num_computed_tokens, self.model.device
+        if self.images is None:
+            inputs = {"position_ids": torch.arange(first, end, device=device)[None]}
+        else:
+            inputs = self.images.step_inputs(first, end)
         with attention_through(self.model, self.layers):
             logits = self.model(
-                input_ids=torch.tensor([list(token_ids)], device=device),
-                position_ids=torch.arange(self.num_computed_tokens, end, device=device)[None],
-                use_cache=False,
+                input_ids=torch.tensor([list(token_ids)], device=device), use_cache=False, **inputs
             ).logits
         self.num_computed_tokens = end
         self._check_layers()
         return logits[0]
+
+    def show(self, prompt_ids: Sequence[int], inputs: Mapping[str, Tensor]) -> None:
+        """Take images into the prompt, before the first step; `inputs` as in `PromptImages`."""
+        if self.num_computed_tokens or len(prompt_ids) != self.num_prompt_tokens:
+            raise ValueError(f"{len(prompt_ids)} tokens with images: they must be the prompt, before its first step.")
+        if self.config and self.geometry and self.method.counts_positions:
+            raise UsageError(support.reason("method", self.config.method, support.COUNTS_POSITIONS))
+        self.images = PromptImages(self.model, prompt_ids, inputs)
 
     def _compress_if_due(self) -> None:
         event = len(self.kept)

@@ -93,8 +93,8 @@ def _attend_kernel(
         output = tl.dot(-p, v, acc=output, input_precision="ieee")
         if HAS_SCALE:
             output *= tl.load(v_scale + layer)
-        places = missing + (batch * PADDED_ROWS + rows)[:, None] * HEAD_DIM + dims[None, :]
-        tl.store(places, output.to(DOT_DTYPE), mask=(dims < HEAD_DIM)[None, :])
+        targets = missing + (batch * PADDED_ROWS + rows)[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(targets, output.to(DOT_DTYPE), mask=(dims < HEAD_DIM)[None, :])
     if FIT_KEYS:
         share = tl.exp2(highest_kept - highest) * total_kept / total
         share = tl.where(counts, -tl.log(tl.maximum(share, least_kept)), 0.0)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvllm.compression.query_bank import QueryBank
 from kvllm.kernels.compact import compact_ref
 from kvllm.kernels.paged import PagedCache, next_power_of_2
-from kvllm.kernels.queries import query_arguments, query_sizes, rotated_queries_ref
+from kvllm.kernels.queries import DueQueries
 from kvllm.kernels.refit.attend import _attend_kernel
 from kvllm.kernels.refit.fit import _fit_kernel
 from kvllm.kernels.windows import FP8_MAX, gather_window_ref, scatter_rows_ref
 from kvllm.layout import ceil_div
 from kvllm.methods.kara import MOST_REFITTED
 from kvllm.methods.refit import LEAST_KEPT, STEPS, fitted_values, key_shift
-from kvllm.methods.rope import Rotation
 
 # Requests of one pair of launches: what passes between the two takes about 40 MB a request of an 8B model.
 _BATCH = 4
@@ -28,33 +25,23 @@ MOST_DIMS = 128
 
 
 def refit_ref(
-    bank: QueryBank,
-    ring_starts: Tensor,
-    kept: Tensor,
-    candidate_blocks: Tensor,
-    cache: PagedCache,
-    rotation: Rotation | None,
-    key_ridge: float,
-    value_ridge: float,
+    queries: DueQueries, kept: Tensor, candidate_blocks: Tensor, cache: PagedCache, key_ridge: float, value_ridge: float
 ) -> None:
     """Candidate j := candidate kept[j], for every head its own, with keys and values refitted as Kara does; in float64.
 
-    ring_starts:      [num_due], `QueryBank.ring_start` of each due request
     kept:             [num_due, num_layers, num_kv_heads, num_kept], ascending
     candidate_blocks: [num_due, num_candidates / block_size], block ids; no block twice
-    rotation:         of distances [num_queries, 1, group_size], oldest first, for all layers or each its own; None: the
-                      queries stay as they are
     key_ridge, value_ridge: 0: the keys, or the values, move bit for bit
     """
-    queries = rotated_queries_ref(bank, ring_starts, rotation).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    asked = queries.rotated_ref().permute(0, 2, 3, 1, 4).flatten(2, 3)
     window = gather_window_ref(candidate_blocks, cache, torch.float64)
     keys, values = (t.transpose(1, 2) for t in window)  # [batch, num_kv_heads, num_candidates, head_dim]
-    logits = queries @ keys.transpose(-1, -2) * cache.head_dim**-0.5
+    logits = asked @ keys.transpose(-1, -2) * cache.head_dim**-0.5
     indices = kept.flatten(0, 1).long()
     compact_ref(kept, candidate_blocks, cache)
     if key_ridge > 0:
         own = keys.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, cache.head_dim))
-        new = own + key_shift(queries, logits, indices, key_ridge)
+        new = own + key_shift(asked, logits, indices, key_ridge)
         scatter_rows_ref(new.transpose(1, 2), candidate_blocks, cache.keys, cache.k_scale)
     if value_ridge > 0:
         new = fitted_values(logits, values, indices, value_ridge)
@@ -83,14 +70,7 @@ def tiles(num_rows: int, head_dim: int, float32: bool) -> Tiles:
 
 
 def refit(
-    bank: QueryBank,
-    ring_starts: Tensor,
-    kept: Tensor,
-    candidate_blocks: Tensor,
-    cache: PagedCache,
-    rotation: Rotation | None,
-    key_ridge: float,
-    value_ridge: float,
+    queries: DueQueries, kept: Tensor, candidate_blocks: Tensor, cache: PagedCache, key_ridge: float, value_ridge: float
 ) -> None:
     """`refit_ref` in Triton, two launches for every few requests.
 
@@ -99,16 +79,17 @@ def refit(
     The second solves for a head's values, some dimensions a program, and in one more for the keys' shift, and writes
     them.
     """
-    num_layers, _, num_queries, _, head_dim = bank.queries.shape
+    bank = queries.bank
+    num_layers, _, _, _, head_dim = bank.queries.shape
     num_due, _, num_kv_heads, num_kept = kept.shape
     assert bank.queries.is_contiguous() and kept.is_contiguous() and candidate_blocks.stride(1) == 1
     assert (num_layers, num_kv_heads) == (cache.num_layers, cache.num_kv_heads) == kept.shape[1:3]
-    assert num_due == len(ring_starts) == len(candidate_blocks) and head_dim == cache.head_dim
+    assert num_due == len(queries) == len(candidate_blocks) and head_dim == cache.head_dim
     assert num_kept <= MOST_REFITTED and head_dim <= MOST_DIMS and bank.num_kv_heads == num_kv_heads
     if not num_due:
         return
     float32 = cache.dtype == torch.float32
-    num_rows = num_queries * bank.group_size
+    num_rows = queries.num_rows
     sizes = tiles(num_rows, head_dim, float32)
     tallest = max(sizes.block_q, sizes.block_r)
     padded_rows = ceil_div(num_rows, tallest) * tallest
@@ -124,19 +105,18 @@ def refit(
         lost = torch.empty(batch, padded_rows, dtype=torch.float32, device=device)
     common = dict(
         **cache.sizes,
-        **query_sizes(bank, rotation, dtype),
+        **queries.sizes(dtype),
         NUM_KEPT=num_kept,
         PADDED_ROWS=padded_rows,
         FIT_KEYS=key_ridge > 0,
         FIT_VALUES=value_ridge > 0,
         BLOCK_K=block_k,
     )
-    parts: Iterable[tuple[Tensor, ...]] = [(candidate_blocks, kept, ring_starts)]
-    if num_due > _BATCH:
-        parts = zip(*(t.split(_BATCH) for t in (candidate_blocks, kept, ring_starts)), strict=True)
-    for blocks, survivors, slots in parts:
-        cached, asked = cache.arguments(blocks), query_arguments(bank, slots, rotation)
-        _attend_kernel[(len(slots) * heads * padded_rows // sizes.block_q,)](
+    for blocks, survivors, part in zip(
+        candidate_blocks.split(_BATCH), kept.split(_BATCH), queries.split(_BATCH), strict=True
+    ):
+        cached, asked = cache.arguments(blocks), part.arguments()
+        _attend_kernel[(len(part) * heads * padded_rows // sizes.block_q,)](
             *(shares, missing, lost, survivors, *cached, *asked, head_dim**-0.5 / math.log(2), LEAST_KEPT),
             NUM_CANDIDATES=candidate_blocks.shape[1] * cache.block_size,
             BLOCK_Q=sizes.block_q,
@@ -147,7 +127,7 @@ def refit(
             **common,
         )
         num_columns = ceil_div(head_dim, sizes.block_c)
-        _fit_kernel[(len(slots) * heads * (num_columns + 1),)](
+        _fit_kernel[(len(part) * heads * (num_columns + 1),)](
             *(shares, missing, lost, survivors, *cached, *asked, head_dim**-0.5, key_ridge, value_ridge),
             STEPS=STEPS,
             RAW_DTYPE=cache.raw_tl_dtype,

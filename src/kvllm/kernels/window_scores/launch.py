@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from kvllm.compression.query_bank import QueryBank
 from kvllm.kernels.paged import PagedCache, next_power_of_2
-from kvllm.kernels.queries import query_arguments, query_sizes, rotated_queries_ref
+from kvllm.kernels.queries import DueQueries
 from kvllm.kernels.window_scores.attention import _log_sums_kernel, _scores_kernel
 from kvllm.kernels.window_scores.weights import _weights_kernel
 from kvllm.kernels.windows import gather_window_ref
 from kvllm.layout import ceil_div
-from kvllm.methods.rope import Rotation
 
 # A key tile of this size fits twice into the shared memory of a multiprocessor of a Hopper or Ampere GPU, beside the
 # queries: two programs share one, so that one computes while the other loads.
@@ -23,27 +21,21 @@ _TILE_BYTES = 64 * 1024
 
 
 def window_scores_ref(
-    bank: QueryBank,
-    ring_starts: Tensor,
+    queries: DueQueries,
     candidate_blocks: Tensor,
     cache: PagedCache,
     value_norm: bool = True,
     keydiff_power: float = 0.0,
     attention_floor: float = 0.0,
-    rotation: Rotation | None = None,
 ) -> Tensor:
     """How much the queries of a request look at each of its candidates, weighted as `Kara.score` does; in float64.
 
-    ring_starts:      [num_due], `QueryBank.ring_start` of each due request
     candidate_blocks: [num_due, num_candidates / block_size], block ids
-    rotation:         of distances [num_queries, 1, group_size], oldest first, for all layers or each its own; None: the
-                      queries stay as they are
     returns           [num_due, num_layers, num_kv_heads, num_candidates] in float32
     """
-    grouped = rotated_queries_ref(bank, ring_starts, rotation)
     keys, values = gather_window_ref(candidate_blocks, cache, torch.float64)
-    logits = torch.einsum("bqhgd,bthd->bhgqt", grouped, keys) * cache.head_dim**-0.5
-    scores = logits.softmax(dim=-1).mean(dim=(2, 3))  # over the heads of a group and the queries
+    logits = torch.einsum("bqhgd,bthd->bhgqt", queries.rotated_ref(), keys) * cache.head_dim**-0.5
+    scores = logits.softmax(dim=-1).mean(dim=(2, 3))  # over the heads of a query group and the queries
     scores = scores + attention_floor / keys.shape[1]
     if value_norm:
         scores = scores * values.norm(dim=-1).transpose(1, 2)
@@ -51,31 +43,30 @@ def window_scores_ref(
         anchor = normalize(keys, dim=-1).mean(dim=1, keepdim=True)
         cosines = cosine_similarity(keys, anchor, dim=-1).transpose(1, 2)
         scores = scores * (1 - cosines).clamp(min=0) ** keydiff_power
-    return scores.float().unflatten(0, (len(ring_starts), cache.num_layers))
+    return scores.float().unflatten(0, (len(queries), cache.num_layers))
 
 
 def window_scores(
-    bank: QueryBank,
-    ring_starts: Tensor,
+    queries: DueQueries,
     candidate_blocks: Tensor,
     cache: PagedCache,
     value_norm: bool = True,
     keydiff_power: float = 0.0,
     attention_floor: float = 0.0,
-    rotation: Rotation | None = None,
 ) -> Tensor:
     """`window_scores_ref` in Triton, with a program for each request, layer, KV head and tile of candidates.
 
     Where the candidates fit one tile this is one launch, which reads every key and value once. Where they do not, a
     launch before it finds what weights the candidates, and another every query's denominator.
     """
+    bank, num_due = queries.bank, len(queries)
     num_layers, _, _, _, head_dim = bank.queries.shape
-    num_due, num_candidates = len(ring_starts), candidate_blocks.shape[1] * cache.block_size
+    num_candidates = candidate_blocks.shape[1] * cache.block_size
     assert bank.queries.is_contiguous() and candidate_blocks.stride(1) == 1 and head_dim == cache.head_dim
     assert num_layers == cache.num_layers and len(candidate_blocks) == num_due
     assert bank.num_kv_heads == cache.num_kv_heads
     device = bank.queries.device
-    batch, num_rows = num_due * num_layers * cache.num_kv_heads, bank.num_queries * bank.group_size
+    batch, num_rows = num_due * num_layers * cache.num_kv_heads, queries.num_rows
     scores = torch.empty(num_due, num_layers, cache.num_kv_heads, num_candidates, dtype=torch.float32, device=device)
     if not batch:
         return scores
@@ -84,12 +75,12 @@ def window_scores(
     # Of 8 warps, each four would rotate all the queries for their half of the keys.
     sizes = cache.sizes | dict(NUM_CANDIDATES=num_candidates, num_warps=4)
     weighting = dict(VALUE_NORM=value_norm, KEYDIFF_POWER=float(keydiff_power))
-    asking = query_sizes(bank, rotation, cache.dot_dtype)
+    asking = queries.sizes(cache.dot_dtype)
     block_h = asking["BLOCK_H"]
     block_t, block_q = tile_sizes(num_candidates, num_rows, 2 * block_h, cache.dtype == torch.float32)
     num_tiles = ceil_div(num_candidates, block_t)
     exponent = head_dim**-0.5 / math.log(2)  # exp2 is cheaper than exp
-    asked = (*query_arguments(bank, ring_starts, rotation), exponent)
+    asked = (*queries.arguments(), exponent)
     asking |= dict(BLOCK_T=block_t, BLOCK_Q=block_q, num_stages=3)  # of 2 and 3 stages on an H100
     weights = log_sums = None
     if num_tiles > 1:

@@ -27,9 +27,10 @@ from kvllm.errors import UsageError
 from kvllm.kernels.block_tables import join_segments, join_segments_ref
 from kvllm.kernels.compact import compact, compact_ref
 from kvllm.kernels.paged import PagedCache
+from kvllm.kernels.queries import DueQueries
 from kvllm.kernels.refit import MOST_DIMS, refit, refit_ref
 from kvllm.kernels.select_chunks import select_chunks, select_chunks_ref
-from kvllm.kernels.store_tokens import store_tokens, store_tokens_ref
+from kvllm.kernels.store_tokens import NewPairs, store_tokens, store_tokens_ref
 from kvllm.kernels.window_scores import window_scores, window_scores_ref
 from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window, scatter_window_ref
 from kvllm.measure.bench.kernel_shape import Shape
@@ -110,7 +111,7 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
     """Every kernel at every number of due requests; all share one cache and one bank, sized for the most."""
     most = max(num_due)
     cache, all_blocks = random_cache(shape, most)
-    bank, weights = random_bank(shape, most), kara_weights(shape)
+    bank, (weights, rotation) = random_bank(shape, most), kara_weights(shape)
     dtype = getattr(torch, shape.dtype)
     token_bytes = 2 * shape.num_kv_heads * shape.head_dim * cache.dtype.itemsize  # keys and values of a layer
     model_bytes = 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize
@@ -120,7 +121,8 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
         pairs = due * shape.num_layers
         rows = pairs * shape.num_kv_heads
         logits = pairs * shape.num_heads * shape.num_queries * shape.num_candidates
-        starts = bank.ring_start(torch.randperm(most, device=DEVICE), 5).split(due)
+        starts = bank.ring_start(torch.randperm(most, device=DEVICE), 5).int()
+        queries = DueQueries(bank, starts, rotation).split(due)
         scores = torch.rand(rows, shape.num_candidates, device=DEVICE)
         kept = random_kept(shape, due)
         size = (pairs, shape.num_kept, shape.num_kv_heads, shape.head_dim)
@@ -129,10 +131,7 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
             Case(
                 "window_scores",
                 due,
-                [
-                    partial(window_scores, bank, s, blocks, cache, *weights)
-                    for s, blocks in zip(starts, sets, strict=False)
-                ],
+                [partial(window_scores, q, blocks, cache, *weights) for q, blocks in zip(queries, sets, strict=False)],
                 pairs * (token_bytes * shape.num_candidates + bank.num_bytes / (shape.num_layers * most))
                 + scores.nbytes,
                 2 * shape.head_dim * logits,
@@ -165,8 +164,8 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
         if refits(shape):
             runs: list[Callable[[], Any]] = [
                 # So strong a ridge that the cache, refitted again and again, stays what it is; the work is the same.
-                partial(refit, bank, s.int(), kept, blocks, cache, weights[-1], 1e9, 1e9)
-                for s, blocks in zip(starts, sets, strict=False)
+                partial(refit, q, kept, blocks, cache, 1e9, 1e9)
+                for q, blocks in zip(queries, sets, strict=False)
             ]
             moved_bytes = token_bytes * (shape.num_candidates + shape.num_kept)
             num_bytes = pairs * (moved_bytes + bank.num_bytes / (shape.num_layers * most))
@@ -199,30 +198,30 @@ def random_bank(shape: Shape, max_num_reqs: int) -> QueryBank:
     return bank
 
 
-def kara_weights(shape: Shape) -> tuple[bool, float, float, Rotation]:
-    """Kara's defaults: value_norm, keydiff_power, attention_floor, and the rotation of the queries of a window."""
+def kara_weights(shape: Shape) -> tuple[tuple[bool, float, float], Rotation]:
+    """Kara's defaults: (value_norm, keydiff_power, attention_floor), and the rotation of the queries of a window."""
     kara = Kara()
     positions = torch.arange(shape.num_queries, device=DEVICE) * shape.query_stride
     shifts = torch.from_numpy(query_shifts(shape.query_stride, shape.num_heads // shape.num_kv_heads)).to(DEVICE)
     rope = Rope(frequencies(1e6, shape.head_dim, torch.device(DEVICE)))
     rotation = kara.rotation(rope, positions, shifts, shape.head_dim, torch.bfloat16)
-    return kara.value_norm, kara.keydiff_power, kara.attention_floor, rotation
+    return (kara.value_norm, kara.keydiff_power, kara.attention_floor), rotation
 
 
 def store_case(shape: Shape, bank: QueryBank, cache: PagedCache) -> Case:
     """256 decoded tokens, of each the queries whose turn it is; one launch a layer, all layers timed together."""
     num_tokens = 256
     query, key, value = random_tokens(shape, num_tokens)
-    places = torch.randperm(bank.queries.shape[1] * bank.period, device=DEVICE)[:num_tokens]
+    entries = torch.randperm(bank.queries.shape[1] * bank.period, device=DEVICE)[:num_tokens]
     codes = torch.full((num_tokens,), -1, dtype=torch.int32, device=DEVICE)
-    codes[: len(places)] = places.int()
+    codes[: len(entries)] = entries.int()
     slot_mapping = torch.randperm(len(cache.keys[0]) * cache.block_size, device=DEVICE)[:num_tokens]
     # Only a cache of the model's own dtype is written by this kernel.
-    written = (key, value, cache, slot_mapping) if cache.k_scale is None else ()
+    written = NewPairs(key, value, cache, slot_mapping) if cache.k_scale is None else None
 
     def run() -> None:
         for layer in range(shape.num_layers):
-            store_tokens(query, bank, layer, codes, *written)
+            store_tokens(query, bank, layer, codes, written)
 
     vectors = num_tokens * shape.num_heads / shape.query_stride
     num_bytes = vectors * (shape.head_dim * (query.itemsize + 1) + 4) + codes.nbytes
@@ -279,12 +278,13 @@ def check(shape: Shape) -> dict[str, float]:
     """Each kernel's relative error, ||kernel - reference|| / ||reference||, for two requests; copies must be exact."""
     dtype = getattr(torch, shape.dtype)
     cache, blocks = random_cache(shape, 2)
-    bank, weights = random_bank(shape, 3), kara_weights(shape)
-    starts = torch.tensor([bank.ring_start(2, 5), bank.ring_start(0, 0)], device=DEVICE)
+    bank, (weights, rotation) = random_bank(shape, 3), kara_weights(shape)
+    starts = torch.tensor([bank.ring_start(2, 5), bank.ring_start(0, 0)], dtype=torch.int32, device=DEVICE)
+    queries = DueQueries(bank, starts, rotation)
     errors = {}
 
-    scores = window_scores_ref(bank, starts, blocks, cache, *weights)
-    errors["window_scores"] = relative_error([window_scores(bank, starts, blocks, cache, *weights)], [scores])
+    scores = window_scores_ref(queries, blocks, cache, *weights)
+    errors["window_scores"] = relative_error([window_scores(queries, blocks, cache, *weights)], [scores])
     rows = scores.flatten(0, 2)
     picked = (select_chunks(rows, shape.num_kept, 8, 0.5), select_chunks_ref(rows, shape.num_kept, 8, 0.5))
     errors["select_chunks"] = relative_error([picked[0]], [picked[1]])
@@ -302,7 +302,7 @@ def check(shape: Shape) -> dict[str, float]:
         reference(blocks, expected)
         errors[name] = relative_error(actual.keys + actual.values, expected.keys + expected.values)
     if refits(shape):
-        errors["refit"] = refit_error(bank, starts.int(), kept, blocks, cache, weights[-1])
+        errors["refit"] = refit_error(queries, kept, blocks, cache)
 
     query, key, value = random_tokens(shape, 7)
     codes = torch.tensor([5, -1, 0, -1, -1, 7, 2], dtype=torch.int32, device=DEVICE)
@@ -312,7 +312,7 @@ def check(shape: Shape) -> dict[str, float]:
         each.queries.zero_()
         each.scales.zero_()
     for store, each, its_cache in zip((store_tokens, store_tokens_ref), banks, caches, strict=True):
-        store(query, each, 0, codes, *((key, value, its_cache, slot_mapping) if cache.k_scale is None else ()))
+        store(query, each, 0, codes, NewPairs(key, value, its_cache, slot_mapping) if cache.k_scale is None else None)
     stored = [
         # where tokens 0 to 7 belong
         [each.queries[0, 0, :2], each.scales[0, 0, :2], its_cache.keys[0], its_cache.values[0]]
@@ -334,13 +334,11 @@ def check(shape: Shape) -> dict[str, float]:
     return errors
 
 
-def refit_error(
-    bank: QueryBank, starts: Tensor, kept: Tensor, blocks: Tensor, cache: PagedCache, rotation: Rotation
-) -> float:
+def refit_error(queries: DueQueries, kept: Tensor, blocks: Tensor, cache: PagedCache) -> float:
     """Of what a refit adds to the survivors that `compact` leaves, the larger of the keys' and the values' error."""
     actual, expected, moved = copy_of(cache), copy_of(cache), copy_of(cache)
-    refit(bank, starts, kept, blocks, actual, rotation, 1.0, 1.0)
-    refit_ref(bank, starts, kept, blocks, expected, rotation, 1.0, 1.0)
+    refit(queries, kept, blocks, actual, 1.0, 1.0)
+    refit_ref(queries, kept, blocks, expected, 1.0, 1.0)
     compact_ref(kept, blocks, moved)
     errors = []
     for side in ("keys", "values"):

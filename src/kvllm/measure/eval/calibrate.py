@@ -25,8 +25,8 @@ def queries_before_rope(model: PreTrainedModel, trace: Trace, frequencies: Tenso
     request = Request(model, trace.num_prompt_tokens, max_queries=len(trace.token_ids))
     feed(request, trace.token_ids)
     queries = torch.stack([layer.queries[::stride] for layer in request.layers]).transpose(1, 2)
-    places = torch.arange(0, request.num_computed_tokens, stride, device=queries.device)
-    return Rope(frequencies.to(queries.device)).undo(queries, places).cpu()
+    positions = torch.arange(0, request.num_computed_tokens, stride, device=queries.device)
+    return Rope(frequencies.to(queries.device)).undo(queries, positions).cpu()
 
 
 def rope_frequencies(model: PreTrainedModel) -> Tensor:
