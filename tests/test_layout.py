@@ -10,18 +10,20 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from kvllm.config import KvConfig
+from kvllm.errors import UsageError
 from kvllm.layout import NEVER, Geometry, Shape, ceil_div
 
 SIMULATIONS = settings(max_examples=60, deadline=None)
 ARITHMETIC = settings(max_examples=200, deadline=None)
 
 
-def geometry_of(block_size: int = 16, **options: object) -> Geometry:
-    geometry = Geometry.from_config(KvConfig(method="recent", **options), block_size)  # type: ignore[arg-type]
+def geometry_of(block_size: int = 16, packed_tokens: int | None = None, **options: object) -> Geometry:
+    config = KvConfig(method="recent", **options)  # type: ignore[arg-type]
+    geometry = Geometry.from_config(config, block_size, packed_tokens=packed_tokens)
     assert geometry is not None
     return geometry
 
@@ -33,6 +35,8 @@ def geometries(draw: st.DrawFn) -> Geometry:
     prompt = draw(st.integers(0, 3)) * block
     options: dict[str, object] = {"query_stride": 1, "prompt_budget": prompt, "buffer_size": buffer}
     if draw(st.booleans()):
+        return draw(packed_geometries(block, buffer))
+    if draw(st.booleans()):
         blocks = draw(st.integers(2, 6))
         ratio = draw(st.floats(1 / blocks, 0.99).map(lambda r: max(r, 1 / blocks)))
         limit = draw(st.sampled_from([0, 0, 2 * blocks * block, 5 * blocks * block]))
@@ -42,6 +46,21 @@ def geometries(draw: st.DrawFn) -> Geometry:
         options |= {"policy": "budget", "window_size": 1}
         options |= {"budget_size": kept * block, "budget_interval": interval * block}
     return geometry_of(block, **options)
+
+
+@st.composite
+def packed_geometries(draw: st.DrawFn, block: int, buffer: int) -> Geometry:
+    held = draw(st.integers(block + 1, 5 * block))
+    window = ceil_div(held * draw(st.integers(1, 5)), block) * block
+    most = window // held
+    blocks = draw(st.floats(1, most)) if most > 1 else 1.0
+    ratio = min(max(blocks * held / window, held / window + 1e-4), most * held / window - 1e-4, 0.99)
+    options: dict[str, object] = {"query_stride": 1, "buffer_size": buffer, "window_size": max(window, 2 * block)}
+    try:
+        return geometry_of(block, held, retention_ratio=ratio, **options)
+    except UsageError:  # a single block that fills the window to within the rounding of a ratio
+        reject()
+        raise
 
 
 @dataclass
@@ -73,7 +92,9 @@ class Simulation:
         if budget or (g.tracks_survivors and len(self.events) >= g.first_cut and self.passes_limit(kept)):
             history, start, kept, exact = survivors, prompt, g.history_kept, Fraction(0)
         self.exact = exact
-        self.events.append((self.computed, Shape(history, raw, kept)))
+        self.events.append(
+            (self.computed, Shape(history, raw, kept // g.block_size * (g.packed_tokens or g.block_size)))
+        )
         self.cache[start : start + history + raw] = ["survivor"] * kept
         if len(self.events) == 1 and 0 < g.prompt_budget < whole:
             self.cache[:whole] = ["prompt"] * g.prompt_budget
@@ -126,10 +147,12 @@ def test_layout_equals_the_simulation(geometry: Geometry, num_prompt_tokens: int
     for number, (at, shape) in enumerate(sim.events):
         assert geometry.event_at(num_prompt_tokens, number) == at
         assert geometry.shape(number) == shape and 0 < shape.num_kept <= shape.num_candidates
-        assert all(size % geometry.block_size == 0 for size in shape)
+        assert all(size % geometry.block_size == 0 for size in shape[:2])
+        space = geometry.num_kept_blocks(number) * geometry.block_size
+        assert shape.num_kept * geometry.block_size == space * (geometry.packed_tokens or geometry.block_size)
         assert shape in geometry.shapes() and shape.num_history <= geometry.most_survivors or not shape.num_history
         cut = geometry.prompt_shape(num_prompt_tokens)
-        freed = shape.num_candidates - shape.num_kept
+        freed = shape.num_candidates - space
         freed += cut.num_raw - cut.num_kept if cut and number == 0 else 0
         assert geometry.num_freed(num_prompt_tokens, number) == freed
 
@@ -300,3 +323,29 @@ def test_a_prompt_budget_changes_nothing_for_shorter_prompts_nor_before_event_0(
     # The whole prompt and the first window stay the peak for long: 8 blocks of the prompt's 63, and 5 a window.
     assert cut.peak_blocks(1000, due + 1) == cut.peak_blocks(1000, due + 256 * 11) == due // 16 == 87
     assert cut.num_freed(1000, 0) == 16 * (63 - 8 + 16 - 5)
+
+
+def test_packed_blocks() -> None:
+    """Windows of 256 tokens, and blocks of 16 that hold 56 packed survivors each."""
+    geometry = geometry_of(packed_tokens=56, retention_ratio=0.4375)
+    assert geometry.shape(0) == geometry.shape(9) == Shape(0, 256, 112)
+    # A prompt of 160 tokens, ten windows in 20 blocks, one raw window less a token, and the buffer.
+    at = geometry.event_at(160, 9)
+    assert geometry.physical_len(160, at) == 160 + 20 * 16 + 128
+    assert geometry.peak_blocks(160, at + 255) == ceil_div(160 + 20 * 16 + 128 + 255, 16)
+    # One and a half blocks on average.
+    uneven = geometry_of(packed_tokens=56, retention_ratio=1.5 * 56 / 256)
+    kept = [uneven.shape(event).num_kept for event in range(64)]
+    assert set(kept) == {56, 112} and sum(kept) / (64 * 256) == pytest.approx(1.5 * 56 / 256, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    "ratio, message",
+    [
+        (0.9, "packed blocks hold 56 tokens each, and window_size=256 fills 4 of them. Use at most 0.875"),
+        (0.2, "every window keeps at least one block, 56 tokens, which is 0.219 of window_size=256"),
+    ],
+)
+def test_ratios_that_packed_blocks_cannot_keep(ratio: float, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        geometry_of(packed_tokens=56, retention_ratio=ratio)

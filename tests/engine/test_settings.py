@@ -18,7 +18,7 @@ from vllm.engine.arg_utils import EngineArgs
 from kvllm.compression.footprint import footprint
 from kvllm.config import KvConfig
 from kvllm.engine import settings
-from kvllm.engine.settings import prepare
+from kvllm.engine.settings import Geometries, prepare
 from kvllm.errors import UsageError
 from kvllm.methods.triattention import save_statistics
 
@@ -74,11 +74,33 @@ def test_rounding_on_a_cpu_says_that_it_saves_no_memory(model_dir: Path, vllm_lo
     assert "rounding saves no memory" in vllm_log.text
 
 
-def test_rounding_is_refused_on_gpus(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "bits, dtype, cache_dtype, message",
+    [
+        (8, "bfloat16", "auto", "survivor_bits=8: GPUs pack survivors in 4 bits. Use 4, or 16"),
+        (4, "float32", "auto", "not in dtype=float32. Use --dtype bfloat16, or survivor_bits=16"),
+        (4, "bfloat16", "fp8", "not with kv_cache_dtype=fp8 on a GPU. Use --kv-cache-dtype auto"),
+        (4, "bfloat16", "auto", None),
+    ],
+)
+def test_what_gpus_pack(
+    bits: int, dtype: str, cache_dtype: str, message: str | None, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = vllm_config(model_dir)
+    config.model_config.dtype = getattr(torch, dtype)
     monkeypatch.setattr("vllm.platforms.current_platform.device_type", "cuda")
-    config.additional_config = {"kvllm": {"survivor_bits": 4}}
-    with pytest.raises(ValueError, match="survivor_bits=4: packed storage on GPUs is not there yet. Use survivor_bits"):
+    monkeypatch.setattr(config.device_config, "device_type", "cuda")
+    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
+    config.cache_config.cache_dtype = cache_dtype
+    config.cache_config.block_size = 16
+    config.additional_config = {"kvllm": {"survivor_bits": bits, "retention_ratio": 0.4375}}
+    if message is None:
+        prepare(config)
+        geometry = Geometries.of_engine(config).of(None)
+        assert geometry is not None and geometry.packed_tokens == 56
+        assert geometry.shape(0).num_kept == 2 * 56 and geometry.num_kept_blocks(0) == 2
+        return
+    with pytest.raises(ValueError, match=message):
         prepare(config)
 
 

@@ -55,6 +55,8 @@ def compressing(cls: type) -> type:
 class KvModelState(DefaultModelState):
     """vLLM's model state, which also compresses due windows before a step and joins what its attention reads."""
 
+    packed: PackedSurvivors | None = None
+
     group = 0  # of vLLM's KV cache groups the one that is compressed
 
     def __init__(self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any, device: torch.device):
