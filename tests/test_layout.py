@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ SIMULATIONS = settings(max_examples=60, deadline=None)
 ARITHMETIC = settings(max_examples=200, deadline=None)
 
 
-def geometry_of(block_size: int = 16, packed_tokens: int | None = None, **options: object) -> Geometry:
-    config = KvConfig(method="recent", **options)  # type: ignore[arg-type]
+def geometry_of(block_size: int = 16, packed_tokens: int | None = None, **options: Any) -> Geometry:
+    config = KvConfig(method="recent", **options)
     geometry = Geometry.from_config(config, block_size, packed_tokens=packed_tokens)
     assert geometry is not None
     return geometry
@@ -33,7 +34,7 @@ def geometries(draw: st.DrawFn) -> Geometry:
     block = draw(st.sampled_from([1, 2, 4, 16]))
     buffer = draw(st.integers(1, 3 * block + 1))
     prompt = draw(st.integers(0, 3)) * block
-    options: dict[str, object] = {"query_stride": 1, "prompt_budget": prompt, "buffer_size": buffer}
+    options: dict[str, Any] = {"query_stride": 1, "prompt_budget": prompt, "buffer_size": buffer}
     if draw(st.booleans()):
         return draw(packed_geometries(block, buffer))
     if draw(st.booleans()):
@@ -55,7 +56,7 @@ def packed_geometries(draw: st.DrawFn, block: int, buffer: int) -> Geometry:
     most = window // held
     blocks = draw(st.floats(1, most)) if most > 1 else 1.0
     ratio = min(max(blocks * held / window, held / window + 1e-4), most * held / window - 1e-4, 0.99)
-    options: dict[str, object] = {"query_stride": 1, "buffer_size": buffer, "window_size": max(window, 2 * block)}
+    options: dict[str, Any] = {"query_stride": 1, "buffer_size": buffer, "window_size": max(window, 2 * block)}
     try:
         return geometry_of(block, held, retention_ratio=ratio, **options)
     except UsageError:  # a single block that fills the window to within the rounding of a ratio
