@@ -245,7 +245,7 @@ def test_ratios_by_hand() -> None:
         ({"policy": "budget", "budget_size": 64, "budget_interval": 32}, r"window_size=256: .*use 96 or less"),
     ],
 )
-def test_refused_by_name(options: dict[str, object], message: str) -> None:
+def test_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         geometry_of(16, **options)
 
