@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvllm.config import KvConfig, check_retention_ratio
+from kvllm.config import PRESETS, KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
 from kvllm.layout import Geometry
 from kvllm.methods import checked_config, make_method
@@ -321,3 +321,27 @@ def test_defaults_build_and_are_the_documented_ones():
 def test_the_method_gets_its_options():
     assert make_method(KvConfig(method="recent")) == Recent()
     assert make_method(KvConfig(**FULL)) == H2O(average=True)
+
+
+@pytest.mark.parametrize("name, blocks", [("4x", 4), ("8x", 2), ("16x", 1)])
+def test_presets_store_a_window_so_many_times_smaller(name, blocks):
+    """16 plain blocks become 4, 2 or 1 packed ones, on GPUs, whose blocks of 16 tokens hold 56 packed survivors."""
+    config = KvConfig.from_dict({"compression": name, "method": "recent"})
+    geometry = Geometry.from_config(config, block_size=16, packed_tokens=56)
+    assert geometry is not None
+    assert all(geometry.num_kept_blocks(event) == blocks for event in range(20)) and 16 // blocks == int(name[:-1])
+    assert KvConfig.from_dict({"compression": name, **PRESETS[name]}) == KvConfig(**PRESETS[name])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"compression": "5x"}, "compression='5x': use one of 4x, 8x, 16x"),
+        ({"compression": 4}, "compression=4: use one of"),
+        ({"compression": "8x", "retention_ratio": 0.3}, "compression=8x: it sets retention_ratio=0.4375, and"),
+        ({"compression": "8x", "policy": "budget"}, "survivor_bits=4: not with policy=budget"),
+    ],
+)
+def test_presets_that_are_none_or_contradicted(options, message):
+    with pytest.raises(UsageError, match=message):
+        KvConfig.from_dict(options)

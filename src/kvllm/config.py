@@ -26,6 +26,15 @@ CONFIG_KEY = "kvllm"
 RATIO_KEY = "kv_retention_ratio"
 USAGE_KEY = "kv_usage"  # whether a response's usage says what was kept and evicted
 
+# Settings under one name, for windows of 256 tokens: how many times smaller an old window is stored. docs/choosing.md
+# says what each costs.
+PRESET_KEY = "compression"
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "4x": {"survivor_bits": 4, "retention_ratio": 0.875},
+    "8x": {"survivor_bits": 4, "retention_ratio": 0.4375},
+    "16x": {"survivor_bits": 4, "retention_ratio": 0.21875},
+}
+
 RETENTION_RATIO = TypeAdapter(RetentionRatio, config=STRICT)
 
 
@@ -171,10 +180,13 @@ class KvConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> KvConfig:
-        """Build from a mapping, such as `additional_config["kvllm"]`; an unknown key is refused by name."""
+        """Build from a mapping, such as `additional_config["kvllm"]`; an unknown key is refused by name.
+
+        The key `compression` stands for the options of one of the `PRESETS`.
+        """
         if not isinstance(options, Mapping):
             raise UsageError(f"kvllm={options!r}: expected a mapping of options, such as {{'retention_ratio': 0.3}}.")
-        return cls(**{str(name): value for name, value in options.items()})
+        return cls(**with_preset({str(name): value for name, value in options.items()}))
 
     @classmethod
     def from_json(cls, text: str) -> KvConfig:
@@ -184,6 +196,24 @@ class KvConfig:
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that `from_dict` takes back and JSON can hold."""
         return asdict(replace(self, method_options=dict(self.method_options)))
+
+
+def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with those of the preset that they name; UsageError where there is none, or they contradict it."""
+    rest = dict(options)
+    name = rest.pop(PRESET_KEY, None)
+    if name is None:
+        return rest
+    if name not in PRESETS:
+        raise UsageError(f"{PRESET_KEY}={name!r}: use one of {', '.join(PRESETS)}, or set the options one by one.")
+    preset = PRESETS[name]
+    for option, value in preset.items():
+        if rest.get(option, value) != value:
+            raise UsageError(
+                f"{PRESET_KEY}={name}: it sets {option}={value}, and {option}={rest[option]} is given besides. Leave "
+                "one of them out."
+            )
+    return {**rest, **preset}
 
 
 def check_retention_ratio(value: object, name: str = "retention_ratio") -> float:

@@ -104,6 +104,8 @@ def test_methods_shows_each_option_with_its_default_bounds_and_help(monkeypatch:
         (["--retention-ratio", "nan"], ["retention_ratio=nan", "(0, 1]"]),
         (["--method-options", '{"alpha": 1}'], ["method_options of kara: alpha=1", "attention_floor"]),
         (["--memory", "80GX"], ["80GX", "80GiB"]),
+        (["--compression", "3x"], ["compression='3x'", "4x, 8x, 16x"]),
+        (["--compression", "4x", "--survivor-bits", "16"], ["compression=4x", "survivor_bits=16 is given besides"]),
         (["--memory", "1MiB"], ["nothing for the KV cache"]),
         (["--max-num-seqs", "1000000"], ["nothing for the KV cache", "--max-num-seqs"]),
         (["--length", "100"], ["--length 100", "--prompt-tokens 256"]),

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvllm.config import KvConfig
+from kvllm.config import PRESET_KEY, PRESETS, KvConfig
 from kvllm.options import Option, options_of, parse_json
 
 # What typer does not know goes to vLLM, which has its own parser and its own messages.
@@ -39,11 +39,11 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(**arguments: Any) -> None:
-        given = {name: arguments.pop(name) for name in options_of(KvConfig)}
+        given = {name: arguments.pop(name) for name in (PRESET_KEY, *options_of(KvConfig))}
         command(**arguments, options=parse({name: value for name, value in given.items() if value is not None}))
 
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "options"]
-    parameters = own + [_parameter(option) for option in options_of(KvConfig).values()]
+    parameters = [*own, _preset_parameter(), *map(_parameter, options_of(KvConfig).values())]
     wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapped
@@ -53,13 +53,26 @@ def parse(given: Mapping[str, Any]) -> dict[str, Any]:
     """KvConfig fields from the flags' values: JSON where a field is neither text nor a number."""
     options = options_of(KvConfig)
     return {
-        name: value if options[name].type in TYPES else parse_json(flag(name), value) for name, value in given.items()
+        name: value if name == PRESET_KEY or options[name].type in TYPES else parse_json(flag(name), value)
+        for name, value in given.items()
     }
 
 
 def shown(default: Any) -> str:
     """A default as the user would write it."""
     return default if isinstance(default, str) else json.dumps(default)
+
+
+def _preset_parameter() -> inspect.Parameter:
+    sets = "; ".join(
+        f"{name}: " + ", ".join(f"{flag(option)} {value}" for option, value in preset.items())
+        for name, preset in PRESETS.items()
+    )
+    declared = typer.Option(
+        flag(PRESET_KEY), help=f"How many times smaller old windows are stored ({sets}).", rich_help_panel=PANEL
+    )
+    annotation: Any = Annotated[str | None, declared]
+    return inspect.Parameter(PRESET_KEY, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _parameter(option: Option) -> inspect.Parameter:

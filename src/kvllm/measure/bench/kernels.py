@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kvllm.compression.query_bank import QueryBank, quantize
 from kvllm.compression.query_ring import query_shifts
+from kvllm.compression.rounding import PACKED_BITS
 from kvllm.errors import UsageError
 from kvllm.kernels.block_tables import join_segments, join_segments_ref
 from kvllm.kernels.compact import compact, compact_ref
@@ -33,6 +34,7 @@ from kvllm.kernels.select_chunks import select_chunks, select_chunks_ref
 from kvllm.kernels.store_tokens import NewPairs, store_tokens, store_tokens_ref
 from kvllm.kernels.window_scores import window_scores, window_scores_ref
 from kvllm.kernels.windows import gather_window, gather_window_ref, scatter_window, scatter_window_ref
+from kvllm.measure.bench import packed_kernels
 from kvllm.measure.bench.kernel_shape import Shape
 from kvllm.methods.kara import Kara
 from kvllm.methods.refit import STEPS
@@ -116,6 +118,9 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
     token_bytes = 2 * shape.num_kv_heads * shape.head_dim * cache.dtype.itemsize  # keys and values of a layer
     model_bytes = 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize
     out = [store_case(shape, bank, cache), join_case(shape)]
+    for num_tokens in packed_kernels.CONTEXTS if packs(shape) else ():
+        load = packed_kernels.attention_load(shape, num_tokens, DEVICE)
+        out.append(Case(f"packed, {num_tokens} tokens", packed_kernels.NUM_REQS, [load.run], load.num_bytes))
     for due in num_due:
         sets = all_blocks[: most - most % due].split(due)  # blocks of disjoint groups of requests
         pairs = due * shape.num_layers
@@ -161,6 +166,16 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
                 pairs * (token_bytes + model_bytes) * shape.num_kept,
             ),
         ]
+        if packs(shape):
+            packed_bytes = shape.head_dim * PACKED_BITS / 8 * 2 * shape.num_kv_heads
+            out.append(
+                Case(
+                    "pack",
+                    due,
+                    [packed_kernels.pack_run(shape, blocks, cache) for blocks in sets],
+                    pairs * (token_bytes + packed_bytes) * packed_kernels.num_packed(shape),
+                )
+            )
         if refits(shape):
             runs: list[Callable[[], Any]] = [
                 # So strong a ridge that the cache, refitted again and again, stays what it is; the work is the same.
@@ -171,6 +186,11 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
             num_bytes = pairs * (moved_bytes + bank.num_bytes / (shape.num_layers * most))
             out.append(Case("refit", due, runs, num_bytes, refit_flops(shape, rows)))
     return out
+
+
+def packs(shape: Shape) -> bool:
+    """Whether survivors can be packed in this cache."""
+    return shape.kv_dtype == shape.dtype
 
 
 def refits(shape: Shape) -> bool:
@@ -301,6 +321,17 @@ def check(shape: Shape) -> dict[str, float]:
         run(blocks, actual)
         reference(blocks, expected)
         errors[name] = relative_error(actual.keys + actual.values, expected.keys + expected.values)
+    if packs(shape):
+        actual, expected = copy_of(cache), copy_of(cache)
+        packed_kernels.pack_run(shape, blocks, actual)()
+        packed_kernels.pack_reference(shape, blocks, expected)
+        sides = [[t.view(torch.int16) for t in each.keys + each.values] for each in (actual, expected)]
+        errors["pack"] = relative_error(*sides)
+        load = packed_kernels.AttentionLoad(shape, [0, 3, 20], DEVICE)
+        wanted = load.reference()
+        load.run()
+        error = relative_error([load.output], [wanted])
+        errors |= {f"packed, {num_tokens} tokens": error for num_tokens in packed_kernels.CONTEXTS}
     if refits(shape):
         errors["refit"] = refit_error(queries, kept, blocks, cache)
 
@@ -329,6 +360,7 @@ def check(shape: Shape) -> dict[str, float]:
     for name, error in errors.items():
         # Rotated queries are rounded to bfloat16; of a refit the weights too, and what is stored, in fp8 to three bits.
         limit = {"window_scores": 1e-2, "refit": 0.3 if cache.dtype.itemsize == 1 else 0.1}.get(name, 0.0)
+        limit = 1e-2 if name.startswith("packed") else limit  # restored keys are rounded to the model's dtype
         if not error <= limit:
             raise AssertionError(f"{name} differs from its reference by {error:.2e}, more than {limit:.0e}.")
     return errors
