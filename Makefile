@@ -50,7 +50,7 @@ check-seam: $(INSTALLED)
 
 # Two workers with one thread each: engines that spin with two threads each starve one another.
 test: lint check-seam $(MODEL)/config.json
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 # The long form of the random and fault tests: hours, not minutes.
 robustness: $(MODEL)/config.json

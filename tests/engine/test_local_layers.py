@@ -35,9 +35,7 @@ LOCAL = {"gpt-oss": Local(128), "Llama 4": Local(128, chunked=True)}
 NUM_BLOCKS = {"gpt-oss": 16 + 2 * 7 - 1, "Llama 4": 16 + 3 * 6 - 1}
 
 pytestmark = pytest.mark.engine
-each = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name), id=name) for name in LOCAL]
-)
+each = pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in LOCAL])
 
 
 class Served:
