@@ -338,6 +338,7 @@ def test_presets_store_a_window_so_many_times_smaller(name, blocks):
     [
         ({"compression": "5x"}, "compression='5x': use one of 4x, 8x, 16x"),
         ({"compression": 4}, "compression=4: use one of"),
+        ({"compression": ["8x"]}, "use one of 4x, 8x, 16x"),
         ({"compression": "8x", "retention_ratio": 0.3}, "compression=8x: it sets retention_ratio=0.4375, and"),
         ({"compression": "8x", "policy": "budget"}, "survivor_bits=4: not with policy=budget"),
     ],

@@ -204,7 +204,7 @@ def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
     name = rest.pop(PRESET_KEY, None)
     if name is None:
         return rest
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise UsageError(f"{PRESET_KEY}={name!r}: use one of {', '.join(PRESETS)}, or set the options one by one.")
     preset = PRESETS[name]
     for option, value in preset.items():

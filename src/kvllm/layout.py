@@ -310,15 +310,21 @@ def _kept_blocks(retention_ratio: float, window_size: int, block_size: int, held
         raise UsageError(
             f"retention_ratio={retention_ratio}: every window keeps at least one block, {held} tokens, which is "
             f"{held / window_size:.3g} of window_size={window_size}. Use that ratio or more, or a window_size of "
-            f"at least {fitting}."
+            f"at least {fitting}{_smaller_blocks(block_size, held)}."
         )
     most = window_size // held
     if kept > most and held > block_size:
         raise UsageError(
             f"retention_ratio={retention_ratio}: packed blocks hold {held} tokens each, and window_size={window_size} "
-            f"fills {most} of them. Use at most {_rounded_down(most * held / window_size)}, or survivor_bits=16."
+            f"fills {most} of them. Use at most {_rounded_down(most * held / window_size)}"
+            f"{_smaller_blocks(block_size, held)}, or survivor_bits=16."
         )
     return kept
+
+
+def _smaller_blocks(block_size: int, held: int) -> str:
+    """The remedy where packed blocks are large because plain ones are."""
+    return ", or --block-size 16" if held > block_size > 16 else ""
 
 
 def _rounded_down(ratio: float) -> float:

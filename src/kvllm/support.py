@@ -26,6 +26,8 @@ CACHE_DTYPES = {
 }
 BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "TRITON_ATTN")}
 
+PLAIN_BITS = 16  # of survivors that are not rounded
+PACKED_BITS = 4  # of those that GPUs pack
 ALL_FULL = "all layers must be full attention"
 COUNTS_POSITIONS = (
     "it computes the angles of keys from their indices in the text, and M-RoPE's positions behind an image are fewer; "
@@ -308,6 +310,34 @@ def layer_reasons(layer: Any, max_model_len: int) -> list[str]:
         ),
     )
     return [reason(what, value, why) for wrong, what, value, why in checks if wrong]
+
+
+def packed_problem(bits: int, dtype: str, cache_dtype: str, text: Any = None) -> str | None:
+    """Why a GPU does not store survivors in so many bits, with the remedy; None where it does, or nothing is rounded.
+
+    dtype: the model's; cache_dtype: vLLM's --kv-cache-dtype; text: a transformers config, where there is one
+    """
+    if bits == PLAIN_BITS:
+        return None
+    other = "or survivor_bits=16"
+    if bits != PACKED_BITS:
+        return f"survivor_bits={bits}: GPUs pack survivors in {PACKED_BITS} bits. Use {PACKED_BITS}, or 16."
+    if cache_dtype not in ("auto", "bfloat16", "float16"):
+        return (
+            f"survivor_bits={bits}: not with kv_cache_dtype={cache_dtype} on a GPU. Use --kv-cache-dtype auto, {other}."
+        )
+    if dtype not in ("bfloat16", "float16"):
+        return (
+            f"survivor_bits={bits}: GPUs compute attention over packed survivors in 16 bits, not in dtype={dtype}. Use "
+            f"--dtype bfloat16, {other}."
+        )
+    cap = getattr(text, "attn_logit_softcapping", None)
+    if cap or getattr(text, "model_type", None) == "gpt_oss":
+        what = f"attn_logit_softcapping={cap}" if cap else "model_type=gpt_oss, which has attention sinks"
+        return (
+            f"survivor_bits={bits}: not with {what}: attention over packed survivors has neither. Use survivor_bits=16."
+        )
+    return None
 
 
 def packed_reasons(layer: Any) -> list[str]:

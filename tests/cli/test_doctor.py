@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from kvllm.cli import doctor
 from kvllm.cli.app import app
+from kvllm.cli.doctor import model_and_rest
 
 run = CliRunner().invoke
 
@@ -110,3 +111,19 @@ def test_a_model_is_checked_as_serve_would(
 ) -> None:
     found = only(doctor.check_model(str(model_dir), arguments, {"query_stride": 4, **options}), "model")
     assert what in found.what and (found.status == "ok") == (what == "is served")
+
+
+@pytest.mark.parametrize(
+    "arguments, model, rest",
+    [
+        ([], None, []),
+        (["m", "--dtype", "auto"], "m", ["--dtype", "auto"]),
+        (["--model", "m", "--enforce-eager"], "m", ["--enforce-eager"]),
+        (["--enforce-eager", "--model=m"], "m", ["--enforce-eager"]),
+        (["--enforce-eager", "m"], "m", ["--enforce-eager"]),
+        (["--max-model-len", "1024", "m"], "m", ["--max-model-len", "1024"]),
+        (["--enforce-eager"], None, ["--enforce-eager"]),
+    ],
+)
+def test_the_model_is_found_wherever_serve_takes_it(arguments: list[str], model: str | None, rest: list[str]) -> None:
+    assert model_and_rest(arguments) == (model, rest)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2_5_VLConfig, Qwen3Config
 
 from kvllm.cli.plan import local_blocks, parse_bytes, parse_lengths, plan, pool_bytes
 from kvllm.compression.footprint import Footprint, default_max_num_seqs, fitting_max_num_seqs, footprint
@@ -13,6 +14,7 @@ from kvllm.config import KvConfig
 from kvllm.groups import Groups
 from kvllm.layers import Local
 from kvllm.layout import Geometry
+from kvllm.support import packed_problem
 
 SHAPE: dict[str, Any] = dict(
     vocab_size=1000, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
@@ -149,3 +151,26 @@ def test_what_is_no_size(text: str) -> None:
 
 def test_lengths() -> None:
     assert parse_lengths("2048, 8192") == [2048, 8192]
+
+
+def test_a_vision_language_model_is_counted_by_its_language_model() -> None:
+    config = Qwen2_5_VLConfig(text_config={**SHAPE, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})
+    found = footprint(config, KvConfig(), 1, weights=1)
+    assert found.kv_per_token == footprint(LlamaConfig(**SHAPE), KvConfig(), 1, weights=1).kv_per_token
+
+
+@pytest.mark.parametrize(
+    "bits, dtype, cache_dtype, text, problem",
+    [
+        (16, "float32", "fp8", None, None),
+        (4, "bfloat16", "auto", None, None),
+        (8, "bfloat16", "auto", None, "survivor_bits=8: GPUs pack survivors in 4 bits"),
+        (4, "float32", "auto", None, "dtype=float32"),
+        (4, "bfloat16", "fp8", None, "kv_cache_dtype=fp8"),
+        (4, "bfloat16", "auto", SimpleNamespace(model_type="gpt_oss"), "attention sinks"),
+        (4, "bfloat16", "auto", Gemma2Config(), "attn_logit_softcapping=50.0"),
+    ],
+)
+def test_a_plan_packs_what_a_gpu_packs(bits: int, dtype: str, cache_dtype: str, text: Any, problem: str | None) -> None:
+    found = packed_problem(bits, dtype, cache_dtype, text)
+    assert found is None if problem is None else found is not None and problem in found

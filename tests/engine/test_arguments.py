@@ -10,7 +10,7 @@ import pytest
 
 from kvllm import __main__ as cli
 from kvllm.cli.options import flag
-from kvllm.config import KvConfig
+from kvllm.config import PRESET_KEY, KvConfig
 from kvllm.engine.arguments import merge_options, without_additional_config
 
 
@@ -33,6 +33,15 @@ def test_flags_win_over_additional_config_and_other_plugins_stay() -> None:
     merged = merge_options(given, {"retention_ratio": 0.25})
     assert merged == {"other": {"x": 1}, "kvllm": KvConfig(retention_ratio=0.25, window_size=128).to_dict()}
     assert given["kvllm"] == {"retention_ratio": 0.5, "window_size": 128}
+
+
+@pytest.mark.parametrize(
+    "theirs, flags",
+    [({"retention_ratio": 0.3}, {"compression": "8x"}), ({"compression": "4x"}, {"retention_ratio": 0.4375})],
+)
+def test_flags_win_over_additional_config_where_one_of_them_is_a_preset(theirs: Any, flags: Any) -> None:
+    merged = merge_options({"kvllm": theirs}, flags)["kvllm"]
+    assert (merged["survivor_bits"], merged["retention_ratio"]) == (4, 0.4375)
 
 
 def test_no_options_at_all_turn_compression_on() -> None:
@@ -99,8 +108,8 @@ class TestServe:
 
         theirs = make_arg_parser(FlexibleArgumentParser())._option_string_actions
         assert "--seed" in theirs and flag("seed") == "--kv-seed"
-        for field in fields(KvConfig):
-            assert flag(field.name) not in theirs
+        for name in (PRESET_KEY, *(field.name for field in fields(KvConfig))):
+            assert flag(name) not in theirs
 
 
 def test_engine_args_of_generate(model_dir: Path) -> None:

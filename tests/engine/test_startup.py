@@ -12,6 +12,7 @@ from kvllm.compression.query_bank import QueryBank
 from kvllm.config import KvConfig
 from kvllm.engine import startup
 from kvllm.engine.settings import kv_config
+from kvllm.layers import Local
 from kvllm.layout import Geometry
 
 SIZES: dict[str, Any] = {"window_size": 64, "buffer_size": 32, "retention_ratio": 0.5}
@@ -61,3 +62,20 @@ def test_what_requests_may_ask() -> None:
     assert "not choose another" in startup.what_requests_may_ask(KvConfig())
     text = startup.what_requests_may_ask(KvConfig(request_ratios="0.2-0.5,1.0"))
     assert "0.2-0.5, 1.0 in vllm_xargs; the default is 0.3" in text
+
+
+def test_layers_with_a_window_count_too(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 30 layers every sixth is full attention: one group of 5 full ones, and 5 of local ones."""
+    config, layers = kv_config(vllm_config), [None if i % 6 == 5 else Local(128) for i in range(30)]
+    monkeypatch.setattr(startup, "local_layers_of", lambda vllm_config: layers)
+    assert config is not None
+    geometry = Geometry.from_config(config, 32)
+    assert geometry is not None
+    local = 5 * (-(-(127 + 2) // 32) + 1)  # once the prompt is computed, two steps in flight
+    in_prefill = 5 * (256 // 32)  # a prompt of 256 tokens in one step
+    assert in_prefill >= local
+    text = startup.summary(vllm_config, config, geometry, 2000, 2 * 32 * 3 * 64 * 4, 32)
+    assert f"fit at once: {2000 // (geometry.peak_blocks(256, 1024) + in_prefill)}; " in text
+    assert f"KV cache: {2000 // (32 + in_prefill)}; max_num_seqs lets 16 run" in text
+    bank = QueryBank.allocate(5, 16, 12, 9, 3, 64, 8, vllm_config.model_config.dtype, device="meta").num_bytes
+    assert startup.bank_bytes(vllm_config, config) == bank

@@ -114,7 +114,7 @@ def plan(
     weights: Annotated[str | None, typer.Option(help="Size of the weights.", show_default="from the config")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """How many requests of which length fit, stock against compressed, from the model's config alone."""
+    """How many requests of which length fit a GPU, stock against compressed, from the model's config alone."""
     from transformers import AutoConfig
 
     from kvllm.cli import plan as planning
@@ -122,13 +122,18 @@ def plan(
     from kvllm.compression.rounding import Rounding
     from kvllm.layout import Geometry
     from kvllm.methods import checked_config
+    from kvllm.support import packed_problem
 
     config = checked_config(options)
     device_bytes = planning.parse_bytes(memory)
     size = planning.parse_bytes(weights, "--weights") if weights else None
     model_config = AutoConfig.from_pretrained(model)
+    text = model_config.get_text_config()
     one = footprint(model_config, config, 1, kv_cache_dtype, size, max_model_len)
-    rounding = Rounding.from_config(config, block_size, head_dim_of(model_config))
+    dtype = str(getattr(model_config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    if problem := packed_problem(config.survivor_bits, dtype, kv_cache_dtype, text):
+        raise UsageError(problem)
+    rounding = Rounding.from_config(config, block_size, head_dim_of(text))
     geometry = Geometry.from_config(config, block_size, packed_tokens=rounding.block_tokens if rounding else None)
     num_seqs = max_num_seqs or default_max_num_seqs(device_bytes, gpu_memory_utilization, one)
     taken = replace(one, query_bank=num_seqs * one.query_bank)
@@ -151,11 +156,9 @@ def doctor(
 
     Takes the arguments of `serve`. Exit status 1 if anything would keep it from starting.
     """
-    from kvllm.cli.doctor import examine, table
+    from kvllm.cli.doctor import examine, model_and_rest, table
 
-    first, *rest = context.args or [""]
-    named = bool(first) and not first.startswith("-")
-    findings = examine(first if named else None, rest if named else context.args, options)
+    findings = examine(*model_and_rest(context.args), options)
     console.print(table(findings))
     if json_file:
         json_file.write_text(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")

@@ -42,6 +42,25 @@ class Finding:
     remedy: str = ""
 
 
+def model_and_rest(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The model that arguments of `serve` name, wherever they do, and the others; None: they name none."""
+    rest = list(arguments)
+    for i, argument in enumerate(rest):
+        option, equals, value = argument.partition("=")
+        if option == "--model" and (equals or i + 1 < len(rest)):
+            return value if equals else rest[i + 1], rest[:i] + rest[i + (1 if equals else 2) :]
+    if not rest:
+        return None, []
+    if rest[0].startswith("-"):
+        from kvllm.engine.arguments import served_model
+
+        if (model := served_model(rest)) is None:
+            return None, rest
+        rest.remove(model)
+        return model, rest
+    return rest[0], rest[1:]
+
+
 def examine(model: str | None, arguments: Sequence[str], options: Mapping[str, Any]) -> list[Finding]:
     """All findings. arguments: vLLM's flags; options: the fields of KvConfig that were set."""
     found = [*check_vllm(), *check_companions(), *check_plugin(), *check_options(options)]

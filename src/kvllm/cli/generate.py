@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.table import Table
 
 from kvllm.errors import UsageError
 from kvllm.layout import ceil_div
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,25 @@ def generate(
         text=output.outputs[0].text,
         num_windows_compressed=windows,
         peak_kv_blocks=peak,
-        stock_kv_blocks=ceil_div(len(prompt_ids) + len(token_ids), block_size),
+        stock_kv_blocks=_stock_blocks(llm, len(prompt_ids), len(prompt_ids) + len(token_ids), block_size),
         block_size=block_size,
         seconds=seconds,
         tokens_per_second=len(token_ids) / seconds,
     )
+
+
+def _stock_blocks(llm: LLM, num_prompt_tokens: int, num_tokens: int, block_size: int) -> int:
+    """The blocks that stock vLLM holds of a text at its peak, those of layers with a window as it admits them."""
+    from kvllm.engine.settings import local_layers_of
+    from kvllm.groups import Groups
+
+    config = llm.llm_engine.vllm_config
+    groups = Groups.of(local_layers_of(config))
+    in_prefill = min(num_prompt_tokens, config.scheduler_config.max_num_batched_tokens)
+    local = max(
+        groups.local_blocks(n, block_size, new) for n, new in ((num_prompt_tokens, in_prefill), (num_tokens, 1))
+    )
+    return local + ceil_div(num_tokens, block_size)
 
 
 def _reason(error: ValueError) -> str:

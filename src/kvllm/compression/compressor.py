@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from kvllm.compression.query_ring import prompt_query_positions, query_positions
-from kvllm.compression.rounding import PLAIN_BITS, Rounding
+from kvllm.compression.rounding import Rounding
 from kvllm.compression.rows import Due
 from kvllm.compression.store import ALL_LAYERS, Store
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry, Shape
 from kvllm.methods.base import Kept, Method, Window
 from kvllm.methods.rope import Rope
+from kvllm.support import PLAIN_BITS
 
 # Kernels that do what a method does, without copies of the candidates: (candidates of the store, number kept).
 Fused = Callable[[Any, int], None]

@@ -55,9 +55,9 @@ def footprint(
     dtype = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
     text = config.get_text_config()
     layers = local_layers(text, max_model_len or getattr(text, "max_position_embeddings", None))
-    groups, num_heads = Groups.of(layers), config.num_attention_heads
-    head_dim = head_dim_of(config)
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    groups, num_heads = Groups.of(layers), text.num_attention_heads
+    head_dim = head_dim_of(text)
+    num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
     kv_bytes = 1 if kv_cache_dtype.startswith("fp8") else DTYPE_BYTES[dtype]
     bank = QueryBank.allocate(
         layers.count(None), max_num_seqs, compression.num_queries, num_heads, num_kv_heads, head_dim,
@@ -72,7 +72,7 @@ def footprint(
 
 
 def head_dim_of(config: Any) -> int:
-    """config: a transformers config"""
+    """config: a transformers config, of a multimodal model that of its language model"""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 

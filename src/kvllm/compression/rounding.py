@@ -21,9 +21,8 @@ from torch import Tensor
 
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
+from kvllm.support import PLAIN_BITS
 
-PLAIN_BITS = 16  # of a cache that is not rounded
-PACKED_BITS = 4  # that GPUs store
 SCALE_BYTES = 4  # a scale and a lowest value, bfloat16 each; with 8 bits each, blocks of 16 would still hold 56 tokens
 TOKEN_STEP = 8  # a packed block holds a multiple of this
 

@@ -36,12 +36,16 @@ class Stopwatch:
         pair[1].record()
         self._pending.append(pair)
 
-    def take(self) -> float:
-        """The seconds since the last call, as far as they are known."""
+    def collect(self) -> None:
+        """Read the events that have passed: what is never read piles up."""
         while self._pending and self._pending[0][1].query():
             pair = self._pending.popleft()
             self.seconds += pair[0].elapsed_time(pair[1]) / 1000
             self._unused.append(pair)
+
+    def take(self) -> float:
+        """The seconds since the last call, as far as they are known."""
+        self.collect()
         taken, self.seconds = self.seconds, 0.0
         return taken
 

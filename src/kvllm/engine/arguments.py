@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from kvllm.config import CONFIG_KEY
+from kvllm.config import CONFIG_KEY, with_preset
 from kvllm.errors import UsageError
 from kvllm.methods import checked_config
 
@@ -26,7 +26,7 @@ def merge_options(additional_config: Any, options: Mapping[str, Any]) -> dict[st
     Raises UsageError where the options are not a valid KvConfig, before any engine starts.
     """
     additional = dict(additional_config or {})
-    config = checked_config({**additional.get(CONFIG_KEY, {}), **options})
+    config = checked_config({**with_preset(additional.get(CONFIG_KEY, {})), **with_preset(options)})
     return {**additional, CONFIG_KEY: config.to_dict()}
 
 
@@ -63,6 +63,14 @@ def serve_engine_args(arguments: Sequence[str], options: Mapping[str, Any]) -> E
     parsed.model = parsed.model_tag or parsed.model
     parsed.additional_config = merge_options(parsed.additional_config, options)
     return AsyncEngineArgs.from_cli_args(parsed)
+
+
+def served_model(arguments: Sequence[str]) -> str | None:
+    """The model among the arguments of `kvllm serve`, without a flag of its own; None where there is none."""
+    try:
+        return _parse_serve(["serve", *arguments])[1].model_tag
+    except SystemExit:  # vLLM's parser has said why
+        return None
 
 
 def run_server(arguments: Sequence[str]) -> None:

@@ -39,7 +39,8 @@ class PackedSurvivors:
         self.layers = layers
         self.rounding = rounding
         self.attention: PackedAttention | None = None
-        self.resumed = False  # whether the step computes several tokens of a request that has packed survivors
+        # Whether the step computes several tokens of a request that has packed survivors, or stands for steps that do.
+        self.resumed = False
         PATCH.apply()
         for index, layer in enumerate(layers):
             layer.impl.forward = self._merging(layer.impl.forward, index)
@@ -78,7 +79,7 @@ class PackedSurvivors:
     def idle(self) -> None:
         """Prepare a step that is not a real batch."""
         self.plan.zero_()
-        self.resumed = False
+        self.resumed = True  # before vLLM captures a graph, it runs the same step once so that all kernels are loaded
 
     def _merging(self, forward: Callable[..., Any], index: int) -> Callable[..., Any]:
         scale = self.layers[index].impl.scale
@@ -103,8 +104,7 @@ class PackedSurvivors:
             finally:
                 LOG_SUM_EXP.wanted = False
             current.wait_stream(self.stream)
-            # A graph that is captured with several tokens a request must serve steps that have such requests.
-            prefill = attn_metadata.max_query_len > 1 and (self.resumed or torch.cuda.is_current_stream_capturing())
+            prefill = self.resumed and attn_metadata.max_query_len > 1
             self.attention.finish(output[:num_tokens], LOG_SUM_EXP.take(), *packed, prefill)
             return result
 

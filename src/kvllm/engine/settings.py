@@ -6,17 +6,17 @@ import copy
 import functools
 from typing import TYPE_CHECKING, Any
 
-import torch
 from vllm.logger import init_logger
 
 from kvllm import support
 from kvllm.compression.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
-from kvllm.compression.rounding import PACKED_BITS, PLAIN_BITS, Rounding, packed_block_tokens
+from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
 from kvllm.layers import Local, local_layers
 from kvllm.layout import Geometry
 from kvllm.methods import checked_config, make_method
+from kvllm.support import PLAIN_BITS
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig, ModelConfig, VllmConfig
@@ -202,18 +202,16 @@ def _check_survivor_bits(config: KvConfig, device: str, cache: CacheConfig, mode
             rounding.block_tokens,
         )
         return
-    if bits != PACKED_BITS:
-        raise UsageError(f"survivor_bits={bits}: GPUs pack survivors in {PACKED_BITS} bits. Use {PACKED_BITS}, or 16.")
-    if cache.cache_dtype not in ("auto", "bfloat16", "float16"):
+    dtype = str(model_config.dtype).removeprefix("torch.")
+    from vllm import envs
+
+    if envs.VLLM_BATCH_INVARIANT:
         raise UsageError(
-            f"survivor_bits={bits}: not with kv_cache_dtype={cache.cache_dtype} on a GPU. Use --kv-cache-dtype auto, "
-            "or survivor_bits=16."
+            f"survivor_bits={bits}: not with VLLM_BATCH_INVARIANT, since how a request's packed survivors are divided "
+            "depends on the batch. Unset it, or use survivor_bits=16."
         )
-    if model_config.dtype not in (torch.bfloat16, torch.float16):
-        raise UsageError(
-            f"survivor_bits={bits}: GPUs compute attention over packed survivors in 16 bits, not in dtype="
-            f"{str(model_config.dtype).removeprefix('torch.')}. Use --dtype bfloat16, or survivor_bits=16."
-        )
+    if problem := support.packed_problem(bits, dtype, cache.cache_dtype, model_config.hf_text_config):
+        raise UsageError(problem)
 
 
 def _check_geometry(config: KvConfig, block_size: int, max_model_len: int, packed: int | None) -> None:

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 import kvllm
 from kvllm.compression.query_bank import QueryBank
 from kvllm.config import RATIO_KEY, KvConfig
+from kvllm.engine.settings import local_layers_of
+from kvllm.groups import Groups
+from kvllm.layers import Local
 from kvllm.layout import Geometry, ceil_div
 
 if TYPE_CHECKING:
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 
 PROMPT = 256  # tokens, as in `kvllm plan`
 GIB = 2**30
+IN_FLIGHT = 2  # steps that are scheduled before what they no longer see is freed
 
 
 def summary(
@@ -37,11 +41,15 @@ def summary(
         f"Query bank: {bank / GIB:.2f} GiB on each device, for max_num_seqs={scheduler.max_num_seqs} requests.",
     ]
     prompt = min(PROMPT, length // 2)
-    needed = geometry.peak_blocks(prompt, length) if geometry else ceil_div(length, block_size)
-    layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+    groups = Groups.of(stage_layers(vllm_config))
+    local = max(
+        groups.local_blocks(prompt, block_size, IN_FLIGHT * scheduler.max_num_batched_tokens),
+        groups.local_blocks(length, block_size, IN_FLIGHT),
+    )
+    needed = local + (geometry.peak_blocks(prompt, length) if geometry else ceil_div(length, block_size))
     overridden = vllm_config.cache_config.num_gpu_blocks_override is not None
-    more = 0 if overridden or not on_gpu(vllm_config) else bank // (page_bytes * layers)
-    ours, stock = num_blocks // needed, (num_blocks + more) // ceil_div(length, block_size)
+    more = 0 if overridden or not on_gpu(vllm_config) else bank // (page_bytes * groups.group_size)
+    ours, stock = num_blocks // needed, (num_blocks + more) // (local + ceil_div(length, block_size))
     most = f"; max_num_seqs lets {scheduler.max_num_seqs} run" if ours > scheduler.max_num_seqs else ""
     lines.append(
         f"Requests of max_model_len={length} tokens, {prompt} of them prompt, that fit at once: {ours}; without "
@@ -78,11 +86,17 @@ def what_requests_may_ask(config: KvConfig) -> str:
     return f"Requests may choose {RATIO_KEY} {allowed} in vllm_xargs; the default is {own}."
 
 
+def stage_layers(vllm_config: VllmConfig) -> list[Local | None]:
+    """How the layers of one device look back, as `local_layers`."""
+    start, end = vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config)
+    return local_layers_of(vllm_config)[start:end]
+
+
 def bank_bytes(vllm_config: VllmConfig, config: KvConfig) -> int:
     """Bytes of the query bank on one device."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     bank = QueryBank.allocate(
-        model.get_num_layers(parallel), vllm_config.scheduler_config.max_num_seqs, config.num_queries,
+        stage_layers(vllm_config).count(None), vllm_config.scheduler_config.max_num_seqs, config.num_queries,
         model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel), model.get_head_size(),
         config.query_stride, model.dtype, device="meta",
     )  # fmt: skip

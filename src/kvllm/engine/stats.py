@@ -52,12 +52,15 @@ def add_seconds(worker: Any, output: Any) -> None:
     from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
     runner = worker.model_runner
-    if output is None or output is EMPTY_MODEL_RUNNER_OUTPUT:  # which all steps share
-        return
     state = getattr(getattr(runner, "kv_compressor", None), "state", None)  # the V1 runner's
     if state is None:
         state = getattr(getattr(runner, "model_state", None), "compression", None)  # the V2 runner's
-    if state is None or not (seconds := state.stopwatch.take()):
+    if state is None:
+        return
+    state.stopwatch.collect()  # also in pipeline stages that never have an output
+    if output is None or output is EMPTY_MODEL_RUNNER_OUTPUT:  # which all steps share
+        return
+    if not (seconds := state.stopwatch.take()):
         return
     for name in ("model_runner_output", "_model_runner_output"):  # where the output is copied to the host later
         output = getattr(output, name, output)

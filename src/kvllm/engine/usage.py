@@ -64,6 +64,8 @@ class Watch:
 
     def finish(self, state: RequestState) -> None:
         """Called once for each sequence."""
+        if self.response is None and not self.log:
+            return
         num_generated = state.detokenizer.num_output_tokens() if state.detokenizer is not None else 0
         total = self.response if self.response is not None else KvUsage()
         own = total.add(self.geometry, state.prompt_len, num_generated)

@@ -32,6 +32,7 @@ from kvllm.reference.attention import attention_through
 from kvllm.reference.cache import DenseStore, LayerCache
 from kvllm.reference.images import PromptImages
 from kvllm.reference.rope import rope_of
+from kvllm.support import PLAIN_BITS
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
@@ -69,7 +70,9 @@ class Request:
         self.geometry = None
         if config:
             held = packed_block_tokens(block_size, head_dim_of(model.config.get_text_config()), config.survivor_bits)
-            self.geometry = Geometry.from_config(config, block_size, packed_tokens=held if packed else None)
+            self.geometry = Geometry.from_config(
+                config, block_size, packed_tokens=held if packed and config.survivor_bits < PLAIN_BITS else None
+            )
         self.kept: list[Tensor] = []
         self.kept_prompt: Tensor | None = None
         self.num_computed_tokens = 0
@@ -85,12 +88,12 @@ class Request:
         self.layers = [LayerCache(max_queries, local) for local in layers_of(model)]
 
     @classmethod
-    def fork(cls, full: Request, config: KvConfig, block_size: int = 16) -> Request:
+    def fork(cls, full: Request, config: KvConfig, block_size: int = 16, packed: bool = False) -> Request:
         """A compressed request that goes on where `full`, which compresses nothing, is: its text is not computed again.
 
         Raises ValueError where `full` is past the first event, or keeps too few queries (`max_queries`).
         """
-        forked = cls(full.model, full.num_prompt_tokens, config, block_size)
+        forked = cls(full.model, full.num_prompt_tokens, config, block_size, packed=packed)
         if full.geometry is not None or full.num_computed_tokens > (forked.max_step() or full.num_computed_tokens):
             raise ValueError(f"{full.num_computed_tokens} tokens are computed: past the first event, or compressed.")
         if any(layer.max_queries < config.query_span for layer in full.compressed):

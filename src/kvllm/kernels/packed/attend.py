@@ -36,8 +36,8 @@ class Batch(NamedTuple):
     query_start_loc: [num_reqs + 1] int32, of the step's tokens
     survivor_blocks: [max_num_reqs, max_blocks] int32, of `kvllm.compression.paged_store`
     plan:            [5, at least num_reqs] int32, of `kvllm.kernels.block_tables`: rows PROMPT and PREFIX are the first
-                     packed block of a request and the end of them, in blocks; then its row of `survivor_blocks`; the
-                     last is of `plan_parts`
+                     packed block of a request and the end of them, in blocks; row 3 is its row of `survivor_blocks`,
+                     row 4 is of `plan_parts`
     """
 
     query_start_loc: Tensor
@@ -225,7 +225,8 @@ def _load_queries(query, there, words, quarter: tl.constexpr, NUM_WORDS: tl.cons
     return tl.load(query[None, :] + quarter * NUM_WORDS + words[:, None], mask=mask, other=0.0).to(DTYPE)
 
 
-@triton.jit
+# One compiled variant, which is loaded before serving and so before CUDA graphs are captured.
+@triton.jit(do_not_specialize=["num_reqs", "stride_lse_head"])
 def _attend_kernel(
     output, lse, part_outputs, part_lse, query, keys, values, query_start_loc, survivor_blocks, plan, num_reqs,
     stride_out_token, stride_out_head, stride_lse_head, stride_query_token, stride_query_head,
@@ -362,7 +363,7 @@ def _blend(target, packed, share, mask):
     tl.store(target, (plain * (1.0 - share) + packed * share).to(target.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_lse_head"])
 def _merge_kernel(
     output, lse, part_outputs, part_lse, query_start_loc, plan,
     stride_out_token, stride_out_head, stride_lse_head, stride_plan, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvllm.compression.rounding import PACKED_BITS, Rounded, Rounding
+from kvllm.compression.rounding import Rounded, Rounding
 from kvllm.kernels.paged import PagedCache
 from kvllm.layout import ceil_div
+from kvllm.support import PACKED_BITS
 
 BITS = PACKED_BITS
 CODES_PER_WORD = 4

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from kvllm.compression.query_bank import QueryBank, quantize
 from kvllm.compression.query_ring import query_shifts
-from kvllm.compression.rounding import PACKED_BITS
 from kvllm.errors import UsageError
 from kvllm.kernels.block_tables import join_segments, join_segments_ref
 from kvllm.kernels.compact import compact, compact_ref
@@ -39,6 +38,7 @@ from kvllm.measure.bench.kernel_shape import Shape
 from kvllm.methods.kara import Kara
 from kvllm.methods.refit import STEPS
 from kvllm.methods.rope import Rope, Rotation, frequencies
+from kvllm.support import PACKED_BITS
 
 DEVICE = "cuda"
 

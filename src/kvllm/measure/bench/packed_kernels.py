@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvllm.compression.rounding import PACKED_BITS, Rounding, packed_block_tokens
+from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.kernels.packed.attend import Batch, PackedAttention, merge_packed_ref, plan_parts
 from kvllm.kernels.packed.layout import PackedLayout
 from kvllm.kernels.packed.pack import pack, pack_ref
 from kvllm.kernels.paged import PagedCache
 from kvllm.measure.bench.kernel_shape import Shape
+from kvllm.support import PACKED_BITS
 
 NUM_REQS = 64
 CONTEXTS = (1024, 2048, 4096, 8192, 16384)  # packed tokens of each request
