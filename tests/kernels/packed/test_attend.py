@@ -22,9 +22,9 @@ SHAPES = [
 ]
 # Query tokens and packed blocks of each request: none packed, one, several programs' share, prefill chunks.
 BATCHES = [
-    ([1, 1, 1], [0, 1, 35]),
+    ([1, 1, 1], [0, 1, 17]),
     ([1, 5, 1, 9], [2, 3, 0, 0]),
-    ([70, 1], [17, 18]),
+    ([19, 1], [3, 9]),
 ]
 
 
