@@ -74,6 +74,14 @@ def test_rounding_on_a_cpu_says_that_it_saves_no_memory(model_dir: Path, vllm_lo
     assert "rounding saves no memory" in vllm_log.text
 
 
+def test_a_front_end_without_our_checks_is_refused(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = vllm_config(model_dir)
+    config.additional_config = {"kvllm": {}}
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(UsageError, match="VLLM_USE_RUST_FRONTEND=1: requests would reach the engine unchecked"):
+        prepare(config)
+
+
 @pytest.mark.parametrize(
     "bits, dtype, cache_dtype, message",
     [

@@ -6,6 +6,7 @@ import copy
 import functools
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
 from vllm.logger import init_logger
 
 from kvllm import support
@@ -113,6 +114,10 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     _check_geometry(config, cache.block_size, vllm_config.model_config.max_model_len, packed_tokens(vllm_config))
     for found in support.engine_reasons(vllm_config, device):
         raise UsageError(f"KvLLM does not support {found}.")
+    if envs.VLLM_USE_RUST_FRONTEND:
+        raise UsageError(
+            "KvLLM does not support VLLM_USE_RUST_FRONTEND=1: requests would reach the engine unchecked. Unset it."
+        )
     _check_positions(config, vllm_config.model_config)
     # Cascade attention reads the prefix of the unshortened tables.
     vllm_config.model_config.disable_cascade_attn = True
@@ -203,8 +208,6 @@ def _check_survivor_bits(config: KvConfig, device: str, cache: CacheConfig, mode
         )
         return
     dtype = str(model_config.dtype).removeprefix("torch.")
-    from vllm import envs
-
     if envs.VLLM_BATCH_INVARIANT:
         raise UsageError(
             f"survivor_bits={bits}: not with VLLM_BATCH_INVARIANT, since how a request's packed survivors are divided "
