@@ -59,6 +59,13 @@ class Groups:
             most = -(-(self.local.size - 1 + in_flight) // block_size) + 1
         return self.num_local * min(most, -(-num_tokens // block_size))
 
+    def peak_local_blocks(
+        self, num_prompt_tokens: int, num_tokens: int, block_size: int, prefill_in_flight: int, decode_in_flight: int
+    ) -> int:
+        """The same over a request's life: while its prompt is computed, or later, with so many tokens in flight."""
+        prefill = self.local_blocks(num_prompt_tokens, block_size, prefill_in_flight)
+        return max(prefill, self.local_blocks(num_tokens, block_size, decode_in_flight))
+
     def local_blocks_held(self, num_computed_tokens: Count, block_size: int) -> Count:
         """Blocks of local groups that a request holds once what its next token does not see is freed.
 

@@ -140,14 +140,17 @@ class Geometry:
 
     def shape(self, event: int) -> Shape:
         """What event number `event` does."""
-        history = self.survivors(event) if self._cuts_history(event) else 0
+        history = self.survivors(event) - self.num_left_alone(event)
         raw = self._consumed(event + 1) - self._consumed(event)
-        return Shape(history, raw, self.num_kept_blocks(event) * (self.packed_tokens or self.block_size))
+        return Shape(history, raw, self._held(self.num_kept_blocks(event)))
 
     def num_kept_blocks(self, event: int) -> int:
         """Blocks that hold what event number `event` keeps."""
-        history = self.survivors(event) if self._cuts_history(event) else 0
-        return (self.survivors(event + 1) - self.survivors(event) + history) // self.block_size
+        return (self.survivors(event + 1) - self.num_left_alone(event)) // self.block_size
+
+    def _held(self, num_blocks: int) -> int:
+        """Survivors in so many of their blocks."""
+        return num_blocks * (self.packed_tokens or self.block_size)
 
     def shapes(self) -> dict[Shape, int]:
         """Every shape that events have, with the first event of each: what has to be compiled before serving."""
@@ -245,11 +248,11 @@ class Geometry:
 
     def num_left_alone(self, event: int) -> int:
         """Survivors that event number `event` does not read; what it keeps comes right behind them."""
-        return self.survivors(event) - self.shape(event).num_history
+        return 0 if self._cuts_history(event) else self.survivors(event)
 
     def candidate_start(self, num_prompt_tokens: int, event: int) -> int:
         """Tokens in front of the first candidate just before event number `event`: of the prompt, and survivors."""
-        held = self.num_left_alone(event) // self.block_size * (self.packed_tokens or self.block_size)
+        held = self._held(self.num_left_alone(event) // self.block_size)
         return self.prompt_len(num_prompt_tokens, event) + held
 
     def peak_tokens(self, num_prompt_tokens: int, num_tokens: int) -> int:

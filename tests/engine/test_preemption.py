@@ -16,6 +16,7 @@ from kvllm.engine.stats import engine_stats
 from tests.engine.conftest import BLOCK_SIZE, assert_pool_whole, engine, small_words, watch_blocks
 from tests.engine.conftest import CONFIG as WINDOWS
 from tests.near_ties import check_greedy
+from tests.random_traffic import run_traffic
 
 pytestmark = pytest.mark.engine
 
@@ -37,27 +38,11 @@ def test_random_traffic(llm: Any, small_reference: Any) -> None:
     rng = random.Random(0)
     prompts = {str(i): small_words(rng.choice([1, 15, 16, 17, 33, 60]), seed=i) for i in range(NUM_REQUESTS)}
     lengths = {i: rng.choice([5, 40, 130, 180]) for i in prompts}
-    outputs: dict[str, list[int]] = {}
-    waiting = list(prompts)
-    running: set[str] = set()
-    aborted: set[str] = set()
-    core = llm.llm_engine
-    while waiting or core.has_unfinished_requests():
-        if waiting and (rng.random() < 0.2 or not running):
-            for _ in range(min(len(waiting), 4)):
-                i = waiting.pop()
-                params = SamplingParams(temperature=0, max_tokens=lengths[i], ignore_eos=True)
-                core.add_request(i, {"prompt_token_ids": prompts[i]}, params)
-                running.add(i)
-        if running and rng.random() < 0.02:
-            i = rng.choice(sorted(running))
-            core.abort_request([i])
-            aborted.add(i)
-            running.discard(i)
-        for output in core.step():
-            if output.finished:
-                running.discard(output.request_id)
-                outputs[output.request_id] = list(output.outputs[0].token_ids)
+
+    def arrivals(num_waiting: int, num_running: int) -> int:
+        return 4 if num_waiting and (rng.random() < 0.2 or not num_running) else 0
+
+    outputs, aborted = run_traffic(llm.llm_engine, prompts, lengths, rng, arrivals, abort_chance=0.02)
     stats = engine_stats(llm)
     assert stats["num_preemptions"] > 0 and aborted
     assert_pool_whole(llm)

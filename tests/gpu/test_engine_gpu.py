@@ -24,6 +24,7 @@ from kvllm.engine.stats import engine_stats
 from kvllm.reference import load_model
 from tests.models import VOCAB_SIZE, save_random_llama
 from tests.near_ties import Match, check_greedy
+from tests.random_traffic import run_traffic
 
 pytestmark = pytest.mark.engine
 
@@ -111,24 +112,9 @@ def test_random_traffic_with_preemption(llm: LLM, reference_model: Any) -> None:
     before = engine_stats(llm)
     texts = {str(i): prompt(rng.randrange(1, 200), i) for i in range(200)}
     lengths = {i: rng.randrange(10, 500) for i in texts}
-    engine, waiting, outputs = llm.llm_engine, list(texts), {}
-    aborted, running = set(), set()
-    while waiting or engine.has_unfinished_requests():
-        for _ in range(rng.randrange(0, 3)):
-            if waiting:
-                i = waiting.pop()
-                params = SamplingParams(temperature=0, max_tokens=lengths[i], ignore_eos=True, detokenize=False)
-                engine.add_request(i, {"prompt_token_ids": texts[i]}, params)
-                running.add(i)
-        if running and rng.random() < 0.01:
-            i = rng.choice(sorted(running))
-            engine.abort_request([i])
-            aborted.add(i)
-            running.discard(i)
-        for output in engine.step():
-            if output.finished:
-                running.discard(output.request_id)
-                outputs[output.request_id] = list(output.outputs[0].token_ids)
+    outputs, aborted = run_traffic(
+        llm.llm_engine, texts, lengths, rng, lambda *_: rng.randrange(0, 3), abort_chance=0.01, detokenize=False
+    )
     after = engine_stats(llm)
     print("preemptions:", after["num_preemptions"] - before["num_preemptions"], "aborted:", len(aborted))
     assert after["num_preemptions"] > before["num_preemptions"] and aborted

@@ -16,14 +16,15 @@ from torch import Tensor
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
-from vllm import LLM, SamplingParams
+from vllm import LLM
 
 from kvllm.config import KvConfig
 from kvllm.engine.stats import engine_stats
 from kvllm.errors import UsageError
-from kvllm.reference import Request
+from kvllm.reference import generate
 from tests.gpu.test_engine_gpu import greedy, model_dir, prompt, reference_model, start  # noqa: F401
 from tests.near_ties import greedy_losses
+from tests.random_traffic import run_traffic
 
 pytestmark = pytest.mark.engine
 
@@ -54,16 +55,6 @@ def losses(model: Any, prompts: list[list[int]], outputs: list[list[int]], confi
     ).cpu()
 
 
-def reference_answer(model: Any, prompt_ids: list[int], num_tokens: int) -> list[int]:
-    request, ids = Request(model, len(prompt_ids), CONFIG, 16, packed=True), list(prompt_ids)
-    while len(ids) < len(prompt_ids) + num_tokens:
-        new = ids[request.num_computed_tokens :][: request.max_step()]
-        logits = request.step(new)
-        if request.num_computed_tokens == len(ids):
-            ids.append(int(logits[-1].argmax()))
-    return ids[len(prompt_ids) :]
-
-
 def summary(loss: Tensor) -> str:
     return f"mean {loss.mean():.5f}, most {loss.max():.3f}, not the best {float((loss > 0).float().mean()):.3f}"
 
@@ -76,7 +67,8 @@ def test_outputs_are_the_references(llm: LLM, reference_model: Any) -> None:  # 
     assert stats["free_kv_blocks"] == stats["num_kv_blocks"]
     packed = losses(reference_model, prompts, outputs, CONFIG)
     in_half = copy.deepcopy(reference_model).bfloat16()
-    own = losses(reference_model, prompts, [reference_answer(in_half, p, NUM_TOKENS) for p in prompts], CONFIG)
+    answers = [generate(in_half, p, NUM_TOKENS, CONFIG, ignore_eos=True, packed=True).token_ids for p in prompts]
+    own = losses(reference_model, prompts, answers, CONFIG)
     other = losses(reference_model, prompts, outputs, replace(CONFIG, retention_ratio=0.4375))
     print("packed:", summary(packed), "| reference in bfloat16:", summary(own), "| other survivors:", summary(other))
     # A code that bfloat16 moves is a whole step: the reference in bfloat16 misses its own best token as often.
@@ -87,26 +79,12 @@ def test_outputs_are_the_references(llm: LLM, reference_model: Any) -> None:  # 
 
 def test_random_traffic_with_preemption(llm: LLM, reference_model: Any) -> None:  # noqa: F811
     """Requests of random lengths in a pool too small for them: resumed ones prefill over packed survivors."""
-    rng, engine, before = random.Random(0), llm.llm_engine, engine_stats(llm)
+    rng, before = random.Random(0), engine_stats(llm)
     texts = {str(i): prompt(rng.randrange(1, 200), i) for i in range(60)}
     lengths = {i: rng.randrange(10, 700) for i in texts}
-    waiting, outputs, aborted, running = list(texts), {}, set(), set()
-    while waiting or engine.has_unfinished_requests():
-        for _ in range(rng.randrange(0, 3)):
-            if waiting:
-                i = waiting.pop()
-                params = SamplingParams(temperature=0, max_tokens=lengths[i], ignore_eos=True, detokenize=False)
-                engine.add_request(i, {"prompt_token_ids": texts[i]}, params)
-                running.add(i)
-        if running and rng.random() < 0.01:
-            i = rng.choice(sorted(running))
-            engine.abort_request([i])
-            aborted.add(i)
-            running.discard(i)
-        for output in engine.step():
-            if output.finished:
-                running.discard(output.request_id)
-                outputs[output.request_id] = list(output.outputs[0].token_ids)
+    outputs, aborted = run_traffic(
+        llm.llm_engine, texts, lengths, rng, lambda *_: rng.randrange(0, 3), abort_chance=0.01, detokenize=False
+    )
     after = engine_stats(llm)
     assert after["num_preemptions"] > before["num_preemptions"] and aborted
     assert after["free_kv_blocks"] == after["num_kv_blocks"]

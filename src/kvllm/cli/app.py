@@ -118,7 +118,7 @@ def plan(
     from transformers import AutoConfig
 
     from kvllm.cli import plan as planning
-    from kvllm.compression.footprint import default_max_num_seqs, footprint, head_dim_of
+    from kvllm.compression.footprint import default_max_num_seqs, dtype_of, footprint, head_dim_of
     from kvllm.compression.rounding import Rounding
     from kvllm.layout import Geometry
     from kvllm.methods import checked_config
@@ -130,8 +130,7 @@ def plan(
     model_config = AutoConfig.from_pretrained(model)
     text = model_config.get_text_config()
     one = footprint(model_config, config, 1, kv_cache_dtype, size, max_model_len)
-    dtype = str(getattr(model_config, "dtype", None) or "bfloat16").removeprefix("torch.")
-    if problem := packed_problem(config.survivor_bits, dtype, kv_cache_dtype, text):
+    if problem := packed_problem(config.survivor_bits, dtype_of(model_config), kv_cache_dtype, text):
         raise UsageError(problem)
     rounding = Rounding.from_config(config, block_size, head_dim_of(text))
     geometry = Geometry.from_config(config, block_size, packed_tokens=rounding.block_tokens if rounding else None)

@@ -123,9 +123,7 @@ def _stock_blocks(llm: LLM, num_prompt_tokens: int, num_tokens: int, block_size:
     config = llm.llm_engine.vllm_config
     groups = Groups.of(local_layers_of(config))
     in_prefill = min(num_prompt_tokens, config.scheduler_config.max_num_batched_tokens)
-    local = max(
-        groups.local_blocks(n, block_size, new) for n, new in ((num_prompt_tokens, in_prefill), (num_tokens, 1))
-    )
+    local = groups.peak_local_blocks(num_prompt_tokens, num_tokens, block_size, in_prefill, decode_in_flight=1)
     return local + ceil_div(num_tokens, block_size)
 
 

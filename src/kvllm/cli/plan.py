@@ -80,8 +80,8 @@ def plan(
 
 def local_blocks(groups: Groups, block_size: int, num_prompt_tokens: int, length: int) -> int:
     """Blocks of local groups that a request holds at most: while its prompt is computed, or later."""
-    prefill = groups.local_blocks(num_prompt_tokens, block_size, STEPS_IN_FLIGHT * PREFILL_TOKENS)
-    return max(prefill, groups.local_blocks(length, block_size, STEPS_IN_FLIGHT))
+    in_flight = STEPS_IN_FLIGHT * PREFILL_TOKENS
+    return groups.peak_local_blocks(num_prompt_tokens, length, block_size, in_flight, STEPS_IN_FLIGHT)
 
 
 def pool_bytes(memory: int, utilization: float, reserve: int, footprint: Footprint) -> int:

@@ -52,7 +52,7 @@ def footprint(
     from kvllm.compression.query_bank import QueryBank
 
     check_model(config, config.model_type, max_model_len)
-    dtype = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    dtype = dtype_of(config)
     text = config.get_text_config()
     layers = local_layers(text, max_model_len or getattr(text, "max_position_embeddings", None))
     groups, num_heads = Groups.of(layers), text.num_attention_heads
@@ -69,6 +69,11 @@ def footprint(
         query_bank=bank.num_bytes,
         groups=groups,
     )
+
+
+def dtype_of(config: Any) -> str:
+    """The name of the model's dtype; config: a transformers config"""
+    return str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
 
 
 def head_dim_of(config: Any) -> int:

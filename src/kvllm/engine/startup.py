@@ -42,10 +42,8 @@ def summary(
     ]
     prompt = min(PROMPT, length // 2)
     groups = Groups.of(stage_layers(vllm_config))
-    local = max(
-        groups.local_blocks(prompt, block_size, IN_FLIGHT * scheduler.max_num_batched_tokens),
-        groups.local_blocks(length, block_size, IN_FLIGHT),
-    )
+    in_flight = IN_FLIGHT * scheduler.max_num_batched_tokens
+    local = groups.peak_local_blocks(prompt, length, block_size, in_flight, IN_FLIGHT)
     needed = local + (geometry.peak_blocks(prompt, length) if geometry else ceil_div(length, block_size))
     overridden = vllm_config.cache_config.num_gpu_blocks_override is not None
     more = 0 if overridden or not on_gpu(vllm_config) else bank // (page_bytes * groups.group_size)

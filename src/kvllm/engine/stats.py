@@ -57,8 +57,8 @@ def add_seconds(worker: Any, output: Any) -> None:
         state = getattr(getattr(runner, "model_state", None), "compression", None)  # the V2 runner's
     if state is None:
         return
-    state.stopwatch.collect()  # also in pipeline stages that never have an output
     if output is None or output is EMPTY_MODEL_RUNNER_OUTPUT:  # which all steps share
+        state.stopwatch.collect()  # of a pipeline stage that never has an output
         return
     if not (seconds := state.stopwatch.take()):
         return

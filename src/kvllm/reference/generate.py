@@ -35,11 +35,15 @@ def generate(
     config: KvConfig | None = None,
     block_size: int = 16,
     ignore_eos: bool = False,
+    packed: bool = False,
 ) -> Generation:
-    """The greedy continuation: the prompt in one step, then one token a step. `config=None`: nothing is compressed."""
+    """The greedy continuation: the prompt in one step, then one token a step. `config=None`: nothing is compressed.
+
+    packed: as of `Request`
+    """
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: must be 1 or more.")
-    request = Request(model, len(prompt_ids), config, block_size)
+    request = Request(model, len(prompt_ids), config, block_size, packed=packed)
     stop = set() if ignore_eos else eos_token_ids(model)
     token_ids: list[int] = []
     margins: list[float] = []

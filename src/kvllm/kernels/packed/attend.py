@@ -380,10 +380,9 @@ def _merge_kernel(
     merged = tl.load(target, mask=mask, other=0.0).to(tl.float32)
     highest = tl.load(lse + head * stride_lse_head + token) * 1.4426950408889634
     total = 1.0
+    num_blocks = tl.load(plan + stride_plan + req) - tl.load(plan + req)
     # Rounding up may leave nothing for a request's last parts.
-    size = tl.cdiv(tl.load(plan + stride_plan + req) - tl.load(plan + req), num_parts)
-    num_parts = tl.cdiv(tl.load(plan + stride_plan + req) - tl.load(plan + req), size)
-    for i in range(num_parts):
+    for i in range(tl.cdiv(num_blocks, tl.cdiv(num_blocks, num_parts))):
         part = (parts_start + i) * tl.num_programs(1) + head
         own_lse = tl.load(part_lse + part)
         own = tl.load(part_outputs + part.to(tl.int64) * HEAD_DIM + dims, mask=mask, other=0.0)
