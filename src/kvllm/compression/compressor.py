@@ -83,11 +83,15 @@ class Compressor:
 
     def compress_batch(self, batch: Sequence[Due], shape: Shape, candidates: Any) -> None:
         """Events of one geometry and shape, whose candidates are these."""
+        self._move_survivors(batch, shape, candidates)
+        if self.pack is not None:
+            self.pack(candidates, shape.num_kept)
+
+    def _move_survivors(self, batch: Sequence[Due], shape: Shape, candidates: Any) -> None:
+        """Leave what survives in the first candidates."""
         if self.fused is not None:
             if shape.num_kept < shape.num_candidates:
                 self.fused(candidates, shape.num_kept)
-            if self.pack is not None:
-                self.pack(candidates, shape.num_kept)
             return
         # The survivors and a window are as many tokens as many windows.
         size = max(1, self.store.max_batch * batch[0].geometry.interval // shape.num_candidates)
@@ -109,8 +113,6 @@ class Compressor:
             kept = rounded(window, kept, self.rounding)
         if not all_stay or self.rounding is not None:
             self.store.write(candidates, kept)
-        if self.pack is not None:
-            self.pack(candidates, shape.num_kept)
         if self.positions is not None and part[0].geometry.tracks_survivors:
             found = window.positions.gather(-1, kept.indices).to(self.positions.dtype)
             for each, own in zip(part, found.unflatten(0, (len(part), -1)), strict=True):
