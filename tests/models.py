@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -95,4 +96,14 @@ def save_random_vision_model(folder: Path, kind: str) -> Path:
         image_processor=transformers.Qwen2VLImageProcessor(**patches, size=sizes), tokenizer=tokenizer,
         video_processor=video(**patches, size=sizes),
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def save_small_chat_model(folder: Path) -> Path:
+    """`save_random_llama` of four heads with a tokenizer of words, so that a server takes text and stop strings."""
+    save_random_llama(folder, num_heads=4)
+    words = {f"w{i}": i for i in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
     return folder
