@@ -21,6 +21,13 @@ from transformers import (
 )
 
 VOCAB_SIZE = 2048
+# What `save_random_model` needs for mixtures of experts: Qwen3-MoE's shape, GLM-4.5's and gpt-oss's.
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+GLM_EXPERTS: dict[str, Any] = dict(
+    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, n_group=1, topk_group=1, n_shared_experts=1,
+    first_k_dense_replace=1, use_qk_norm=True, partial_rotary_factor=0.5,
+)  # fmt: skip
+GPT_OSS_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 128}
 VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")  # their ids are 1 to 4
 IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END = 1, 2, 3, 4
 
