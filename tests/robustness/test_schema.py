@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.robustness import examples
 from tests.server import Server
@@ -18,6 +19,10 @@ pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
 
 # What our own code sees; the rest of vLLM's endpoints is the same with and without compression.
 PATHS = ["/v1/completions", "/v1/chat/completions"]
+GOOD: dict[str, dict[str, Any]] = {
+    PATHS[0]: {"prompt": "Hello"},
+    PATHS[1]: {"messages": [{"role": "user", "content": "Hello"}]},
+}
 SECONDS = 60  # for one answer
 SHORT = 3  # tokens: the subject is what is accepted, not the answer
 
@@ -32,12 +37,15 @@ def test_requests_of_the_schema(server: Server, path: str) -> None:
         max_examples=examples(10, 3_000), deadline=None, derandomize=True, database=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(operation.as_strategy())
-    def ask(case: Any) -> None:
-        if isinstance(case.body, dict):
+    @given(operation.as_strategy(), st.randoms(use_true_random=False))
+    def ask(case: Any, draw: Any) -> None:
+        if isinstance(case.body, dict):  # with all of its options at once, hardly any request is valid
+            optional = sorted(set(case.body) - {"prompt", "messages"})
+            for key in optional if not draw.randrange(4) else draw.sample(optional, max(0, len(optional) - 2)):
+                del case.body[key]
             case.body |= {"model": "small", "max_tokens": SHORT, "n": 1}
-            for key in ("max_completion_tokens", "min_tokens", "best_of", "use_beam_search"):
-                case.body.pop(key, None)
+            if draw.random() < 0.8:
+                case.body |= GOOD[path]
         response = case.call(timeout=SECONDS)
         statuses[response.status_code] += 1
         assert response.status_code < 500, (
