@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvllm.cli.options import PASS_THROUGH, JsonFile
+from kvllm.cli.options import PASS_THROUGH, JsonFile, examples
 from kvllm.errors import UsageError
 from kvllm.measure.eval.sweep import BASELINES, Case, parse_cases
 from kvllm.measure.extras import require
@@ -74,7 +74,13 @@ def _placement(device: str | None, dtype: str) -> tuple[str, str]:
     return device, dtype
 
 
-@app.command(context_settings=PASS_THROUGH, options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]")
+@app.command(
+    context_settings=PASS_THROUGH,
+    options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]",
+    epilog=examples(
+        "kvllm eval traces MODEL --out traces.jsonl --task math500 --problems 80 --min-tokens 450 --max-tokens 1024",
+    ),
+)
 def traces(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model's folder, or a name on the model hub.")],
@@ -100,7 +106,11 @@ def traces(
     run(arguments, out, task, data, problems, keep, max_tokens, min_tokens, temperature, sampling_seed)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "kvllm eval fidelity --traces traces.jsonl --model MODEL --methods kara,snapkv --ratios 0.3 --json out.json",
+    ),
+)
 def fidelity(
     traces: TracesFile,
     model: TracedModel,
@@ -128,7 +138,11 @@ def fidelity(
     run(traces, model, cases, half, limit, block_size, *_placement(device, dtype), outputs)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "kvllm eval recall --model MODEL --methods kara --ratios 0.3 --distances 512,1024,2048 --plot recall.svg",
+    ),
+)
 def recall(
     model: Annotated[str, typer.Option(help="A model's folder.")],
     methods: Methods = None,
@@ -159,7 +173,14 @@ def recall(
     run(model, cases, sizes, places, samples, block_size, *_placement(device, dtype), outputs, data)
 
 
-@app.command(context_settings=PASS_THROUGH, options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]")
+@app.command(
+    context_settings=PASS_THROUGH,
+    options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]",
+    epilog=examples(
+        "kvllm eval accuracy MODEL --task math500 --methods kara --ratios 0.1,0.3,0.5 --samples 4 --out runs/math500",
+        "kvllm eval accuracy NAME --endpoint http://localhost:8000/v1 --task gsm8k --ratios 0.3,1.0 --out runs/gsm8k",
+    ),
+)
 def accuracy(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model's folder or name; with --endpoint, the server's name for it.")],
@@ -200,7 +221,11 @@ def accuracy(
     task_accuracy.answer(out, task, model, engines, sampling, context.args, endpoint, concurrency)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "kvllm eval grade runs/math500/samples.jsonl",
+    ),
+)
 def grade(
     log: Annotated[
         Path, typer.Argument(help="samples.jsonl of a run; the results beside it are written again.", exists=True)
@@ -213,7 +238,11 @@ def grade(
     run(log)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "kvllm eval calibrate --traces traces.jsonl --half train --model MODEL --out statistics.safetensors",
+    ),
+)
 def calibrate(
     traces: TracesFile,
     model: TracedModel,
