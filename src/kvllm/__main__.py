@@ -12,10 +12,12 @@ from kvllm.errors import UsageError
 from kvllm.measure.bench.cli import app as bench_app
 from kvllm.measure.eval.cli import app as eval_app
 from kvllm.measure.inspect.cli import inspect
+from kvllm.measure.tune.cli import tune
 
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 app.command()(inspect)
+app.command()(tune)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

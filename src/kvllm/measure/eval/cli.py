@@ -63,7 +63,7 @@ def _cases(
     return parse_cases(configs or [], methods, ratios, parse_json("--common", common), names)
 
 
-def _placement(device: str | None, dtype: str) -> tuple[str, str]:
+def placement(device: str | None, dtype: str) -> tuple[str, str]:
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -125,7 +125,7 @@ def fidelity(
     from kvllm.measure.eval.report import Outputs
 
     cases, outputs = _cases(configs, methods, ratios, common), Outputs(json_file, markdown_file, plot_file)
-    run(traces, model, cases, half, limit, block_size, *_placement(device, dtype), outputs)
+    run(traces, model, cases, half, limit, block_size, *placement(device, dtype), outputs)
 
 
 @app.command()
@@ -156,7 +156,7 @@ def recall(
     cases, outputs = _cases(configs, methods, ratios, common), Outputs(json_file, markdown_file, plot_file)
     sizes = parse_numbers("--distances", distances, int, "512,1024")
     places = parse_numbers("--depths", depths, float, "0.1,0.5,0.9")
-    run(model, cases, sizes, places, samples, block_size, *_placement(device, dtype), outputs, data)
+    run(model, cases, sizes, places, samples, block_size, *placement(device, dtype), outputs, data)
 
 
 @app.command()
@@ -214,7 +214,7 @@ def frontier(
         block_size=block_size,
         minutes=minutes,
     )
-    run(traces, model, plan, log, *_placement(device, dtype), Outputs(json_file, markdown_file, plot_file))
+    run(traces, model, plan, log, *placement(device, dtype), Outputs(json_file, markdown_file, plot_file))
 
 
 @app.command(context_settings=PASS_THROUGH, options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]")
@@ -286,4 +286,4 @@ def calibrate(
     require("eval", "scipy")
     from kvllm.measure.eval.calibrate import run
 
-    run(traces, model, out, half, limit, stride, *_placement(device, dtype))
+    run(traces, model, out, half, limit, stride, *placement(device, dtype))
