@@ -14,6 +14,7 @@ from kvllm.errors import UsageError
 from kvllm.measure.bench.cli import app as bench_app
 from kvllm.measure.eval.cli import app as eval_app
 from kvllm.measure.inspect.cli import inspect
+from kvllm.measure.tune.cli import tune
 
 app.add_typer(bench_app, name="bench", rich_help_panel=MEASURE)
 app.add_typer(eval_app, name="eval", rich_help_panel=MEASURE)
@@ -24,6 +25,10 @@ app.command(
         "kvllm inspect MODEL --trace traces.jsonl --trace-id 17 --retention-ratio 0.25",
     ),
 )(inspect)
+app.command(
+    rich_help_panel=MEASURE,
+    epilog=examples("kvllm tune --model MODEL --traces traces.jsonl --saving 4"),
+)(tune)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -30,6 +30,7 @@ from kvllm.methods.base import Kept
 from kvllm.methods.rope import Rope
 from kvllm.reference.attention import attention_through
 from kvllm.reference.cache import DenseStore, LayerCache
+from kvllm.reference.formats import CacheFormat
 from kvllm.reference.images import PromptImages
 from kvllm.reference.rope import rope_of
 from kvllm.support import PLAIN_BITS
@@ -59,8 +60,12 @@ class Request:
         block_size: int = 16,
         max_queries: int = 0,
         packed: bool = False,
+        formats: Sequence[CacheFormat | None] | None = None,
     ) -> None:
-        """packed: windows keep whole packed blocks, as where survivors are stored in fewer bits (on GPUs)"""
+        """packed: windows keep whole packed blocks, as where survivors are stored in fewer bits (on GPUs)
+
+        formats: of the cache of each layer; None, for one or all: numbers are stored as they are
+        """
         check_model(model)
         if num_prompt_tokens < 1:
             raise ValueError(f"num_prompt_tokens={num_prompt_tokens}: a prompt has at least one token.")
@@ -85,7 +90,11 @@ class Request:
                 self.rope = _known_rope(model)
                 self.method.check_rope(self.rope)
         max_queries = config.query_span if config else max_queries
-        self.layers = [LayerCache(max_queries, local) for local in layers_of(model)]
+        layers = layers_of(model)
+        self.layers = [
+            LayerCache(max_queries, local, format, num_prompt_tokens if format and format.exact_prefill else 0)
+            for local, format in zip(layers, formats or [None] * len(layers), strict=True)
+        ]
 
     @classmethod
     def fork(cls, full: Request, config: KvConfig, block_size: int = 16, packed: bool = False) -> Request:
@@ -116,6 +125,9 @@ class Request:
         """Most tokens of the next step, which may not run past the next event; None: as many as you like."""
         if self.images is not None and not self.num_computed_tokens:
             return self.num_prompt_tokens
+        rest_of_prompt = self.num_prompt_tokens - self.num_computed_tokens
+        if rest_of_prompt > 0 and any(layer.exact_until for layer in self.layers):
+            return rest_of_prompt
         if self.geometry is None:
             return None
         event = self.geometry.num_events(self.num_prompt_tokens, self.num_computed_tokens)

@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvllm.config import KvConfig
 from kvllm.measure.eval import fidelity
-from kvllm.measure.eval.fidelity import measure, random_like, table
-from kvllm.measure.eval.sweep import cases
+from kvllm.measure.eval.fidelity import measure, measure_trace, random_like, table
+from kvllm.measure.eval.sweep import Case, cases
 from kvllm.measure.eval.traces import Trace, write_traces
-from kvllm.reference import compare, kl_by_row, replay
+from kvllm.reference import Request, compare, feed, kl_by_row, replay
+from kvllm.reference.formats import Fp8
 from tests.measure.commands import kvllm
 from tests.reference.models import text, tiny_model
 
@@ -42,6 +44,26 @@ def test_the_rows_are_those_of_two_plain_replays():
             assert rows.delta_nll.mean() == pytest.approx(expected.delta_nll, abs=1e-4)
             assert rows.agreed.mean() == pytest.approx(expected.top1_agreement, abs=0.02)
             assert rows.distance[0] == 0 and rows.distance[-1] == len(rows.kl) - 1
+
+
+def test_a_cache_of_another_precision_is_compared_on_the_rows_of_the_others():
+    model, trace = tiny_model("qwen2"), TRACES[0]
+    compressed = KvConfig.from_dict(COMMON)
+    whole = KvConfig(retention_ratio=1.0)
+    chosen = [Case("kara", compressed), Case("whole", whole, "fp8"), Case("kara", compressed, "fp8")]
+    plain, fp8, both = measure_trace(model, trace, chosen, 16)
+    assert plain is not None and fp8 is not None and both is not None
+    assert len(plain.kl) == len(fp8.kl) == len(both.kl)
+    full = replay(model, trace.token_ids, trace.num_prompt_tokens, keep_full=True)
+    for rows, config in ((fp8, None), (both, compressed)):
+        request = Request(model, trace.num_prompt_tokens, config, 16, formats=[Fp8()] * 2)
+        expected = kl_by_row(full, feed(request, trace.token_ids, keep_full=True))[-len(rows.kl) :]
+        np.testing.assert_allclose(rows.kl, expected, atol=1e-4)
+    assert not np.allclose(both.kl, plain.kl, atol=1e-3)
+    # Alone, all rows behind the prompt count.
+    (alone,) = measure_trace(model, trace, chosen[1:2], 16)
+    assert alone is not None and len(alone.kl) == len(trace.token_ids) - 1 - trace.num_prompt_tokens
+    np.testing.assert_allclose(alone.kl[-len(fp8.kl) :], fp8.kl, atol=1e-4)
 
 
 def test_estimates_weigh_rows_and_compare_with_random():

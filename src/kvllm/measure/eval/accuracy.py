@@ -52,7 +52,8 @@ class Job:
 def plan(cases: Sequence[Case], problems: Sequence[Problem], samples: int) -> dict[str | None, list[Job]]:
     """The jobs by the engine that does them: a JSON of KvConfig fields, None for stock vLLM.
 
-    The full cache runs in the first engine: at ratio 1.0 nothing in it is compressed.
+    The full cache runs in the first engine: at ratio 1.0 nothing in it is compressed. An engine's jobs are ordered by
+    sample, so that a run that is cut short has about as many of every configuration.
     """
     engines: dict[str | None, list[Job]] = {}
     asked = [(problem, sample) for sample in range(samples) for problem in problems]
@@ -65,7 +66,7 @@ def plan(cases: Sequence[Case], problems: Sequence[Problem], samples: int) -> di
     first = next(iter(engines), None)
     full = [Job(p, s, FULL, None, 1.0) for p, s in asked]
     engines[first] = full + engines.get(first, [])
-    return {_allowing_ratios(key, jobs): jobs for key, jobs in engines.items()}
+    return {_allowing_ratios(key, jobs): sorted(jobs, key=lambda job: job.sample) for key, jobs in engines.items()}
 
 
 def _allowing_ratios(engine: str | None, jobs: Sequence[Job]) -> str | None:

@@ -63,7 +63,7 @@ def _cases(
     return parse_cases(configs or [], methods, ratios, parse_json("--common", common), names)
 
 
-def _placement(device: str | None, dtype: str) -> tuple[str, str]:
+def placement(device: str | None, dtype: str) -> tuple[str, str]:
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -135,7 +135,7 @@ def fidelity(
     from kvllm.measure.eval.report import Outputs
 
     cases, outputs = _cases(configs, methods, ratios, common), Outputs(json_file, markdown_file, plot_file)
-    run(traces, model, cases, half, limit, block_size, *_placement(device, dtype), outputs)
+    run(traces, model, cases, half, limit, block_size, *placement(device, dtype), outputs)
 
 
 @app.command(
@@ -170,7 +170,65 @@ def recall(
     cases, outputs = _cases(configs, methods, ratios, common), Outputs(json_file, markdown_file, plot_file)
     sizes = parse_numbers("--distances", distances, int, "512,1024")
     places = parse_numbers("--depths", depths, float, "0.1,0.5,0.9")
-    run(model, cases, sizes, places, samples, block_size, *_placement(device, dtype), outputs, data)
+    run(model, cases, sizes, places, samples, block_size, *placement(device, dtype), outputs, data)
+
+
+@app.command()
+def frontier(
+    traces: TracesFile,
+    model: TracedModel,
+    methods: Annotated[str, typer.Option(help="Comma-separated; the first at every --caches, all with --bits.")] = (
+        "kara,random,keydiff,expected_attention"
+    ),
+    caches: Annotated[str, typer.Option(help="Precisions of the whole cache, as of vLLM's --kv-cache-dtype.")] = (
+        "auto,fp8,turboquant_k8v4,turboquant_4bit_nc,turboquant_k3v4_nc,turboquant_3bit_nc"
+    ),
+    bits: Annotated[str, typer.Option(help="Of survivors; 16 = the cache's own precision.")] = "16,8,4",
+    sizes: Annotated[str, typer.Option(help="Bytes of an old window, as shares of 16 bits.")] = "0.0625,0.125,0.25,0.5",
+    common: Common = "{}",
+    half: HalfOfTraces = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first traces (of the half).", min=1)] = None,
+    recall_samples: Annotated[
+        int, typer.Option(help="Facts for each distance and depth of `recall`; 0 = no recall.", min=0)
+    ] = 0,
+    distances: Annotated[str, typer.Option(help="As of `recall`.")] = "512,1024",
+    depths: Annotated[str, typer.Option(help="As of `recall`.")] = "0.1,0.3,0.5,0.7",
+    data: Data = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Of the request whose bytes are reported.", min=1)] = 256,
+    answer_tokens: Annotated[int, typer.Option(help="Of the request whose bytes are reported.", min=1)] = 8192,
+    block_size: BlockSize = 16,
+    minutes: Annotated[
+        float | None, typer.Option(help="Measure no longer; a call with the same --log does the rest.", min=0)
+    ] = None,
+    log: Annotated[Path | None, typer.Option(help="Results one by one; a run there is continued.")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    json_file: JsonFile = None,
+    markdown_file: MarkdownFile = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw KL against bytes here (.svg, .png).")] = None,
+) -> None:
+    """Compare settings by what they lose for their bytes: KL and recall, with vLLM's own cache precisions."""
+    require("eval", "matplotlib", "scipy")
+    from kvllm.measure.eval.frontier import Plan, run
+    from kvllm.measure.eval.report import Outputs
+
+    plan = Plan(
+        methods=[name for name in methods.split(",") if name],
+        caches=[name for name in caches.split(",") if name],
+        bits=parse_numbers("--bits", bits, int, "16,4"),
+        sizes=parse_numbers("--sizes", sizes, float, "0.125,0.25"),
+        common=parse_json("--common", common),
+        half=half,
+        limit=limit,
+        samples=recall_samples,
+        distances=parse_numbers("--distances", distances, int, "512,1024"),
+        depths=parse_numbers("--depths", depths, float, "0.1,0.5,0.9"),
+        data=data,
+        lengths=(prompt_tokens, answer_tokens),
+        block_size=block_size,
+        minutes=minutes,
+    )
+    run(traces, model, plan, log, *placement(device, dtype), Outputs(json_file, markdown_file, plot_file))
 
 
 @app.command(
@@ -257,4 +315,4 @@ def calibrate(
     require("eval", "scipy")
     from kvllm.measure.eval.calibrate import run
 
-    run(traces, model, out, half, limit, stride, *_placement(device, dtype))
+    run(traces, model, out, half, limit, stride, *placement(device, dtype))

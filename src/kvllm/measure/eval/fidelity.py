@@ -20,6 +20,7 @@ import torch
 from kvllm.errors import UsageError
 from kvllm.layout import IntArray
 from kvllm.measure.environment import environment
+from kvllm.measure.eval.cache_formats import AUTO, cache_formats
 from kvllm.measure.eval.forks import first_event, fork_all
 from kvllm.measure.eval.plots import Panel, plot_curves
 from kvllm.measure.eval.report import Outputs, Progress, interval, markdown
@@ -130,24 +131,54 @@ def measure(
     return results
 
 
-def measure_trace(model: PreTrainedModel, trace: Trace, cases: Sequence[Case], block_size: int) -> list[Rows | None]:
-    """The rows of each case; None where the trace ends before the first compression."""
-    configs = [case.config for case in cases]
-    full, parts, forks = fork_all(model, trace.token_ids, trace.num_prompt_tokens, configs, block_size)
+def measure_trace(
+    model: PreTrainedModel, trace: Trace, cases: Sequence[Case], block_size: int, packed: bool = False
+) -> list[Rows | None]:
+    """The rows of each case; None where the trace ends before the first compression.
+
+    The rows of a case that compresses nothing, but whose cache has another precision, begin where the first of the
+    others does, and at the end of the prompt where there is none.
+    packed: as of `Request`
+    """
+    ids, num_prompt = trace.token_ids, trace.num_prompt_tokens
+    firsts = [first_event(case.config, num_prompt, block_size) for case in cases]
+    start = min(firsts, default=0)
+    if start >= len(ids) - 1:
+        if any(case.config.enabled for case in cases):
+            return [None] * len(cases)
+        start = num_prompt
     measured: list[Rows | None] = [None] * len(cases)
-    if not forks:
-        return measured
-    parts.append(feed(full, trace.token_ids, keep_full=True))
-    logprobs = torch.cat([part.logprobs for part in parts])
-    argmax = torch.cat([part.argmax for part in parts])
-    full_logprobs = torch.cat([part.full_logprobs for part in parts if part.full_logprobs is not None])
-    before = len(logprobs) - len(full_logprobs)
-    for i, request in forks.items():
-        first = request.num_computed_tokens
-        expected = Replay(logprobs[first:], argmax[first:], full_logprobs[first - before :], [])
-        measured[i] = rows_of(expected, feed(request, trace.token_ids, keep_full=True))
-        request.layers.clear()  # its cache is not needed any more
+    expected: Replay | None = None
+    for cache in sorted({AUTO, *(case.cache for case in cases)}, key=lambda name: name != AUTO):
+        chosen = [i for i, case in enumerate(cases) if case.cache == cache]
+        configs, formats = [cases[i].config for i in chosen], cache_formats(cache, model.config)
+        base, parts, forks = fork_all(model, ids, num_prompt, configs, block_size, packed, formats, keep_from=start)
+        whole = [i for i in chosen if not cases[i].config.enabled]
+        if cache == AUTO or whole:
+            replayed = joined([*parts[1:], feed(base, ids, keep_full=True)])
+            expected = replayed if expected is None else expected
+            for i in whole:
+                measured[i] = rows_of(expected, replayed)
+        assert expected is not None
+        for j, request in forks.items():
+            rest = rows_from(expected, request.num_computed_tokens - start)
+            measured[chosen[j]] = rows_of(rest, feed(request, ids, keep_full=True))
+            request.layers.clear()  # its cache is not needed any more
     return measured
+
+
+def joined(parts: Sequence[Replay]) -> Replay:
+    """Parts of one replay that follow each other, with the full logprobs of all."""
+    full = [part.full_logprobs for part in parts if part.full_logprobs is not None]
+    assert len(full) == len(parts)
+    logprobs, argmax = (torch.cat([getattr(part, name) for part in parts]) for name in ("logprobs", "argmax"))
+    return Replay(logprobs, argmax, torch.cat(full), [])
+
+
+def rows_from(replay: Replay, first: int) -> Replay:
+    """The rows of a replay from `first` on."""
+    assert replay.full_logprobs is not None
+    return Replay(replay.logprobs[first:], replay.argmax[first:], replay.full_logprobs[first:], [])
 
 
 def rows_of(full: Replay, compressed: Replay) -> Rows:
