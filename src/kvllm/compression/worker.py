@@ -19,6 +19,7 @@ from kvllm.compression.stopwatch import Stopwatch
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry, IntArray, Shape, ceil_div
 from kvllm.methods import make_method
+from kvllm.methods.base import LayerShape
 from kvllm.methods.rope import Rope
 
 assert (PROMPT, PREFIX, TAIL) == tuple(range(NUM_PLANNED))  # the plan's first rows; the request's own row follows
@@ -64,6 +65,9 @@ class WorkerState:
         """
         self.config = config
         self.method = make_method(config)
+        self.method.check_layers(
+            LayerShape(1 + max(layers.numbers), layers.num_heads, layers.num_kv_heads, layers.head_dim)
+        )
         self.layers = layers
         self.rope = rope
         self.rows = RequestRows(config, max_num_reqs)

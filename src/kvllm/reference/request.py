@@ -26,7 +26,7 @@ from kvllm.errors import UsageError
 from kvllm.layers import Local, local_layers
 from kvllm.layout import Geometry
 from kvllm.methods import make_method
-from kvllm.methods.base import Kept
+from kvllm.methods.base import Kept, LayerShape
 from kvllm.methods.rope import Rope
 from kvllm.reference.attention import attention_through
 from kvllm.reference.cache import DenseStore, LayerCache
@@ -179,7 +179,9 @@ class Request:
         layers, numbers = self.compressed, [i for i, layer in enumerate(self.layers) if layer.local is None]
         layer, num_layers = layers[0], len(layers)
         device, (num_kv_heads, head_dim) = layer.keys.device, layer.keys.shape[1:]
-        shifts = query_shifts(config.query_stride, layer.queries.shape[1] // num_kv_heads)
+        num_heads = layer.queries.shape[1]
+        self.method.check_layers(LayerShape(1 + numbers[-1], num_heads, num_kv_heads, head_dim))
+        shifts = query_shifts(config.query_stride, num_heads // num_kv_heads)
         positions = torch.zeros(1, num_layers, num_kv_heads, most_survivors(config), dtype=torch.int32, device=device)
         return Compressor(
             config, self.method, DenseStore(config, layers), torch.tensor(numbers, device=device),

@@ -15,7 +15,7 @@ COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands
 
 
 def test_the_measurements_are_listed():
-    assert COMMANDS == ["traces", "fidelity", "recall", "frontier", "accuracy", "grade", "calibrate"]
+    assert COMMANDS == ["traces", "fidelity", "recall", "frontier", "accuracy", "tracking", "grade", "calibrate"]
     output = CliRunner().invoke(app, ["eval"]).output
     assert all(name in output for name in COMMANDS)
 
@@ -32,6 +32,7 @@ def test_every_measurement_shows_its_own_options(name):
     ["recall", "--model", "m"],
     ["frontier", "--traces", __file__, "--model", "m"],
     ["accuracy", "m", "--out", "o"],
+    ["tracking", "m", "--out", "o"],
     ["grade", __file__],
     ["calibrate", "--traces", __file__, "--model", "m", "--out", "o"],
 ])  # fmt: skip

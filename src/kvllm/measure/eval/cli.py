@@ -279,6 +279,32 @@ def accuracy(
     task_accuracy.answer(out, task, model, engines, sampling, context.args, endpoint, concurrency)
 
 
+@app.command(context_settings=PASS_THROUGH, options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]")
+def tracking(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder of a model that was trained on programs.")],
+    out: Annotated[Path, typer.Option(help="Folder for the log and the results; a run there is continued.")],
+    methods: Methods = None,
+    ratios: Ratios = None,
+    configs: Configs = None,
+    common: Common = "{}",
+    baselines: Annotated[str, typer.Option(help="Methods measured besides; '' for none.")] = ",".join(BASELINES),
+    programs: Annotated[int, typer.Option(help="Number of programs.", min=1)] = 1000,
+    lines: Annotated[int, typer.Option(help="Lines of a program, as many as the model was trained on.", min=5)] = 160,
+    asked: Annotated[int, typer.Option(help="Variables that are asked for at the end.", min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="Of the programs.")] = 1,
+) -> None:
+    """Execute programs step by step with a small model that needs its old results; the full cache is always included.
+
+    The model is made by benchmarks/small_model/train.py of the repository.
+    """
+    require("eval", "matplotlib", "scipy")
+    from kvllm.measure.eval.tracking import answer
+
+    cases = _cases(configs, methods, ratios, common, baselines)
+    answer(out, model, cases, programs, lines, asked, seed, context.args)
+
+
 @app.command(
     epilog=examples(
         "kvllm eval grade runs/math500/samples.jsonl",
