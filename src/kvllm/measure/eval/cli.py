@@ -200,6 +200,44 @@ def accuracy(
     task_accuracy.answer(out, task, model, engines, sampling, context.args, endpoint, concurrency)
 
 
+@app.command(context_settings=PASS_THROUGH, options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]")
+def chain(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model's folder, or a name on the model hub.")],
+    out: Annotated[Path, typer.Option(help="Folder for the log and the results; a run there is continued.")],
+    data: Data = None,
+    half: HalfOfTraces = None,
+    chains: Annotated[int, typer.Option(help="Number of chains.", min=1)] = 24,
+    length: Annotated[int, typer.Option(help="Problems in a chain.", min=1)] = 24,
+    format: Annotated[str, typer.Option(help="Of the prompt: example, rules or restate.")] = "example",
+    methods: Methods = None,
+    ratios: Ratios = None,
+    configs: Configs = None,
+    common: Common = "{}",
+    baselines: Annotated[str, typer.Option(help="Methods measured besides; '' for none.")] = "random",
+    cache_dtypes: Annotated[
+        str, typer.Option(help="Stock vLLM's cache types (--kv-cache-dtype) measured besides, such as fp8.")
+    ] = "",
+    samples: Annotated[int, typer.Option(help="Answers to each chain.", min=1)] = 1,
+    max_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.", min=1)] = 12288,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 = greedy.", min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
+    sampling_seed: SamplingSeed = None,
+) -> None:
+    """Solve many problems in one long answer, and repeat all results at its end; the full cache is always included."""
+    require("eval", "matplotlib", "scipy")
+    from kvllm.measure.eval.chain import answer
+    from kvllm.measure.eval.chains import make_chains
+    from kvllm.measure.eval.engines import Sampling
+    from kvllm.measure.eval.problems import load_problems
+
+    asked = make_chains(load_problems("gsm8k", data), half, chains, length, format)
+    cases = _cases(configs, methods, ratios, common, baselines)
+    sampling = Sampling(max_tokens, temperature, top_p, sampling_seed)
+    dtypes = [dtype for dtype in cache_dtypes.split(",") if dtype]
+    answer(out, model, asked, cases, samples, dtypes, sampling, context.args)
+
+
 @app.command()
 def grade(
     log: Annotated[

@@ -59,6 +59,23 @@ def plot_grids(grids: Mapping[str, Mapping[tuple[int, float], float]], path: Pat
     plt.close(figure)
 
 
+def plot_bins(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], path: Path) -> None:
+    """Side by side for each title: a share by the lower ends of bins, one line a name."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), sharey=True, squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        firsts = sorted({first for points in lines.values() for first, _ in points})
+        for name, points in lines.items():
+            places = [firsts.index(first) for first, _ in points]
+            axis.plot(places, [share for _, share in points], marker="o", markersize=4, label=name)
+        axis.set_xticks(range(len(firsts)), [f"{first}+" for first in firsts])
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    axes[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def draw_curves(axis: Any, curves: dict[str, list[tuple[float, Estimate]]], full: float | None) -> None:
     """Value and interval by retention ratio, one line a name."""
     for name, points in curves.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from kvllm.errors import UsageError
+from kvllm.measure.eval.engines import Exchange
 
 # In a checkout; an installed package carries no data.
 DATA = Path(__file__).parents[4] / "benchmarks" / "data"
@@ -31,6 +32,11 @@ class Problem:
     @property
     def prompt(self) -> str:
         return f"{self.problem}\n\n{INSTRUCTION}"
+
+    @property
+    def examples(self) -> tuple[Exchange, ...]:
+        """None are shown."""
+        return ()
 
 
 def load_problems(task: str, data: Path | None = None) -> list[Problem]:

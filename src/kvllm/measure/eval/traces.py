@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from kvllm.errors import UsageError
 from kvllm.measure.eval.problems import load_problems, spread
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 HALVES = ("train", "test")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ def read_traces(path: Path) -> list[Trace]:
     return [Trace(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def half_of(traces: Sequence[Trace], half: str | None) -> list[Trace]:
-    """train: the first, third, ... trace, to tune on; test: the others, to report on; None: all."""
+def half_of(items: Sequence[T], half: str | None) -> list[T]:
+    """train: the first, third, ... trace or problem, to tune on; test: the others, to report on; None: all."""
     if half is None:
-        return list(traces)
+        return list(items)
     if half not in HALVES:
         raise UsageError(f"half={half!r}: must be one of {', '.join(HALVES)}.")
-    return list(traces[HALVES.index(half) :: 2])
+    return list(items[HALVES.index(half) :: 2])
 
 
 def make_traces(
