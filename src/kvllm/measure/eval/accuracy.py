@@ -12,17 +12,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from kvllm.engine.arguments import check_plugin_is_loaded
 from kvllm.errors import UsageError
 from kvllm.measure.environment import environment
-from kvllm.measure.eval.engines import Endpoint, Engine, Exchange, Question, Sampling, VllmEngine
+from kvllm.measure.eval.engines import Endpoint, Engine, Question, Sampling, VllmEngine
 from kvllm.measure.eval.grade import GRADER, is_correct
 from kvllm.measure.eval.plots import Panel, plot_curves
-from kvllm.measure.eval.problems import PROMPT_VERSION
+from kvllm.measure.eval.problems import PROMPT_VERSION, Asked
 from kvllm.measure.eval.report import Progress, interval, markdown
 from kvllm.measure.eval.samples import Sample, read_samples, sample_key, write_sample
 from kvllm.measure.eval.stats import Estimate, bootstrap_ratio, wilson
@@ -35,19 +35,6 @@ Start = Callable[[dict[str, Any] | None], Engine]  # fields of KvConfig, None: s
 RUN = "run.json"
 LOG = "samples.jsonl"
 ENDPOINT = "endpoint"
-
-
-class Asked(Protocol):
-    """What an answer is made to: a problem, or a chain of them."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def prompt(self) -> str: ...
-    @property
-    def examples(self) -> tuple[Exchange, ...]: ...
-    @property
-    def answer(self) -> str: ...
 
 
 @dataclass(frozen=True)

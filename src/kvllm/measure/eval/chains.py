@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from kvllm.errors import UsageError
 from kvllm.measure.eval.engines import Exchange
-from kvllm.measure.eval.problems import Problem
-from kvllm.measure.eval.traces import half_of
+from kvllm.measure.eval.problems import Problem, half_of
 
 # Raised when the prompt changes: figures of two versions do not compare.
 CHAIN_VERSION = 1

@@ -82,6 +82,9 @@ def traces(
     task: Annotated[str, typer.Option(help="math500, gsm8k, or with --data a name of your own.")] = "math500",
     data: Data = None,
     problems: NumProblems = None,
+    chain: Annotated[
+        int | None, typer.Option(help="Problems in a prompt, as in `chain`: long traces.", show_default="1", min=2)
+    ] = None,
     keep: Annotated[
         int | None, typer.Option(help="Traces to keep, evenly spaced over those long enough.", show_default="all")
     ] = None,
@@ -97,7 +100,7 @@ def traces(
     from kvllm.measure.eval.traces import run
 
     arguments = [model, *context.args]
-    run(arguments, out, task, data, problems, keep, max_tokens, min_tokens, temperature, sampling_seed)
+    run(arguments, out, task, data, problems, chain, keep, max_tokens, min_tokens, temperature, sampling_seed)
 
 
 @app.command()
