@@ -168,14 +168,15 @@ def measure_trace(model: PreTrainedModel, trace: Trace, cases: Sequence[Case], b
 def rows_of(full: Replay, compressed: Replay, geometry: Geometry, num_prompt_tokens: int, first: int) -> Rows:
     """Compare two replays of the same rows, the first of which is that of the first compression, at token `first`."""
     tokens: IntArray = first + np.arange(len(full.logprobs), dtype=np.int64)
-    events = geometry.num_events(num_prompt_tokens, tokens)
+    prompt = np.full_like(tokens, num_prompt_tokens)
+    events = geometry.num_events(prompt, tokens)
     return Rows(
         kl=kl_by_row(full, compressed).double().cpu().numpy(),
         agreed=(full.argmax == compressed.argmax).double().cpu().numpy(),
         delta_nll=(full.logprobs - compressed.logprobs).double().cpu().numpy(),
         distance=tokens - first,
         events=events,
-        since_event=tokens - geometry.event_at(num_prompt_tokens, events - 1),
+        since_event=tokens - geometry.event_at(prompt, events - 1),
     )
 
 
