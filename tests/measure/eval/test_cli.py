@@ -15,7 +15,7 @@ COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands
 
 
 def test_the_measurements_are_listed():
-    assert COMMANDS == ["traces", "fidelity", "recall", "accuracy", "chain", "grade", "calibrate"]
+    assert COMMANDS == ["traces", "fidelity", "attention", "recall", "accuracy", "chain", "grade", "calibrate"]
     output = CliRunner().invoke(app, ["eval"]).output
     assert all(name in output for name in COMMANDS)
 
@@ -29,6 +29,7 @@ def test_every_measurement_shows_its_own_options(name):
 
 @pytest.mark.parametrize("command", [
     ["fidelity", "--traces", __file__, "--model", "m"],
+    ["attention", "--traces", __file__, "--model", "m"],
     ["recall", "--model", "m"],
     ["accuracy", "m", "--out", "o"],
     ["chain", "m", "--out", "o"],

@@ -132,6 +132,33 @@ def fidelity(
 
 
 @app.command()
+def attention(
+    traces: TracesFile,
+    model: TracedModel,
+    common: Annotated[str, typer.Option("--common", help="JSON: sizes of the windows.")] = "{}",
+    half: HalfOfTraces = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first traces (of the half).", min=1)] = None,
+    later: Annotated[int, typer.Option(help="Tokens after each compression whose queries are asked.", min=1)] = 256,
+    block_size: BlockSize = 16,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    json_file: JsonFile = None,
+    markdown_file: MarkdownFile = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw weights by place, and what they cover, here (.svg, .png).")
+    ] = None,
+) -> None:
+    """Compare bidirectional and causal attention weights by what later queries look at."""
+    require("eval", "matplotlib", "scipy")
+    from kvllm.measure.eval.attention import run
+    from kvllm.measure.eval.report import Outputs
+    from kvllm.methods import checked_config
+
+    config, outputs = checked_config(parse_json("--common", common)), Outputs(json_file, markdown_file, plot_file)
+    run(traces, model, config, half, limit, later, block_size, *_placement(device, dtype), outputs)
+
+
+@app.command()
 def recall(
     model: Annotated[str, typer.Option(help="A model's folder.")],
     methods: Methods = None,
