@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from kvllm.measure.eval import accuracy
-from kvllm.measure.eval.chain import summarise, table
 from kvllm.measure.eval.chain_score import ChainScore, read_list, read_results, score
+from kvllm.measure.eval.chain_summary import summarise, table
 from kvllm.measure.eval.chains import FORMATS, WORKED, Chain, make_chains, request, worked_answer
 from kvllm.measure.eval.engines import Completion, Exchange, Question, Sampling
 from kvllm.measure.eval.problems import Problem, load_problems
