@@ -270,10 +270,11 @@ def main(
     variants: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(VARIANTS)}; empty: none.")] = "parts",
     config: Annotated[list[str] | None, typer.Option(help="An entry of a sweep, as JSON (repeatable).")] = None,
     half: Annotated[str, typer.Option(help="train: to choose by; test: to report.")] = "train",
-    limit: Annotated[int | None, typer.Option(help="Only the first traces of the half.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first traces of the half; 0: none.")] = None,
     ratio: Annotated[float, typer.Option(help="Retention ratio of all.")] = 0.3,
     facts: Annotated[int, typer.Option(help="Facts to recall at distances 512 and 1024; 0: none.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the facts; 0 is what `kvllm eval recall` asks.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Begin no other trace after this time.")] = 3600.0,
     device: Annotated[str, typer.Option()] = "cuda",
     dtype: Annotated[str, typer.Option(help="Of the model and its cache: bfloat16 or float32.")] = "bfloat16",
 ) -> None:
@@ -283,11 +284,17 @@ def main(
     language_model = load_model(model, device, dtype)
     start = time.perf_counter()
     report: dict[str, Any] = {"model": model.name, "traces": traces.name, "half": half, "dtype": dtype, "seed": seed}
-    if texts := half_of(read_traces(traces), half)[:limit]:
-        results = fidelity.measure(language_model, texts, chosen, progress=Progress("replays"))
-        print(fidelity.table(results), flush=True)
+    texts = half_of(read_traces(traces), half)[:limit]
+    results: list[fidelity.Result] = []
+    for done, text in enumerate(texts, start=1):
+        for old, new in zip(results, made := fidelity.measure(language_model, [text], chosen), strict=False):
+            old.rows |= new.rows
+        results = results or made
         report["fidelity"] = fidelity.report(results, half=half)
         out.write_text(json.dumps(report, indent=1) + "\n")
+        if done == len(texts) or time.perf_counter() - start > seconds:
+            print(f"{fidelity.table(results)}\n\n{done} of {len(texts)} traces", flush=True)
+            break
     if facts:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         items = recall.make_items(tokenizer, [512, 1024], [0.1, 0.3, 0.5, 0.7], facts, seed=seed)
@@ -295,7 +302,7 @@ def main(
         print(recall.table(answers))
         report["recall"] = recall.report(answers, chosen)
         out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\n{len(texts)} traces, {len(chosen)} configurations, {time.perf_counter() - start:.0f} s")
+    print(f"\n{len(chosen)} configurations, {time.perf_counter() - start:.0f} s")
 
 
 def load_model(folder: Path, device: str, dtype: str) -> Any:

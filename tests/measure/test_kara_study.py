@@ -106,12 +106,15 @@ def test_every_variant_can_be_measured(tmp_path, monkeypatch, capsys):
         for each in entries:
             monkeypatch.setitem(each, "window_size", sizes["window_size"])
             monkeypatch.setitem(each, "buffer_size", sizes["buffer_size"])
-    write_traces(tmp_path / "traces.jsonl", [Trace("a", text(120), 13), Trace("b", text(140), 20)])
+    write_traces(
+        tmp_path / "traces.jsonl", [Trace("a", text(120), 13), Trace("b", text(140), 20), Trace("c", text(130), 9)]
+    )
     study.main(
         tmp_path, tmp_path / "traces.jsonl", tmp_path / "out.json", variants=",".join(study.VARIANTS), config=[],
-        ratio=0.5, half="train", limit=None, facts=0, device="cpu", dtype="float32",
+        ratio=0.5, half="train", limit=None, facts=0, seconds=60.0, device="cpu", dtype="float32",
     )  # fmt: skip
     results = json.loads((tmp_path / "out.json").read_text())["fidelity"]["results"]
+    assert all(set(r["traces"]) == {"a", "c"} for r in results)
     names = [r["name"] for r in results]
     assert len(set(names)) == len(names) > 35 and all(0 <= r["kl"]["value"] < 10 for r in results)
     kl = {r["name"]: r["kl"]["value"] for r in results}
