@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from dataclasses import FrozenInstanceError, fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,10 @@ def gates_of(num_kv_heads: int) -> str:
 
 def fitting(method: Method, window: Window) -> Method:
     """The method with gates, if it has any, for the KV heads of this window."""
-    return type(method)(gates=gates_of(window.num_kv_heads)) if isinstance(method, Gated) else method
+    if not isinstance(method, Gated):
+        return method
+    make: Any = type(method)
+    return make(gates=gates_of(window.num_kv_heads))
 
 
 @pytest.fixture(params=list(methods()))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,12 +13,15 @@ from tests.methods.loops import group_size, position_of, weights
 from tests.methods.test_all_methods import WINDOWS
 from tests.methods.windows import random_window
 
-OPTIONS = dict(segment_size=6, sparsity_cut=0.05, execution_above=0.3, transition_above=0.45, min_quota=1)
+OPTIONS: dict[str, Any] = dict(
+    segment_size=6, sparsity_cut=0.05, execution_above=0.3, transition_above=0.45, min_quota=1
+)  # fmt: skip
 
 
 def stretches(window, b, h, size) -> list[list[int]]:
     """Tokens of each stretch of `size` positions that has any."""
-    first, made = int(window.positions[b, h, 0]), {}
+    first = int(window.positions[b, h, 0])
+    made: dict[int, list[int]] = {}
     for t in range(window.num_tokens):
         made.setdefault((int(window.positions[b, h, t]) - first) // size, []).append(t)
     return list(made.values())

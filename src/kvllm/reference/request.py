@@ -143,7 +143,7 @@ class Request:
         end = self.num_computed_tokens + len(token_ids)
         if end > context_len:
             raise UsageError(f"{end} tokens: the model's context ends at {context_len}.")
-        self._compress_if_due()
+        self.compress_if_due()
         first, device = self.num_computed_tokens, self.model.device
         if self.images is None:
             inputs = {"position_ids": torch.arange(first, end, device=device)[None]}
@@ -165,7 +165,8 @@ class Request:
             raise UsageError(support.reason("method", self.config.method, support.COUNTS_POSITIONS))
         self.images = PromptImages(self.model, prompt_ids, inputs)
 
-    def _compress_if_due(self) -> None:
+    def compress_if_due(self) -> None:
+        """What a step begins with: the compression that the tokens computed so far call for, if any."""
         event = len(self.kept)
         if self.geometry is None or self.config is None:
             return

@@ -15,7 +15,9 @@ COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands
 
 
 def test_the_measurements_are_listed():
-    assert COMMANDS == ["traces", "fidelity", "recall", "frontier", "accuracy", "tracking", "grade", "calibrate"]
+    assert COMMANDS == [
+        "traces", "fidelity", "attention", "recall", "frontier", "accuracy", "tracking", "chain", "grade", "calibrate"
+    ]  # fmt: skip
     output = CliRunner().invoke(app, ["eval"]).output
     assert all(name in output for name in COMMANDS)
 
@@ -29,10 +31,12 @@ def test_every_measurement_shows_its_own_options(name):
 
 @pytest.mark.parametrize("command", [
     ["fidelity", "--traces", __file__, "--model", "m"],
+    ["attention", "--traces", __file__, "--model", "m"],
     ["recall", "--model", "m"],
     ["frontier", "--traces", __file__, "--model", "m"],
     ["accuracy", "m", "--out", "o"],
     ["tracking", "m", "--out", "o"],
+    ["chain", "m", "--out", "o"],
     ["grade", __file__],
     ["calibrate", "--traces", __file__, "--model", "m", "--out", "o"],
 ])  # fmt: skip

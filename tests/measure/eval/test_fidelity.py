@@ -8,7 +8,15 @@ import pytest
 
 from kvllm.config import KvConfig
 from kvllm.measure.eval import fidelity
-from kvllm.measure.eval.fidelity import measure, measure_trace, random_like, table
+from kvllm.measure.eval.fidelity import (
+    DISTANCES,
+    EVENTS,
+    growth_table,
+    measure,
+    measure_trace,
+    random_like,
+    table,
+)
 from kvllm.measure.eval.sweep import Case, cases
 from kvllm.measure.eval.traces import Trace, write_traces
 from kvllm.reference import Request, compare, feed, kl_by_row, replay
@@ -75,10 +83,18 @@ def test_estimates_weigh_rows_and_compare_with_random():
     share = kara.against(random)
     assert share.value == pytest.approx(kl.mean() / random.estimate("kl").value)
     assert share.low <= share.value <= share.high and random.against(random).value == 1
-    bins = kara.by_distance()
+    bins = kara.binned("distance", DISTANCES)
     assert [b["from"] for b in bins] == [0, 64] and sum(b["num_rows"] for b in bins) == len(kl)
     assert sum(b["kl"] * b["num_rows"] for b in bins) / len(kl) == pytest.approx(kl.mean())
     assert table(results).count("\n") == 1 + 3
+    # Windows of 32: a row every so many tokens sees one compression more, and starts counting again.
+    rows = kara.rows["b"]
+    assert list(rows.events) == [1 + d // 32 for d in rows.distance] and list(rows.since_event) == [
+        d % 32 for d in rows.distance
+    ]
+    by_events = kara.binned("events", EVENTS)
+    assert [b["from"] for b in by_events] == [1, 2, 4] and by_events[0]["num_rows"] == 64
+    assert f"{by_events[0]['kl']:.4f}" in growth_table(results)
 
 
 def test_too_short_traces_are_refused():

@@ -88,6 +88,9 @@ def traces(
     task: Annotated[str, typer.Option(help="math500, gsm8k, or with --data a name of your own.")] = "math500",
     data: Data = None,
     problems: NumProblems = None,
+    chain: Annotated[
+        int | None, typer.Option(help="Problems in a prompt, as in `chain`: long traces.", show_default="1", min=2)
+    ] = None,
     keep: Annotated[
         int | None, typer.Option(help="Traces to keep, evenly spaced over those long enough.", show_default="all")
     ] = None,
@@ -103,7 +106,7 @@ def traces(
     from kvllm.measure.eval.traces import run
 
     arguments = [model, *context.args]
-    run(arguments, out, task, data, problems, keep, max_tokens, min_tokens, temperature, sampling_seed)
+    run(arguments, out, task, data, problems, chain, keep, max_tokens, min_tokens, temperature, sampling_seed)
 
 
 @app.command(
@@ -136,6 +139,35 @@ def fidelity(
 
     cases, outputs = _cases(configs, methods, ratios, common), Outputs(json_file, markdown_file, plot_file)
     run(traces, model, cases, half, limit, block_size, *placement(device, dtype), outputs)
+
+
+@app.command(
+    epilog=examples("kvllm eval attention --traces traces.jsonl --model MODEL --plot attention.svg"),
+)
+def attention(
+    traces: TracesFile,
+    model: TracedModel,
+    common: Annotated[str, typer.Option("--common", help="JSON: sizes of the windows.")] = "{}",
+    half: HalfOfTraces = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first traces (of the half).", min=1)] = None,
+    later: Annotated[int, typer.Option(help="Tokens after each compression whose queries are asked.", min=1)] = 256,
+    block_size: BlockSize = 16,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    json_file: JsonFile = None,
+    markdown_file: MarkdownFile = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw weights by place, and what they cover, here (.svg, .png).")
+    ] = None,
+) -> None:
+    """Compare bidirectional and causal attention weights by what later queries look at."""
+    require("eval", "matplotlib", "scipy")
+    from kvllm.measure.eval.attention import run
+    from kvllm.measure.eval.report import Outputs
+    from kvllm.methods import checked_config
+
+    config, outputs = checked_config(parse_json("--common", common)), Outputs(json_file, markdown_file, plot_file)
+    run(traces, model, config, half, limit, later, block_size, *placement(device, dtype), outputs)
 
 
 @app.command(
@@ -303,6 +335,44 @@ def tracking(
 
     cases = _cases(configs, methods, ratios, common, baselines)
     answer(out, model, cases, programs, lines, asked, seed, context.args)
+
+
+@app.command(context_settings=PASS_THROUGH, options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]")
+def chain(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model's folder, or a name on the model hub.")],
+    out: Annotated[Path, typer.Option(help="Folder for the log and the results; a run there is continued.")],
+    data: Data = None,
+    half: HalfOfTraces = None,
+    chains: Annotated[int, typer.Option(help="Number of chains.", min=1)] = 24,
+    length: Annotated[int, typer.Option(help="Problems in a chain.", min=1)] = 24,
+    format: Annotated[str, typer.Option(help="Of the prompt: example, rules or restate.")] = "example",
+    methods: Methods = None,
+    ratios: Ratios = None,
+    configs: Configs = None,
+    common: Common = "{}",
+    baselines: Annotated[str, typer.Option(help="Methods measured besides; '' for none.")] = "random",
+    cache_dtypes: Annotated[
+        str, typer.Option(help="Stock vLLM's cache types (--kv-cache-dtype) measured besides, such as fp8.")
+    ] = "",
+    samples: Annotated[int, typer.Option(help="Answers to each chain.", min=1)] = 1,
+    max_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.", min=1)] = 12288,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 = greedy.", min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
+    sampling_seed: SamplingSeed = None,
+) -> None:
+    """Solve many problems in one long answer, and repeat all results at its end; the full cache is always included."""
+    require("eval", "matplotlib", "scipy")
+    from kvllm.measure.eval.chain import answer
+    from kvllm.measure.eval.chains import make_chains
+    from kvllm.measure.eval.engines import Sampling
+    from kvllm.measure.eval.problems import load_problems
+
+    asked = make_chains(load_problems("gsm8k", data), half, chains, length, format)
+    cases = _cases(configs, methods, ratios, common, baselines)
+    sampling = Sampling(max_tokens, temperature, top_p, sampling_seed)
+    dtypes = [dtype for dtype in cache_dtypes.split(",") if dtype]
+    answer(out, model, asked, cases, samples, dtypes, sampling, context.args)
 
 
 @app.command(

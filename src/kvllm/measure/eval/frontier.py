@@ -26,10 +26,11 @@ from kvllm.measure.eval import fidelity, recall
 from kvllm.measure.eval.cache_formats import AUTO, CACHE_DTYPES
 from kvllm.measure.eval.frontier_plot import plot_frontier
 from kvllm.measure.eval.held_bytes import Held, full_bytes, geometry_of, held_bytes
+from kvllm.measure.eval.problems import half_of
 from kvllm.measure.eval.report import Outputs, Progress, interval, markdown
 from kvllm.measure.eval.stats import Estimate, bootstrap_ratio, wilson
 from kvllm.measure.eval.sweep import Case, baseline_of
-from kvllm.measure.eval.traces import Trace, half_of, read_traces
+from kvllm.measure.eval.traces import Trace, read_traces
 from kvllm.methods import checked_config, resolved
 from kvllm.reference import load_model
 from kvllm.support import PLAIN_BITS
