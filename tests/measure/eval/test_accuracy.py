@@ -153,7 +153,7 @@ def test_the_shipped_answers_are_correct_answers():
 
 def test_regrading_mends_the_log_and_writes_the_results(tmp_path, capsys):
     jobs = plan(CASES[:2], PROBLEMS, 1)
-    run("sums", jobs, Adder, tmp_path / "samples.jsonl", None, lambda text, expected: False, "wrong")
+    run("sums", jobs, Adder, tmp_path / "samples.jsonl", None, lambda text, expected: False, "math-verify 0.0")
     kvllm("eval", "grade", str(tmp_path / "samples.jsonl"))
     samples = read_samples(tmp_path / "samples.jsonl")
     assert sum(bool(s.correct) for s in samples) == 4 and "math-verify" in str(samples[0].grader)
