@@ -1,4 +1,4 @@
-"""The plot of the README, from the first table of docs/choosing.md: what each setting gains, and what it loses.
+"""The plot of the README, from the table of settings in docs/choosing.md: what each setting gains, and what it loses.
 
 python -m benchmarks.readme_plot      writes docs/images/gain-and-loss.svg
 """
@@ -31,8 +31,10 @@ class Setting:
 
 
 def settings(text: str) -> list[Setting]:
-    """The rows of the first table of docs/choosing.md."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
+    """The rows of the table of settings in docs/choosing.md."""
+    lines = [
+        line for line in text[text.index("| setting | bytes of an old window") :].splitlines() if line.startswith("|")
+    ]
     names = cells(lines[0])
     found = []
     for line in lines[2 : next(i for i, line in enumerate(lines) if i and "is the same as" in line)]:
