@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from kvllm.support import PLAIN_BITS
+
 if TYPE_CHECKING:
     from kvllm.measure.eval.frontier import Point
     from kvllm.measure.eval.held_bytes import Held
@@ -38,13 +40,15 @@ def plot_frontier(rows: Sequence[tuple[Point, Held]], title: str, path: Path) ->
         points.sort(key=lambda each: each[0])
         values = [max(kl.value, LEAST_KL) for _, kl in points]
         style: dict[str, Any] = {"color": COLOURS[names.index(name) % len(COLOURS)], "marker": MARKERS[bits]}
-        style |= {"linestyle": "-" if cache == "auto" else ":", "linewidth": 2 if name == names[0] else 1}
+        dashes = ":" if cache != "auto" else "-" if bits < PLAIN_BITS else "--"
+        style |= {"linestyle": dashes, "linewidth": 2 if name == names[0] else 1}
         label = f"{name}, {bits} bits" + ("" if cache == "auto" else f", {cache} cache")
         axis.plot([x for x, _ in points], values, label=label, markersize=5, **style)
         if name == names[0] and cache == "auto":
             low, high = ([max(getattr(kl, end), LEAST_KL) for _, kl in points] for end in ("low", "high"))
             axis.fill_between([x for x, _ in points], low, high, color=style["color"], alpha=0.12, linewidth=0)
     axis.set_yscale("log")
+    axis.margins(x=0.12)
     axis.set_xlabel("KiB of KV cache a token, prompt and newest tokens included, mean over an answer's life")
     axis.set_ylabel("KL from the full cache, nats a token")
     axis.set_title(title, fontsize=10)
