@@ -87,13 +87,15 @@ class WorkerState:
         self.codes = self.step[self.plan_size :]
         self.codes.fill_(-1)
 
-    def attach(self, store: PagedStore, fused: Fused | None = None, pack: Pack | None = None) -> None:
-        """Compress in this store from now on."""
+    def attach(
+        self, store: PagedStore, fused: Fused | None = None, pack: Pack | None = None, cache_dtype: str = "auto"
+    ) -> None:
+        """Compress in this store from now on; cache_dtype: vLLM's --kv-cache-dtype"""
         self.store = store
         numbers = torch.tensor(self.layers.numbers, device=self.bank.queries.device)
         self.compressor = Compressor(
             self.config, self.method, store, numbers, self.bank.shifts, self.rope, self.positions, fused,
-            rounding=Rounding.from_config(self.config, store.block_size, self.layers.head_dim), pack=pack,
+            rounding=Rounding.from_config(self.config, store.block_size, self.layers.head_dim, cache_dtype), pack=pack,
         )  # fmt: skip
 
     def warm_up(self, geometries: Iterable[Geometry]) -> None:

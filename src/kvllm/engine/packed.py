@@ -29,15 +29,17 @@ from kvllm.layout import IntArray
 class PackedSurvivors:
     """Merges attention over packed survivors into that of the layers, and packs what events keep.
 
+    dtype: the model's
     Raises UsageError for layers whose attention cannot be merged.
     """
 
-    def __init__(self, layers: list[Any], rounding: Rounding) -> None:
+    def __init__(self, layers: list[Any], rounding: Rounding, dtype: torch.dtype) -> None:
         for layer in layers:
             for reason in support.packed_reasons(layer):
                 raise UsageError(f"KvLLM does not support survivor_bits={rounding.bits} with {reason}.")
         self.layers = layers
         self.rounding = rounding
+        self.dtype = dtype
         self.attention: PackedAttention | None = None
         # Whether the step computes several tokens of a request that has packed survivors, or stands for steps that do.
         self.resumed = False
@@ -55,13 +57,16 @@ class PackedSurvivors:
             first.num_kv_heads,
             len(survivor_blocks),
             plan.device,
+            getattr(first.impl, "logits_soft_cap", None) or 0.0,
         )
         self.stream = torch.cuda.Stream(plan.device)
         # Compiled now: the first request that is resumed should not wait for it.
-        nothing = torch.zeros(1, first.num_heads, first.head_size, dtype=cache.dtype, device=plan.device)
+        nothing = torch.zeros(1, first.num_heads, first.head_size, dtype=self.dtype, device=plan.device)
+        quantized = cache.dtype.itemsize == 1 and first.impl.supports_quant_query_input
+        query = nothing.to(cache.dtype) if quantized else nothing
         lse = torch.zeros(first.num_heads, 1, device=plan.device)
         empty = Batch(torch.zeros(2, dtype=torch.int32, device=plan.device), survivor_blocks, plan)
-        attention.merge(nothing, lse, nothing, cache.keys[0], cache.values[0], empty, 1.0, prefill=True)
+        attention.merge(nothing, lse, query, cache.keys[0], cache.values[0], empty, 1.0, prefill=True)
         self.attention = attention
 
     def pack(self, candidates: PagedCandidates, num_kept: int) -> None:

@@ -59,8 +59,12 @@ class Request:
         block_size: int = 16,
         max_queries: int = 0,
         packed: bool = False,
+        cache_dtype: str = "auto",
     ) -> None:
-        """packed: windows keep whole packed blocks, as where survivors are stored in fewer bits (on GPUs)"""
+        """
+        packed:      windows keep whole packed blocks, as where survivors are stored in fewer bits (on GPUs)
+        cache_dtype: of the engine, which says what a packed block holds; nothing else is rounded here
+        """
         check_model(model)
         if num_prompt_tokens < 1:
             raise ValueError(f"num_prompt_tokens={num_prompt_tokens}: a prompt has at least one token.")
@@ -68,8 +72,10 @@ class Request:
         self.num_prompt_tokens = num_prompt_tokens
         self.config = config
         self.geometry = None
+        self.cache_dtype = cache_dtype
         if config:
-            held = packed_block_tokens(block_size, head_dim_of(model.config.get_text_config()), config.survivor_bits)
+            head_dim = head_dim_of(model.config.get_text_config())
+            held = packed_block_tokens(block_size, head_dim, config.survivor_bits, cache_dtype)
             self.geometry = Geometry.from_config(
                 config, block_size, packed_tokens=held if packed and config.survivor_bits < PLAIN_BITS else None
             )
@@ -172,7 +178,7 @@ class Request:
         return Compressor(
             config, self.method, DenseStore(config, layers), torch.tensor(numbers, device=device),
             torch.from_numpy(shifts).to(device), self.rope, positions, observe=self._note,
-            rounding=Rounding.from_config(config, geometry.block_size, head_dim),
+            rounding=Rounding.from_config(config, geometry.block_size, head_dim, self.cache_dtype),
         )  # fmt: skip
 
     def _note(self, kept: Kept, of_prompt: bool) -> None:

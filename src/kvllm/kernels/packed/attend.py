@@ -30,6 +30,15 @@ LEAST_BLOCKS = 8
 MOST_PROGRAMS = 2048
 
 
+# What queries are multiplied in: bfloat16 holds every number of fp8.
+_DOT_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float8_e4m3fn: tl.bfloat16,
+}
+
+
 class Batch(NamedTuple):
     """Where the survivors of a step's requests are.
 
@@ -54,14 +63,16 @@ def merge_packed_ref(
     batch: Batch,
     layout: PackedLayout,
     scale: float,
+    soft_cap: float = 0.0,
 ) -> None:
     """Merge attention over each request's packed blocks into `output`, in place; in float64.
 
     output:       [num_tokens, num_heads, head_dim], attention over prompt and tail
     lse:          [num_heads, num_tokens] float32, the logarithm of the sum of the exponentials of its logits
-    query:        [num_tokens, num_heads, head_dim]
+    query:        [num_tokens, num_heads, head_dim], in fp8 where the cache is: packed keys have its scale in them
     keys, values: of one layer of a `PagedCache`
     scale:        of the logits
+    soft_cap:     c makes c * tanh(logit / c) of a logit; 0: none
     """
     starts = batch.query_start_loc.tolist()
     for i, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
@@ -75,6 +86,8 @@ def merge_packed_ref(
         )
         own = query[start:end].double().unflatten(1, (k.shape[1], -1))
         logits = torch.einsum("qhgd,thd->qhgt", own, k).flatten(1, 2) * scale
+        if soft_cap:
+            logits = (logits / soft_cap).tanh() * soft_cap
         probabilities = logits.softmax(-1).unflatten(1, (k.shape[1], -1))
         packed = torch.einsum("qhgt,thd->qhgd", probabilities, v).flatten(1, 2)
         share = (logits.logsumexp(-1) - lse[:, start:end].T.double()).sigmoid()[..., None]
@@ -104,8 +117,11 @@ class PackedAttention:
     any.
     """
 
-    def __init__(self, layout: PackedLayout, num_heads: int, num_kv_heads: int, max_num_reqs: int, device: Any) -> None:
-        self.layout = layout
+    def __init__(
+        self, layout: PackedLayout, num_heads: int, num_kv_heads: int, max_num_reqs: int, device: Any,
+        soft_cap: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.layout, self.soft_cap = layout, soft_cap
         self.num_heads, self.num_kv_heads, self.group_size = num_heads, num_kv_heads, num_heads // num_kv_heads
         most = max_parts(max_num_reqs, num_kv_heads) * num_heads
         self.outputs = torch.empty(most, layout.head_dim, dtype=torch.float32, device=device)
@@ -156,7 +172,7 @@ class PackedAttention:
         layout = self.layout
         assert query.stride(2) == 1
         keys, values = as_words(keys), as_words(values)
-        dtype = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(query.dtype, tl.float32)
+        dtype = _DOT_DTYPES[query.dtype]
         plain = INTERPRETED or dtype == tl.float32
         strides = (0, 0, 0) if output is None or lse is None else (*output.stride()[:2], lse.stride(0))
         _attend_kernel[(size, self.num_kv_heads)](
@@ -171,6 +187,7 @@ class PackedAttention:
             CODE_ROWS=layout.code_rows,
             DTYPE=tl.float32 if plain else dtype,
             ASSEMBLY=not plain,
+            SOFT_CAP=self.soft_cap * math.log2(math.e),
             BLOCK_T=max(16, next_power_of_2(layout.num_tokens)),
             BLOCK_W=max(16, next_power_of_2(layout.num_words)),
             num_warps=2,
@@ -222,7 +239,8 @@ def _parts_of(req, part_ends):
 @triton.jit
 def _load_queries(query, there, words, quarter: tl.constexpr, NUM_WORDS: tl.constexpr, DTYPE: tl.constexpr):
     mask = there[None, :] & (words < NUM_WORDS)[:, None]
-    return tl.load(query[None, :] + quarter * NUM_WORDS + words[:, None], mask=mask, other=0.0).to(DTYPE)
+    loaded = tl.load(query[None, :] + quarter * NUM_WORDS + words[:, None], mask=mask).to(DTYPE)
+    return tl.where(mask, loaded, 0.0)
 
 
 # One compiled variant, which is loaded before serving and so before CUDA graphs are captured.
@@ -234,7 +252,7 @@ def _attend_kernel(
     NUM_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP_SIZE: tl.constexpr, TOKENS_PER_ROW: tl.constexpr,
     PAIRS_PER_ROW: tl.constexpr, CODE_ROWS: tl.constexpr,
     DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
-    PREFILL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFT_CAP: tl.constexpr, PREFILL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Column n of the logits is query token n // GROUP of the tile, head n % GROUP of the query group."""
     NUM_WORDS: tl.constexpr = HEAD_DIM // 4
@@ -319,6 +337,9 @@ def _attend_kernel(
         logits = tl.dot(k, q2, acc=logits, input_precision="ieee")
         k = restored(key_words, s3[None, :], z3[None, :], 3, DTYPE, ASSEMBLY)
         logits = tl.dot(k, q3, acc=logits, input_precision="ieee") * scale
+        if SOFT_CAP > 0:
+            # c * tanh(x / c), of logits to base 2
+            logits = SOFT_CAP - 2.0 * SOFT_CAP / (1.0 + tl.exp2(logits * (2.0 * 1.4426950408889634 / SOFT_CAP)))
         logits = tl.where(there[:, None], logits, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(logits, axis=0))
         p = tl.exp2(logits - new_highest[None, :])
