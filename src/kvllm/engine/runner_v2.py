@@ -75,8 +75,9 @@ class KvModelState(DefaultModelState):
         self.cache_dtype = vllm_config.cache_config.cache_dtype
         rounding = Rounding.from_config(config, self.geometries.block_size, layer.head_size, self.cache_dtype)
         self.packed = PackedSurvivors(self.layers, rounding, self.dtype) if rounding is not None else None
+        packed_rows = PackedSurvivors.plan_rows(self.max_num_reqs, layer.num_kv_heads) if self.packed is not None else 0
         self.compression = WorkerState(
-            config, shape, rope, self.max_num_reqs, self.max_num_tokens, device, fused, packed=self.packed is not None
+            config, shape, rope, self.max_num_reqs, self.max_num_tokens, device, fused, packed_rows
         )
         self.seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self.cache: PagedCache | None = None

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvllm.compression.rounding import Rounding, packed_block_tokens
-from kvllm.kernels.packed.attend import Batch, PackedAttention, max_parts, merge_packed_ref, plan_parts
+from kvllm.kernels.packed.attend import (
+    Batch,
+    PackedAttention,
+    max_parts,
+    merge_packed_ref,
+    plan_parts,
+    requests_of_parts,
+)
 from kvllm.kernels.packed.layout import PackedLayout
 from kvllm.kernels.packed.pack import pack_ref
 from tests.kernels.paged_caches import cache_dtype_of, random_blocks, random_cache
@@ -52,7 +59,9 @@ def test_merge(block_size, num_heads, num_kv_heads, head_dim, dtype, token_major
             pack_ref(own[None, :], layout.num_tokens, cache, rounding)
             survivors[row, first + j] = own[0]
     alone = np.array(packed) * (np.array(counts) == 1)
-    plan[4, : len(counts)] = torch.from_numpy(plan_parts(alone, num_kv_heads))
+    plan[4, : len(counts)] = torch.from_numpy(ends := plan_parts(alone, num_kv_heads))
+    parts = np.zeros(max_parts(len(counts), num_kv_heads), np.int32)
+    requests_of_parts(ends, parts)
     generator = torch.Generator().manual_seed(1)
     shape = (sum(counts), num_heads, head_dim)
     query, output = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
@@ -60,7 +69,7 @@ def test_merge(block_size, num_heads, num_kv_heads, head_dim, dtype, token_major
     output = output.to(torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype)
     lse = torch.randn(num_heads, sum(counts), generator=generator).to(device) + 5
     starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=device)
-    batch, scale = Batch(starts, survivors, plan), head_dim**-0.5
+    batch, scale = Batch(starts, survivors, plan, torch.from_numpy(parts).to(device)), head_dim**-0.5
     attention = PackedAttention(layout, num_heads, num_kv_heads, len(counts), device, soft_cap)
     for layer in range(cache.num_layers):
         expected, actual = output.clone(), output.clone()
@@ -80,6 +89,12 @@ def test_parts_cover_every_block_in_a_launch_of_known_size(num_blocks, num_kv_he
     ends = plan_parts(np.array(num_blocks), num_kv_heads)
     counts = np.diff(ends, prepend=0)
     assert ends[-1] <= max_parts(len(num_blocks), num_kv_heads)
+    requests = np.zeros(max_parts(len(num_blocks), num_kv_heads), np.int32)
+    requests_of_parts(ends, requests)
+    assert requests.tolist() == [
+        *(i for i, count in enumerate(counts) for _ in range(count)),
+        *[-1] * (len(requests) - ends[-1]),
+    ]
     assert all(
         (count > 0) == (blocks > 0) and count <= blocks for count, blocks in zip(counts, num_blocks, strict=True)
     )

@@ -14,6 +14,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -47,11 +48,13 @@ class Batch(NamedTuple):
     plan:            [5, at least num_reqs] int32, of `kvllm.kernels.block_tables`: rows PROMPT and PREFIX are the first
                      packed block of a request and the end of them, in blocks; row 3 is its row of `survivor_blocks`,
                      row 4 is of `plan_parts`
+    part_requests:   [at least the number of parts] int32, of `requests_of_parts`
     """
 
     query_start_loc: Tensor
     survivor_blocks: Tensor
     plan: Tensor
+    part_requests: Tensor
 
 
 def merge_packed_ref(
@@ -109,6 +112,12 @@ def plan_parts(num_blocks: IntArray, num_kv_heads: int) -> IntArray:
     return np.cumsum(ceil_div(num_blocks, size))
 
 
+def requests_of_parts(ends: IntArray, out: npt.NDArray[np.int32]) -> None:
+    """Write the request of each part to `out`, and -1 behind the last; ends: of `plan_parts`."""
+    out[: ends[-1]] = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
+    out[ends[-1] :] = -1
+
+
 class PackedAttention:
     """`merge_packed_ref` as Triton kernels, with buffers that keep their addresses.
 
@@ -153,7 +162,7 @@ class PackedAttention:
         """The rest of `merge`."""
         assert output.stride(2) == lse.stride(1) == 1
         num_reqs, head_dim = len(batch.query_start_loc) - 1, self.layout.head_dim
-        _merge_kernel[(num_reqs, self.num_heads)](
+        _merge_packed_kernel[(num_reqs, self.num_heads)](
             output, lse, self.outputs, self.lse, batch.query_start_loc, batch.plan, output.stride(0), output.stride(1),
             lse.stride(0), batch.plan.stride(0), HEAD_DIM=head_dim, BLOCK_D=next_power_of_2(head_dim), num_warps=1,
         )  # fmt: skip
@@ -175,7 +184,7 @@ class PackedAttention:
         dtype = _DOT_DTYPES[query.dtype]
         plain = INTERPRETED or dtype == tl.float32
         strides = (0, 0, 0) if output is None or lse is None else (*output.stride()[:2], lse.stride(0))
-        _attend_kernel[(size, self.num_kv_heads)](
+        _attend_packed_kernel[(size, self.num_kv_heads)](
             output, lse, self.outputs, self.lse, query, keys, values, *batch, len(batch.query_start_loc) - 1,
             *strides, *query.stride()[:2], *keys.stride()[:3], batch.survivor_blocks.stride(0), batch.plan.stride(0),
             scale / math.log(2),
@@ -215,19 +224,6 @@ def _request_of(tile, query_start_loc, num_reqs, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _request_of_part(part, part_ends, num_reqs):
-    """The first request whose parts end behind this one; num_reqs if there is none."""
-    low, high = 0, num_reqs
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(part_ends + middle) <= part:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-@triton.jit
 def _parts_of(req, part_ends):
     """Its first part, and how many it has."""
     start = 0
@@ -245,8 +241,9 @@ def _load_queries(query, there, words, quarter: tl.constexpr, NUM_WORDS: tl.cons
 
 # One compiled variant, which is loaded before serving and so before CUDA graphs are captured.
 @triton.jit(do_not_specialize=["num_reqs", "stride_lse_head"])
-def _attend_kernel(
-    output, lse, part_outputs, part_lse, query, keys, values, query_start_loc, survivor_blocks, plan, num_reqs,
+def _attend_packed_kernel(
+    output, lse, part_outputs, part_lse, query, keys, values, query_start_loc, survivor_blocks, plan,
+    part_requests, num_reqs,
     stride_out_token, stride_out_head, stride_lse_head, stride_query_token, stride_query_head,
     stride_block, stride_row, stride_head, stride_survivors, stride_plan, scale,
     NUM_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP_SIZE: tl.constexpr, TOKENS_PER_ROW: tl.constexpr,
@@ -267,8 +264,9 @@ def _attend_kernel(
         part = 0
     else:
         part = tl.program_id(0)
-        req = _request_of_part(part, plan + 4 * stride_plan, num_reqs)
-        if req == num_reqs:
+        # Told by the host: a search would be many loads, each of which waits for the one before.
+        req = tl.load(part_requests + part)
+        if req < 0:
             return
         token = tl.load(query_start_loc + req)
         end = token + 1
@@ -385,7 +383,7 @@ def _blend(target, packed, share, mask):
 
 
 @triton.jit(do_not_specialize=["stride_lse_head"])
-def _merge_kernel(
+def _merge_packed_kernel(
     output, lse, part_outputs, part_lse, query_start_loc, plan,
     stride_out_token, stride_out_head, stride_lse_head, stride_plan, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
