@@ -199,8 +199,7 @@ class PackedAttention:
             SOFT_CAP=self.soft_cap * math.log2(math.e),
             BLOCK_T=max(16, next_power_of_2(layout.num_tokens)),
             BLOCK_W=max(16, next_power_of_2(layout.num_words)),
-            num_warps=2,
-            **options,
+            **{"num_warps": 2, **options},
         )  # fmt: skip
 
 
@@ -321,12 +320,12 @@ def _attend_packed_kernel(
         key_words = tl.load(keys + base + key_offsets, mask=mask_keys, other=0)
         value_words = tl.load(values + base + value_offsets, mask=mask_values, other=0)
         key_pairs = (keys + base + pairs_start).to(tl.pointer_type(tl.int32))
-        s0, z0 = unpair(tl.load(key_pairs + pairs_0, mask=inside, other=0), DTYPE)
-        s1, z1 = unpair(tl.load(key_pairs + pairs_1, mask=inside, other=0), DTYPE)
-        s2, z2 = unpair(tl.load(key_pairs + pairs_2, mask=inside, other=0), DTYPE)
-        s3, z3 = unpair(tl.load(key_pairs + pairs_3, mask=inside, other=0), DTYPE)
+        s0, z0 = unpair(tl.load(key_pairs + pairs_0, mask=inside, other=0), DTYPE, ASSEMBLY)
+        s1, z1 = unpair(tl.load(key_pairs + pairs_1, mask=inside, other=0), DTYPE, ASSEMBLY)
+        s2, z2 = unpair(tl.load(key_pairs + pairs_2, mask=inside, other=0), DTYPE, ASSEMBLY)
+        s3, z3 = unpair(tl.load(key_pairs + pairs_3, mask=inside, other=0), DTYPE, ASSEMBLY)
         value_pairs = (values + base + pairs_start).to(tl.pointer_type(tl.int32))
-        t, y = unpair(tl.load(value_pairs + token_pairs, mask=there, other=0), tl.float32)
+        t, y = unpair(tl.load(value_pairs + token_pairs, mask=there, other=0), tl.float32, ASSEMBLY)
         k = restored(key_words, s0[None, :], z0[None, :], 0, DTYPE, ASSEMBLY)
         logits = tl.dot(k, q0, input_precision="ieee")
         k = restored(key_words, s1[None, :], z1[None, :], 1, DTYPE, ASSEMBLY)
