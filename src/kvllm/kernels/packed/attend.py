@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvllm.kernels.packed.layout import PackedLayout, as_words, read_block_ref
-from kvllm.kernels.packed.unpack import code_bias, codes, restored, unpair
+from kvllm.kernels.packed.unpack import code_bias, codes, narrowed, restored, unpair
 from kvllm.kernels.paged import INTERPRETED, next_power_of_2
 from kvllm.layout import IntArray, ceil_div
 
@@ -342,7 +342,7 @@ def _attend_packed_kernel(
         p = tl.exp2(logits - new_highest[None, :])
         shrink = tl.exp2(highest - new_highest)[None, :]
         highest = new_highest
-        weighted = (p * t[:, None]).to(DTYPE)
+        weighted = narrowed(p * t[:, None], DTYPE, ASSEMBLY)
         total = total * shrink + p
         rest = rest * shrink + (p * y[:, None] - bias * weighted.to(tl.float32))
         o0 = tl.dot(codes(value_words, 0, DTYPE, ASSEMBLY), weighted, acc=o0 * shrink, input_precision="ieee")

@@ -86,6 +86,17 @@ def unpair(pair, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
+def narrowed(x, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Of float32, in DTYPE; two at once."""
+    if ASSEMBLY and DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [bits], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    return x.to(DTYPE)
+
+
+@triton.jit
 def code_bias(DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
     if not ASSEMBLY:
         return 0.0
