@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 from transformers import Gemma2Config, GptOssConfig
+from vllm.distributed import cleanup_dist_env_and_memory
 
 from kvllm.config import KvConfig
 from kvllm.engine.stats import engine_stats
@@ -116,7 +117,11 @@ LAYERS = ["sliding_attention", "full_attention"] * 2
 @pytest.mark.parametrize(
     "config_class, options, without",
     [
-        (Gemma2Config, {"attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 16}, without_cap),
+        (
+            Gemma2Config,
+            {"attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 16, "tie_word_embeddings": True},
+            without_cap,
+        ),
         (GptOssConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}, without_sinks),
     ],
     ids=["soft cap", "sinks"],
@@ -132,6 +137,8 @@ def test_soft_caps_and_sinks(
             sinks = layer.self_attn.sinks.data
             sinks.copy_(torch.linspace(4, 7, len(sinks)))
         model.save_pretrained(folder)
+    # Engines of one process share their process groups, and those of a dense model have none for experts.
+    cleanup_dist_env_and_memory()
     llm = start(folder, CONFIG, **OPTIONS)
     prompts = [prompt(n, n) for n in LENGTHS]
     outputs = greedy(llm, prompts, NUM_TOKENS)
