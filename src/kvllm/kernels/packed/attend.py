@@ -29,6 +29,7 @@ from kvllm.layout import IntArray, ceil_div
 # H100 runs at once.
 LEAST_BLOCKS = 8
 MOST_PROGRAMS = 2048
+_PARTS_MERGED = 4  # at once
 
 
 # What queries are multiplied in: bfloat16 holds every number of fp8.
@@ -164,7 +165,8 @@ class PackedAttention:
         num_reqs, head_dim = len(batch.query_start_loc) - 1, self.layout.head_dim
         _merge_packed_kernel[(num_reqs, self.num_heads)](
             output, lse, self.outputs, self.lse, batch.query_start_loc, batch.plan, output.stride(0), output.stride(1),
-            lse.stride(0), batch.plan.stride(0), HEAD_DIM=head_dim, BLOCK_D=next_power_of_2(head_dim), num_warps=1,
+            lse.stride(0), batch.plan.stride(0), HEAD_DIM=head_dim, BLOCK_D=next_power_of_2(head_dim),
+            PARTS=_PARTS_MERGED, num_warps=1,
         )  # fmt: skip
         if prefill:
             block_n = max(32, next_power_of_2(self.group_size))
@@ -385,6 +387,7 @@ def _blend(target, packed, share, mask):
 def _merge_packed_kernel(
     output, lse, part_outputs, part_lse, query_start_loc, plan,
     stride_out_token, stride_out_head, stride_lse_head, stride_plan, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program per request and head."""
     req, head = tl.program_id(0), tl.program_id(1)
@@ -400,13 +403,18 @@ def _merge_packed_kernel(
     total = 1.0
     num_blocks = tl.load(plan + stride_plan + req) - tl.load(plan + req)
     # Rounding up may leave nothing for a request's last parts.
-    for i in range(tl.cdiv(num_blocks, tl.cdiv(num_blocks, num_parts))):
-        part = (parts_start + i) * tl.num_programs(1) + head
-        own_lse = tl.load(part_lse + part)
-        own = tl.load(part_outputs + part.to(tl.int64) * HEAD_DIM + dims, mask=mask, other=0.0)
-        new_highest = tl.maximum(highest, own_lse)
-        shrink, weight = tl.exp2(highest - new_highest), tl.exp2(own_lse - new_highest)
-        merged = merged * shrink + own * weight
-        total = total * shrink + weight
+    num_parts = tl.cdiv(num_blocks, tl.cdiv(num_blocks, num_parts))
+    for first in range(0, num_parts, PARTS):  # some at once, so that their loads do not wait for one another
+        parts = first + tl.arange(0, PARTS)
+        there = parts < num_parts
+        parts = (parts_start + parts).to(tl.int64) * tl.num_programs(1) + head
+        own_lse = tl.load(part_lse + parts, mask=there, other=float("-inf"))
+        own = tl.load(
+            part_outputs + parts[:, None] * HEAD_DIM + dims[None, :], mask=there[:, None] & mask[None, :], other=0.0
+        )
+        new_highest = tl.maximum(highest, tl.max(own_lse, axis=0))
+        shrink, weights = tl.exp2(highest - new_highest), tl.exp2(own_lse - new_highest)
+        merged = merged * shrink + tl.sum(own * weights[:, None], axis=0)
+        total = total * shrink + tl.sum(weights, axis=0)
         highest = new_highest
     tl.store(target, (merged / total).to(output.dtype.element_ty), mask=mask)
