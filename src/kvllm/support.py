@@ -24,10 +24,13 @@ CACHE_DTYPES = {
     "cpu": ("auto", "float16", "bfloat16"),
     "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
 }
+# vLLM's own defaults leave little to choose between: a window of 256 tokens must be many blocks.
+DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "TRITON_ATTN")}
 
 PLAIN_BITS = 16  # of survivors that are not rounded
 PACKED_BITS = 4  # of those that GPUs pack
+FP8_PACKED_BLOCK_SIZE = 32  # an fp8 block holds half the bytes, and its scales take as much: of 16 tokens they take 1/4
 ALL_FULL = "all layers must be full attention"
 COUNTS_POSITIONS = (
     "it computes the angles of keys from their indices in the text, and M-RoPE's positions behind an image are fewer; "
@@ -312,38 +315,43 @@ def layer_reasons(layer: Any, max_model_len: int) -> list[str]:
     return [reason(what, value, why) for wrong, what, value, why in checks if wrong]
 
 
-def packed_problem(bits: int, dtype: str, cache_dtype: str, text: Any = None) -> str | None:
+def is_fp8(cache_dtype: str) -> bool:
+    """cache_dtype: vLLM's --kv-cache-dtype"""
+    return cache_dtype.startswith("fp8")
+
+
+def default_block_size(device: str, bits: int = PLAIN_BITS, cache_dtype: str = "auto") -> int:
+    """Tokens in a block of the KV cache where nobody says otherwise.
+
+    device: "cpu" or "cuda"; bits: of survivors; cache_dtype: vLLM's --kv-cache-dtype
+    """
+    packed_in_fp8 = device == "cuda" and bits != PLAIN_BITS and is_fp8(cache_dtype)
+    return FP8_PACKED_BLOCK_SIZE if packed_in_fp8 else DEFAULT_BLOCK_SIZE[device]
+
+
+def packed_problem(bits: int, dtype: str) -> str | None:
     """Why a GPU does not store survivors in so many bits, with the remedy; None where it does, or nothing is rounded.
 
-    dtype: the model's; cache_dtype: vLLM's --kv-cache-dtype; text: a transformers config, where there is one
+    dtype: the model's
     """
     if bits == PLAIN_BITS:
         return None
-    other = "or survivor_bits=16"
     if bits != PACKED_BITS:
         return f"survivor_bits={bits}: GPUs pack survivors in {PACKED_BITS} bits. Use {PACKED_BITS}, or 16."
-    if cache_dtype not in ("auto", "bfloat16", "float16"):
-        return (
-            f"survivor_bits={bits}: not with kv_cache_dtype={cache_dtype} on a GPU. Use --kv-cache-dtype auto, {other}."
-        )
     if dtype not in ("bfloat16", "float16"):
         return (
             f"survivor_bits={bits}: GPUs compute attention over packed survivors in 16 bits, not in dtype={dtype}. Use "
-            f"--dtype bfloat16, {other}."
-        )
-    cap = getattr(text, "attn_logit_softcapping", None)
-    if cap or getattr(text, "model_type", None) == "gpt_oss":
-        what = f"attn_logit_softcapping={cap}" if cap else "model_type=gpt_oss, which has attention sinks"
-        return (
-            f"survivor_bits={bits}: not with {what}: attention over packed survivors has neither. Use survivor_bits=16."
+            "--dtype bfloat16, or survivor_bits=16."
         )
     return None
 
 
 def packed_reasons(layer: Any) -> list[str]:
-    """Why attention over packed survivors cannot be merged into that of a layer, from the loaded layer itself."""
-    backend, impl = layer.attn_backend.get_name(), layer.impl
-    soft_cap, sinks = getattr(impl, "logits_soft_cap", None), getattr(impl, "sinks", None)
+    """Why attention over packed survivors cannot be merged into that of a layer, from the loaded layer itself.
+
+    Attention sinks are part of the softmax's denominator that the backend hands out.
+    """
+    backend = layer.attn_backend.get_name()
     checks: Iterable[tuple[bool, str, Any, str]] = (
         (
             backend != "FLASH_ATTN",
@@ -351,8 +359,6 @@ def packed_reasons(layer: Any) -> list[str]:
             backend,
             "only FLASH_ATTN tells what merging needs; use it, or survivor_bits=16",
         ),
-        (bool(soft_cap), "logits_soft_cap", soft_cap, "use survivor_bits=16"),
-        (sinks is not None, "sinks", "learned", "use survivor_bits=16"),
         (layer.head_size % 16 > 0, "head_size", layer.head_size, "use survivor_bits=16"),
     )
     return [reason(what, value, why) for wrong, what, value, why in checks if wrong]

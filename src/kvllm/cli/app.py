@@ -141,7 +141,12 @@ def plan(
     memory: Annotated[str, typer.Option(help="Memory of the device, such as 80GiB.", metavar="SIZE")],
     length: Annotated[str, typer.Option(help="Total lengths in tokens, prompt included.")] = "2048,8192,32768",
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt, which is not compressed.", min=1)] = 256,
-    block_size: Annotated[int, typer.Option(help="Tokens in one KV block.", min=1, rich_help_panel=DEVICE)] = 16,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens in one KV block.", min=1, show_default="the engine's default", rich_help_panel=DEVICE
+        ),
+    ] = None,
     kv_cache_dtype: Annotated[
         str, typer.Option(help="auto, or fp8 for one byte per number.", rich_help_panel=DEVICE)
     ] = "auto",
@@ -188,7 +193,7 @@ def plan(
     from kvllm.compression.rounding import Rounding
     from kvllm.layout import Geometry
     from kvllm.methods import checked_config
-    from kvllm.support import packed_problem
+    from kvllm.support import default_block_size, packed_problem
 
     config = checked_config(options)
     device_bytes = planning.parse_bytes(memory)
@@ -196,9 +201,11 @@ def plan(
     model_config = AutoConfig.from_pretrained(model)
     text = model_config.get_text_config()
     one = footprint(model_config, config, 1, kv_cache_dtype, size, max_model_len)
-    if problem := packed_problem(config.survivor_bits, dtype_of(model_config), kv_cache_dtype, text):
+    if problem := packed_problem(config.survivor_bits, dtype_of(model_config)):
         raise UsageError(problem)
-    rounding = Rounding.from_config(config, block_size, head_dim_of(text))
+    if block_size is None:
+        block_size = default_block_size("cuda", config.survivor_bits, kv_cache_dtype)
+    rounding = Rounding.from_config(config, block_size, head_dim_of(text), kv_cache_dtype)
     geometry = Geometry.from_config(config, block_size, packed_tokens=rounding.block_tokens if rounding else None)
     num_seqs = max_num_seqs or default_max_num_seqs(device_bytes, gpu_memory_utilization, one)
     taken = replace(one, query_bank=num_seqs * one.query_bank)

@@ -57,11 +57,11 @@ class WorkerState:
         max_num_tokens: int,
         device: torch.device | str = "cpu",
         fused: bool = False,
-        packed: bool = False,
+        packed_rows: int = 0,
     ) -> None:
         """
-        fused:  whether `attach` will bring kernels that need no positions of survivors
-        packed: whether `attach` will bring what packs survivors; the plan then has one more row, for its kernels
+        fused:       whether `attach` will bring kernels that need no positions of survivors
+        packed_rows: more rows of the plan, for the kernels that attend to packed survivors
         """
         self.config = config
         self.method = make_method(config)
@@ -84,20 +84,22 @@ class WorkerState:
         self.compressor: Compressor | None = None
         # What a step tells the device: the plan of `join_segments` and the bank's codes, side by side for one copy.
         self.plan_stride = ceil_div(max_num_reqs, 4) * 4  # every row starts at a multiple of 16 bytes
-        self.plan_rows = PLAN_ROWS + packed
+        self.plan_rows = PLAN_ROWS + packed_rows
         self.plan_size = self.plan_rows * self.plan_stride
         self.step = torch.zeros(self.plan_size + max_num_tokens, dtype=torch.int32, device=device)
         self.plan = self.step[: self.plan_size].view(self.plan_rows, -1)
         self.codes = self.step[self.plan_size :]
         self.codes.fill_(-1)
 
-    def attach(self, store: PagedStore, fused: Fused | None = None, pack: Pack | None = None) -> None:
-        """Compress in this store from now on."""
+    def attach(
+        self, store: PagedStore, fused: Fused | None = None, pack: Pack | None = None, cache_dtype: str = "auto"
+    ) -> None:
+        """Compress in this store from now on; cache_dtype: vLLM's --kv-cache-dtype"""
         self.store = store
         numbers = torch.tensor(self.layers.numbers, device=self.bank.queries.device)
         self.compressor = Compressor(
             self.config, self.method, store, numbers, self.bank.shifts, self.rope, self.positions, fused,
-            rounding=Rounding.from_config(self.config, store.block_size, self.layers.head_dim), pack=pack,
+            rounding=Rounding.from_config(self.config, store.block_size, self.layers.head_dim, cache_dtype), pack=pack,
         )  # fmt: skip
 
     def warm_up(self, geometries: Iterable[Geometry]) -> None:

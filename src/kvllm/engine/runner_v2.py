@@ -72,10 +72,12 @@ class KvModelState(DefaultModelState):
         method = make_method(config)
         rope = rope_of(model, self.layers, vllm_config.model_config, device) if method.uses_rope else None
         fused = has_fused_kernels(method, layer.head_size)
-        rounding = Rounding.from_config(config, self.geometries.block_size, layer.head_size)
-        self.packed = PackedSurvivors(self.layers, rounding) if rounding is not None else None
+        self.cache_dtype = vllm_config.cache_config.cache_dtype
+        rounding = Rounding.from_config(config, self.geometries.block_size, layer.head_size, self.cache_dtype)
+        self.packed = PackedSurvivors(self.layers, rounding, self.dtype) if rounding is not None else None
+        packed_rows = PackedSurvivors.plan_rows(self.max_num_reqs, layer.num_kv_heads) if self.packed is not None else 0
         self.compression = WorkerState(
-            config, shape, rope, self.max_num_reqs, self.max_num_tokens, device, fused, packed=self.packed is not None
+            config, shape, rope, self.max_num_reqs, self.max_num_tokens, device, fused, packed_rows
         )
         self.seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self.cache: PagedCache | None = None
@@ -132,7 +134,7 @@ class KvModelState(DefaultModelState):
         if self.packed is not None:
             self.packed.attach(cache, store.survivor_blocks, state.plan)
             pack = self.packed.pack
-        state.attach(store, fused, pack)
+        state.attach(store, fused, pack, self.cache_dtype)
         state.warm_up(allowed_geometries(self.config, store.block_size, self.geometries.packed_tokens))
 
     def _to_device(self, numbers: list[int]) -> Tensor:

@@ -17,16 +17,13 @@ from kvllm.errors import UsageError
 from kvllm.layers import Local, local_layers
 from kvllm.layout import Geometry
 from kvllm.methods import checked_config, make_method
-from kvllm.support import PLAIN_BITS
+from kvllm.support import DEFAULT_BLOCK_SIZE, PLAIN_BITS
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig, ModelConfig, VllmConfig
     from vllm.sampling_params import SamplingParams
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
-
-# vLLM's own defaults leave little to choose between: a window of 256 tokens must be many blocks.
-DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 
 
 def kv_config(vllm_config: VllmConfig) -> KvConfig | None:
@@ -54,8 +51,8 @@ def packed_tokens(vllm_config: VllmConfig) -> int | None:
     config = kv_config(vllm_config)
     if config is None or config.survivor_bits == PLAIN_BITS or vllm_config.device_config.device_type == "cpu":
         return None
-    head_size = vllm_config.model_config.get_head_size()
-    return packed_block_tokens(vllm_config.cache_config.block_size, head_size, config.survivor_bits)
+    cache, head_size = vllm_config.cache_config, vllm_config.model_config.get_head_size()
+    return packed_block_tokens(cache.block_size, head_size, config.survivor_bits, cache.cache_dtype)
 
 
 class Geometries:
@@ -108,7 +105,7 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
         raise UsageError(f"KvLLM runs on {', '.join(DEFAULT_BLOCK_SIZE)}; this platform is {device!r}.")
     cache = vllm_config.cache_config
     if not cache.user_specified_block_size:
-        cache.block_size = DEFAULT_BLOCK_SIZE[device]
+        cache.block_size = support.default_block_size(device, config.survivor_bits, cache.cache_dtype)
         cache.user_specified_block_size = True
     _check_survivor_bits(config, device, cache, vllm_config.model_config)
     _check_geometry(config, cache.block_size, vllm_config.model_config.max_model_len, packed_tokens(vllm_config))
@@ -197,7 +194,7 @@ def _check_survivor_bits(config: KvConfig, device: str, cache: CacheConfig, mode
     bits = config.survivor_bits
     if bits == PLAIN_BITS:
         return
-    rounding = Rounding.from_config(config, cache.block_size, model_config.get_head_size())
+    rounding = Rounding.from_config(config, cache.block_size, model_config.get_head_size(), cache.cache_dtype)
     assert rounding is not None
     if device == "cpu":
         logger.info(
@@ -213,7 +210,7 @@ def _check_survivor_bits(config: KvConfig, device: str, cache: CacheConfig, mode
             f"survivor_bits={bits}: not with VLLM_BATCH_INVARIANT, since how a request's packed survivors are divided "
             "depends on the batch. Unset it, or use survivor_bits=16."
         )
-    if problem := support.packed_problem(bits, dtype, cache.cache_dtype, model_config.hf_text_config):
+    if problem := support.packed_problem(bits, dtype):
         raise UsageError(problem)
 
 

@@ -61,10 +61,12 @@ class Request:
         max_queries: int = 0,
         packed: bool = False,
         formats: Sequence[CacheFormat | None] | None = None,
+        cache_dtype: str = "auto",
     ) -> None:
-        """packed: windows keep whole packed blocks, as where survivors are stored in fewer bits (on GPUs)
-
-        formats: of the cache of each layer; None, for one or all: numbers are stored as they are
+        """
+        packed:      windows keep whole packed blocks, as where survivors are stored in fewer bits (on GPUs)
+        formats:     of the cache of each layer; None, for one or all: numbers are stored as they are
+        cache_dtype: of the engine, which says what a packed block holds; nothing is rounded to it, as `formats` do
         """
         check_model(model)
         if num_prompt_tokens < 1:
@@ -73,8 +75,10 @@ class Request:
         self.num_prompt_tokens = num_prompt_tokens
         self.config = config
         self.geometry = None
+        self.cache_dtype = cache_dtype
         if config:
-            held = packed_block_tokens(block_size, head_dim_of(model.config.get_text_config()), config.survivor_bits)
+            head_dim = head_dim_of(model.config.get_text_config())
+            held = packed_block_tokens(block_size, head_dim, config.survivor_bits, cache_dtype)
             self.geometry = Geometry.from_config(
                 config, block_size, packed_tokens=held if packed and config.survivor_bits < PLAIN_BITS else None
             )
@@ -187,7 +191,7 @@ class Request:
         return Compressor(
             config, self.method, DenseStore(config, layers), torch.tensor(numbers, device=device),
             torch.from_numpy(shifts).to(device), self.rope, positions, observe=self._note,
-            rounding=Rounding.from_config(config, geometry.block_size, head_dim),
+            rounding=Rounding.from_config(config, geometry.block_size, head_dim, self.cache_dtype),
         )  # fmt: skip
 
     def _note(self, kept: Kept, of_prompt: bool) -> None:

@@ -93,7 +93,7 @@ class Engine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from kvllm.engine.settings import DEFAULT_BLOCK_SIZE
+        from kvllm.support import DEFAULT_BLOCK_SIZE
 
         args = {"block_size": DEFAULT_BLOCK_SIZE[current_platform.device_type], **spec.vllm_args(model_dir)}
         if options is not None:
