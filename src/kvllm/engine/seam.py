@@ -125,11 +125,23 @@ OVERRIDES = (
         prepare_attn(self, input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config,
         for_capture=False, ubatch_idx=0, model_specific_attn_metadata=None)""",
         "on GPUs windows are compacted before a step, and attention reads the physical lengths",
-        "never: a model state is where vLLM puts work of this kind", ours="kvllm.engine.runner_v2:KvModelState"),
+        "never: a model state is where vLLM puts work of this kind", ours="kvllm.engine.runner_v2:StateMixin"),
+    Override("vllm.v1.worker.gpu.model_states.mamba_hybrid:MambaHybridModelState",
+        """__init__(self, vllm_config, model, encoder_cache, device)
+        add_request(self, req_index, new_req_data)
+        initialize_kv_cache(self, kv_cache_config, block_tables)
+        preprocess_state(self, input_batch, block_tables, kv_cache_config, num_computed_tokens)
+        prepare_attn(self, input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config,
+        for_capture=False, ubatch_idx=0, model_specific_attn_metadata=None)""",
+        "the same for models with recurrent layers, whose own part runs behind ours",
+        "never: a model state is where vLLM puts work of this kind", ours="kvllm.engine.runner_v2:StateMixin"),
     Override("vllm.v1.attention.backend:AttentionMetadataBuilder",
         "build(self, common_prefix_len, common_attn_metadata, fast_build=False)",
         "on CPUs attention metadata is built from the physical lengths", CPU_ON_V2,
         ours="kvllm.engine.attention:ShorteningBuilder"),
+    Override("vllm.v1.attention.backend:AttentionBackend", "get_supported_kernel_block_sizes(kv_cache_spec=None)",
+        "beside recurrent layers the allocator's blocks are large, and the kernels' must stay small",
+        "vLLM lets the size of the kernels' blocks be chosen", ours="kvllm.engine.attention:KernelBlockBackend"),
     Override("vllm.v1.attention.backend:AttentionBackend", "get_builder_cls()", "the backend names the builder above",
         CPU_ON_V2, ours="kvllm.engine.attention:ShorteningBackend"),
     Override("vllm.v1.metrics.loggers:StatLoggerBase", """__init__(self, vllm_config, engine_index=0)
@@ -194,6 +206,9 @@ ASSIGNMENTS = (
         f"{IMPL_FORWARD} {IMPL_STORE} sliding_window", CAPTURES, PLUGIN_ATTENTION),
     Assignment("vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl", f"{IMPL_FORWARD} sliding_window",
         CAPTURES, PLUGIN_ATTENTION),
+    Assignment("vllm.v1.worker.utils:AttentionGroup", "kernel_block_size",
+        "a block table whose survivors have moved is in the kernels' blocks already, and is not mapped to them again",
+        "vLLM's model state passes block tables in the kernels' blocks"),
     Assignment("vllm.v1.worker.gpu.input_batch:InputBatch", "seq_lens seq_lens_cpu_upper_bound",
         "attention metadata is built from the physical lengths; afterwards the logical ones are put back",
         "vLLM's model state passes sequence lengths to `build_attn_metadata` separately"),

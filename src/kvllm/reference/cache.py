@@ -13,15 +13,15 @@ from kvllm.compression.query_ring import query_shifts
 from kvllm.compression.rows import Due
 from kvllm.compression.store import ALL_LAYERS
 from kvllm.config import KvConfig
-from kvllm.layers import Local
+from kvllm.layers import LayerKind
 from kvllm.methods.base import Kept
 
 
 class LayerCache:
     """What one layer remembers. The tensors are replaced, never written into.
 
-    local:         how a local layer looks back; None for a layer of full attention. A local layer keeps the whole text,
-                   and its attention masks what it does not see
+    local:         how the layer looks back; None for a layer of full attention. A local layer keeps the whole text,
+                   and its attention masks what it does not see; recurrent layers keep nothing here
     keys, values: [num_tokens, num_kv_heads, head_dim], keys after RoPE: what is left of the text, in its order
     queries:      [up to max_queries, num_heads, head_dim], after RoPE, of the newest tokens of the text
     """
@@ -30,7 +30,7 @@ class LayerCache:
     values: Tensor
     queries: Tensor
 
-    def __init__(self, max_queries: int, local: Local | None = None) -> None:
+    def __init__(self, max_queries: int, local: LayerKind = None) -> None:
         self.max_queries = max_queries
         self.local = local
         self.num_appended = 0
