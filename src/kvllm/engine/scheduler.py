@@ -18,7 +18,6 @@ from kvllm.engine.settings import Geometries, kv_config, num_late_events
 from kvllm.engine.spec import KvManager, will_cut_prompt
 from kvllm.engine.startup import summary
 from kvllm.engine.stats import EngineStats, take_seconds
-from kvllm.errors import UsageError
 from kvllm.layout import ceil_div
 
 if TYPE_CHECKING:
@@ -45,8 +44,8 @@ class CompressionMixin(Base):
         coordinator = self.kv_cache_manager.coordinator
         self.groups = checked_groups(self.vllm_config, self.kv_cache_config)
         self.geometries = Geometries.of_engine(self.vllm_config)
-        if compressed_block_size(self.kv_cache_config, self.geometries.block_size) != self.block_size:
-            raise UsageError(f"KvLLM needs all KV cache groups to have blocks of {self.block_size} tokens.")
+        # Of the group that is compressed; vLLM's `block_size` is a multiple, where states have blocks of other lengths.
+        self.kv_block_size = compressed_block_size(self.kv_cache_config, self.geometries.block_size)
         self.kv_managers = [m for m in coordinator.single_type_managers if isinstance(m, KvManager)]
         for manager in self.kv_managers:
             manager.bind(self._compressed, num_late_events(self.vllm_config))
@@ -62,7 +61,7 @@ class CompressionMixin(Base):
         pages = self.kv_managers[0].kv_cache_spec.page_size_bytes
         num_blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is the null block
         geometry = self.geometries.of_ratio(config.retention_ratio)
-        logger.info("%s", summary(self.vllm_config, config, geometry, num_blocks, pages, self.block_size))
+        logger.info("%s", summary(self.vllm_config, config, geometry, num_blocks, pages, self.kv_block_size))
         self.own_watermark_blocks = self.kv_cache_manager.watermark_blocks
         # Route every chunk through `_mamba_block_aligned_split`, where upstream itself clips prefills, resumed ones
         # included, at the boundaries where it keeps recurrent states.
@@ -107,7 +106,7 @@ class CompressionMixin(Base):
         most = geometry.max_chunk(request.num_prompt_tokens, start)
         if num_new_tokens <= most:
             return num_new_tokens
-        return chunk_of_states(start, most, self.block_size) if self.aligns_states else most
+        return chunk_of_states(start, most, self.kv_block_size) if self.aligns_states else most
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         may_admit = self.waiting and len(self.running) < self.max_num_active_reqs
@@ -146,18 +145,18 @@ class CompressionMixin(Base):
         for geometry, lengths in by_geometry.values():
             widest = max(widest, geometry.interval)
             prompt, computed, most = np.array(lengths, np.int64).T
-            held = ceil_div(geometry.physical_len(prompt, computed), self.block_size)
+            held = ceil_div(geometry.physical_len(prompt, computed), self.kv_block_size)
             to_event = geometry.max_chunk(prompt, computed)
-            freed = geometry.num_freed(prompt, geometry.num_events(prompt, computed)) // self.block_size
+            freed = geometry.num_freed(prompt, geometry.num_events(prompt, computed)) // self.kv_block_size
             rows.append((held, to_event, prompt + most - computed, freed, computed))
         held, to_event, to_end, freed, computed = np.concatenate(rows, axis=1)
         if self.groups.local is None:
-            return blocks_ahead(held, to_event, to_end, freed, widest, self.block_size)
+            return blocks_ahead(held, to_event, to_end, freed, widest, self.kv_block_size)
 
         def local_blocks(steps: IntArray) -> IntArray:
-            return self.groups.local_blocks_held(computed + steps, self.block_size)
+            return self.groups.local_blocks_held(computed + steps, self.kv_block_size)
 
-        return blocks_ahead(held, to_event, to_end, freed, widest, self.block_size, local_blocks)
+        return blocks_ahead(held, to_event, to_end, freed, widest, self.kv_block_size, local_blocks)
 
     def _blocks_ahead_of_states(self, by_geometry: dict[int, tuple[Geometry, list[tuple[int, int, int]]]]) -> int:
         """The same where the allocator's blocks are larger than windows; the blocks of states do not grow."""
@@ -170,11 +169,11 @@ class CompressionMixin(Base):
             parts, first = [], 0
             for geometry, (prompt, computed, _) in made:
                 own = steps[:, first : first + len(prompt)]
-                parts.append(blocks_held(geometry, prompt, computed + own, self.block_size))
+                parts.append(blocks_held(geometry, prompt, computed + own, self.kv_block_size))
                 first += len(prompt)
             return np.concatenate(parts, axis=1)
 
-        return most_ahead(held, to_end, max(widest, self.block_size))
+        return most_ahead(held, to_end, max(widest, self.kv_block_size))
 
     def _num_used_blocks(self) -> int:
         pool = self.kv_cache_manager.block_pool
@@ -185,7 +184,7 @@ class CompressionMixin(Base):
         pool, manager = self.kv_cache_manager.block_pool, self.kv_managers[0]
         num_logical_tokens = sum(request.num_computed_tokens for request in self.running)
         stats = EngineStats(
-            block_size=self.block_size,
+            block_size=self.kv_block_size,
             num_kv_blocks=pool.num_gpu_blocks - 1,
             free_kv_blocks=pool.get_num_free_blocks(),
             peak_kv_blocks=self.peak_used_blocks,
