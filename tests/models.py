@@ -28,6 +28,16 @@ GLM_EXPERTS: dict[str, Any] = dict(
     first_k_dense_replace=1, use_qk_norm=True, partial_rotary_factor=0.5,
 )  # fmt: skip
 GPT_OSS_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 128}
+# What it needs for models with recurrent layers, whose states take as much as some hundred tokens of attention.
+GRANITE_HYBRID: dict[str, Any] = dict(
+    layer_types=["mamba", "mamba", "mamba", "attention"], num_local_experts=0, shared_intermediate_size=256,
+    mamba_n_heads=8, mamba_d_head=64, mamba_d_state=128, mamba_n_groups=1, mamba_expand=2, mamba_chunk_size=64,
+    attention_multiplier=0.125, max_position_embeddings=2048,
+)  # fmt: skip
+QWEN3_NEXT: dict[str, Any] = EXPERTS | dict(
+    linear_key_head_dim=64, linear_value_head_dim=64, linear_num_key_heads=4, linear_num_value_heads=8,
+    full_attention_interval=4, shared_expert_intermediate_size=128,
+)  # fmt: skip
 VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")  # their ids are 1 to 4
 IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END = 1, 2, 3, 4
 

@@ -11,31 +11,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from kvllm.layers import Local
+from kvllm.layers import Cacheless, LayerKind, Local, Recurrent
 
 Count = TypeVar("Count")
+
+# Blocks of a group of recurrent layers that a request holds: its state, that of the step before while it moves on to
+# the next block, and one that is kept for other requests with the same prompt.
+STATE_BLOCKS = 3
 
 
 @dataclass(frozen=True)
 class Groups:
-    """`num_full` groups of layers of full attention and `num_local` of local layers.
+    """`num_full` groups of layers of full attention and `num_local` of local or recurrent layers.
 
     group_size: layers in each group: a block of the pool holds what so many layers store of `block_size` tokens
-    local:      how the local layers look back; None where there are none
+    local:      how the local layers look back, or that they are recurrent; None where there are none
     """
 
     group_size: int
     num_full: int = 1
     num_local: int = 0
-    local: Local | None = None
+    local: Local | Recurrent | None = None
 
     @classmethod
-    def of(cls, layers: Sequence[Local | None]) -> Groups:
-        """vLLM's grouping of layers of full attention (None) and of local ones, which all look back alike.
+    def of(cls, kinds_of_layers: Sequence[LayerKind]) -> Groups:
+        """vLLM's grouping of layers of full attention (None) and of local or recurrent ones, all of one kind.
 
         A group has as many layers as there are of the rarer kind, or of the other where it has less than 1.5 times as
         many.
         """
+        layers = [kind for kind in kinds_of_layers if not isinstance(kind, Cacheless)]
         kinds = set(layers) - {None}
         num_full = sum(layer is None for layer in layers)
         if not kinds or not num_full:
@@ -53,6 +58,8 @@ class Groups:
         """
         if self.local is None:
             return 0
+        if isinstance(self.local, Recurrent):
+            return self.num_local * STATE_BLOCKS
         if self.local.chunked:
             most = -(-(self.local.size + in_flight) // block_size)
         else:
@@ -74,4 +81,6 @@ class Groups:
         computed: Any = num_computed_tokens
         if self.local is None:
             return computed * 0
+        if isinstance(self.local, Recurrent):
+            return computed * 0 + self.num_local
         return self.num_local * (-(-computed // block_size) - self.local.first_seen(computed) // block_size)

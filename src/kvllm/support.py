@@ -6,9 +6,9 @@ model's config alone. The engine asks again once the model is loaded, when each 
 
 Compression moves the survivors of a text together, so the index of a token in the cache no longer says where it was in
 the text. An attention layer may know positions only from what is in the cache: keys that are rotated, or that come from
-hidden states with a position embedding. A layer that computes anything from indices (ALiBi slopes, relative position
-bias, windows, chunks) would compute it from the wrong ones. So layers that look back over a window or a chunk are left
-to vLLM, and those beside them, of full attention, are compressed.
+hidden states with a position embedding, or from recurrent layers. A layer that computes anything from indices (ALiBi
+slopes, relative position bias, windows, chunks) would compute it from the wrong ones. So layers that look back over a
+window or a chunk are left to vLLM, as are recurrent ones, and those beside them, of full attention, are compressed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from kvllm.errors import UsageError
 from kvllm.groups import Groups
-from kvllm.layers import Local, layer_kinds, local_layers
+from kvllm.layers import CACHELESS, RECURRENT, Local, Recurrent, layer_kinds, local_layers
 
 CACHE_DTYPES = {
     "cpu": ("auto", "float16", "bfloat16"),
@@ -40,9 +40,14 @@ COUNTS_POSITIONS = (
 FULL_ATTENTION = {"full_attention", "attention"}
 LOCAL_ATTENTION = {"sliding_attention", "chunked_attention"}
 NO_FULL = "no layer is full attention, so there is nothing to compress"
-SERVED_KINDS = "all layers must be full, sliding or chunked attention"
+SERVED_KINDS = "layers must be full, sliding or chunked attention, or recurrent (Mamba, linear attention)"
 # The classes of vLLM's attention layers that are served.
 ATTENTION = ("vllm.model_executor.layers.attention.attention", "Attention")
+MAMBA = ("vllm.model_executor.layers.mamba.abstract", "MambaBase")
+MODEL_STATES = {
+    ("vllm.v1.worker.gpu.model_states.default", "DefaultModelState"),
+    ("vllm.v1.worker.gpu.model_states.mamba_hybrid", "MambaHybridModelState"),
+}
 CHUNKED = ("vllm.model_executor.layers.attention.chunked_local_attention", "ChunkedLocalAttention")
 # Fields of a config that say how the model tells positions apart: by rotating queries and keys.
 ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "rotary_pct", "rotary_emb_base")
@@ -113,25 +118,29 @@ def _layer_kind_reasons(text: Any, max_model_len: int | None) -> list[str]:
         states = [field for field in STATE_FIELDS if getattr(text, field, None)]
         if states:
             return [reason(field, getattr(text, field), SERVED_KINDS) for field in states[:1]]
-    if others := set(layer_kinds(text)) - FULL_ATTENTION - LOCAL_ATTENTION:
+    if others := set(layer_kinds(text)) - FULL_ATTENTION - LOCAL_ATTENTION - RECURRENT - CACHELESS:
         return [reason("layer_types", ", ".join(sorted(others)), SERVED_KINDS)]
     layers = local_layers(text, max_model_len)
-    kinds = {layer for layer in layers if layer is not None}
+    kinds = {layer for layer in layers if isinstance(layer, Local | Recurrent)}
     if None not in layers:
-        return [_all_local(text, layers[0], max_model_len)]
+        if Recurrent() in kinds:
+            return [reason("layer_types", ", ".join(sorted(set(layer_kinds(text)))), NO_FULL)]
+        return [_all_local(text, next(iter(kinds)), max_model_len)]
     if len(kinds) > 1:
         why = "only one of these may be beside full attention"
-        return [reason("layer_types", ", ".join(sorted(LOCAL_ATTENTION)), why)]
+        beside = set(layer_kinds(text)) & (LOCAL_ATTENTION | RECURRENT)
+        return [reason("layer_types", ", ".join(sorted(beside)), why)]
     if (groups := Groups.of(layers)).num_full > 1:
-        counts = f"{layers.count(None)} of full attention, {len(layers) - layers.count(None)} others"
+        others_count = sum(isinstance(layer, Local | Recurrent) for layer in layers)
+        counts = f"{layers.count(None)} of full attention, {others_count} others"
         why = f"vLLM would make {groups.num_full} KV cache groups of those of full attention; compression needs one"
         return [reason("layer_types", counts, why)]
     return []
 
 
-def _all_local(text: Any, local: Local | None, max_model_len: int | None) -> str:
+def _all_local(text: Any, local: Local | Recurrent, max_model_len: int | None) -> str:
     longest = "unknown" if max_model_len is None else max_model_len
-    if local is None or local.chunked:
+    if isinstance(local, Recurrent) or local.chunked:
         return reason("attention_chunk_size", getattr(local, "size", None), NO_FULL)
     window = text.sliding_window
     return reason(
@@ -155,7 +164,7 @@ def _position_reasons(text: Any) -> list[str]:
     if "relative" in embedding:
         return [reason("position_embedding_type", embedding, "the bias takes distances from places in the cache")]
     has_rope = any(getattr(text, field, None) is not None or field in attention for field in ROPE_FIELDS)
-    if has_rope or text.model_type in LEARNED_POSITIONS:
+    if has_rope or text.model_type in LEARNED_POSITIONS or set(layer_kinds(text)) & RECURRENT:
         return []
     return [
         reason("model_type", text.model_type, "how it tells positions apart is not known; models with RoPE are served")
@@ -178,7 +187,23 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
     after_model: list[tuple[bool, str, Any, str]] = [
         (model.use_mla, "model", model.model, "multi-head latent attention keeps no KV heads to choose from"),
         (model.is_encoder_decoder, "model", model.model, "use a decoder-only model"),
-        (model.is_hybrid or model.is_attention_free, "model", model.model, ALL_FULL),
+        (model.is_attention_free, "model", model.model, NO_FULL),
+        (
+            model.is_hybrid and cache.mamba_cache_mode == "all",
+            "mamba_cache_mode",
+            cache.mamba_cache_mode,
+            "use align, or none with prefix caching off",
+        ),
+        (
+            model.is_hybrid and cache.prefix_match_unit is not None,
+            "prefix_match_unit",
+            cache.prefix_match_unit,
+            "requests would share parts of blocks; leave it out",
+        ),
+        *(
+            (model.is_hybrid and getattr(cache, name), name, True, "leave it off")
+            for name in ("use_kda_recoverssm", "use_replayssm")
+        ),
         (
             vllm_config.speculative_config is not None,
             "speculative_config",
@@ -257,9 +282,9 @@ def torchvision_problem() -> str | None:
 
 def model_state_reasons(cls: type) -> list[str]:
     """Why the V2 runner's state of this model, a class, cannot be extended by compression."""
-    if (cls.__module__, cls.__qualname__) == ("vllm.v1.worker.gpu.model_states.default", "DefaultModelState"):
+    if (cls.__module__, cls.__qualname__) in MODEL_STATES:
         return []
-    return [reason("model_state", cls.__name__, ALL_FULL)]
+    return [reason("model_state", cls.__name__, SERVED_KINDS)]
 
 
 def is_local_layer(layer: Any, max_model_len: int) -> bool:
@@ -268,6 +293,11 @@ def is_local_layer(layer: Any, max_model_len: int) -> bool:
         return True
     window = layer.sliding_window if _class_of(layer) == ATTENTION else None
     return window is not None and window < max_model_len
+
+
+def is_recurrent_layer(layer: Any) -> bool:
+    """Whether a layer of vLLM keeps a state of fixed size. It is left alone."""
+    return any((cls.__module__, cls.__qualname__) == MAMBA for cls in type(layer).__mro__)
 
 
 def _class_of(layer: Any) -> tuple[str, str]:

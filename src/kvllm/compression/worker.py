@@ -129,6 +129,7 @@ class WorkerState:
             with self.stopwatch.running():
                 self.store.begin_step(block_table)
                 self.compressor.compress(due)
+                self.store.settle()
         return self.rows.columns[REMOVED, rows]
 
     def write_plan(

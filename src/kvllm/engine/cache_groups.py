@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 
 from kvllm.engine.settings import local_layers_of
 from kvllm.engine.spec import KvSpec
 from kvllm.errors import UsageError
 from kvllm.groups import Groups
-from kvllm.layers import Local
+from kvllm.layers import Local, Recurrent
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,16 +29,24 @@ CacheBlocks = Callable[["Request", int], None]  # of vLLM's coordinator, for all
 def compressed_group(kv_cache_config: KVCacheConfig, block_size: int) -> int:
     """The number of the KV cache group whose layers are compressed.
 
-    Raises UsageError unless there is exactly one, with blocks of `block_size` tokens and none but our layers.
+    Raises UsageError unless there is exactly one, with blocks of `block_size` tokens, or beside recurrent layers of
+    several times as many, and none but our layers.
     """
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     found = [i for i, spec in enumerate(specs) if isinstance(spec, KvSpec)]
-    if len(found) != 1 or specs[found[0]].block_size != block_size:
+    larger = any(isinstance(spec, MambaSpec) for spec in specs)
+    sizes = [specs[i].block_size for i in found]
+    if len(found) != 1 or (sizes[0] != block_size and not (larger and sizes[0] % block_size == 0)):
         raise UsageError(
             f"KvLLM needs all layers of full attention in one KV cache group with blocks of {block_size} tokens; vLLM "
             f"made {', '.join(f'{type(spec).__name__} with blocks of {spec.block_size}' for spec in specs)}."
         )
     return found[0]
+
+
+def compressed_block_size(kv_cache_config: KVCacheConfig, block_size: int) -> int:
+    """Tokens in a block of that group, as the allocator has it."""
+    return kv_cache_config.kv_cache_groups[compressed_group(kv_cache_config, block_size)].kv_cache_spec.block_size
 
 
 def checked_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
@@ -52,12 +66,14 @@ def checked_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> G
     return expected
 
 
-def local_of(spec: KVCacheSpec) -> Local | str:
+def local_of(spec: KVCacheSpec) -> Local | Recurrent | str:
     """How layers with this spec look back; the name of a spec that is not known."""
     if isinstance(spec, SlidingWindowSpec):
         return Local(spec.sliding_window)
     if isinstance(spec, ChunkedLocalAttentionSpec):
         return Local(spec.attention_chunk_size, chunked=True)
+    if isinstance(spec, MambaSpec):
+        return Recurrent()
     return type(spec).__name__
 
 

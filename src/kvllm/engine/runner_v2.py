@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,11 +21,18 @@ from vllm.utils.platform_utils import is_pin_memory_available
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 from kvllm.compression.rounding import Rounding
 from kvllm.compression.worker import Layers, WorkerState
-from kvllm.engine.attention import capture_queries, compressed_layers, store_with_queries
-from kvllm.engine.cache_groups import compressed_group
+from kvllm.engine.attention import (
+    capture_queries,
+    compressed_layers,
+    in_kernel_blocks,
+    kernel_block_backend,
+    store_with_queries,
+)
+from kvllm.engine.cache_groups import compressed_block_size, compressed_group
 from kvllm.engine.compat import is_quantized_kv_cache
 from kvllm.engine.packed import PackedSurvivors
 from kvllm.engine.rope import rope_of
@@ -46,18 +53,25 @@ _LARGE_BANK = 0.05  # share of the device's memory from which on a max_num_seqs 
 
 @cache
 def compressing(cls: type) -> type:
-    """`cls` with compression; UsageError for a model state that we do not know to be plain full attention."""
+    """`cls` with compression; UsageError for a model state of which we do not know what it does."""
     for reason in model_state_reasons(cls):
         raise UsageError(f"KvLLM does not support {reason}.")
-    return KvModelState
+    return KvModelState if cls is DefaultModelState else KvHybridModelState
 
 
-class KvModelState(DefaultModelState):
-    """vLLM's model state, which also compresses due windows before a step and joins what its attention reads."""
+# For the type checker a model state; at run time the classes below put one behind the mixin.
+Base: Any = DefaultModelState if TYPE_CHECKING else object
+
+
+class StateMixin(Base):
+    """What compression adds to a model state: due windows are compressed before a step, and what its attention reads is
+    joined."""
 
     packed: PackedSurvivors | None = None
 
     group = 0  # of vLLM's KV cache groups the one that is compressed
+    blocks_per_block = 1  # kernel blocks in a block of the allocator
+    kernel_table: Tensor | None = None  # where they are not the same: [max_num_reqs, most kernel blocks]
 
     def __init__(self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any, device: torch.device):
         super().__init__(vllm_config, model, encoder_cache, device)
@@ -83,6 +97,9 @@ class KvModelState(DefaultModelState):
         self.cache: PagedCache | None = None
         self.prepared: InputBatch | None = None  # the real batch that preprocess_state has planned
         self.num_removed = np.zeros(0, np.int64)
+        if vllm_config.model_config.is_hybrid:
+            for each in self.layers:
+                each.attn_backend = kernel_block_backend(each.attn_backend, self.geometries.block_size)
         if is_quantized_kv_cache(layer.kv_cache_dtype):
             capture_queries(self.layers, self._store, "cuda")  # what is quantised, vLLM writes itself
         else:
@@ -109,11 +126,17 @@ class KvModelState(DefaultModelState):
         super().initialize_kv_cache(kv_cache_config, block_tables)
         block_size = self.geometries.block_size
         self.group = compressed_group(kv_cache_config, block_size)
-        if block_tables.block_sizes[self.group] != block_size:
+        allocator_block_size = compressed_block_size(kv_cache_config, block_size)
+        if block_tables.block_sizes[self.group] != allocator_block_size:
             raise UsageError(
-                f"KvLLM needs block tables with blocks of {block_size} tokens; vLLM made "
+                f"KvLLM needs block tables with blocks of {allocator_block_size} tokens; vLLM made "
                 f"{block_tables.block_sizes[self.group]}."
             )
+        self.blocks_per_block = allocator_block_size // block_size
+        if self.blocks_per_block > 1:
+            num_reqs, num_blocks = block_tables.input_block_tables[self.group].shape
+            shape = (num_reqs, num_blocks * self.blocks_per_block)
+            self.kernel_table = torch.zeros(shape, dtype=torch.int32, device=self.device)
         pairs = [layer.kv_cache.transpose(1, 2).split(layer.head_size, dim=-1) for layer in self.layers]
         scales: tuple[Tensor | None, Tensor | None] = (None, None)
         if pairs[0][0].dtype.itemsize == 1:
@@ -130,6 +153,7 @@ class KvModelState(DefaultModelState):
             self.config, state.bank, self.geometries.block_size, self.max_model_len, self._to_device,
             cache=cache, dtype=self.dtype,
         )  # fmt: skip
+        store.allocator_block_size = self.blocks_per_block * store.block_size
         fused, pack = fused_kernels(state.method, self.config, state.bank, cache, state.rope), None
         if self.packed is not None:
             self.packed.attach(cache, store.survivor_blocks, state.plan)
@@ -161,10 +185,10 @@ class KvModelState(DefaultModelState):
         num_computed_tokens: Tensor,
     ) -> None:
         """Compress what is due, then join the segments of the step's block tables and lengths. Real batches only."""
-        super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
         num_reqs, state = input_batch.num_reqs, self.compression
+        table = in_kernel_blocks(block_tables[self.group], self.blocks_per_block, self.kernel_table)
         rows, computed = input_batch.idx_mapping_np[:num_reqs], input_batch.num_computed_tokens_np[:num_reqs]
-        self.num_removed = state.begin_step(rows, computed, input_batch.req_ids, block_tables[self.group])
+        self.num_removed = state.begin_step(rows, computed, input_batch.req_ids, table)
         # Staged where the GPU can read it, which it may do after this step.
         size = state.plan_size + input_batch.num_tokens_after_padding
         staged = torch.empty(size, dtype=torch.int32, pin_memory=is_pin_memory_available())
@@ -176,10 +200,12 @@ class KvModelState(DefaultModelState):
         assert state.store is not None
         seq_lens = input_batch.seq_lens
         join_segments(
-            block_tables[self.group], seq_lens, self.seq_lens[: seq_lens.shape[0]], state.store.survivor_blocks,
+            table, seq_lens, self.seq_lens[: seq_lens.shape[0]], state.store.survivor_blocks,
             state.plan, state.store.block_size, self.packed is not None,
         )  # fmt: skip
         self.prepared = input_batch
+        # Behind the events: it may write to blocks that they have emptied.
+        super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
 
     def prepare_attn(
         self,
@@ -207,7 +233,7 @@ class KvModelState(DefaultModelState):
         self.prepared = None
 
         def prepare(groups: list[list[Any]]) -> dict[str, Any]:
-            return super(KvModelState, self).prepare_attn(
+            return super(StateMixin, self).prepare_attn(
                 input_batch, cudagraph_mode, block_tables, slot_mappings, groups, *args, **kwargs
             )
 
@@ -215,8 +241,22 @@ class KvModelState(DefaultModelState):
         if len(attn_groups) > 1:
             made = prepare([[] if i == self.group else group for i, group in enumerate(attn_groups)])
             attn_groups = [group if i == self.group else [] for i, group in enumerate(attn_groups)]
+        if self.kernel_table is not None:
+            tables = list(block_tables)
+            tables[self.group] = self.kernel_table[: len(block_tables[self.group])]
+            block_tables = tuple(tables)
+            for attn_group in attn_groups[self.group]:
+                attn_group.kernel_block_size = None  # the table has kernel blocks already
         with physical_lengths(input_batch, seq_lens, upper_bound):
             return made | prepare(attn_groups)
+
+
+class KvModelState(StateMixin, DefaultModelState):
+    """The state of a model with layers of attention alone."""
+
+
+class KvHybridModelState(StateMixin, MambaHybridModelState):
+    """The state of a model that has recurrent layers as well, which are left to vLLM."""
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def attend(
     if cache.local is None and window is not None and cache.num_appended > window:
         raise ValueError(f"{cache.num_appended} tokens: {type(module).__name__} looks back only {window}.")
     keys, values = (x.transpose(0, 1)[None] for x in seen)
-    if cache.local is None:
+    if not isinstance(cache.local, Local):
         mask = causal_mask(num_new, len(cache.keys), query.device)
     else:
         mask = local_mask(num_new, len(cache.keys), cache.local, query.device)

@@ -13,7 +13,7 @@ from kvllm.compression.query_ring import query_shifts
 from kvllm.compression.rows import Due
 from kvllm.compression.store import ALL_LAYERS
 from kvllm.config import KvConfig
-from kvllm.layers import Local
+from kvllm.layers import LayerKind
 from kvllm.methods.base import Kept
 from kvllm.reference.formats import CacheFormat
 from kvllm.support import PLAIN_BITS
@@ -22,8 +22,8 @@ from kvllm.support import PLAIN_BITS
 class LayerCache:
     """What one layer remembers. The tensors are replaced, never written into.
 
-    local:         how a local layer looks back; None for a layer of full attention. A local layer keeps the whole text,
-                   and its attention masks what it does not see
+    local:         how the layer looks back; None for a layer of full attention. A local layer keeps the whole text,
+                   and its attention masks what it does not see; recurrent layers keep nothing here
     format:        how numbers are stored; None: as they are
     exact_until:   tokens of the text whose own step attends to them as they were before they were stored
     keys, values: [num_tokens, num_kv_heads, head_dim], keys after RoPE: what is left of the text, in its order
@@ -35,7 +35,7 @@ class LayerCache:
     queries: Tensor
 
     def __init__(
-        self, max_queries: int, local: Local | None = None, format: CacheFormat | None = None, exact_until: int = 0
+        self, max_queries: int, local: LayerKind = None, format: CacheFormat | None = None, exact_until: int = 0
     ) -> None:
         self.max_queries = max_queries
         self.local = local

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,7 +24,7 @@ from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.compression.rows import Due
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
-from kvllm.layers import Local, local_layers
+from kvllm.layers import Cacheless, LayerKind, Recurrent, local_layers
 from kvllm.layout import Geometry
 from kvllm.methods import make_method
 from kvllm.methods.base import Kept, LayerShape
@@ -33,6 +34,7 @@ from kvllm.reference.cache import DenseStore, LayerCache
 from kvllm.reference.formats import CacheFormat
 from kvllm.reference.images import PromptImages
 from kvllm.reference.rope import rope_of
+from kvllm.reference.states import states_of
 from kvllm.support import PLAIN_BITS
 
 
@@ -48,6 +50,7 @@ class Request:
     """The state of a request, batch size 1. `config=None` compresses nothing, and keeps `max_queries` for a fork.
 
     layers:      the cache of each layer; those of full attention are compressed
+    states:      of recurrent layers, which are as long as the text is; None where there are none
     kept:        for each compression so far, the indices that survived, [num_compressed, num_kv_heads, num_kept]
     kept_prompt: the same of the prompt, once it is cut (`prompt_budget`)
     """
@@ -94,11 +97,12 @@ class Request:
                 self.rope = _known_rope(model)
                 self.method.check_rope(self.rope)
         max_queries = config.query_span if config else max_queries
-        layers = layers_of(model)
+        kinds = layers_of(model)
         self.layers = [
-            LayerCache(max_queries, local, format, num_prompt_tokens if format and format.exact_prefill else 0)
-            for local, format in zip(layers, formats or [None] * len(layers), strict=True)
+            LayerCache(max_queries, kind, format, num_prompt_tokens if format and format.exact_prefill else 0)
+            for kind, format in zip(kinds, formats or [None] * len(kinds), strict=True)
         ]
+        self.states = states_of(model, kinds)
 
     @classmethod
     def fork(cls, full: Request, config: KvConfig, block_size: int = 16, packed: bool = False) -> Request:
@@ -113,6 +117,7 @@ class Request:
             raise ValueError(f"the request keeps {full.layers[0].max_queries} queries, not {config.query_span}.")
         forked.num_computed_tokens = full.num_computed_tokens
         forked.layers = [copy.copy(layer) for layer in full.layers]  # their tensors are replaced, never written into
+        forked.states = copy.deepcopy(full.states)
         return forked
 
     @property
@@ -150,9 +155,11 @@ class Request:
         self.compress_if_due()
         first, device = self.num_computed_tokens, self.model.device
         if self.images is None:
-            inputs = {"position_ids": torch.arange(first, end, device=device)[None]}
+            inputs: dict[str, Any] = {"position_ids": torch.arange(first, end, device=device)[None]}
         else:
             inputs = self.images.step_inputs(first, end)
+        if self.states is not None:
+            inputs["past_key_values"] = self.states
         with attention_through(self.model, self.layers):
             logits = self.model(
                 input_ids=torch.tensor([list(token_ids)], device=device), use_cache=False, **inputs
@@ -202,6 +209,8 @@ class Request:
 
     def _check_layers(self) -> None:
         for i, layer in enumerate(self.layers):
+            if isinstance(layer.local, Recurrent | Cacheless):
+                continue
             if layer.num_appended != self.num_computed_tokens:
                 raise UsageError(
                     f"layer {i} of {type(self.model).__name__} keeps no KV cache of its own; every layer must have one."
@@ -220,7 +229,7 @@ def _known_rope(model: PreTrainedModel) -> Rope | None:
     return _ropes[model][1]
 
 
-def layers_of(model: PreTrainedModel) -> list[Local | None]:
+def layers_of(model: PreTrainedModel) -> list[LayerKind]:
     """How each layer of the model looks back; None: over the whole text, or a window as long as the context."""
     text = model.config.get_text_config()
     return local_layers(text, getattr(text, "max_position_embeddings", None))

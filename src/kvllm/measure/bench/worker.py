@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from kvllm.compression.blocks import blocks_held
 from kvllm.config import CONFIG_KEY, RATIO_KEY
 from kvllm.groups import Groups
 from kvllm.layers import local_layers
@@ -109,6 +110,21 @@ class Engine:
     def block_size(self) -> int:
         return self.llm.vllm_config.cache_config.block_size
 
+    @property
+    def kernel_block_size(self) -> int:
+        from kvllm.engine.settings import kernel_block_size
+
+        return kernel_block_size(self.llm.vllm_config)
+
+    def slots(self, geometry: Geometry | None, num_prompt_tokens: int, num_tokens: int) -> int:
+        """Of the group that is compressed, what a request holds: tokens, or whole blocks where those hold hundreds."""
+        size = self.block_size
+        if size == self.kernel_block_size:
+            return geometry.physical_len(num_prompt_tokens, num_tokens) if geometry else num_tokens
+        if geometry is None:
+            return ceil_div(num_tokens, size) * size
+        return int(blocks_held(geometry, np.array([num_prompt_tokens]), np.array([num_tokens]), size)[0]) * size
+
     @cached_property
     def groups(self) -> Groups:
         model = self.llm.vllm_config.model_config
@@ -148,8 +164,8 @@ class Engine:
             for s in states
             if s.stats.last_token_ts == newest
         ]
-        logical = sum(n for _, n in running)
-        physical = sum(geometry.physical_len(p, n) for p, n in running) if geometry else logical
+        logical = sum(self.slots(None, p, n) for p, n in running)
+        physical = sum(self.slots(geometry, p, n) for p, n in running)
         local = sum(self.groups.local_blocks_held(n, self.block_size) for _, n in running) * self.block_size
         return Lengths(time.perf_counter() - self.recorder.start, len(running), logical, physical, local)
 
@@ -246,8 +262,9 @@ class Load:
         spec, engine = self.engine.spec, self.engine
         block = engine.block_size
         computed = range(spec.prompt_len, spec.prompt_len + spec.output_len, block)
-        physical = [self.geometry.physical_len(spec.prompt_len, c) if self.geometry else c for c in computed]
-        mean_blocks = sum(ceil_div(n + 1, block) for n in physical) / len(physical)
+        physical = [engine.slots(self.geometry, spec.prompt_len, c) for c in computed]
+        local = [engine.groups.local_blocks_held(c, block) for c in computed]
+        mean_blocks = (sum(ceil_div(n + 1, block) for n in physical) + sum(local)) / len(physical)
         return max(1, min(self.seats(), self.num_requests, int(engine.num_kv_blocks / mean_blocks)))
 
 
@@ -275,7 +292,7 @@ def run_one(engine: Engine, run: dict[str, Any], engine_options: dict[str, Any] 
 
         config = checked_config(options)
         held = packed_tokens(engine.llm.vllm_config)
-        geometry = Geometry.from_config(config, engine.block_size, packed_tokens=held)
+        geometry = Geometry.from_config(config, engine.kernel_block_size, packed_tokens=held)
         if engine_options and engine_options["retention_ratio"] != config.retention_ratio:
             extra_args = {RATIO_KEY: config.retention_ratio}
 
