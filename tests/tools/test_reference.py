@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tools import reference, refusals
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("module", [reference, refusals], ids=["commands.md", "refusals.md"])
@@ -46,3 +49,16 @@ ROWS = [(True, "backend", 1, f"use one of {2}")]
         "bits=…: use 4.": "Use 4.",
         "backend=…: use one of …": "Use one of …",
     }
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.name)
+def test_links_of_the_pages_outside_docs_lead_somewhere(page: Path) -> None:
+    """Those of docs/ are checked by `make docs`."""
+    text = page.read_text()
+    for target, anchor in re.findall(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]*))?\)", text):
+        path = page.parent / target
+        assert path.exists(), target
+        if anchor and path.suffix == ".md":
+            heads = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+            assert anchor in anchors, f"{target}#{anchor}"
