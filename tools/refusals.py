@@ -107,6 +107,7 @@ REMEDIES: dict[tuple[str, str], str] = {
         "measure/eval/cli.py",
         "--endpoint:",
     ): "Leave out --methods, --configs and vLLM's flags, and set them on the server.",
+    ("measure/eval/chains.py", "problems a chain"): "Chain at most as many problems as there are.",
     ("measure/eval/engines.py", "reports no usage"): "Use a server that reports `usage`, such as `kvllm serve`.",
     ("measure/eval/engines.py", "stock vLLM"): "Leave --ratios out for this configuration.",
     ("measure/eval/problems.py", ": has no"): "Give each line of --data a `problem` and an `answer`.",
