@@ -57,7 +57,7 @@ test: lint check-seam $(MODEL)/config.json
 
 # Broken links and pages that are in no menu are errors. The variable silences an advertisement of mkdocs-material.
 docs: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 reference: $(INSTALLED)
 	PYTHONPATH=src .venv/bin/python -m tools.reference

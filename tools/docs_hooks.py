@@ -1,7 +1,7 @@
 """A hook for MkDocs: pages may link to files of the repository outside docs/, as on a code host.
 
-Such a file is copied into the site, under repository/, and the link is pointed at the copy. A link to a file that does
-not exist stays as it is, and MkDocs reports it.
+Such a file is copied into the site, under repository/, and the link is pointed at the copy. A link to what is no file
+stays as it is, and MkDocs reports it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
     def replace(match: re.Match[str]) -> str:
         path = outside_docs(match[2], page.file.src_uri)
-        if path is None or not (ROOT / path).exists():
+        if path is None or not (ROOT / path).is_file():
             return match[0]
-        if (ROOT / path).is_dir():  # a folder has no page of its own
-            return f"{match[1]}{posixpath.relpath('index.md', posixpath.dirname(page.file.src_uri) or '.')}{match[3]}"
         copy = f"{COPIES}/{path}{'.txt' if path.endswith('.md') else ''}"  # text as it is, not one more page
         if files.get_file_from_path(copy) is None:
             files.append(File.generated(config, copy, abs_src_path=str(ROOT / path)))

@@ -63,6 +63,8 @@ CARRIERS = re.compile(
 STOCK = "Serve this model with stock vLLM. [Compatibility](compatibility.md) lists models that are served."
 BUG = "Please report this with the model and the vLLM release; until then serve the model with stock vLLM."
 REMEDIES: dict[tuple[str, str], str] = {
+    ("budgets.py", "num_groups"): "Use a number of groups that the message names.",
+    ("budgets.py", "retention_ratio"): "Use a retention_ratio that the message names.",
     ("cli/demo.py", ""): "Read the last lines of the log in the message; `kvllm doctor MODEL` finds most causes.",
     (
         "cli/plan.py",
@@ -96,11 +98,16 @@ REMEDIES: dict[tuple[str, str], str] = {
         "measure/bench/spec.py",
         "OPTION=VALUE",
     ): "Write options after METHOD:RATIO: as OPTION=VALUE, separated by commas.",
+    ("measure/demo/process.py", ""): "Read the log that is named; `kvllm doctor MODEL` checks the installation.",
+    ("measure/demo/run.py", "no model there"): "Run `make demo`, or `python -m tools.fetch_model smollm2-135m FOLDER`.",
+    ("measure/eval/cache_formats.py", "power of two"): "Use another cache precision.",
+    ("measure/eval/cache_formats.py", "simulated are"): "Use one of those listed.",
     ("measure/eval/calibrate.py", ""): "Use another method than triattention for this model.",
     (
         "measure/eval/cli.py",
         "--endpoint:",
     ): "Leave out --methods, --configs and vLLM's flags, and set them on the server.",
+    ("measure/eval/chains.py", "problems a chain"): "Chain at most as many problems as there are.",
     ("measure/eval/engines.py", "reports no usage"): "Use a server that reports `usage`, such as `kvllm serve`.",
     ("measure/eval/engines.py", "stock vLLM"): "Leave --ratios out for this configuration.",
     ("measure/eval/problems.py", ": has no"): "Give each line of --data a `problem` and an `answer`.",
@@ -110,6 +117,8 @@ REMEDIES: dict[tuple[str, str], str] = {
     ("measure/inspect/run.py", "--trace-id"): "Use one of the ids listed.",
     ("measure/inspect/run.py", "nothing is compressed"): "Use a --retention-ratio below 1.",
     ("measure/inspect/run.py", "has no traces"): "Write the file again with `kvllm eval traces`.",
+    ("measure/tune/texts.py", ""): "Give a file with one text per line, in one of the forms listed.",
+    ("methods/gates.py", ""): "Pass a safetensors file of gates that were trained for this model.",
     ("methods/triattention.py", "taken from a model"): "Run `kvllm eval calibrate` with this model.",
     ("methods/triattention.py", "has no tensor"): "Run `kvllm eval calibrate` with this model.",
     ("methods/triattention.py", ""): "Run `kvllm eval calibrate` and pass the file it writes.",
