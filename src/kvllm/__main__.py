@@ -27,7 +27,7 @@ app.command(
 )(inspect)
 app.command(
     rich_help_panel=MEASURE,
-    epilog=examples("kvllm tune --model MODEL --traces traces.jsonl --saving 4"),
+    epilog=examples("kvllm tune MODEL texts.jsonl --saving 2.5"),
 )(tune)
 
 

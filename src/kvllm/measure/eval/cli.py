@@ -205,7 +205,7 @@ def recall(
     run(model, cases, sizes, places, samples, block_size, *placement(device, dtype), outputs, data)
 
 
-@app.command()
+@app.command(epilog=examples("kvllm eval frontier --traces traces.jsonl --half test --model MODEL --recall-samples 4"))
 def frontier(
     traces: TracesFile,
     model: TracedModel,
@@ -311,7 +311,11 @@ def accuracy(
     task_accuracy.answer(out, task, model, engines, sampling, context.args, endpoint, concurrency)
 
 
-@app.command(context_settings=PASS_THROUGH, options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]")
+@app.command(
+    context_settings=PASS_THROUGH,
+    options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]",
+    epilog=examples("kvllm eval tracking MODEL --methods kara,rkv,h2o --ratios 0.5,0.3,0.2,0.1 --out runs/tracking"),
+)
 def tracking(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder of a model that was trained on programs.")],
@@ -337,7 +341,11 @@ def tracking(
     answer(out, model, cases, programs, lines, asked, seed, context.args)
 
 
-@app.command(context_settings=PASS_THROUGH, options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]")
+@app.command(
+    context_settings=PASS_THROUGH,
+    options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]",
+    epilog=examples("kvllm eval chain MODEL --configs chain --half test --chains 24 --length 24 --out runs/chain"),
+)
 def chain(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model's folder, or a name on the model hub.")],
