@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from kvllm.budgets import Budget, check_layers, table_of
+from kvllm.errors import UsageError
 from kvllm.layers import Local
 
 Count = TypeVar("Count")
@@ -30,21 +32,23 @@ class Groups:
     local: Local | None = None
 
     @classmethod
-    def of(cls, layers: Sequence[Local | None]) -> Groups:
+    def of(cls, layers: Sequence[Local | None], num_parts: int = 1) -> Groups:
         """vLLM's grouping of layers of full attention (None) and of local ones, which all look back alike.
 
         A group has as many layers as there are of the rarer kind, or of the other where it has less than 1.5 times as
-        many.
+        many. With layer budgets (`kvllm.budgets`) each of the `num_parts` parts of the full-attention layers, which are
+        of equal size, is a kind of its own.
         """
         kinds = set(layers) - {None}
         num_full = sum(layer is None for layer in layers)
         if not kinds or not num_full:
-            return cls(len(layers), int(not kinds), int(not num_full), next(iter(kinds), None))
+            parts = num_parts if num_full else 1
+            return cls(len(layers) // parts, num_parts * (not kinds), int(not num_full), next(iter(kinds), None))
         (local,) = kinds
-        counts = num_full, len(layers) - num_full
+        counts = num_full // num_parts, len(layers) - num_full
         size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
         num_full, num_local = (-(-count // size) for count in counts)
-        return cls(size, num_full, num_local, local)
+        return cls(size, num_parts * num_full, num_local, local)
 
     def local_blocks(self, num_tokens: int, block_size: int, in_flight: int) -> int:
         """The most blocks of local groups that a request holds while it grows to `num_tokens`, as vLLM admits it.
@@ -75,3 +79,26 @@ class Groups:
         if self.local is None:
             return computed * 0
         return self.num_local * (-(-computed // block_size) - self.local.first_seen(computed) // block_size)
+
+
+def full_layers(layers: Sequence[Local | None]) -> list[int]:
+    """The numbers of the layers of full attention."""
+    return [number for number, local in enumerate(layers) if local is None]
+
+
+def groups_of(layers: Sequence[Local | None], budgets: Sequence[Budget]) -> Groups:
+    """`Groups.of` layers, which have these budgets; none: all layers of full attention are compressed alike.
+
+    Raises UsageError where the budgets do not name these layers, or vLLM would divide the layers of one of them.
+    """
+    if not budgets:
+        return Groups.of(layers)
+    check_layers(budgets, full_layers(layers))
+    groups = Groups.of(layers, len(budgets))
+    if groups.num_full != len(budgets):
+        raise UsageError(
+            f"retention_ratio={table_of(budgets)}: beside {len(layers) - len(full_layers(layers))} layers that look "
+            f"back less far, vLLM would make {groups.num_full} KV cache groups of these {len(budgets)}; use more "
+            "groups, or one ratio for all layers."
+        )
+    return groups

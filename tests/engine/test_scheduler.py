@@ -23,7 +23,7 @@ from kvllm.engine.admission import blocks_ahead
 from kvllm.engine.scheduler import KvAsyncScheduler
 from kvllm.engine.spec import KvSpec, will_cut_prompt
 from kvllm.engine.usage import KvUsage
-from kvllm.layout import ceil_div
+from kvllm.layout import Geometry, ceil_div
 
 BLOCK_SIZE = 16
 SIZES = {"window_size": 64, "buffer_size": 16, "retention_ratio": 0.5}
@@ -104,6 +104,7 @@ def check_tokens(scheduler: KvAsyncScheduler, before: dict[str, int]) -> None:
             geometry, prompt = found[0], running.num_prompt_tokens
             started = before.get(running.request_id, 0)
             events = geometry.num_events(prompt, started if computed > started else computed - 1)
+            assert isinstance(geometry, Geometry)
             computed -= geometry.num_removed(prompt, events)
         physical += computed
     stats = scheduler.engine_stats()

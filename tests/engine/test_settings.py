@@ -20,6 +20,7 @@ from kvllm.config import KvConfig
 from kvllm.engine import settings
 from kvllm.engine.settings import Geometries, prepare
 from kvllm.errors import UsageError
+from kvllm.layout import Geometry
 from kvllm.methods.triattention import save_statistics
 
 
@@ -105,7 +106,7 @@ def test_what_gpus_pack(
     if message is None:
         prepare(config)
         geometry = Geometries.of_engine(config).of(None)
-        assert geometry is not None and geometry.packed_tokens == 56
+        assert isinstance(geometry, Geometry) and geometry.packed_tokens == 56
         assert geometry.shape(0).num_kept == 2 * 56 and geometry.num_kept_blocks(0) == 2
         return
     with pytest.raises(ValueError, match=message):

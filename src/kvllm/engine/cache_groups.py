@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
 
-from kvllm.engine.settings import local_layers_of
+from kvllm.engine.settings import groups_of_engine
 from kvllm.engine.spec import KvSpec
 from kvllm.errors import UsageError
 from kvllm.groups import Groups
@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 CacheBlocks = Callable[["Request", int], None]  # of vLLM's coordinator, for all groups
 
 
-def compressed_group(kv_cache_config: KVCacheConfig, block_size: int) -> int:
-    """The number of the KV cache group whose layers are compressed.
+def compressed_groups(kv_cache_config: KVCacheConfig, block_size: int, num_parts: int) -> list[int]:
+    """The numbers of the KV cache groups whose layers are compressed, one for each part (`KvConfig.parts`), in order.
 
-    Raises UsageError unless there is exactly one, with blocks of `block_size` tokens and none but our layers.
+    Raises UsageError unless each part has exactly one, with blocks of `block_size` tokens and none but its layers.
     """
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    found = [i for i, spec in enumerate(specs) if isinstance(spec, KvSpec)]
-    if len(found) != 1 or specs[found[0]].block_size != block_size:
+    found = {i: spec.part for i, spec in enumerate(specs) if isinstance(spec, KvSpec) and spec.block_size == block_size}
+    if sorted(found.values()) != list(range(num_parts)) or len(found) != sum(isinstance(s, KvSpec) for s in specs):
+        wanted = "one KV cache group" if num_parts == 1 else f"{num_parts} KV cache groups, one for each ratio,"
         raise UsageError(
-            f"KvLLM needs all layers of full attention in one KV cache group with blocks of {block_size} tokens; vLLM "
+            f"KvLLM needs all layers of full attention in {wanted} with blocks of {block_size} tokens; vLLM "
             f"made {', '.join(f'{type(spec).__name__} with blocks of {spec.block_size}' for spec in specs)}."
         )
-    return found[0]
+    return sorted(found, key=lambda i: found[i])
 
 
 def checked_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
@@ -40,7 +41,7 @@ def checked_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> G
 
     Raises UsageError where vLLM has made others.
     """
-    expected = Groups.of(local_layers_of(vllm_config))
+    expected = groups_of_engine(vllm_config)
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     local = [spec for spec in specs if not isinstance(spec, KvSpec)]
     made = {local_of(spec) for spec in local}

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from kvllm.config import CONFIG_KEY, RATIO_KEY
-from kvllm.groups import Groups
+from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig
+from kvllm.groups import Groups, groups_of
 from kvllm.layers import local_layers
-from kvllm.layout import Geometry, ceil_div
+from kvllm.layout import RequestGeometry, ceil_div, request_geometry
 from kvllm.measure.bench.figures import POOL_FULL, Lengths, Trace, by_context, run_figures, steady_figures, timeline
 from kvllm.measure.bench.profile import profile_figures, profiler_args, read_kernels
 from kvllm.measure.bench.spec import BenchSpec
@@ -112,7 +112,15 @@ class Engine:
     @cached_property
     def groups(self) -> Groups:
         model = self.llm.vllm_config.model_config
-        return Groups.of(local_layers(model.hf_config.get_text_config(), model.max_model_len))
+        layers = local_layers(model.hf_config.get_text_config(), model.max_model_len)
+        return Groups.of(layers) if self.config is None else groups_of(layers, self.config.budgets)
+
+    @property
+    def config(self) -> KvConfig | None:
+        """The engine's own, with layer budgets; None without KvLLM."""
+        from kvllm.engine.settings import kv_config
+
+        return kv_config(self.llm.vllm_config)
 
     @property
     def num_kv_blocks(self) -> int:
@@ -136,7 +144,7 @@ class Engine:
         self.llm.add_request(name, {"prompt_token_ids": prompt}, params)
         return name
 
-    def lengths(self, geometry: Geometry | None) -> Lengths | None:
+    def lengths(self, geometry: RequestGeometry | None) -> Lengths | None:
         """Of the requests that got a token in the newest step."""
         states = [s for s in self.llm.output_processor.request_states.values() if s.stats.num_generation_tokens]
         if not states:
@@ -151,6 +159,7 @@ class Engine:
         logical = sum(n for _, n in running)
         physical = sum(geometry.physical_len(p, n) for p, n in running) if geometry else logical
         local = sum(self.groups.local_blocks_held(n, self.block_size) for _, n in running) * self.block_size
+        local //= self.groups.num_full  # with layer budgets each group has fewer layers
         return Lengths(time.perf_counter() - self.recorder.start, len(running), logical, physical, local)
 
     def clear(self) -> None:
@@ -171,7 +180,7 @@ class Load:
     concurrency: int
     num_requests: int
     extra_args: dict[str, Any] | None
-    geometry: Geometry | None
+    geometry: RequestGeometry | None
     seconds: float | None
     max_seconds: float
     stagger: bool
@@ -247,7 +256,7 @@ class Load:
         block = engine.block_size
         computed = range(spec.prompt_len, spec.prompt_len + spec.output_len, block)
         physical = [self.geometry.physical_len(spec.prompt_len, c) if self.geometry else c for c in computed]
-        mean_blocks = sum(ceil_div(n + 1, block) for n in physical) / len(physical)
+        mean_blocks = engine.groups.num_full * sum(ceil_div(n + 1, block) for n in physical) / len(physical)
         return max(1, min(self.seats(), self.num_requests, int(engine.num_kv_blocks / mean_blocks)))
 
 
@@ -274,10 +283,12 @@ def run_one(engine: Engine, run: dict[str, Any], engine_options: dict[str, Any] 
         from kvllm.engine.settings import packed_tokens
 
         config = checked_config(options)
+        if engine.config is not None and engine.config.budgets:
+            config = engine.config
         held = packed_tokens(engine.llm.vllm_config)
-        geometry = Geometry.from_config(config, engine.block_size, packed_tokens=held)
-        if engine_options and engine_options["retention_ratio"] != config.retention_ratio:
-            extra_args = {RATIO_KEY: config.retention_ratio}
+        geometry = request_geometry(config, engine.block_size, packed_tokens=held)
+        if engine_options and engine_options["retention_ratio"] != options["retention_ratio"]:
+            extra_args = {RATIO_KEY: options["retention_ratio"]}
 
     load = Load(
         engine,

@@ -179,11 +179,11 @@ def report(results: Sequence[Result], **about: Any) -> dict[str, Any]:
 def table(results: Sequence[Result]) -> str:
     """Markdown, best first within each ratio."""
     rows = []
-    for result in sorted(results, key=lambda r: (r.case.config.retention_ratio, r.estimate("kl").value)):
+    for result in sorted(results, key=lambda r: (r.case.config.mean_ratio, r.estimate("kl").value)):
         random = random_like(result, results)
         rows.append(
             [
-                f"{result.case.config.retention_ratio:g}",
+                f"{result.case.config.mean_ratio:g}",
                 result.case.name,
                 interval(result.estimate("kl"), 4),
                 interval(result.against(random), 2) if random else "",
@@ -199,7 +199,7 @@ def panels(results: Sequence[Result]) -> list[Panel]:
     made = [Panel("KL from the full cache, nats", 0.0), Panel("same most likely token, share", 1.0)]
     for result in results:
         for panel, name in zip(made, ("kl", "agreed"), strict=True):
-            panel.add(result.case.name, result.case.config.retention_ratio, result.estimate(name))
+            panel.add(result.case.name, result.case.config.mean_ratio, result.estimate(name))
     return made
 
 

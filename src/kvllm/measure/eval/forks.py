@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvllm.config import KvConfig
-from kvllm.layout import Geometry
+from kvllm.layout import request_geometry
 from kvllm.reference import Replay, Request, feed
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def first_event(config: KvConfig, num_prompt_tokens: int, block_size: int) -> int:
     """The number of computed tokens at the first compression; past every text where nothing is compressed."""
-    geometry = Geometry.from_config(config, block_size)
+    geometry = request_geometry(config, block_size)
     return geometry.event_at(num_prompt_tokens, 0) if geometry else sys.maxsize
 
 
