@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -25,10 +26,9 @@ from tests.engine.conftest import (
     compressors_of,
     engine,
     scheduler_of,
-    small_words,
     watch_blocks,
 )
-from tests.engine.families import Family, save_random
+from tests.engine.families import VOCAB_SIZE, Family, save_random
 from tests.near_ties import check_greedy
 
 MAX_MODEL_LEN = 512
@@ -58,6 +58,12 @@ each = pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in 
 def config_of(name: str, **options: Any) -> KvConfig:
     table = dict(zip(LAYERS[name], (0.75, 0.34), strict=True))
     return KvConfig(window_size=96, buffer_size=32, retention_ratio=table, **options)
+
+
+def words(num_tokens: int, seed: int = 0) -> list[int]:
+    """Token ids of a prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(10, VOCAB_SIZE, (num_tokens,), generator=generator).tolist()
 
 
 class Served:
@@ -97,7 +103,7 @@ def test_requests_equal_the_reference_through_chunks_preemption_and_cache_hits(
     name: str, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, seen = engine_stats(served.llm), watch_blocks(served.llm, monkeypatch)
-    prompts = [small_words(n, n) for n in (5, 40, 70)]
+    prompts = [words(n, n) for n in (5, 40, 70)]
     outputs = served.greedy(*prompts)
     after = engine_stats(served.llm)
     assert after["num_preemptions"] > before["num_preemptions"]
@@ -128,7 +134,7 @@ def test_a_plan_s_blocks_are_the_engine_s(name: str, served: Served) -> None:
 
     length = 32 + NUM_TOKENS
     engine_stats(served.llm, reset_peak=True)
-    served.greedy(small_words(32), num_tokens=NUM_TOKENS)
+    served.greedy(words(32), num_tokens=NUM_TOKENS)
     held = engine_stats(served.llm)["peak_kv_blocks"]
     geometry = request_geometry(config, BLOCK_SIZE)
     (row,) = plan(planned, 2**24, geometry, BLOCK_SIZE, 32, [length]).rows
@@ -152,9 +158,9 @@ def test_what_requests_may_not_choose() -> None:
 @pytest.mark.parametrize("name", ["Llama"])
 def test_a_request_with_a_ratio_of_its_own_is_refused(name: str, served: Served) -> None:
     with pytest.raises(VLLMValidationError, match=r"kv_retention_ratio=0.5: this server allows 0.545, 1.0"):
-        served.greedy(small_words(5), num_tokens=5, kv_retention_ratio=0.5)
-    (own,) = served.greedy(small_words(40, 40), num_tokens=160, kv_retention_ratio=0.545)
-    served.check(small_words(40, 40), own, config_of(name))
+        served.greedy(words(5), num_tokens=5, kv_retention_ratio=0.5)
+    (own,) = served.greedy(words(40, 40), num_tokens=160, kv_retention_ratio=0.545)
+    served.check(words(40, 40), own, config_of(name))
 
 
 def test_a_table_that_does_not_name_the_model_s_layers_is_refused(tmp_path: Path) -> None:

@@ -223,3 +223,9 @@ def test_the_front_end_works_out_what_the_scheduler_did(make: Callable[..., Any]
         assert usage.compressions == after["num_windows_compressed"] - before["num_windows_compressed"]
         assert usage.evicted_tokens == after["num_tokens_evicted"] - before["num_tokens_evicted"]
         assert usage.kept_tokens + usage.evicted_tokens == prompt + generated - 1
+
+
+def test_admission_leaves_each_group_of_layers_its_blocks() -> None:
+    held, to_event, to_end, freed = (np.array([n]) for n in (10, 200, 1000, 3))
+    one = blocks_ahead(held, to_event, to_end, freed, 96, 16)
+    assert (one, blocks_ahead(held, to_event, to_end, freed, 96, 16, num_groups=3)) == (6, 18)

@@ -17,7 +17,7 @@ from kvllm.options import strict_dataclass
 @register("pyramidkv")
 @strict_dataclass
 class PyramidKV(SnapKV):
-    """SnapKV's scores, and budgets that fall from the lowest layer to the highest.
+    """Keep what SnapKV keeps, more of it in the lower layers: budgets fall from the lowest to the highest.
 
     With a mean ratio r, the highest layer keeps r / beta of a window and the lowest 2 r - r / beta, in a straight line
     in between, as in the paper. There each layer has a budget of its own, of the prompt; here neighbouring layers share

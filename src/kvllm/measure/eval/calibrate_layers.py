@@ -201,9 +201,10 @@ def run(
     else:
         if rule == "cake":
             preference = observed_preferences(model, traces, config, block_size)
-            found = by_preference(groups, preference, config.mean_ratio, bounds)
         else:
-            found = PyramidKV(num_groups=len(groups)).layer_budgets(config.mean_ratio, layers)
+            pyramid = PyramidKV(num_groups=len(groups)).layer_budgets(config.mean_ratio, layers)
+            preference = {layer: budget.ratio for budget in pyramid for layer in budget.layers}
+        found = by_preference(groups, preference, config.mean_ratio, bounds)
         results = measured([(), found])
     out.write_text(json.dumps(table_of(found)) + "\n")
     print(table(results))
