@@ -124,7 +124,10 @@ def by_preference(
         outside = {i: min(max(share, bounds.low), bounds.high) for i, share in shares.items()}
         cut = {i: share for i, share in outside.items() if share != shares[i]}
         ratios |= cut or shares
-    return tuple(Budget(group, round(ratios[i], 4)) for i, group in enumerate(groups))
+    rounded = [round(ratios[i], 4) for i in range(len(groups))]
+    widest = rounded.index(max(rounded))
+    rounded[widest] = round(rounded[widest] + mean * len(groups) - sum(rounded), 10)  # so that the mean is exact
+    return tuple(Budget(group, ratio) for group, ratio in zip(groups, rounded, strict=True))
 
 
 class Observer(Method):
