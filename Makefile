@@ -1,6 +1,6 @@
 # Everything here sets itself up: it needs Python 3.11 or newer, and a package index.
 # A second run reuses the environment (.venv) and the model (.models).
-.PHONY: help setup lint check-seam test robustness demo clean
+.PHONY: help setup lint check-seam test docs reference robustness demo clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -23,7 +23,9 @@ help:
 	@echo "make demo   stock vLLM against KvLLM on a small model, side by side"
 	@echo "make test   lint, types and tests"
 	@echo "make robustness  random input and faults, the long form"
-	@echo "make lint   ruff and mypy alone"
+	@echo "make docs   the documentation as a site, in .site"
+	@echo "make reference  the pages of docs/ that are written from the source"
+	@echo "make lint   ruff, mypy and codespell alone"
 	@echo "make check-seam [VLLM=FOLDER]  what we use of vLLM, against the installed one or FOLDER/vllm"
 	@echo "make setup  the environment alone, in .venv"
 	@echo "make clean  remove the environment and the caches, not the models"
@@ -43,6 +45,7 @@ $(MODEL)/config.json: | $(INSTALLED)
 lint: $(INSTALLED)
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	.venv/bin/codespell
 
 # What src/kvllm/engine/seam.py declares, against our source and a vLLM that need not be importable.
 check-seam: $(INSTALLED)
@@ -52,6 +55,13 @@ check-seam: $(INSTALLED)
 test: lint check-seam $(MODEL)/config.json
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
+# Broken links and pages that are in no menu are errors. The variable silences an advertisement of mkdocs-material.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
+reference: $(INSTALLED)
+	PYTHONPATH=src .venv/bin/python -m tools.reference
+
 # The long form of the random and fault tests: hours, not minutes.
 robustness: $(MODEL)/config.json
 	KVLLM_LONG=1 KVLLM_TRAFFIC=10000 OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/robustness tests/engine/test_rows.py $(PYTEST_ARGS)
@@ -60,4 +70,4 @@ demo: $(INSTALLED) $(MODEL)/config.json
 	.venv/bin/kvllm demo --model $(MODEL)
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf .venv build dist .site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

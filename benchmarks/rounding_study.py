@@ -22,9 +22,10 @@ from torch import Tensor
 
 from kvllm.compression.rounding import Rounded, encode, round_along
 from kvllm.measure.eval import fidelity
+from kvllm.measure.eval.problems import half_of
 from kvllm.measure.eval.report import Progress
 from kvllm.measure.eval.sweep import Case, cases, combinations, name_of
-from kvllm.measure.eval.traces import half_of, read_traces
+from kvllm.measure.eval.traces import read_traces
 from kvllm.methods import register
 from kvllm.methods.base import Kept, Window
 from kvllm.methods.kara import Kara

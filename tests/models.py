@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -20,6 +21,23 @@ from transformers import (
 )
 
 VOCAB_SIZE = 2048
+# What `save_random_model` needs for mixtures of experts: Qwen3-MoE's shape, GLM-4.5's and gpt-oss's.
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+GLM_EXPERTS: dict[str, Any] = dict(
+    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, n_group=1, topk_group=1, n_shared_experts=1,
+    first_k_dense_replace=1, use_qk_norm=True, partial_rotary_factor=0.5,
+)  # fmt: skip
+GPT_OSS_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 128}
+# What it needs for models with recurrent layers, whose states take as much as some hundred tokens of attention.
+GRANITE_HYBRID: dict[str, Any] = dict(
+    layer_types=["mamba", "mamba", "mamba", "attention"], num_local_experts=0, shared_intermediate_size=256,
+    mamba_n_heads=8, mamba_d_head=64, mamba_d_state=128, mamba_n_groups=1, mamba_expand=2, mamba_chunk_size=64,
+    attention_multiplier=0.125, max_position_embeddings=2048,
+)  # fmt: skip
+QWEN3_NEXT: dict[str, Any] = EXPERTS | dict(
+    linear_key_head_dim=64, linear_value_head_dim=64, linear_num_key_heads=4, linear_num_value_heads=8,
+    full_attention_interval=4, shared_expert_intermediate_size=128,
+)  # fmt: skip
 VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")  # their ids are 1 to 4
 IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END = 1, 2, 3, 4
 
@@ -95,4 +113,14 @@ def save_random_vision_model(folder: Path, kind: str) -> Path:
         image_processor=transformers.Qwen2VLImageProcessor(**patches, size=sizes), tokenizer=tokenizer,
         video_processor=video(**patches, size=sizes),
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def save_small_chat_model(folder: Path) -> Path:
+    """`save_random_llama` of four heads with a tokenizer of words, so that a server takes text and stop strings."""
+    save_random_llama(folder, num_heads=4)
+    words = {f"w{i}": i for i in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
     return folder

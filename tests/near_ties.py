@@ -68,9 +68,10 @@ def greedy_losses(
     seed: int | None = None,
     images: Mapping[str, Tensor] | None = None,
     packed: bool = False,
+    cache_dtype: str = "auto",
 ) -> Tensor:
     """[len(output)]: how far each token is from the reference's best, in nats; with a seed, from that variant's."""
-    request = Request(model, len(prompt_ids), config, block_size, packed=packed)
+    request = Request(model, len(prompt_ids), config, block_size, packed=packed, cache_dtype=cache_dtype)
     if images is not None:
         request.show(prompt_ids, images)
     if seed is not None:

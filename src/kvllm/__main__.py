@@ -7,15 +7,28 @@ from collections.abc import Sequence
 
 import typer
 
+from kvllm.cli.app import MEASURE
 from kvllm.cli.app import app as app
+from kvllm.cli.options import examples
 from kvllm.errors import UsageError
 from kvllm.measure.bench.cli import app as bench_app
 from kvllm.measure.eval.cli import app as eval_app
 from kvllm.measure.inspect.cli import inspect
+from kvllm.measure.tune.cli import tune
 
-app.add_typer(bench_app, name="bench")
-app.add_typer(eval_app, name="eval")
-app.command()(inspect)
+app.add_typer(bench_app, name="bench", rich_help_panel=MEASURE)
+app.add_typer(eval_app, name="eval", rich_help_panel=MEASURE)
+app.command(
+    rich_help_panel=MEASURE,
+    epilog=examples(
+        "kvllm inspect MODEL --prompt 'Prove that 17 is prime.' --max-tokens 2048 -o page.html",
+        "kvllm inspect MODEL --trace traces.jsonl --trace-id 17 --retention-ratio 0.25",
+    ),
+)(inspect)
+app.command(
+    rich_help_panel=MEASURE,
+    epilog=examples("kvllm tune --model MODEL --traces traces.jsonl --saving 4"),
+)(tune)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,32 +13,37 @@ from typing import Any, TypeVar
 
 from kvllm.budgets import Budget, check_layers, table_of
 from kvllm.errors import UsageError
-from kvllm.layers import Local
+from kvllm.layers import Cacheless, LayerKind, Local, Recurrent
 
 Count = TypeVar("Count")
+
+# Blocks of a group of recurrent layers that a request holds: its state, that of the step before while it moves on to
+# the next block, and one that is kept for other requests with the same prompt.
+STATE_BLOCKS = 3
 
 
 @dataclass(frozen=True)
 class Groups:
-    """`num_full` groups of layers of full attention and `num_local` of local layers.
+    """`num_full` groups of layers of full attention and `num_local` of local or recurrent layers.
 
     group_size: layers in each group: a block of the pool holds what so many layers store of `block_size` tokens
-    local:      how the local layers look back; None where there are none
+    local:      how the local layers look back, or that they are recurrent; None where there are none
     """
 
     group_size: int
     num_full: int = 1
     num_local: int = 0
-    local: Local | None = None
+    local: Local | Recurrent | None = None
 
     @classmethod
-    def of(cls, layers: Sequence[Local | None], num_parts: int = 1) -> Groups:
-        """vLLM's grouping of layers of full attention (None) and of local ones, which all look back alike.
+    def of(cls, kinds_of_layers: Sequence[LayerKind], num_parts: int = 1) -> Groups:
+        """vLLM's grouping of layers of full attention (None) and of local or recurrent ones, all of one kind.
 
         A group has as many layers as there are of the rarer kind, or of the other where it has less than 1.5 times as
         many. With layer budgets (`kvllm.budgets`) each of the `num_parts` parts of the full-attention layers, which are
         of equal size, is a kind of its own.
         """
+        layers = [kind for kind in kinds_of_layers if not isinstance(kind, Cacheless)]
         kinds = set(layers) - {None}
         num_full = sum(layer is None for layer in layers)
         if not kinds or not num_full:
@@ -57,6 +62,8 @@ class Groups:
         """
         if self.local is None:
             return 0
+        if isinstance(self.local, Recurrent):
+            return self.num_local * STATE_BLOCKS
         if self.local.chunked:
             most = -(-(self.local.size + in_flight) // block_size)
         else:
@@ -78,15 +85,17 @@ class Groups:
         computed: Any = num_computed_tokens
         if self.local is None:
             return computed * 0
+        if isinstance(self.local, Recurrent):
+            return computed * 0 + self.num_local
         return self.num_local * (-(-computed // block_size) - self.local.first_seen(computed) // block_size)
 
 
-def full_layers(layers: Sequence[Local | None]) -> list[int]:
+def full_layers(layers: Sequence[LayerKind]) -> list[int]:
     """The numbers of the layers of full attention."""
     return [number for number, local in enumerate(layers) if local is None]
 
 
-def groups_of(layers: Sequence[Local | None], budgets: Sequence[Budget]) -> Groups:
+def groups_of(layers: Sequence[LayerKind], budgets: Sequence[Budget]) -> Groups:
     """`Groups.of` layers, which have these budgets; none: all layers of full attention are compressed alike.
 
     Raises UsageError where the budgets do not name these layers, or vLLM would divide the layers of one of them.
@@ -94,6 +103,11 @@ def groups_of(layers: Sequence[Local | None], budgets: Sequence[Budget]) -> Grou
     if not budgets:
         return Groups.of(layers)
     check_layers(budgets, full_layers(layers))
+    if any(isinstance(kind, Recurrent) for kind in layers):
+        raise UsageError(
+            f"retention_ratio={table_of(budgets)}: not beside recurrent layers, whose states make blocks of other "
+            "lengths. Use one ratio for all layers."
+        )
     groups = Groups.of(layers, len(budgets))
     if groups.num_full != len(budgets):
         raise UsageError(

@@ -1,7 +1,8 @@
 """Which layers of a model look back over the whole text, from the model's config alone.
 
 Layers of full attention are compressed. *Local* layers look back over a window of tokens, or within their chunk of the
-text; they keep vLLM's own KV caches, whose blocks are freed once no token looks back to them.
+text; they keep vLLM's own KV caches, whose blocks are freed once no token looks back to them. *Recurrent* layers
+(Mamba, linear attention) keep a state of fixed size in a block of vLLM's pool. Other layers keep nothing.
 """
 
 from __future__ import annotations
@@ -33,14 +34,31 @@ class Local:
         return start * (start > 0)
 
 
-def local_layers(text: Any, max_model_len: int | None) -> list[Local | None]:
+@dataclass(frozen=True)
+class Recurrent:
+    """A layer that keeps a state of fixed size, which sums up the text so far."""
+
+
+@dataclass(frozen=True)
+class Cacheless:
+    """A layer that keeps nothing of the text."""
+
+
+LayerKind = Local | Recurrent | Cacheless | None  # None: full attention
+
+RECURRENT = {"linear_attention", "mamba"}
+CACHELESS = {"mlp", "moe"}
+
+
+def local_layers(text: Any, max_model_len: int | None) -> list[LayerKind]:
     """How each layer of the model with this config looks back; None: over the whole text.
 
     text:          a transformers config, of a multimodal model that of its language model
     max_model_len: longest text, prompt included; a window that no text outgrows is full attention
     """
     window, chunk = sliding_window(text), getattr(text, "attention_chunk_size", None)
-    local: dict[str, Local | None] = {"chunked_attention": Local(chunk, chunked=True) if chunk else None}
+    local: dict[str, LayerKind] = {"chunked_attention": Local(chunk, chunked=True) if chunk else None}
+    local |= dict.fromkeys(RECURRENT, Recurrent()) | dict.fromkeys(CACHELESS, Cacheless())
     if window is not None and (max_model_len is None or window < max_model_len):
         local["sliding_attention"] = Local(window)
     return [local.get(kind) for kind in layer_kinds(text)]

@@ -49,15 +49,21 @@ class Fitting(ABC):
         """The most blocks that a request ever holds while it grows to `num_tokens`."""
 
     def max_tokens_that_fit(
-        self, num_prompt_tokens: int, num_blocks: int, beside: Callable[[int], int] = lambda num_tokens: 0
+        self,
+        num_prompt_tokens: int,
+        num_blocks: int,
+        beside: Callable[[int], int] = lambda num_tokens: 0,
+        own: Callable[[int], int] | None = None,
     ) -> int:
         """Longest text (prompt included) that one request may reach with `num_blocks` blocks; 0 if none.
 
-        beside: blocks that a text of so many tokens takes besides `peak_blocks`
+        beside: blocks that a text of so many tokens takes besides its own
+        own:    the most blocks that the request holds while it grows to so many tokens; default: `peak_blocks`
         """
 
         def needed(num_tokens: int) -> int:
-            return self.peak_blocks(num_prompt_tokens, num_tokens) + beside(num_tokens)
+            most = own(num_tokens) if own else self.peak_blocks(num_prompt_tokens, num_tokens)
+            return most + beside(num_tokens)
 
         shortest = num_prompt_tokens + 1
         return most_that_fits(needed, shortest, num_blocks) if needed(shortest) <= num_blocks else 0

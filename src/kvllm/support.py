@@ -6,9 +6,9 @@ model's config alone. The engine asks again once the model is loaded, when each 
 
 Compression moves the survivors of a text together, so the index of a token in the cache no longer says where it was in
 the text. An attention layer may know positions only from what is in the cache: keys that are rotated, or that come from
-hidden states with a position embedding. A layer that computes anything from indices (ALiBi slopes, relative position
-bias, windows, chunks) would compute it from the wrong ones. So layers that look back over a window or a chunk are left
-to vLLM, and those beside them, of full attention, are compressed.
+hidden states with a position embedding, or from recurrent layers. A layer that computes anything from indices (ALiBi
+slopes, relative position bias, windows, chunks) would compute it from the wrong ones. So layers that look back over a
+window or a chunk are left to vLLM, as are recurrent ones, and those beside them, of full attention, are compressed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from typing import Any
 
 from kvllm.errors import UsageError
 from kvllm.groups import Groups
-from kvllm.layers import Local, layer_kinds, local_layers
+from kvllm.layers import CACHELESS, RECURRENT, Local, Recurrent, layer_kinds, local_layers
 
 CACHE_DTYPES = {
     "cpu": ("auto", "float16", "bfloat16"),
     "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
 }
+# vLLM's own defaults leave little to choose between: a window of 256 tokens must be many blocks.
+DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "TRITON_ATTN")}
 
 PLAIN_BITS = 16  # of survivors that are not rounded
 PACKED_BITS = 4  # of those that GPUs pack
+FP8_PACKED_BLOCK_SIZE = 32  # an fp8 block holds half the bytes, and its scales take as much: of 16 tokens they take 1/4
 ALL_FULL = "all layers must be full attention"
 COUNTS_POSITIONS = (
     "it computes the angles of keys from their indices in the text, and M-RoPE's positions behind an image are fewer; "
@@ -37,9 +40,14 @@ COUNTS_POSITIONS = (
 FULL_ATTENTION = {"full_attention", "attention"}
 LOCAL_ATTENTION = {"sliding_attention", "chunked_attention"}
 NO_FULL = "no layer is full attention, so there is nothing to compress"
-SERVED_KINDS = "all layers must be full, sliding or chunked attention"
+SERVED_KINDS = "layers must be full, sliding or chunked attention, or recurrent (Mamba, linear attention)"
 # The classes of vLLM's attention layers that are served.
 ATTENTION = ("vllm.model_executor.layers.attention.attention", "Attention")
+MAMBA = ("vllm.model_executor.layers.mamba.abstract", "MambaBase")
+MODEL_STATES = {
+    ("vllm.v1.worker.gpu.model_states.default", "DefaultModelState"),
+    ("vllm.v1.worker.gpu.model_states.mamba_hybrid", "MambaHybridModelState"),
+}
 CHUNKED = ("vllm.model_executor.layers.attention.chunked_local_attention", "ChunkedLocalAttention")
 # Fields of a config that say how the model tells positions apart: by rotating queries and keys.
 ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "rotary_pct", "rotary_emb_base")
@@ -110,25 +118,29 @@ def _layer_kind_reasons(text: Any, max_model_len: int | None) -> list[str]:
         states = [field for field in STATE_FIELDS if getattr(text, field, None)]
         if states:
             return [reason(field, getattr(text, field), SERVED_KINDS) for field in states[:1]]
-    if others := set(layer_kinds(text)) - FULL_ATTENTION - LOCAL_ATTENTION:
+    if others := set(layer_kinds(text)) - FULL_ATTENTION - LOCAL_ATTENTION - RECURRENT - CACHELESS:
         return [reason("layer_types", ", ".join(sorted(others)), SERVED_KINDS)]
     layers = local_layers(text, max_model_len)
-    kinds = {layer for layer in layers if layer is not None}
+    kinds = {layer for layer in layers if isinstance(layer, Local | Recurrent)}
     if None not in layers:
-        return [_all_local(text, layers[0], max_model_len)]
+        if Recurrent() in kinds:
+            return [reason("layer_types", ", ".join(sorted(set(layer_kinds(text)))), NO_FULL)]
+        return [_all_local(text, next(iter(kinds)), max_model_len)]
     if len(kinds) > 1:
         why = "only one of these may be beside full attention"
-        return [reason("layer_types", ", ".join(sorted(LOCAL_ATTENTION)), why)]
+        beside = set(layer_kinds(text)) & (LOCAL_ATTENTION | RECURRENT)
+        return [reason("layer_types", ", ".join(sorted(beside)), why)]
     if (groups := Groups.of(layers)).num_full > 1:
-        counts = f"{layers.count(None)} of full attention, {len(layers) - layers.count(None)} others"
+        others_count = sum(isinstance(layer, Local | Recurrent) for layer in layers)
+        counts = f"{layers.count(None)} of full attention, {others_count} others"
         why = f"vLLM would make {groups.num_full} KV cache groups of those of full attention; compression needs one"
         return [reason("layer_types", counts, why)]
     return []
 
 
-def _all_local(text: Any, local: Local | None, max_model_len: int | None) -> str:
+def _all_local(text: Any, local: Local | Recurrent, max_model_len: int | None) -> str:
     longest = "unknown" if max_model_len is None else max_model_len
-    if local is None or local.chunked:
+    if isinstance(local, Recurrent) or local.chunked:
         return reason("attention_chunk_size", getattr(local, "size", None), NO_FULL)
     window = text.sliding_window
     return reason(
@@ -152,7 +164,7 @@ def _position_reasons(text: Any) -> list[str]:
     if "relative" in embedding:
         return [reason("position_embedding_type", embedding, "the bias takes distances from places in the cache")]
     has_rope = any(getattr(text, field, None) is not None or field in attention for field in ROPE_FIELDS)
-    if has_rope or text.model_type in LEARNED_POSITIONS:
+    if has_rope or text.model_type in LEARNED_POSITIONS or set(layer_kinds(text)) & RECURRENT:
         return []
     return [
         reason("model_type", text.model_type, "how it tells positions apart is not known; models with RoPE are served")
@@ -175,7 +187,23 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
     after_model: list[tuple[bool, str, Any, str]] = [
         (model.use_mla, "model", model.model, "multi-head latent attention keeps no KV heads to choose from"),
         (model.is_encoder_decoder, "model", model.model, "use a decoder-only model"),
-        (model.is_hybrid or model.is_attention_free, "model", model.model, ALL_FULL),
+        (model.is_attention_free, "model", model.model, NO_FULL),
+        (
+            model.is_hybrid and cache.mamba_cache_mode == "all",
+            "mamba_cache_mode",
+            cache.mamba_cache_mode,
+            "use align, or none with prefix caching off",
+        ),
+        (
+            model.is_hybrid and cache.prefix_match_unit is not None,
+            "prefix_match_unit",
+            cache.prefix_match_unit,
+            "requests would share parts of blocks; leave it out",
+        ),
+        *(
+            (model.is_hybrid and getattr(cache, name), name, True, "leave it off")
+            for name in ("use_kda_recoverssm", "use_replayssm")
+        ),
         (
             vllm_config.speculative_config is not None,
             "speculative_config",
@@ -254,9 +282,9 @@ def torchvision_problem() -> str | None:
 
 def model_state_reasons(cls: type) -> list[str]:
     """Why the V2 runner's state of this model, a class, cannot be extended by compression."""
-    if (cls.__module__, cls.__qualname__) == ("vllm.v1.worker.gpu.model_states.default", "DefaultModelState"):
+    if (cls.__module__, cls.__qualname__) in MODEL_STATES:
         return []
-    return [reason("model_state", cls.__name__, ALL_FULL)]
+    return [reason("model_state", cls.__name__, SERVED_KINDS)]
 
 
 def is_local_layer(layer: Any, max_model_len: int) -> bool:
@@ -265,6 +293,11 @@ def is_local_layer(layer: Any, max_model_len: int) -> bool:
         return True
     window = layer.sliding_window if _class_of(layer) == ATTENTION else None
     return window is not None and window < max_model_len
+
+
+def is_recurrent_layer(layer: Any) -> bool:
+    """Whether a layer of vLLM keeps a state of fixed size. It is left alone."""
+    return any((cls.__module__, cls.__qualname__) == MAMBA for cls in type(layer).__mro__)
 
 
 def _class_of(layer: Any) -> tuple[str, str]:
@@ -312,38 +345,43 @@ def layer_reasons(layer: Any, max_model_len: int) -> list[str]:
     return [reason(what, value, why) for wrong, what, value, why in checks if wrong]
 
 
-def packed_problem(bits: int, dtype: str, cache_dtype: str, text: Any = None) -> str | None:
+def is_fp8(cache_dtype: str) -> bool:
+    """cache_dtype: vLLM's --kv-cache-dtype"""
+    return cache_dtype.startswith("fp8")
+
+
+def default_block_size(device: str, bits: int = PLAIN_BITS, cache_dtype: str = "auto") -> int:
+    """Tokens in a block of the KV cache where nobody says otherwise.
+
+    device: "cpu" or "cuda"; bits: of survivors; cache_dtype: vLLM's --kv-cache-dtype
+    """
+    packed_in_fp8 = device == "cuda" and bits != PLAIN_BITS and is_fp8(cache_dtype)
+    return FP8_PACKED_BLOCK_SIZE if packed_in_fp8 else DEFAULT_BLOCK_SIZE[device]
+
+
+def packed_problem(bits: int, dtype: str) -> str | None:
     """Why a GPU does not store survivors in so many bits, with the remedy; None where it does, or nothing is rounded.
 
-    dtype: the model's; cache_dtype: vLLM's --kv-cache-dtype; text: a transformers config, where there is one
+    dtype: the model's
     """
     if bits == PLAIN_BITS:
         return None
-    other = "or survivor_bits=16"
     if bits != PACKED_BITS:
         return f"survivor_bits={bits}: GPUs pack survivors in {PACKED_BITS} bits. Use {PACKED_BITS}, or 16."
-    if cache_dtype not in ("auto", "bfloat16", "float16"):
-        return (
-            f"survivor_bits={bits}: not with kv_cache_dtype={cache_dtype} on a GPU. Use --kv-cache-dtype auto, {other}."
-        )
     if dtype not in ("bfloat16", "float16"):
         return (
             f"survivor_bits={bits}: GPUs compute attention over packed survivors in 16 bits, not in dtype={dtype}. Use "
-            f"--dtype bfloat16, {other}."
-        )
-    cap = getattr(text, "attn_logit_softcapping", None)
-    if cap or getattr(text, "model_type", None) == "gpt_oss":
-        what = f"attn_logit_softcapping={cap}" if cap else "model_type=gpt_oss, which has attention sinks"
-        return (
-            f"survivor_bits={bits}: not with {what}: attention over packed survivors has neither. Use survivor_bits=16."
+            "--dtype bfloat16, or survivor_bits=16."
         )
     return None
 
 
 def packed_reasons(layer: Any) -> list[str]:
-    """Why attention over packed survivors cannot be merged into that of a layer, from the loaded layer itself."""
-    backend, impl = layer.attn_backend.get_name(), layer.impl
-    soft_cap, sinks = getattr(impl, "logits_soft_cap", None), getattr(impl, "sinks", None)
+    """Why attention over packed survivors cannot be merged into that of a layer, from the loaded layer itself.
+
+    Attention sinks are part of the softmax's denominator that the backend hands out.
+    """
+    backend = layer.attn_backend.get_name()
     checks: Iterable[tuple[bool, str, Any, str]] = (
         (
             backend != "FLASH_ATTN",
@@ -351,8 +389,6 @@ def packed_reasons(layer: Any) -> list[str]:
             backend,
             "only FLASH_ATTN tells what merging needs; use it, or survivor_bits=16",
         ),
-        (bool(soft_cap), "logits_soft_cap", soft_cap, "use survivor_bits=16"),
-        (sinks is not None, "sinks", "learned", "use survivor_bits=16"),
         (layer.head_size % 16 > 0, "head_size", layer.head_size, "use survivor_bits=16"),
     )
     return [reason(what, value, why) for wrong, what, value, why in checks if wrong]

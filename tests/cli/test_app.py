@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 from typer.testing import CliRunner
 
 from kvllm import __main__ as cli
@@ -18,7 +22,9 @@ from kvllm.engine.arguments import check_plugin_is_loaded
 from kvllm.errors import UsageError
 from kvllm.layout import Geometry
 from kvllm.measure.eval.stats import wilson
+from kvllm.methods import checked_config
 from kvllm.options import options_of
+from tools import reference
 
 runner = CliRunner(env={"COLUMNS": "200"})
 CONFIG = {
@@ -57,7 +63,54 @@ def test_every_field_of_the_config_is_a_flag(command: str) -> None:
     printed = runner.invoke(cli.app, [command, "--help"], catch_exceptions=False).stdout
     for field in fields(KvConfig):
         assert flag(field.name) in printed
-    assert "(0.3)" in printed  # the default of retention_ratio, shown
+    assert "[default: 0.3]" in printed  # of retention_ratio
+    assert (
+        printed.index("Compression ─") < printed.index("--request-ratios") < printed.index("Compression, for experts")
+    )
+    assert printed.index("Compression, for experts") < printed.index("--query-stride")
+
+
+def test_only_options_that_were_given_override_other_choices(config_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvllm.engine import arguments
+
+    taken: dict[str, object] = {}
+    monkeypatch.setattr(arguments, "serve_arguments", lambda args, options: taken.update(options) or args)
+    monkeypatch.setattr(arguments, "run_server", lambda args: None)
+    runner.invoke(cli.app, ["serve", "MODEL", "--retention-ratio", "0.3", "--port", "1"], catch_exceptions=False)
+    assert taken == {"retention_ratio": 0.3}  # given, if the default's value
+
+
+def commands() -> list[tuple[str, Any]]:
+    return list(reference.commands(typer.main.get_command(cli.app), "kvllm"))
+
+
+@pytest.mark.parametrize("name, command", commands())
+def test_every_command_has_help_and_examples_whose_options_exist(name: str, command: Any) -> None:
+    assert command.help and all(p.help for p in command.params if p.name != "kvllm_context")
+    if name == "kvllm demo":  # takes what `make demo` gives it
+        return
+    title, *examples = command.epilog.split("\n\n")
+    assert title == "Examples:" and examples
+    by_name = dict(commands())
+    for example in examples:
+        words = shlex.split(example)
+        named = " ".join(words[:3]) if " ".join(words[:3]) in by_name else " ".join(words[:2])
+        taken = by_name[named]
+        known = {option for p in taken.params for option in p.opts}
+        unknown = {word for word in words if word.startswith("-")} - known
+        assert unknown <= {"--tensor-parallel-size", "--port"}  # vLLM's
+        if "--method-options" in words:
+            method = words[words.index("--method") + 1]
+            checked_config({"method": method, "method_options": json.loads(words[words.index("--method-options") + 1])})
+
+
+def test_the_shell_completes_options() -> None:
+    environment = os.environ | {
+        "_KVLLM_COMPLETE": "complete_bash", "COMP_WORDS": "kvllm serve --ret", "COMP_CWORD": "2"
+    }  # fmt: skip
+    command = [sys.executable, "-c", "from kvllm.__main__ import app; app(prog_name='kvllm')"]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["--retention-ratio"]
 
 
 def test_importing_the_command_loads_neither_torch_nor_vllm() -> None:
@@ -75,6 +128,14 @@ def test_methods_lists_the_registry() -> None:
     printed = runner.invoke(cli.app, ["methods"], catch_exceptions=False).stdout
     for name in ("kara", "random", "snapkv", "streaming_llm"):
         assert name in printed
+
+
+def test_methods_writes_json(tmp_path: Path) -> None:
+    runner.invoke(cli.app, ["methods", "--json", str(tmp_path / "out.json")], catch_exceptions=False)
+    written = {method["name"]: method for method in json.loads((tmp_path / "out.json").read_text())}
+    kara = {option["name"]: option for option in written["kara"]["options"]}
+    assert kara["chunk_fill"]["default"] == 0.5 and kara["chunk_fill"]["accepts"] == "a number in [0, 1)"
+    assert written["random"]["summary"]
 
 
 def test_methods_shows_each_option_with_its_default_bounds_and_help(monkeypatch: pytest.MonkeyPatch) -> None:

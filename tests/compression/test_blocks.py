@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvllm.compression.blocks import close_gap, num_spares, peak_allocator_blocks
+from kvllm.compression.blocks import BlockNames, blocks_held, close_gap, num_spares, peak_allocator_blocks
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry, ceil_div
 
@@ -47,6 +48,10 @@ class Request:
     computed: int = 0
     num_events: int = 0
     peak: int = 0
+    allocated: list[int] = field(default_factory=list)  # as a worker's table keeps them
+
+    def __post_init__(self) -> None:
+        self.names = BlockNames(self.geometry, self.num_prompt_tokens, self.pool.size)
 
     def row(self, index: int) -> tuple[int, int]:
         """Where kernel block `index` of the list lies."""
@@ -83,6 +88,8 @@ class Request:
         assert sorted(freed + [b for b in self.blocks if b != NULL]) == sorted(own)
         self.num_events += 1
         first = g.prefix_len(prompt, self.num_events) // KERNEL_BLOCK - len(survivors)
+        homes = [divmod(column, self.pool.size // KERNEL_BLOCK) for column in self.names.close_gap(event)]
+        assert [(self.allocated[n], part) for n, part in homes] == [self.row(first + i) for i in range(len(survivors))]
         if self.pool.size == KERNEL_BLOCK:  # so that survivors can be written over the candidates, in place
             assert [self.row(first + i) for i in range(len(survivors))] == candidates[: len(survivors)]
         for i, content in enumerate(survivors):
@@ -95,7 +102,8 @@ class Request:
         """Compute up to the end of at most one kernel block."""
         self.compress_if_due()
         while len(self.blocks) < ceil_div(self.computed + num_new, self.pool.size):
-            self.blocks.append(self.pool.take())
+            self.allocated.append(self.pool.take())
+            self.blocks.append(self.allocated[-1])
         index = self.computed // KERNEL_BLOCK
         content = (self.name, index)
         if self.computed % KERNEL_BLOCK == 0:
@@ -105,6 +113,11 @@ class Request:
         held = sum(b != NULL for b in self.blocks)
         self.peak = max(self.peak, held)
         assert self.peak <= peak_allocator_blocks(self.geometry, self.num_prompt_tokens, self.computed, self.pool.size)
+        if self.geometry.num_events(self.num_prompt_tokens, self.computed) == self.num_events:
+            prompt, computed = np.array([self.num_prompt_tokens]), np.array([self.computed])
+            expected = int(blocks_held(self.geometry, prompt, computed, self.pool.size)[0])
+            # A spare block may not have been emptied yet.
+            assert expected - (self.pool.size > KERNEL_BLOCK) <= held <= expected
         if self.pool.size == KERNEL_BLOCK:
             exact = self.geometry.physical_len(self.num_prompt_tokens, self.computed - num_new) + num_new
             assert held == ceil_div(exact, KERNEL_BLOCK)

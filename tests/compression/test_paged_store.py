@@ -34,6 +34,9 @@ class TableStore(PagedStore):
     def write(self, candidates: PagedCandidates, kept: Kept, layers: slice = ALL_LAYERS) -> None:
         raise NotImplementedError
 
+    def move(self, written: Tensor, homes: Tensor) -> None:
+        raise NotImplementedError
+
 
 def make_store(config: KvConfig) -> TableStore:
     bank = QueryBank.allocate(3, NUM_REQS, config.num_queries, 4, 2, 8, config.query_stride, torch.float32)

@@ -137,6 +137,8 @@ def test_the_rounding_of_a_config():
     assert Rounding.from_config(KvConfig(survivor_bits=4), 16, 128) == Rounding(4, 56)
     assert Rounding.from_config(KvConfig(survivor_bits=4), 32, 64) == Rounding(4, 112)
     assert Rounding.from_config(KvConfig(survivor_bits=8), 16, 128) == Rounding(8, 24)
+    assert Rounding.from_config(KvConfig(survivor_bits=4), 16, 128, "fp8") == Rounding(4, 24)
+    assert Rounding.from_config(KvConfig(survivor_bits=4), 32, 128, "fp8_e4m3") == Rounding(4, 56)
 
 
 def test_blocks_too_small_to_pack_are_refused():

@@ -88,7 +88,7 @@ def test_a_front_end_without_our_checks_is_refused(model_dir: Path, monkeypatch:
     [
         (8, "bfloat16", "auto", "survivor_bits=8: GPUs pack survivors in 4 bits. Use 4, or 16"),
         (4, "float32", "auto", "not in dtype=float32. Use --dtype bfloat16, or survivor_bits=16"),
-        (4, "bfloat16", "fp8", "not with kv_cache_dtype=fp8 on a GPU. Use --kv-cache-dtype auto"),
+        (4, "bfloat16", "fp8", None),
         (4, "bfloat16", "auto", None),
     ],
 )
@@ -101,12 +101,13 @@ def test_what_gpus_pack(
     monkeypatch.setattr(config.device_config, "device_type", "cuda")
     monkeypatch.setattr(type(config), "use_v2_model_runner", True)
     config.cache_config.cache_dtype = cache_dtype
-    config.cache_config.block_size = 16
+    config.cache_config.user_specified_block_size = False
     config.additional_config = {"kvllm": {"survivor_bits": bits, "retention_ratio": 0.4375}}
     if message is None:
         prepare(config)
         geometry = Geometries.of_engine(config).of(None)
         assert isinstance(geometry, Geometry) and geometry.packed_tokens == 56
+        assert geometry.block_size == (32 if cache_dtype == "fp8" else 16)  # the same bytes
         assert geometry.shape(0).num_kept == 2 * 56 and geometry.num_kept_blocks(0) == 2
         return
     with pytest.raises(ValueError, match=message):

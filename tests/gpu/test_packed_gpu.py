@@ -120,7 +120,6 @@ def test_fused_kernels_and_fewer_blocks(model_dir: Path, reference_model: Any) -
     [
         ({"dtype": "float32", "attention_backend": "TRITON_ATTN"}, "dtype=float32"),
         ({"attention_backend": "TRITON_ATTN"}, "attention_backend=TRITON_ATTN"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(model_dir: Path, options: dict[str, Any], message: str) -> None:  # noqa: F811

@@ -1,4 +1,4 @@
-"""Two GPUs: tensor, pipeline and data parallelism are vLLM's own, and give the reference's tokens."""
+"""Two GPUs: tensor, pipeline, data and expert parallelism are vLLM's own, and give the reference's tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ import torch
 if torch.cuda.device_count() < 2:
     pytest.skip("fewer than two GPUs", allow_module_level=True)
 
+from transformers import Qwen3MoeConfig
+
+from kvllm.reference import load_model
 from tests.gpu.test_engine_gpu import check, greedy, model_dir, prompt, reference_model, settings, start  # noqa: F401
+from tests.models import EXPERTS, save_random_model
 
 pytestmark = pytest.mark.engine
 
@@ -26,6 +30,20 @@ def test_model_over_two_devices(split: str, model_dir: Path, reference_model: An
     llm = start(model_dir, **options)
     for p, output in zip(PROMPTS, greedy(llm, PROMPTS, NUM_TOKENS), strict=True):
         check(reference_model, p, output)
+    llm.llm_engine.engine_core.shutdown()
+
+
+def test_experts_over_two_devices(tmp_path: Path) -> None:
+    """Each GPU has half of the heads and half of the experts."""
+    folder = save_random_model(tmp_path, Qwen3MoeConfig, **EXPERTS)
+    model = load_model(folder, device="cuda")
+    model.set_experts_implementation("eager")  # the grouped kernels of PyTorch are for bfloat16
+    llm = start(
+        folder, tensor_parallel_size=2, enable_expert_parallel=True, distributed_executor_backend="mp",
+        max_model_len=1024,
+    )  # fmt: skip
+    for p, output in zip(PROMPTS, greedy(llm, PROMPTS, NUM_TOKENS), strict=True):
+        check(model, p, output)
     llm.llm_engine.engine_core.shutdown()
 
 

@@ -40,6 +40,11 @@ def random_cache(
     return PagedCache.from_layers(keys, values, k_scale, v_scale)
 
 
+def cache_dtype_of(dtype: torch.dtype) -> str:
+    """vLLM's --kv-cache-dtype that makes caches of it."""
+    return "fp8" if dtype == torch.float8_e4m3fn else "auto"
+
+
 def copy_of(cache: PagedCache) -> PagedCache:
     """The same content at other addresses, with the same strides."""
     return PagedCache.from_layers(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from dataclasses import FrozenInstanceError, fields, replace
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kvllm.config import KvConfig
 from kvllm.methods import make_method, methods
-from kvllm.methods.base import Window
+from kvllm.methods.base import Method, Window
+from kvllm.methods.gates import Gated
 from kvllm.methods.rope import Rope, frequencies
 from kvllm.methods.triattention import save_statistics
+from tests.methods.test_gates import random_gates
 from tests.methods.windows import one_of, random_window, tensors_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,7 +31,23 @@ def needed_options(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("statistics") / "model.safetensors")
     queries = torch.randn(NUM_LAYERS, NUM_HEADS, 50, HEAD_DIM, generator=torch.Generator().manual_seed(1)) + 0.5
     save_statistics(path, queries, 10000.0 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM))
-    return {"triattention": {"statistics": path}}
+    return {"triattention": {"statistics": path}} | dict.fromkeys(("trimkv", "dms"), {"gates": gates_of(2)})
+
+
+@functools.cache
+def gates_of(num_kv_heads: int) -> str:
+    """A file of gates for random windows with so many KV heads."""
+    path = f"{tempfile.mkdtemp()}/gates.safetensors"
+    save_file(random_gates(NUM_LAYERS, num_kv_heads, HEAD_DIM, hidden=3), path)
+    return path
+
+
+def fitting(method: Method, window: Window) -> Method:
+    """The method with gates, if it has any, for the KV heads of this window."""
+    if not isinstance(method, Gated):
+        return method
+    make: Any = type(method)
+    return make(gates=gates_of(window.num_kv_heads))
 
 
 @pytest.fixture(params=list(methods()))
@@ -70,6 +92,7 @@ WINDOWS = windows()
 @pytest.mark.parametrize("name", WINDOWS)
 def test_exactly_num_kept_distinct_ascending(method, name):
     window = WINDOWS[name]
+    method = fitting(method, window)
     for num_kept in (1, 2, 7, 16, window.num_tokens - 1):
         kept = method.compress(window, num_kept)
         assert kept.indices.dtype == torch.int64
@@ -85,7 +108,7 @@ def test_exactly_num_kept_distinct_ascending(method, name):
 @pytest.mark.parametrize("name", WINDOWS)
 def test_scores_have_the_promised_shape_and_type(method, name):
     window = WINDOWS[name]
-    scores = method.score(window)
+    scores = fitting(method, window).score(window)
     assert scores.dtype == torch.float32
     assert scores.shape == (len(window.keys), window.num_kv_heads, window.num_tokens)
     assert not scores.isnan().any()

@@ -8,11 +8,11 @@ from safetensors.torch import save_file
 
 from kvllm.config import KvConfig
 from kvllm.methods import make_method
+from kvllm.methods.base import LayerShape
 from kvllm.methods.rope import frequencies
 from kvllm.methods.triattention import TriAttention, save_statistics
 from tests.methods.loops import group_size, per_head
 from tests.methods.test_all_methods import WINDOWS
-from tests.methods.windows import random_window
 
 THETA, DIM, HEADS, LAYERS = 50.0, 8, 6, 5
 PAIRS = DIM // 2
@@ -84,7 +84,11 @@ def test_the_file_must_be_one_of_ours(tmp_path):
 
 def test_statistics_of_another_model_are_refused(statistics):
     method = make_method(KvConfig(method="triattention", method_options={"statistics": statistics}))
-    with pytest.raises(ValueError, match="a model with 6 heads of 8, but this one has 4 of 8"):
-        method.score(random_window(num_kv_heads=2, group_size=2))
-    with pytest.raises(ValueError, match="a model with 6 heads of 8, but this one has 6 of 16"):
-        method.score(random_window(head_dim=16))
+    method.check_layers(LayerShape(LAYERS, HEADS, 2, DIM))
+    for shape in (
+        LayerShape(LAYERS, 4, 2, DIM),
+        LayerShape(LAYERS, HEADS, 2, 16),
+        LayerShape(LAYERS + 1, HEADS, 2, DIM),
+    ):
+        with pytest.raises(ValueError, match="a model with 5 layers with 6 heads of 8, but this one has"):
+            method.check_layers(shape)

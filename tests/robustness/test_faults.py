@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.processes import descendants
 from tests.robustness import LONG
 from tests.server import Server, kvllm_serve
 
@@ -53,18 +53,6 @@ def start_streams(server: Server, pool: ThreadPoolExecutor) -> list[Any]:
     return futures
 
 
-def children(pid: int) -> dict[int, str]:
-    """Names of a process's descendants, by pid."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in listed.splitlines()]
-    found: dict[int, str] = {}
-    parents = {pid}
-    while new := {int(row[0]): row[2] for row in rows if int(row[1]) in parents and int(row[0]) not in found}:
-        found |= new
-        parents = set(new)
-    return found
-
-
 def test_sigterm_lets_answers_finish_and_ends_with_status_0(model_dir: Path, tmp_path: Path) -> None:
     with kvllm_serve(model_dir, tmp_path / "log", "--shutdown-timeout", "240") as server:
         with ThreadPoolExecutor(NUM_CLIENTS) as pool:
@@ -77,8 +65,8 @@ def test_sigterm_lets_answers_finish_and_ends_with_status_0(model_dir: Path, tmp
 
 def test_a_killed_engine_core_is_an_error_to_clients_and_ends_the_server(model_dir: Path, tmp_path: Path) -> None:
     with kvllm_serve(model_dir, tmp_path / "log") as server:
-        descendants = children(server.process.pid)
-        (core,) = (pid for pid, args in descendants.items() if "EngineCore" in args)
+        processes = descendants(server.process.pid)
+        (core,) = (pid for pid, args in processes.items() if "EngineCore" in args)
         with ThreadPoolExecutor(NUM_CLIENTS) as pool:
             futures = start_streams(server, pool)
             os.kill(core, signal.SIGKILL)
@@ -86,12 +74,30 @@ def test_a_killed_engine_core_is_an_error_to_clients_and_ends_the_server(model_d
         assert all(error is not None and seen < MAX_TOKENS for seen, error in results), results
         server.process.wait(60)  # with status 0, as vLLM ends then
         deadline = time.monotonic() + 30
-        while any(Path(f"/proc/{pid}").exists() for pid in descendants) and time.monotonic() < deadline:
+        while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < deadline:
             time.sleep(0.5)
-        assert not [pid for pid in descendants if Path(f"/proc/{pid}").exists()], "a process is left over"
+        assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()], "a process is left over"
     with kvllm_serve(model_dir, tmp_path / "log2") as server:  # a server started again is whole
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
         answer = client.completions.create(
             model="small", prompt="Hello", max_tokens=200, extra_body={"ignore_eos": True}
         )
         assert answer.usage and answer.usage.completion_tokens == 200
+
+
+def test_a_killed_api_server_ends_its_answers_with_an_error_and_the_server(model_dir: Path, tmp_path: Path) -> None:
+    """Of two API servers: vLLM then stops the rest too, so that whoever supervises the process starts it anew."""
+    with kvllm_serve(model_dir, tmp_path / "log", "--api-server-count", "2") as server:
+        processes = descendants(server.process.pid)
+        victim = next(pid for pid, args in processes.items() if "ApiServer" in args)
+        with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+            futures = start_streams(server, pool)
+            os.kill(victim, signal.SIGKILL)
+            results = [future.result(timeout=120) for future in futures]
+        assert any(error is not None for _, error in results), results
+        assert all(error is not None or seen == MAX_TOKENS for seen, error in results), results
+        server.process.wait(60)
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()], "a process is left over"

@@ -12,13 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 import kvllm
-from kvllm.cli.options import PASS_THROUGH, JsonFile, flag, shown, with_config
+from kvllm.cli.options import PASS_THROUGH, JsonFile, examples, flag, shown, with_config
 from kvllm.errors import UsageError
 from kvllm.options import options_of
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=kvllm.__doc__)
 console = Console()
 progress_console = Console(stderr=True)  # stdout holds the answer
+SAMPLING, DEVICE = "Sampling", "The device, for experts"  # panels of options in help
+SERVE, MEASURE = "Serve", "Understand and measure"  # panels of commands
 
 
 @app.callback(invoke_without_command=True)
@@ -28,28 +30,52 @@ def version(show: Annotated[bool, typer.Option("--version", help="Show the versi
         raise typer.Exit
 
 
-@app.command(context_settings=PASS_THROUGH, options_metavar="MODEL --prompt TEXT [OPTIONS] [vLLM'S ENGINE FLAGS]")
+@app.command(
+    rich_help_panel=SERVE,
+    context_settings=PASS_THROUGH,
+    options_metavar="MODEL --prompt TEXT [OPTIONS] [vLLM'S ENGINE FLAGS]",
+    epilog=examples(
+        "kvllm generate Qwen/Qwen3-8B --prompt 'Prove that 17 is prime.' --max-tokens 4096 --compression 8x",
+        "kvllm generate MODEL --prompt-file question.txt --retention-ratio 0.5 --json figures.json",
+        "kvllm generate MODEL --prompt-file question.txt --stock",
+    ),
+)
 @with_config
 def generate(
     context: typer.Context,
     options: dict,  # type: ignore[type-arg]
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 = all.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: avoid tokens that were there.")] = 1.0,
-    sampling_seed: Annotated[int | None, typer.Option(help="Draw the same tokens each time.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.", min=1)] = 512,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 = greedy.", rich_help_panel=SAMPLING)
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(help="Sample from the smallest set of tokens with this probability.", rich_help_panel=SAMPLING),
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(help="Sample from the k most likely tokens; 0 = all.", rich_help_panel=SAMPLING)
+    ] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: make tokens of the text so far less likely.", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    sampling_seed: Annotated[
+        int | None, typer.Option(help="Seed, to draw the same tokens each time.", rich_help_panel=SAMPLING)
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Continue to --max-tokens.", rich_help_panel=SAMPLING)
+    ] = False,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--no-chat", help="Use the model's chat template.", show_default="if it has one"),
+        typer.Option(
+            "--chat/--no-chat", help="Wrap the prompt in the model's chat template.", show_default="if it has one"
+        ),
     ] = None,
-    stock: Annotated[bool, typer.Option("--stock", help="Leave KvLLM out, to compare.")] = False,
+    stock: Annotated[bool, typer.Option("--stock", help="Run stock vLLM, without KvLLM, to compare.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Answer one prompt, and show what the KV cache took.
+    """Answer one prompt, and show how much KV cache it took.
 
     vLLM's engine flags pass through: --dtype, --max-model-len, --block-size, --enforce-eager and all others.
     """
@@ -59,9 +85,12 @@ def generate(
     if (prompt is None) == (prompt_file is None):
         raise UsageError("give the prompt with either --prompt or --prompt-file.")
     if prompt_file and not prompt_file.is_file():
-        raise UsageError(f"--prompt-file {prompt_file}: no such file.")
+        raise UsageError(f"--prompt-file {prompt_file}: no such file; give the path of a text file.")
     if stock and options:
-        raise UsageError(f"--stock leaves KvLLM out, so {', '.join(map(flag, options))} would have no effect.")
+        raise UsageError(
+            f"--stock runs without KvLLM, so {', '.join(map(flag, options))} would have no effect; leave one of "
+            "them out."
+        )
     text = prompt_file.read_text() if prompt_file else prompt or ""
     sampling = Sampling(max_tokens, temperature, top_p, top_k, repetition_penalty, sampling_seed, ignore_eos)
     generation = run(context.args, None if stock else options, text, sampling, chat, progress_console)
@@ -71,7 +100,16 @@ def generate(
         json_file.write_text(generation.to_json())
 
 
-@app.command(context_settings=PASS_THROUGH, options_metavar="MODEL [OPTIONS] [vLLM'S SERVE FLAGS]")
+@app.command(
+    rich_help_panel=SERVE,
+    context_settings=PASS_THROUGH,
+    options_metavar="MODEL [OPTIONS] [vLLM'S SERVE FLAGS]",
+    epilog=examples(
+        "kvllm serve Qwen/Qwen3-8B --compression 8x",
+        "kvllm serve Qwen/Qwen3-32B --retention-ratio 0.3 --tensor-parallel-size 2 --port 8000",
+        "kvllm serve MODEL --request-ratios 0.2-0.5,1.0",
+    ),
+)
 @with_config
 def serve(
     context: typer.Context,
@@ -79,42 +117,75 @@ def serve(
 ) -> None:
     """Start vLLM's OpenAI-compatible server with compression on.
 
-    All flags of `vllm serve` pass through (`vllm serve --help=all` lists them); what --additional-config holds
-    for other plugins is kept.
+    All flags of `vllm serve` pass through (`vllm serve --help=all` lists them). What --additional-config holds for
+    other plugins is kept.
     """
     from kvllm.engine import arguments
 
     arguments.run_server(arguments.serve_arguments(context.args, options))
 
 
-@app.command()
+@app.command(
+    rich_help_panel=SERVE,
+    epilog=examples(
+        "kvllm plan Qwen/Qwen3-8B --memory 80GiB --compression 8x",
+        "kvllm plan Qwen/Qwen3-8B --memory 24GiB --length 4096,16384 --prompt-tokens 512 --retention-ratio 0.3",
+    ),
+)
 @with_config
 def plan(
     options: dict,  # type: ignore[type-arg]
-    model: Annotated[str, typer.Argument(help="A folder with config.json, or a name on the model hub.")],
-    memory: Annotated[str, typer.Option(help="The device's memory, such as 80GiB.")],
-    length: Annotated[str, typer.Option(help="Total lengths, prompt included.")] = "2048,8192,32768",
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt, never compressed.", min=1)] = 256,
-    block_size: Annotated[int, typer.Option(help="Tokens in one KV block.", min=1)] = 16,
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8 for one byte a number.")] = "auto",
-    gpu_memory_utilization: Annotated[float, typer.Option(help="Share that vLLM may use, as in vLLM.")] = 0.92,
+    model: Annotated[
+        str, typer.Argument(help="A folder with config.json, or a name on the model hub.", metavar="MODEL")
+    ],
+    memory: Annotated[str, typer.Option(help="Memory of the device, such as 80GiB.", metavar="SIZE")],
+    length: Annotated[str, typer.Option(help="Total lengths in tokens, prompt included.")] = "2048,8192,32768",
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt, which is not compressed.", min=1)] = 256,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens in one KV block.", min=1, show_default="the engine's default", rich_help_panel=DEVICE
+        ),
+    ] = None,
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="auto, or fp8 for one byte per number.", rich_help_panel=DEVICE)
+    ] = "auto",
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="As in vLLM: share of the memory that it may use.", rich_help_panel=DEVICE)
+    ] = 0.92,
     max_num_seqs: Annotated[
         int | None,
         typer.Option(
-            help="As in vLLM: the query bank's rows.",
+            help="As in vLLM: maximum number of requests that run at once, each with a row of the query bank.",
             min=1,
-            show_default="1024 from 70GiB on, else 256, or fewer that fit",
+            show_default="1024 from 70GiB on, else 256; fewer if these do not fit",
+            rich_help_panel=DEVICE,
         ),
     ] = None,
     max_model_len: Annotated[
         int | None,
-        typer.Option(help="As in vLLM: the longest text, prompt included.", min=1, show_default="the model's"),
+        typer.Option(
+            help="As in vLLM: maximum length of a text, prompt included.",
+            min=1,
+            show_default="the model's",
+            rich_help_panel=DEVICE,
+        ),
     ] = None,
-    reserve: Annotated[str, typer.Option(help="For activations and CUDA graphs.")] = "3GiB",
-    weights: Annotated[str | None, typer.Option(help="Size of the weights.", show_default="from the config")] = None,
+    reserve: Annotated[
+        str, typer.Option(help="Memory for activations and CUDA graphs.", metavar="SIZE", rich_help_panel=DEVICE)
+    ] = "3GiB",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory of the weights.", metavar="SIZE", show_default="from the config", rich_help_panel=DEVICE
+        ),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """How many requests of which length fit a GPU, stock against compressed, from the model's config alone."""
+    """How many requests fit on a device, with and without compression.
+
+    Reads the model's config and no weights, and needs no GPU. Refuses what `kvllm serve` would refuse.
+    """
     from transformers import AutoConfig
 
     from kvllm.cli import plan as planning
@@ -124,7 +195,7 @@ def plan(
     from kvllm.layers import local_layers
     from kvllm.layout import request_geometry
     from kvllm.methods import checked_config, with_budgets
-    from kvllm.support import packed_problem
+    from kvllm.support import default_block_size, packed_problem
 
     device_bytes = planning.parse_bytes(memory)
     size = planning.parse_bytes(weights, "--weights") if weights else None
@@ -133,9 +204,11 @@ def plan(
     longest = max_model_len or getattr(text, "max_position_embeddings", None)
     config = with_budgets(checked_config(options), full_layers(local_layers(text, longest)))
     one = footprint(model_config, config, 1, kv_cache_dtype, size, max_model_len)
-    if problem := packed_problem(config.survivor_bits, dtype_of(model_config), kv_cache_dtype, text):
+    if problem := packed_problem(config.survivor_bits, dtype_of(model_config)):
         raise UsageError(problem)
-    rounding = Rounding.from_config(config, block_size, head_dim_of(text))
+    if block_size is None:
+        block_size = default_block_size("cuda", config.survivor_bits, kv_cache_dtype)
+    rounding = Rounding.from_config(config, block_size, head_dim_of(text), kv_cache_dtype)
     geometry = request_geometry(config, block_size, packed_tokens=rounding.block_tokens if rounding else None)
     num_seqs = max_num_seqs or default_max_num_seqs(device_bytes, gpu_memory_utilization, one)
     taken = replace(one, query_bank=num_seqs * one.query_bank)
@@ -147,14 +220,19 @@ def plan(
         json_file.write_text(json.dumps(made.to_dict(), indent=2) + "\n")
 
 
-@app.command(context_settings=PASS_THROUGH, options_metavar="[MODEL] [OPTIONS] [vLLM'S SERVE FLAGS]")
+@app.command(
+    rich_help_panel=SERVE,
+    context_settings=PASS_THROUGH,
+    options_metavar="[MODEL] [OPTIONS] [vLLM'S SERVE FLAGS]",
+    epilog=examples("kvllm doctor", "kvllm doctor Qwen/Qwen3-8B --compression 8x --tensor-parallel-size 2"),
+)
 @with_config
 def doctor(
     context: typer.Context,
     options: dict,  # type: ignore[type-arg]
     json_file: JsonFile = None,
 ) -> None:
-    """Find what is wrong before an engine starts: versions, plugin, GPU, options and, if one is named, the model.
+    """Check versions, plugin, GPU, options and, if one is named, the model, before an engine starts.
 
     Takes the arguments of `serve`. Exit status 1 if anything would keep it from starting.
     """
@@ -168,7 +246,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=SERVE)
 @with_config
 def demo(
     options: dict,  # type: ignore[type-arg]
@@ -182,14 +260,23 @@ def demo(
     run(model, max_tokens, dtype, options, console)
 
 
-@app.command()
-def methods() -> None:
-    """List the compression methods and the options of each (--method-options)."""
+@app.command(
+    rich_help_panel=MEASURE,
+    epilog=examples(
+        "kvllm methods",
+        "kvllm methods --json methods.json",
+        """kvllm serve MODEL --method snapkv --method-options '{"num_observed": 16}'""",
+    ),
+)
+def methods(json_file: JsonFile = None) -> None:
+    """List the compression methods and the options of each, with defaults, accepted values and help."""
     from rich.text import Text
 
     from kvllm.methods import SHARED_OPTIONS
     from kvllm.methods import methods as registry
 
+    if json_file:
+        json_file.write_text(json.dumps([_described(name, cls) for name, cls in registry().items()], indent=2) + "\n")
     table = Table("method, its options", "default", "accepts", "what it keeps, what the option does")
     for name, cls in registry().items():
         table.add_section()
@@ -200,3 +287,9 @@ def methods() -> None:
                 cells = (f"  {option.name}", shown(option.default), option.accepts, option.help)
                 table.add_row(*map(Text, cells))
     console.print(table)
+
+
+def _described(name: str, cls: type) -> dict[str, object]:
+    """A method as JSON: its name, what it keeps, and its options."""
+    summary = (cls.__doc__ or "").strip().splitlines()[0]
+    return {"name": name, "summary": summary, "options": [asdict(option) for option in options_of(cls).values()]}

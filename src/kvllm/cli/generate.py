@@ -85,7 +85,8 @@ def generate(
 
     args = engine_args(arguments, options)
     try:
-        llm = LLM.from_engine_args(args)
+        with console.status(f"Starting vLLM with {args.model} ..."):
+            llm = LLM.from_engine_args(args)
     except ValueError as e:
         raise UsageError(f"the engine refused to start: {_reason(e)}") from e
     stats = _stock_stats(llm) if options is None else _engine_stats(llm)

@@ -16,11 +16,18 @@ from kvllm.options import Option, options_of, parse_json
 
 # What typer does not know goes to vLLM, which has its own parser and its own messages.
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here, as JSON.")]
-PANEL = "Compression"
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file, as JSON.")]
+# In help the options that most users need stand apart from the others; a new field is among the others.
+PANEL, EXPERT_PANEL = "Compression", "Compression, for experts"
+EVERYDAY = ("method", "retention_ratio", "survivor_bits", "request_ratios")
 TYPES = {"string": str, "integer": int, "number": float}  # all others are JSON
 # vLLM has flags of these names, and they mean something else.
 PREFIXED = ("seed",)
+
+
+def examples(*commands: str) -> str:
+    """The epilog of a command's help: command lines that work as printed. Empty lines part them, as typer wants it."""
+    return "\n\n".join(["Examples:", *(command.replace("[", "\\[") for command in commands)])
 
 
 def flag(field_name: str) -> str:
@@ -36,17 +43,31 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
     that its module does not hold.
     """
     signature = inspect.signature(command, eval_str=True)
+    # typer hands out its context under one name only.
+    takes_context = [p.name for p in signature.parameters.values() if p.annotation is typer.Context]
+    context_name = takes_context[0] if takes_context else "kvllm_context"
 
     @functools.wraps(command)
     def wrapped(**arguments: Any) -> None:
-        given = {name: arguments.pop(name) for name in (PRESET_KEY, *options_of(KvConfig))}
-        command(**arguments, options=parse({name: value for name, value in given.items() if value is not None}))
+        context: typer.Context = arguments[context_name] if takes_context else arguments.pop(context_name)
+        values = {name: arguments.pop(name) for name in (PRESET_KEY, *options_of(KvConfig))}
+        given = {name: value for name, value in values.items() if _was_given(context, name)}
+        command(**arguments, options=parse(given))
 
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "options"]
-    parameters = [*own, _preset_parameter(), *map(_parameter, options_of(KvConfig).values())]
+    declared = sorted(options_of(KvConfig).values(), key=lambda option: option.name not in EVERYDAY)
+    parameters = [*own, _preset_parameter(), *map(_parameter, declared)]
+    if not takes_context:
+        parameters.append(inspect.Parameter(context_name, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
     wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapped
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    """Whether the user set this parameter; a default must not override what --additional-config says."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
 
 
 def parse(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,22 +95,30 @@ def shown(default: Any) -> str:
 
 
 def _preset_parameter() -> inspect.Parameter:
-    sets = "; ".join(
-        f"{name}: " + ", ".join(f"{flag(option)} {value}" for option, value in preset.items())
+    means = "; ".join(
+        f"{name} = " + " ".join(f"{flag(option)} {value}" for option, value in preset.items())
         for name, preset in PRESETS.items()
     )
+    help = f"How many times smaller old windows are stored; needs a GPU to save memory. {means}."
     declared = typer.Option(
-        flag(PRESET_KEY), help=f"How many times smaller old windows are stored ({sets}).", rich_help_panel=PANEL
+        flag(PRESET_KEY),
+        help=help,
+        rich_help_panel=PANEL,
+        metavar="|".join(PRESETS),
+        autocompletion=lambda: list(PRESETS),
     )
     annotation: Any = Annotated[str | None, declared]
     return inspect.Parameter(PRESET_KEY, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _parameter(option: Option) -> inspect.Parameter:
-    declared = typer.Option(
-        flag(option.name), help=option.help, show_default=shown(option.default), rich_help_panel=PANEL
-    )
-    # None stands for "left out", so that a choice made elsewhere (--additional-config) is not overridden.
     kind: Any = TYPES.get(option.type, str)
-    annotation: Any = Annotated[kind | None, declared]
-    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    default = option.default if option.type in TYPES else shown(option.default)
+    declared = typer.Option(
+        flag(option.name),
+        help=option.help,
+        show_default=default != "",
+        rich_help_panel=PANEL if option.name in EVERYDAY else EXPERT_PANEL,
+    )
+    annotation: Any = Annotated[kind, declared]
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

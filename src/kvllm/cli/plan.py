@@ -66,7 +66,7 @@ def plan(
     for length in lengths:
         if length <= num_prompt_tokens:
             raise UsageError(
-                f"--length {length}: this is the total, prompt included, and must be more than --prompt-tokens "
+                f"--length {length}: this is the total, prompt included; use more than --prompt-tokens "
                 f"{num_prompt_tokens}."
             )
         stock = footprint.groups.num_full * ceil_div(length, block_size)

@@ -11,7 +11,9 @@ from __future__ import annotations
 from math import ceil
 from typing import TypeVar
 
-from kvllm.layout import Geometry, ceil_div
+import numpy as np
+
+from kvllm.layout import Geometry, IntArray, ceil_div
 
 Block = TypeVar("Block")
 
@@ -30,17 +32,59 @@ def num_spares(geometry: Geometry, allocator_block_size: int) -> int:
 
 
 def peak_allocator_blocks(
-    geometry: Geometry, num_prompt_tokens: int, num_tokens: int, allocator_block_size: int
+    geometry: Geometry, num_prompt_tokens: int, num_tokens: int, allocator_block_size: int, num_late: int = 0
 ) -> int:
     """The most allocator blocks that a request holds while it grows to `num_tokens`; exact for kernel-sized blocks.
 
     Otherwise an upper bound: both segments may end inside a block, and the tail may start inside one.
+
+    num_late: events whose blocks are not yet freed when the next ones are due
     """
     uncompressed = ceil_div(num_tokens, allocator_block_size)
+    tokens = geometry.peak_tokens(num_prompt_tokens, num_tokens) + num_late * geometry.interval
     if allocator_block_size == geometry.block_size:
-        return geometry.peak_blocks(num_prompt_tokens, num_tokens)
-    tokens = geometry.peak_tokens(num_prompt_tokens, num_tokens)
+        return min(uncompressed, ceil_div(tokens, allocator_block_size))
     return min(uncompressed, ceil_div(tokens, allocator_block_size) + 2 + num_spares(geometry, allocator_block_size))
+
+
+def blocks_held(
+    geometry: Geometry, num_prompt_tokens: IntArray, num_computed_tokens: IntArray, allocator_block_size: int
+) -> IntArray:
+    """Allocator blocks that requests hold, arrays that broadcast; `close_gap` in closed form."""
+    size = allocator_block_size
+    events = geometry.num_events(num_prompt_tokens, num_computed_tokens)
+    prefix = ceil_div(geometry.prefix_len(num_prompt_tokens, events), size) + num_spares(geometry, size)
+    gap = np.maximum(geometry.tail_start(num_prompt_tokens, events) // size - prefix, 0) * (events > 0)
+    return ceil_div(num_computed_tokens, size) - gap
+
+
+class BlockNames:
+    """Which block each entry of a request's list holds, by the number under which the block was allocated.
+
+    A worker's table keeps every block where it was when it was allocated. The edits of `close_gap` follow from the
+    geometry alone, so the worker repeats them on these numbers.
+    """
+
+    def __init__(self, geometry: Geometry, num_prompt_tokens: int, allocator_block_size: int) -> None:
+        self.geometry = geometry
+        self.num_prompt_tokens = num_prompt_tokens
+        self.size = allocator_block_size
+        self.names: list[int | None] = []
+
+    def close_gap(self, event: int) -> list[int]:
+        """Edit the list for event number `event`: where its survivors go, as numbers of kernel blocks in the table."""
+        geometry, prompt = self.geometry, self.num_prompt_tokens
+        prefix, tail = geometry.prefix_len(prompt, event + 1), geometry.tail_start(prompt, event + 1)
+        self.names += range(len(self.names), max(ceil_div(prefix, self.size), tail // self.size))
+        close_gap(self.names, None, geometry, prompt, event, self.size)
+        first = geometry.prompt_len(prompt, event + 1) + geometry.num_left_alone(event)
+        per_block = self.size // geometry.block_size
+        found = []
+        for row in range(first // geometry.block_size, prefix // geometry.block_size):
+            name = self.names[row // per_block]
+            assert name is not None
+            found.append(name * per_block + row % per_block)
+        return found
 
 
 def close_gap(

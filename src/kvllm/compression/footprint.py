@@ -10,7 +10,7 @@ from kvllm.config import KvConfig
 from kvllm.errors import UsageError
 from kvllm.groups import Groups, groups_of
 from kvllm.layers import local_layers
-from kvllm.support import check_model
+from kvllm.support import check_model, is_fp8
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 QUANTIZED_BITS = {"fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4}
@@ -59,7 +59,7 @@ def footprint(
     groups, num_heads = groups_of(layers, compression.budgets), text.num_attention_heads
     head_dim = head_dim_of(text)
     num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
-    kv_bytes = 1 if kv_cache_dtype.startswith("fp8") else DTYPE_BYTES[dtype]
+    kv_bytes = 1 if is_fp8(kv_cache_dtype) else DTYPE_BYTES[dtype]
     bank = QueryBank.allocate(
         layers.count(None), max_num_seqs, compression.num_queries, num_heads, num_kv_heads, head_dim,
         compression.query_stride, getattr(torch, dtype), device="meta",

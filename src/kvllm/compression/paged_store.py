@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvllm.compression.blocks import BlockNames
 from kvllm.compression.query_bank import QueryBank
 from kvllm.compression.query_ring import oldest_entry
 from kvllm.compression.rows import Due
@@ -34,6 +35,9 @@ class PagedStore(ABC):
     vLLM's table keeps an entry for every logical block of a request, so survivors, which move behind the prompt, have a
     table of their own, and the two are joined for attention (`kvllm.kernels.block_tables`).
 
+    Where the allocator's blocks are larger than the kernels', an event's blocks are not free for its survivors alone:
+    they move to where `kvllm.compression.blocks` says, once all events of the step are done (`settle`).
+
     survivor_blocks: [max_num_reqs, max_blocks] int32, block ids by physical index; means nothing in front of the
                      prefix segment's survivors and behind them
     to_device:       a tensor (int64) of a list of numbers, on the cache's device
@@ -58,13 +62,16 @@ class PagedStore(ABC):
         shape = (max_num_reqs, ceil_div(max_model_len, block_size))
         self.survivor_blocks = torch.zeros(shape, dtype=torch.int32, device=bank.queries.device)
         self.block_table: Tensor | None = None
+        self.allocator_block_size = block_size
+        self._names: dict[int, BlockNames] = {}  # by row
+        self._moves: list[tuple[Tensor, Tensor]] = []
 
     def begin_step(self, block_table: Tensor) -> None:
         """block_table: [num_reqs, any] int32, logical, of the step's batch"""
         self.block_table = block_table
 
     def candidates(self, due: Sequence[Due]) -> PagedCandidates:
-        """The survivors among them lie in front of the raw ones. From here on the first blocks hold the survivors."""
+        """The survivors among them lie in front of the raw ones. Until `settle` the first blocks hold the survivors."""
         assert self.block_table is not None
         table, width, own_width = self.block_table, self.block_table.stride(0), self.survivor_blocks.stride(0)
         shape = due[0].geometry.shape(due[0].event)
@@ -74,6 +81,7 @@ class PagedStore(ABC):
         history: list[int] = []
         raw: list[int] = []
         kept: list[int] = []
+        moved: list[int] = []
         for each in due:
             prompt, event = each.num_prompt_tokens, each.event
             first = each.geometry.prompt_len(prompt, event + 1) + each.geometry.num_left_alone(event)
@@ -83,14 +91,33 @@ class PagedStore(ABC):
             history += range(row, row + num_history)
             raw += range(each.batch_index * width + tail, each.batch_index * width + tail + num_raw)
             kept += range(row, row + num_kept)
-        sent = self.to_device([*starts, *raw, *history, *kept])
-        ring_starts, raw_index, history_index, kept_index = sent.split([len(starts), len(raw), len(history), len(kept)])
+            if self.allocator_block_size > self.block_size:
+                moved += [each.batch_index * width + column for column in self._columns_after(each)]
+        parts = [starts, raw, history, kept, moved]
+        sent = self.to_device([number for part in parts for number in part])
+        ring_starts, raw_index, history_index, kept_index, moved_index = sent.split([len(part) for part in parts])
         blocks = _flat(table).index_select(0, raw_index).view(len(due), -1)
         survivors = self.survivor_blocks.view(-1)
         if num_history:
             blocks = torch.cat([survivors.index_select(0, history_index).view(len(due), -1), blocks], dim=1)
-        survivors.index_copy_(0, kept_index, blocks[:, :num_kept].reshape(-1))
+        homes = blocks[:, :num_kept].reshape(-1)
+        if moved:
+            written, homes = homes, _flat(table).index_select(0, moved_index)
+            self._moves.append((written.long(), homes.long()))
+        survivors.index_copy_(0, kept_index, homes)
         return PagedCandidates(blocks, ring_starts)
+
+    def _columns_after(self, due: Due) -> list[int]:
+        """Columns of the block table whose blocks hold what the event keeps, from now on."""
+        if due.event == 0:
+            self._names[due.row] = BlockNames(due.geometry, due.num_prompt_tokens, self.allocator_block_size)
+        return self._names[due.row].close_gap(due.event)
+
+    def settle(self) -> None:
+        """Move the survivors of the step's events out of the blocks that will be freed."""
+        for written, homes in self._moves:
+            self.move(written, homes)
+        self._moves.clear()
 
     def prompt(self, due: Due) -> PagedCandidates:
         assert self.block_table is not None
@@ -112,6 +139,10 @@ class PagedStore(ABC):
     @abstractmethod
     def write(self, candidates: PagedCandidates, kept: Kept, layers: slice = ALL_LAYERS) -> None:
         """As of `Store`."""
+
+    @abstractmethod
+    def move(self, written: Tensor, homes: Tensor) -> None:
+        """Copy whole blocks of all layers, as if all were read before any is written. [num_blocks] ids each"""
 
     def _ring_start(self, due: Due) -> int:
         return self.bank.ring_start(due.row, oldest_entry(self.config, due.geometry, due.event))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
-from kvllm.support import PLAIN_BITS
+from kvllm.support import PLAIN_BITS, is_fp8
 
 SCALE_BYTES = 4  # a scale and a lowest value, bfloat16 each; with 8 bits each, blocks of 16 would still hold 56 tokens
 TOKEN_STEP = 8  # a packed block holds a multiple of this
@@ -49,14 +49,17 @@ class Rounding:
     block_tokens: int
 
     @classmethod
-    def from_config(cls, config: KvConfig, block_size: int, head_dim: int) -> Rounding | None:
+    def from_config(
+        cls, config: KvConfig, block_size: int, head_dim: int, cache_dtype: str = "auto"
+    ) -> Rounding | None:
         """The rounding of `config`; None where survivors keep the cache's own precision.
 
+        cache_dtype: as in `packed_block_tokens`
         Raises UsageError where a packed block would hold no more tokens than a plain one.
         """
         if config.survivor_bits == PLAIN_BITS:
             return None
-        num_tokens = packed_block_tokens(block_size, head_dim, config.survivor_bits)
+        num_tokens = packed_block_tokens(block_size, head_dim, config.survivor_bits, cache_dtype)
         if num_tokens <= block_size:
             raise UsageError(
                 f"survivor_bits={config.survivor_bits}: a block of {block_size} tokens, with heads of {head_dim}, "
@@ -79,9 +82,12 @@ class Rounding:
         return torch.cat([block.restore() for block in key_blocks], dim=1), rounded_values.restore()
 
 
-def packed_block_tokens(block_size: int, head_dim: int, bits: int) -> int:
-    """The number of tokens that a packed block holds in the bytes of a plain one of `block_size` tokens in 16 bits."""
-    plain = 2 * block_size * head_dim * PLAIN_BITS // 8
+def packed_block_tokens(block_size: int, head_dim: int, bits: int, cache_dtype: str = "auto") -> int:
+    """The number of tokens that a packed block holds in the bytes of a plain one of `block_size` tokens.
+
+    cache_dtype: vLLM's --kv-cache-dtype; plain blocks hold 8 bits a number if it is fp8, else 16
+    """
+    plain = 2 * block_size * head_dim * (8 if is_fp8(cache_dtype) else PLAIN_BITS) // 8
     per_token = 2 * head_dim * bits // 8 + SCALE_BYTES
     return (plain - SCALE_BYTES * head_dim) // per_token // TOKEN_STEP * TOKEN_STEP
 

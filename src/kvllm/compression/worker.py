@@ -19,6 +19,7 @@ from kvllm.compression.stopwatch import Stopwatch
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry, IntArray, Shape, ceil_div
 from kvllm.methods import make_method
+from kvllm.methods.base import LayerShape
 from kvllm.methods.rope import Rope
 
 assert (PROMPT, PREFIX, TAIL) == tuple(range(NUM_PLANNED))  # the plan's first rows; the request's own row follows
@@ -56,16 +57,19 @@ class WorkerState:
         max_num_tokens: int,
         device: torch.device | str = "cpu",
         fused: bool = False,
-        packed: bool = False,
+        packed_rows: int = 0,
         stopwatch: Stopwatch | None = None,
     ) -> None:
         """
-        fused:  whether `attach` will bring kernels that need no positions of survivors
-        packed: whether `attach` will bring what packs survivors; the plan then has one more row, for its kernels
-        stopwatch: of another state, whose seconds count together with this one's
+        fused:       whether `attach` will bring kernels that need no positions of survivors
+        packed_rows: more rows of the plan, for the kernels that attend to packed survivors
+        stopwatch:   of another state, whose seconds count together with this one's
         """
         self.config = config
         self.method = make_method(config)
+        self.method.check_layers(
+            LayerShape(1 + max(layers.numbers), layers.num_heads, layers.num_kv_heads, layers.head_dim)
+        )
         self.layers = layers
         self.rope = rope
         self.rows = RequestRows(config, max_num_reqs)
@@ -82,20 +86,22 @@ class WorkerState:
         self.compressor: Compressor | None = None
         # What a step tells the device: the plan of `join_segments` and the bank's codes, side by side for one copy.
         self.plan_stride = ceil_div(max_num_reqs, 4) * 4  # every row starts at a multiple of 16 bytes
-        self.plan_rows = PLAN_ROWS + packed
+        self.plan_rows = PLAN_ROWS + packed_rows
         self.plan_size = self.plan_rows * self.plan_stride
         self.step = torch.zeros(self.plan_size + max_num_tokens, dtype=torch.int32, device=device)
         self.plan = self.step[: self.plan_size].view(self.plan_rows, -1)
         self.codes = self.step[self.plan_size :]
         self.codes.fill_(-1)
 
-    def attach(self, store: PagedStore, fused: Fused | None = None, pack: Pack | None = None) -> None:
-        """Compress in this store from now on."""
+    def attach(
+        self, store: PagedStore, fused: Fused | None = None, pack: Pack | None = None, cache_dtype: str = "auto"
+    ) -> None:
+        """Compress in this store from now on; cache_dtype: vLLM's --kv-cache-dtype"""
         self.store = store
         numbers = torch.tensor(self.layers.numbers, device=self.bank.queries.device)
         self.compressor = Compressor(
             self.config, self.method, store, numbers, self.bank.shifts, self.rope, self.positions, fused,
-            rounding=Rounding.from_config(self.config, store.block_size, self.layers.head_dim), pack=pack,
+            rounding=Rounding.from_config(self.config, store.block_size, self.layers.head_dim, cache_dtype), pack=pack,
         )  # fmt: skip
 
     def warm_up(self, geometries: Iterable[Geometry]) -> None:
@@ -125,6 +131,7 @@ class WorkerState:
             with self.stopwatch.running():
                 self.store.begin_step(block_table)
                 self.compressor.compress(due)
+                self.store.settle()
         return self.rows.columns[REMOVED, rows]
 
     def write_plan(

@@ -13,6 +13,19 @@ import numpy as np
 
 from kvllm.layout import IntArray
 
+NUM_TIMES = 16  # at which `most_ahead` looks
+
+
+def most_ahead(held: Callable[[IntArray], IntArray], to_end: IntArray, lookahead: int) -> int:
+    """Most blocks that requests will hold beyond today's, at any time in the next `lookahead` steps.
+
+    held:   the blocks that each holds after so many steps, [any, num_reqs] of both
+    to_end: [num_reqs], steps until the request must end
+    """
+    steps = np.linspace(0, lookahead, NUM_TIMES + 1, dtype=np.int64)[:, None]
+    blocks = np.where(to_end < steps, 0, held(np.minimum(steps, to_end))).sum(axis=1)
+    return max(0, int(blocks.max() - blocks[0]))
+
 
 def blocks_ahead(
     held: IntArray,

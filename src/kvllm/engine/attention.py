@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
@@ -29,8 +30,8 @@ Store = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None"], None]
 
 
 def compressed_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
-    """The layers of full attention of the loaded model, by name. Others are left alone: layers without a KV cache, and
-    local ones, which look back over a window or a chunk.
+    """The layers of full attention of the loaded model, by name. Others are left alone: layers without a KV cache,
+    local ones, which look back over a window or a chunk, and recurrent ones.
 
     A sliding window that no text outgrows is taken away: such a layer is full attention, but vLLM would free the blocks
     behind the window in groups of their own.
@@ -40,6 +41,8 @@ def compressed_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
     found: dict[str, Attention] = {}
     every: Any = AttentionLayerBase
     for name, layer in get_layers_from_vllm_config(vllm_config, every).items():
+        if support.is_recurrent_layer(layer):
+            continue
         if type(layer) is not Attention and layer.get_kv_cache_spec(vllm_config) is None:
             continue
         for reason in support.layer_reasons(layer, max_model_len):
@@ -141,6 +144,35 @@ class _PendingWrite:
     def take(self) -> Tensor | None:
         slot_mapping, self.slot_mapping = self.slot_mapping, None
         return slot_mapping
+
+
+def in_kernel_blocks(block_table: Tensor, blocks_per_block: int, out: Tensor | None = None) -> Tensor:
+    """The table of the kernels' blocks, `blocks_per_block` of which each of the allocator's holds.
+
+    block_table: [num_reqs, num_blocks], ids; out: [at least num_reqs, num_blocks * blocks_per_block]
+    returns      [num_reqs, num_blocks * blocks_per_block]; the table itself where both blocks are the same
+    """
+    if blocks_per_block == 1:
+        return block_table
+    num_reqs, num_blocks = block_table.shape
+    parts = torch.arange(blocks_per_block, dtype=block_table.dtype, device=block_table.device)
+    if out is None:
+        out = block_table.new_empty(num_reqs, num_blocks * blocks_per_block)
+    torch.add(
+        parts, block_table.unsqueeze(-1), alpha=blocks_per_block, out=out[:num_reqs].unflatten(1, (num_blocks, -1))
+    )
+    return out[:num_reqs]
+
+
+def kernel_block_backend(base: type[AttentionBackend], block_size: int) -> type[AttentionBackend]:
+    """A backend like `base` whose kernels see blocks of `block_size` tokens, however large the allocator's are."""
+
+    class KernelBlockBackend(base):  # type: ignore[misc, valid-type]
+        @classmethod
+        def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
+            return [block_size]
+
+    return KernelBlockBackend
 
 
 def shortening_backend(

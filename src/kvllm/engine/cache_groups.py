@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 
 from kvllm.engine.settings import groups_of_engine
 from kvllm.engine.spec import KvSpec
 from kvllm.errors import UsageError
 from kvllm.groups import Groups
-from kvllm.layers import Local
+from kvllm.layers import Local, Recurrent
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,17 +29,30 @@ CacheBlocks = Callable[["Request", int], None]  # of vLLM's coordinator, for all
 def compressed_groups(kv_cache_config: KVCacheConfig, block_size: int, num_parts: int) -> list[int]:
     """The numbers of the KV cache groups whose layers are compressed, one for each part (`KvConfig.parts`), in order.
 
-    Raises UsageError unless each part has exactly one, with blocks of `block_size` tokens and none but its layers.
+    Raises UsageError unless each part has exactly one, with blocks of `block_size` tokens, or beside recurrent layers
+    of several times as many, and none but its layers.
     """
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    found = {i: spec.part for i, spec in enumerate(specs) if isinstance(spec, KvSpec) and spec.block_size == block_size}
-    if sorted(found.values()) != list(range(num_parts)) or len(found) != sum(isinstance(s, KvSpec) for s in specs):
+    larger = any(isinstance(spec, MambaSpec) for spec in specs)
+    found = {i: spec.part for i, spec in enumerate(specs) if isinstance(spec, KvSpec)}
+    wrong = {
+        specs[i].block_size
+        for i in found
+        if specs[i].block_size != block_size and not (larger and specs[i].block_size % block_size == 0)
+    }
+    if wrong or sorted(found.values()) != list(range(num_parts)):
         wanted = "one KV cache group" if num_parts == 1 else f"{num_parts} KV cache groups, one for each ratio,"
         raise UsageError(
             f"KvLLM needs all layers of full attention in {wanted} with blocks of {block_size} tokens; vLLM "
             f"made {', '.join(f'{type(spec).__name__} with blocks of {spec.block_size}' for spec in specs)}."
         )
     return sorted(found, key=lambda i: found[i])
+
+
+def compressed_block_size(kv_cache_config: KVCacheConfig, block_size: int, num_parts: int) -> int:
+    """Tokens in a block of those groups, as the allocator has it."""
+    first = compressed_groups(kv_cache_config, block_size, num_parts)[0]
+    return kv_cache_config.kv_cache_groups[first].kv_cache_spec.block_size
 
 
 def checked_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
@@ -53,12 +72,14 @@ def checked_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> G
     return expected
 
 
-def local_of(spec: KVCacheSpec) -> Local | str:
+def local_of(spec: KVCacheSpec) -> Local | Recurrent | str:
     """How layers with this spec look back; the name of a spec that is not known."""
     if isinstance(spec, SlidingWindowSpec):
         return Local(spec.sliding_window)
     if isinstance(spec, ChunkedLocalAttentionSpec):
         return Local(spec.attention_chunk_size, chunked=True)
+    if isinstance(spec, MambaSpec):
+        return Recurrent()
     return type(spec).__name__
 
 

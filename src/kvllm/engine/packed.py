@@ -6,6 +6,7 @@ The backend sees prompt and tail alone, and hands out the logarithm of its softm
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,27 +18,30 @@ from kvllm import support
 from kvllm.compression.paged_store import PagedCandidates
 from kvllm.compression.rounding import Rounding
 from kvllm.compression.rows import PREFIX, PROMPT
+from kvllm.compression.worker import PLAN_ROWS
 from kvllm.engine.log_sum_exp import LOG_SUM_EXP, PATCH
 from kvllm.errors import UsageError
-from kvllm.kernels.packed.attend import Batch, PackedAttention, plan_parts
+from kvllm.kernels.packed.attend import Batch, PackedAttention, max_parts, plan_parts, requests_of_parts
 from kvllm.kernels.packed.layout import PackedLayout
 from kvllm.kernels.packed.pack import pack
 from kvllm.kernels.paged import PagedCache
-from kvllm.layout import IntArray
+from kvllm.layout import IntArray, ceil_div
 
 
 class PackedSurvivors:
     """Merges attention over packed survivors into that of the layers, and packs what events keep.
 
+    dtype: the model's
     Raises UsageError for layers whose attention cannot be merged.
     """
 
-    def __init__(self, layers: list[Any], rounding: Rounding) -> None:
+    def __init__(self, layers: list[Any], rounding: Rounding, dtype: torch.dtype) -> None:
         for layer in layers:
             for reason in support.packed_reasons(layer):
                 raise UsageError(f"KvLLM does not support survivor_bits={rounding.bits} with {reason}.")
         self.layers = layers
         self.rounding = rounding
+        self.dtype = dtype
         self.attention: PackedAttention | None = None
         # Whether the step computes several tokens of a request that has packed survivors, or stands for steps that do.
         self.resumed = False
@@ -49,20 +53,31 @@ class PackedSurvivors:
         """Read packed survivors of this cache from now on; `survivor_blocks` and `plan` as of `Batch`."""
         first = self.layers[0]
         self.cache, self.survivor_blocks, self.plan = cache, survivor_blocks, plan
+        self.part_requests = plan[PLAN_ROWS + 1 :].view(-1)
         attention = PackedAttention(
             PackedLayout.of(cache, self.rounding),
             first.num_heads,
             first.num_kv_heads,
             len(survivor_blocks),
             plan.device,
+            getattr(first.impl, "logits_soft_cap", None) or 0.0,
         )
         self.stream = torch.cuda.Stream(plan.device)
         # Compiled now: the first request that is resumed should not wait for it.
-        nothing = torch.zeros(1, first.num_heads, first.head_size, dtype=cache.dtype, device=plan.device)
+        nothing = torch.zeros(1, first.num_heads, first.head_size, dtype=self.dtype, device=plan.device)
+        quantized = cache.dtype.itemsize == 1 and first.impl.supports_quant_query_input
+        query = nothing.to(cache.dtype) if quantized else nothing
         lse = torch.zeros(first.num_heads, 1, device=plan.device)
-        empty = Batch(torch.zeros(2, dtype=torch.int32, device=plan.device), survivor_blocks, plan)
-        attention.merge(nothing, lse, nothing, cache.keys[0], cache.values[0], empty, 1.0, prefill=True)
+        self.idle()
+        starts = torch.zeros(2, dtype=torch.int32, device=plan.device)
+        empty = Batch(starts, survivor_blocks, plan, self.part_requests)
+        attention.merge(nothing, lse, query, cache.keys[0], cache.values[0], empty, 1.0, prefill=True)
         self.attention = attention
+
+    @staticmethod
+    def plan_rows(max_num_reqs: int, num_kv_heads: int) -> int:
+        """Rows that `write_plan` adds to a step's plan: one of requests, and as many as the parts fill."""
+        return 1 + ceil_div(max_parts(max_num_reqs, num_kv_heads), max_num_reqs)
 
     def pack(self, candidates: PagedCandidates, num_kept: int) -> None:
         pack(candidates.blocks, num_kept, self.cache, self.rounding)
@@ -73,13 +88,23 @@ class PackedSurvivors:
         num_blocks = plan[PREFIX, :num_reqs].astype(np.int64) - plan[PROMPT, :num_reqs]
         self.resumed = bool((num_blocks[counts > 1] > 0).any())
         ends = plan_parts(np.where(counts == 1, num_blocks, 0), self.layers[0].num_kv_heads)
-        plan[-1, :num_reqs] = ends
-        plan[-1, num_reqs:] = ends[-1]
+        plan[PLAN_ROWS, :num_reqs] = ends
+        plan[PLAN_ROWS, num_reqs:] = ends[-1]
+        requests_of_parts(ends, plan[PLAN_ROWS + 1 :].reshape(-1))
 
     def idle(self) -> None:
         """Prepare a step that is not a real batch."""
         self.plan.zero_()
+        self.part_requests.fill_(-1)
         self.resumed = True  # before vLLM captures a graph, it runs the same step once so that all kernels are loaded
+
+    def _beside(self) -> AbstractContextManager[Any]:
+        """Beside the backend's kernels, of which neither these nor ours fill the GPU to its end.
+
+        Not in steps that prefill: they launch every kernel by itself, and waiting for streams costs the host more.
+        """
+        self.stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self.stream)
 
     def _merging(self, forward: Callable[..., Any], index: int) -> Callable[..., Any]:
         scale = self.layers[index].impl.scale
@@ -91,20 +116,19 @@ class PackedSurvivors:
             if attn_metadata is None or self.attention is None:
                 return forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             num_tokens = attn_metadata.num_actual_tokens
-            batch = Batch(attn_metadata.query_start_loc, self.survivor_blocks, self.plan)
+            batch = Batch(attn_metadata.query_start_loc, self.survivor_blocks, self.plan, self.part_requests)
             packed = (query[:num_tokens], self.cache.keys[index], self.cache.values[index], batch, scale)
-            # Beside the backend's kernels: neither fills the GPU to its end.
-            current = torch.cuda.current_stream()
-            self.stream.wait_stream(current)
-            with torch.cuda.stream(self.stream):
+            prefills = attn_metadata.max_query_len > 1
+            with nullcontext() if prefills else self._beside():
                 self.attention.attend(*packed)
             LOG_SUM_EXP.wanted = True
             try:
                 result = forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             finally:
                 LOG_SUM_EXP.wanted = False
-            current.wait_stream(self.stream)
-            prefill = self.resumed and attn_metadata.max_query_len > 1
+            if not prefills:
+                torch.cuda.current_stream().wait_stream(self.stream)
+            prefill = self.resumed and prefills
             self.attention.finish(output[:num_tokens], LOG_SUM_EXP.take(), *packed, prefill)
             return result
 

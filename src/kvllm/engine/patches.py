@@ -113,6 +113,17 @@ def with_released_requests(original: Callable[..., Any]) -> Callable[..., Any]:
     return _update_states
 
 
+def with_zeroed_kernel_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _zero_block_ids(self: Any, block_ids: Any) -> None:
+        if (compressor := getattr(self, "kv_compressor", None)) is not None:
+            # The ids are the allocator's, and index caches in the kernels' blocks.
+            count = compressor.blocks_per_block
+            block_ids = [i * count + part for i in block_ids for part in range(count)]
+        original(self, block_ids)
+
+    return _zero_block_ids
+
+
 def with_compression_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
         compressor = getattr(self, "kv_compressor", None)

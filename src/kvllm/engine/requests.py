@@ -11,8 +11,9 @@ from vllm.logger import init_logger
 from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
+from kvllm.compression.blocks import peak_allocator_blocks
 from kvllm.config import RATIO_KEY, USAGE_KEY
-from kvllm.engine.settings import Geometries, groups_of_engine, kv_config, request_ratio
+from kvllm.engine.settings import Geometries, groups_of_engine, kv_config, num_late_events, request_ratio
 from kvllm.engine.usage import Watch
 from kvllm.errors import UsageError
 from kvllm.layout import RequestGeometry, ceil_div, most_that_fits
@@ -209,11 +210,17 @@ class RequestCheck:
     def _peak_blocks(self, geometry: RequestGeometry | None, num_prompt_tokens: int, num_generated: int) -> int:
         """The most blocks of all KV cache groups that the request can hold, as the scheduler admits it."""
         total = num_prompt_tokens + num_generated
+        return self._own_blocks(geometry, num_prompt_tokens, total) + self._local_blocks(total)
+
+    def _own_blocks(self, geometry: RequestGeometry | None, num_prompt_tokens: int, num_tokens: int) -> int:
+        """Of the groups that are compressed."""
         if geometry is None:
-            own = self.groups.num_full * ceil_div(total, self.block_size)
-        else:
-            own = geometry.peak_blocks(num_prompt_tokens, total)
-        return own + self._local_blocks(total)
+            return self.groups.num_full * ceil_div(num_tokens, self.block_size)
+        late = num_late_events(self.vllm_config)
+        return sum(
+            peak_allocator_blocks(group, num_prompt_tokens, num_tokens, self.block_size, late)
+            for group in geometry.groups
+        )
 
     def _local_blocks(self, num_tokens: int) -> int:
         if self.groups.local is None:
@@ -223,7 +230,11 @@ class RequestCheck:
     def _max_tokens_that_fit(self, geometry: RequestGeometry | None, num_prompt_tokens: int, num_blocks: int) -> int:
         """Most tokens that the request can generate; 0 or less where not even one."""
         if geometry is not None:
-            return geometry.max_tokens_that_fit(num_prompt_tokens, num_blocks, self._local_blocks) - num_prompt_tokens
+            fitting = geometry.max_tokens_that_fit(
+                num_prompt_tokens, num_blocks, self._local_blocks,
+                lambda num_tokens: self._own_blocks(geometry, num_prompt_tokens, num_tokens),
+            )  # fmt: skip
+            return fitting - num_prompt_tokens
         full = self.groups.num_full
         whole = most_that_fits(lambda n: full * n + self._local_blocks(n * self.block_size), 0, num_blocks)
         return whole * self.block_size - num_prompt_tokens

@@ -72,7 +72,10 @@ def _layer_queries(parent: nn.Module, layer: Any, positions: Tensor, states: Ten
             arguments[name] = positions
         elif name == _HIDDEN_STATES:
             arguments[name] = states
-        elif parameter.kind is not inspect.Parameter.VAR_KEYWORD or not arguments.keys() & set(_POSITIONS):
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            if not arguments.keys() & set(_POSITIONS):
+                arguments[_POSITIONS[0]] = positions  # for a module that takes what it gets; others do not look at it
+        else:
             raise ValueError(f"{type(parent).__name__}.forward takes {name}")
     taken: list[Tensor] = []
 

@@ -17,8 +17,15 @@ from kvllm.compression.rows import RunningRequests
 from kvllm.compression.stopwatch import Stopwatch
 from kvllm.compression.worker import Layers, WorkerState
 from kvllm.config import KvConfig
-from kvllm.engine.attention import capture_queries, compressed_layers, in_part, shortening_backend
-from kvllm.engine.cache_groups import compressed_groups
+from kvllm.engine.attention import (
+    capture_queries,
+    compressed_layers,
+    in_kernel_blocks,
+    in_part,
+    kernel_block_backend,
+    shortening_backend,
+)
+from kvllm.engine.cache_groups import compressed_block_size, compressed_groups
 from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, kv_config
 from kvllm.engine.store_cpu import CpuStore
@@ -98,6 +105,8 @@ class CompressorV1:
         capture_queries(self.layers, self._capture, "cpu")
         for each in self.layers:
             each.attn_backend = shortening_backend(each.attn_backend, self._shorten)
+            if runner.model_config.is_hybrid:
+                each.attn_backend = kernel_block_backend(each.attn_backend, self.geometries.block_size)
         logger.info("KvLLM: %s, query bank of %.0f MiB", config, self.state.bank.num_bytes / 2**20)
 
     def release(self, scheduler_output: SchedulerOutput) -> None:
@@ -121,6 +130,7 @@ class CompressorV1:
         computed = batch.num_computed_tokens_cpu[: len(req_ids)].astype(np.int64)
         counts = np.array([num_scheduled_tokens[req_id] for req_id in req_ids], np.int64)
         table = torch.from_numpy(batch.block_table[self.group].get_numpy_array()[: len(req_ids)])
+        table = in_kernel_blocks(table, self.blocks_per_block)
         removed = self.state.begin_step(rows, computed, req_ids, table)
         size = self.state.plan_size + int(counts.sum())
         self.state.write_plan(self.state.step.numpy()[:size], rows, computed, counts)
@@ -135,6 +145,15 @@ class CompressorV1:
         """The KV cache group that is compressed; known once vLLM has made its groups."""
         groups = compressed_groups(self.runner.kv_cache_config, self.geometries.block_size, self.num_parts)
         return groups[self.part]
+
+    @cached_property
+    def blocks_per_block(self) -> int:
+        """Kernel blocks in a block of the allocator."""
+        assert self.state.store is not None
+        block_size = self.geometries.block_size
+        size = compressed_block_size(self.runner.kv_cache_config, block_size, self.num_parts)
+        self.state.store.allocator_block_size = size
+        return size // block_size
 
     def _row_of(self, req_id: str) -> int:
         if req_id not in self.running:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,13 +21,21 @@ from vllm.utils.platform_utils import is_pin_memory_available
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 from kvllm.compression.rounding import Rounding
 from kvllm.compression.stopwatch import Stopwatch
 from kvllm.compression.worker import Layers, WorkerState
 from kvllm.config import KvConfig
-from kvllm.engine.attention import capture_queries, compressed_layers, in_part, store_with_queries
-from kvllm.engine.cache_groups import compressed_groups
+from kvllm.engine.attention import (
+    capture_queries,
+    compressed_layers,
+    in_kernel_blocks,
+    in_part,
+    kernel_block_backend,
+    store_with_queries,
+)
+from kvllm.engine.cache_groups import compressed_block_size, compressed_groups
 from kvllm.engine.compat import is_quantized_kv_cache
 from kvllm.engine.packed import PackedSurvivors
 from kvllm.engine.rope import rope_of
@@ -49,10 +57,14 @@ _LARGE_BANK = 0.05  # share of the device's memory from which on a max_num_seqs 
 
 @cache
 def compressing(cls: type) -> type:
-    """`cls` with compression; UsageError for a model state that we do not know to be plain full attention."""
+    """`cls` with compression; UsageError for a model state of which we do not know what it does."""
     for reason in model_state_reasons(cls):
         raise UsageError(f"KvLLM does not support {reason}.")
-    return KvModelState
+    return KvModelState if cls is DefaultModelState else KvHybridModelState
+
+
+# For the type checker a model state; at run time the classes below put one behind the mixin.
+Base: Any = DefaultModelState if TYPE_CHECKING else object
 
 
 class Part:
@@ -64,6 +76,8 @@ class Part:
     packed: PackedSurvivors | None = None
 
     group = 0
+    blocks_per_block = 1  # kernel blocks in a block of the allocator
+    kernel_table: Tensor | None = None  # where they are not the same: [max_num_reqs, most kernel blocks]
 
     def __init__(
         self,
@@ -77,22 +91,38 @@ class Part:
         self.config = config
         self.device, self.dtype = state.device, state.dtype
         self.layers = list(layers.values())
-        layer, numbers = self.layers[0], [extract_layer_index(name) for name in layers]
+        self.geometries = Geometries.of_engine(state.vllm_config)
+        block_size, layer = self.geometries.block_size, self.layers[0]
+        numbers = [extract_layer_index(name) for name in layers]
         shape = Layers(numbers, layer.num_heads, layer.num_kv_heads, layer.head_size, self.dtype)
         fused = has_fused_kernels(make_method(config), layer.head_size)
-        rounding = Rounding.from_config(config, state.vllm_config.cache_config.block_size, layer.head_size)
-        self.packed = PackedSurvivors(self.layers, rounding) if rounding is not None else None
+        self.cache_dtype = state.vllm_config.cache_config.cache_dtype
+        rounding = Rounding.from_config(config, block_size, layer.head_size, self.cache_dtype)
+        self.packed = PackedSurvivors(self.layers, rounding, self.dtype) if rounding is not None else None
+        num_reqs = state.max_num_reqs
+        packed_rows = PackedSurvivors.plan_rows(num_reqs, layer.num_kv_heads) if self.packed is not None else 0
         self.compression = WorkerState(
-            config, shape, rope, state.max_num_reqs, state.max_num_tokens, self.device, fused, self.packed is not None,
-            stopwatch,
-        )  # fmt: skip
-        self.seq_lens = torch.zeros(state.max_num_reqs, dtype=torch.int32, device=self.device)
+            config, shape, rope, num_reqs, state.max_num_tokens, self.device, fused, packed_rows, stopwatch
+        )
+        self.seq_lens = torch.zeros(num_reqs, dtype=torch.int32, device=self.device)
         self.cache: PagedCache | None = None
         self.num_removed = np.zeros(0, np.int64)
+        if state.vllm_config.model_config.is_hybrid:
+            for each in self.layers:
+                each.attn_backend = kernel_block_backend(each.attn_backend, block_size)
         if is_quantized_kv_cache(layer.kv_cache_dtype):
             capture_queries(self.layers, self._store, "cuda")  # what is quantised, vLLM writes itself
         else:
             store_with_queries(self.layers, self._store, "cuda")
+
+    def set_group(self, group: int, allocator_block_size: int, block_table: Tensor) -> None:
+        """Take a KV cache group; block_table: [max_num_reqs, any], vLLM's own of that group"""
+        self.group = group
+        self.blocks_per_block = allocator_block_size // self.geometries.block_size
+        if self.blocks_per_block > 1:
+            num_reqs, num_blocks = block_table.shape
+            shape = (num_reqs, num_blocks * self.blocks_per_block)
+            self.kernel_table = torch.zeros(shape, dtype=torch.int32, device=self.device)
 
     def paged_cache(self) -> PagedCache:
         """The layers' KV caches, which vLLM has allocated."""
@@ -105,20 +135,20 @@ class Part:
             scales = (torch.tensor(k_scale, device=self.device), torch.tensor(v_scale, device=self.device))
         return PagedCache.from_layers([k for k, _ in pairs], [v for _, v in pairs], *scales)
 
-    def attach(self, group: int, cache: PagedCache, geometries: Geometries, max_model_len: int) -> None:
-        """geometries: of the whole configuration"""
-        self.group, self.cache = group, cache
+    def attach(self, cache: PagedCache, max_model_len: int) -> None:
+        self.cache = cache
         state = self.compression
         store = GpuStore(
-            self.config, state.bank, geometries.block_size, max_model_len, self._to_device,
+            self.config, state.bank, self.geometries.block_size, max_model_len, self._to_device,
             cache=cache, dtype=self.dtype,
         )  # fmt: skip
+        store.allocator_block_size = self.blocks_per_block * store.block_size
         fused, pack = fused_kernels(state.method, self.config, state.bank, cache, state.rope), None
         if self.packed is not None:
             self.packed.attach(cache, store.survivor_blocks, state.plan)
             pack = self.packed.pack
-        state.attach(store, fused, pack)
-        state.warm_up(allowed_geometries(self.config, store.block_size, geometries.packed_tokens))
+        state.attach(store, fused, pack, self.cache_dtype)
+        state.warm_up(allowed_geometries(self.config, store.block_size, self.geometries.packed_tokens))
 
     def _to_device(self, numbers: list[int]) -> Tensor:
         return async_tensor_h2d(numbers, dtype=torch.int64, device=self.device)
@@ -139,11 +169,12 @@ class Part:
     def begin_step(self, input_batch: InputBatch, block_table: Tensor) -> None:
         """Compress what is due, then join the segments of the step's block table and lengths.
 
-        block_table: [num_reqs, any], of the group; joined in place
+        block_table: [num_reqs, any], of the group; joined in place, or in `kernel_table`
         """
         num_reqs, state = input_batch.num_reqs, self.compression
+        table = in_kernel_blocks(block_table, self.blocks_per_block, self.kernel_table)
         rows, computed = input_batch.idx_mapping_np[:num_reqs], input_batch.num_computed_tokens_np[:num_reqs]
-        self.num_removed = state.begin_step(rows, computed, input_batch.req_ids, block_table)
+        self.num_removed = state.begin_step(rows, computed, input_batch.req_ids, table)
         # Staged where the GPU can read it, which it may do after this step.
         size = state.plan_size + input_batch.num_tokens_after_padding
         staged = torch.empty(size, dtype=torch.int32, pin_memory=is_pin_memory_available())
@@ -155,8 +186,8 @@ class Part:
         assert state.store is not None
         seq_lens = input_batch.seq_lens
         join_segments(
-            block_table, seq_lens, self.seq_lens[: seq_lens.shape[0]], state.store.survivor_blocks, state.plan,
-            state.store.block_size, self.packed is not None,
+            table, seq_lens, self.seq_lens[: seq_lens.shape[0]], state.store.survivor_blocks,
+            state.plan, state.store.block_size, self.packed is not None,
         )  # fmt: skip
 
     def lengths(self, input_batch: InputBatch, is_real: bool) -> tuple[Tensor, Tensor]:
@@ -172,9 +203,20 @@ class Part:
                 self.packed.idle()
         return seq_lens, upper_bound
 
+    def tables(self, block_tables: tuple[Tensor, ...], attn_groups: list[Any]) -> tuple[Tensor, ...]:
+        """The block tables of a step with kernel blocks for these attention groups, which are the part's own."""
+        if self.kernel_table is None:
+            return block_tables
+        tables = list(block_tables)
+        tables[self.group] = self.kernel_table[: len(block_tables[self.group])]
+        for attn_group in attn_groups:
+            attn_group.kernel_block_size = None  # the table has kernel blocks already
+        return tuple(tables)
 
-class KvModelState(DefaultModelState):
-    """vLLM's model state, which also compresses due windows before a step and joins what its attention reads.
+
+class StateMixin(Base):
+    """What compression adds to a model state: due windows are compressed before a step, and what its attention reads is
+    joined.
 
     parts: what is compressed alike, in most cases all layers of full attention (`KvConfig.parts`)
     """
@@ -222,15 +264,17 @@ class KvModelState(DefaultModelState):
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
-        block_size = self.geometries.block_size
-        groups = compressed_groups(kv_cache_config, block_size, len(self.parts))
+        block_size, num_parts = self.geometries.block_size, len(self.parts)
+        groups = compressed_groups(kv_cache_config, block_size, num_parts)
+        allocator_block_size = compressed_block_size(kv_cache_config, block_size, num_parts)
         for part, group in zip(self.parts, groups, strict=True):
-            if block_tables.block_sizes[group] != block_size:
+            if block_tables.block_sizes[group] != allocator_block_size:
                 raise UsageError(
-                    f"KvLLM needs block tables with blocks of {block_size} tokens; vLLM made "
+                    f"KvLLM needs block tables with blocks of {allocator_block_size} tokens; vLLM made "
                     f"{block_tables.block_sizes[group]}."
                 )
-            part.attach(group, part.paged_cache(), self.geometries, self.max_model_len)
+            part.set_group(group, allocator_block_size, block_tables.input_block_tables[group])
+            part.attach(part.paged_cache(), self.max_model_len)
 
     def preprocess_state(
         self,
@@ -240,10 +284,11 @@ class KvModelState(DefaultModelState):
         num_computed_tokens: Tensor,
     ) -> None:
         """Compress what is due, then join the segments of the step's block tables and lengths. Real batches only."""
-        super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
         for part in self.parts:
             part.begin_step(input_batch, block_tables[part.group])
         self.prepared = input_batch
+        # Behind the events: it may write to blocks that they have emptied.
+        super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
 
     def prepare_attn(
         self,
@@ -257,22 +302,31 @@ class KvModelState(DefaultModelState):
     ) -> dict[str, Any]:
         """Attention metadata over the physical lengths; in dummy runs, which hold nothing, over the given ones.
 
-        Each part gets it from a call of its own, and all groups of local layers from one, with the lengths of the text.
+        Each part gets it from a call of its own, and all other groups from one, with the lengths of the text.
         """
 
-        def prepare(wanted: Collection[int]) -> dict[str, Any]:
+        def prepare(wanted: Collection[int], tables: tuple[Tensor, ...]) -> dict[str, Any]:
             groups = [group if i in wanted else [] for i, group in enumerate(attn_groups)]
-            return super(KvModelState, self).prepare_attn(
-                input_batch, cudagraph_mode, block_tables, slot_mappings, groups, *args, **kwargs
+            return super(StateMixin, self).prepare_attn(
+                input_batch, cudagraph_mode, tables, slot_mappings, groups, *args, **kwargs
             )
 
-        local = set(range(len(attn_groups))) - {part.group for part in self.parts}
-        made = prepare(local) if local else {}
+        others = set(range(len(attn_groups))) - {part.group for part in self.parts}
+        made = prepare(others, block_tables) if others else {}
         is_real, self.prepared = input_batch is self.prepared, None
         for part in self.parts:
+            tables = part.tables(block_tables, attn_groups[part.group])
             with physical_lengths(input_batch, *part.lengths(input_batch, is_real)):
-                made |= prepare({part.group})
+                made |= prepare({part.group}, tables)
         return made
+
+
+class KvModelState(StateMixin, DefaultModelState):
+    """The state of a model with layers of attention alone."""
+
+
+class KvHybridModelState(StateMixin, MambaHybridModelState):
+    """The state of a model that has recurrent layers as well, which are left to vLLM."""
 
 
 @contextmanager

@@ -10,13 +10,15 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from kvllm.engine.admission import blocks_ahead
-from kvllm.engine.cache_groups import checked_groups, compressed_groups, only_hashed
+from kvllm.compression.blocks import blocks_held
+from kvllm.engine.admission import blocks_ahead, most_ahead
+from kvllm.engine.cache_groups import checked_groups, compressed_block_size, only_hashed
 from kvllm.engine.metrics import Report, add_report, metric_values
-from kvllm.engine.settings import Geometries, kv_config
+from kvllm.engine.settings import Geometries, kv_config, num_late_events
 from kvllm.engine.spec import KvManager, will_cut_prompt
 from kvllm.engine.startup import summary
 from kvllm.engine.stats import EngineStats, take_seconds
+from kvllm.layout import ceil_div
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -30,6 +32,8 @@ logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
 # For the type checker a scheduler; at run time the classes below put one behind the mixin.
 Base: Any = Scheduler if TYPE_CHECKING else object
+# Requests by the id of their geometry: prompt, computed tokens and the most that each may generate.
+ByGeometry = dict[int, tuple["RequestGeometry", list[tuple[int, int, int]]]]
 
 
 class CompressionMixin(Base):
@@ -41,11 +45,12 @@ class CompressionMixin(Base):
         assert config is not None, "the KvLLM scheduler runs only where KvLLM is configured"
         coordinator = self.kv_cache_manager.coordinator
         self.groups = checked_groups(self.vllm_config, self.kv_cache_config)
-        compressed_groups(self.kv_cache_config, self.block_size, len(config.parts))
         self.geometries = Geometries.of_engine(self.vllm_config)
+        # Of the group that is compressed; vLLM's `block_size` is a multiple, where states have blocks of other lengths.
+        self.kv_block_size = compressed_block_size(self.kv_cache_config, self.geometries.block_size, len(config.parts))
         self.kv_managers = [m for m in coordinator.single_type_managers if isinstance(m, KvManager)]
         for manager in self.kv_managers:
-            manager.bind(self._compressed)
+            manager.bind(self._compressed, num_late_events(self.vllm_config))
         if self.groups.local is not None:
             # Managers of other groups do not know that generated tokens of compressed requests have no hashes.
             coordinator.cache_blocks = only_hashed(coordinator.cache_blocks, self.hash_block_size)
@@ -58,10 +63,11 @@ class CompressionMixin(Base):
         pages = self.kv_managers[0].kv_cache_spec.page_size_bytes
         num_blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is the null block
         geometry = self.geometries.of_ratio(config.mean_ratio)
-        logger.info("%s", summary(self.vllm_config, config, geometry, num_blocks, pages, self.block_size))
+        logger.info("%s", summary(self.vllm_config, config, geometry, num_blocks, pages, self.kv_block_size))
         self.own_watermark_blocks = self.kv_cache_manager.watermark_blocks
         # Route every chunk through `_mamba_block_aligned_split`, where upstream itself clips prefills, resumed ones
-        # included; the name is theirs, hybrid models are refused at start-up.
+        # included, at the boundaries where it keeps recurrent states.
+        self.aligns_states = bool(vars(self)["need_mamba_block_aligned_split"])
         self.need_mamba_block_aligned_split = True
 
     def _compressed(self, request_id: str) -> tuple[RequestGeometry, Request] | None:
@@ -89,13 +95,20 @@ class CompressionMixin(Base):
         num_external_computed_tokens: int = 0,
     ) -> int:
         """Clip a chunk at the next event, so that a resumed request sees what it saw the first time."""
+        if self.aligns_states:
+            num_new_tokens = super()._mamba_block_aligned_split(
+                request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
+            )
         if num_new_tokens <= 1:  # a step of decoding: no event is nearer than one token
             return num_new_tokens
         geometry = self.geometries.of(request.sampling_params)
         if geometry is None:
             return num_new_tokens
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
-        return min(num_new_tokens, geometry.max_chunk(request.num_prompt_tokens, start))
+        most = geometry.max_chunk(request.num_prompt_tokens, start)
+        if num_new_tokens <= most:
+            return num_new_tokens
+        return chunk_of_states(start, most, self.kv_block_size) if self.aligns_states else most
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         may_admit = self.waiting and len(self.running) < self.max_num_active_reqs
@@ -126,13 +139,15 @@ class CompressionMixin(Base):
 
     def _blocks_ahead(self) -> int:
         """Blocks that running requests will need over the next interval."""
-        by_geometry: dict[int, tuple[RequestGeometry, list[tuple[int, int, int]]]] = {}  # of each there is one object
+        by_geometry: ByGeometry = {}  # of each there is one object
         for request in self.running:
             if (geometry := self.geometries.of(request.sampling_params)) is not None:
                 _, lengths = by_geometry.setdefault(id(geometry), (geometry, []))
                 lengths.append((request.num_prompt_tokens, request.num_computed_tokens, request.max_tokens))
         if not by_geometry:
             return 0
+        if num_late_events(self.vllm_config):
+            return self._blocks_ahead_of_states(by_geometry)
         rows, widest = [], 0
         for geometry, lengths in by_geometry.values():
             widest = max(widest, geometry.interval)
@@ -144,10 +159,27 @@ class CompressionMixin(Base):
         held, to_event, to_end, freed, computed = np.concatenate(rows, axis=1)
 
         def local_blocks(steps: IntArray) -> IntArray:
-            return self.groups.local_blocks_held(computed + steps, self.block_size)
+            return self.groups.local_blocks_held(computed + steps, self.kv_block_size)
 
         others = None if self.groups.local is None else local_blocks
-        return blocks_ahead(held, to_event, to_end, freed, widest, self.block_size, others, self.groups.num_full)
+        return blocks_ahead(held, to_event, to_end, freed, widest, self.kv_block_size, others, self.groups.num_full)
+
+    def _blocks_ahead_of_states(self, by_geometry: ByGeometry) -> int:
+        """The same where the allocator's blocks are larger than windows; the blocks of states do not grow."""
+        made = [(geometry.groups[0], np.array(lengths, np.int64).T) for geometry, lengths in by_geometry.values()]
+        to_end = np.concatenate([prompt + most - computed for _, (prompt, computed, most) in made])
+        widest = max(geometry.interval for geometry, _ in made)
+
+        def held(steps: IntArray) -> IntArray:
+            """[any, num_reqs]; steps alike"""
+            parts, first = [], 0
+            for geometry, (prompt, computed, _) in made:
+                own = steps[:, first : first + len(prompt)]
+                parts.append(blocks_held(geometry, prompt, computed + own, self.kv_block_size))
+                first += len(prompt)
+            return np.concatenate(parts, axis=1)
+
+        return most_ahead(held, to_end, max(widest, self.kv_block_size))
 
     def _num_used_blocks(self) -> int:
         pool = self.kv_cache_manager.block_pool
@@ -158,7 +190,7 @@ class CompressionMixin(Base):
         pool, managers = self.kv_cache_manager.block_pool, self.kv_managers
         num_logical_tokens = sum(request.num_computed_tokens for request in self.running)
         stats = EngineStats(
-            block_size=self.block_size,
+            block_size=self.kv_block_size,
             num_kv_blocks=pool.num_gpu_blocks - 1,
             free_kv_blocks=pool.get_num_free_blocks(),
             peak_kv_blocks=self.peak_used_blocks,
@@ -192,6 +224,18 @@ class CompressionMixin(Base):
     def _preempt_request(self, *args: Any, **kwargs: Any) -> None:
         self.num_preemptions += 1
         super()._preempt_request(*args, **kwargs)
+
+
+def chunk_of_states(start: int, num_new_tokens: int, block_size: int) -> int:
+    """A chunk of at most so many tokens that ends where vLLM may keep a recurrent state, or in the block it starts in.
+
+    The state at the end of a chunk is kept for the block that it ends in, so no chunk may pass a boundary and end
+    behind it.
+    """
+    end = start + num_new_tokens
+    if start % block_size:
+        return min(end, ceil_div(start, block_size) * block_size) - start
+    return max(end // block_size * block_size - start, 0) or num_new_tokens
 
 
 class KvScheduler(CompressionMixin, Scheduler):

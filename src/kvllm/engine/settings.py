@@ -15,19 +15,16 @@ from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
 from kvllm.groups import Groups, full_layers, groups_of
-from kvllm.layers import Local, local_layers
+from kvllm.layers import LayerKind, local_layers
 from kvllm.layout import Geometry, RequestGeometry, request_geometry
 from kvllm.methods import checked_config, make_method, with_budgets
-from kvllm.support import PLAIN_BITS
+from kvllm.support import DEFAULT_BLOCK_SIZE, PLAIN_BITS
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig, ModelConfig, VllmConfig
     from vllm.sampling_params import SamplingParams
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
-
-# vLLM's own defaults leave little to choose between: a window of 256 tokens must be many blocks.
-DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 
 
 def kv_config(vllm_config: VllmConfig) -> KvConfig | None:
@@ -53,13 +50,32 @@ def request_ratio(config: KvConfig, params: SamplingParams | None) -> float:
     return check_retention_ratio(extra[RATIO_KEY], RATIO_KEY)
 
 
+def kernel_block_size(vllm_config: VllmConfig) -> int:
+    """Tokens in a block of the attention kernels, b of docs/design.md.
+
+    It is the allocator's but for models with recurrent layers: once such a model is loaded, vLLM makes the allocator's
+    large enough for a state.
+    """
+    if vllm_config.model_config.is_hybrid:
+        return DEFAULT_BLOCK_SIZE[vllm_config.device_config.device_type]
+    return vllm_config.cache_config.block_size
+
+
+def num_late_events(vllm_config: VllmConfig) -> int:
+    """Events whose blocks are freed only after later ones are due: none, but for models with recurrent layers.
+
+    Their new blocks are zeroed before a step's events, so no block is freed before the steps that read it are done.
+    """
+    return vllm_config.max_concurrent_batches if vllm_config.model_config.is_hybrid else 0
+
+
 def packed_tokens(vllm_config: VllmConfig) -> int | None:
     """Survivors that one packed block holds; None where they are not packed, as on a CPU."""
     config = kv_config(vllm_config)
     if config is None or config.survivor_bits == PLAIN_BITS or vllm_config.device_config.device_type == "cpu":
         return None
-    head_size = vllm_config.model_config.get_head_size()
-    return packed_block_tokens(vllm_config.cache_config.block_size, head_size, config.survivor_bits)
+    cache, head_size = vllm_config.cache_config, vllm_config.model_config.get_head_size()
+    return packed_block_tokens(kernel_block_size(vllm_config), head_size, config.survivor_bits, cache.cache_dtype)
 
 
 class Geometries:
@@ -89,7 +105,7 @@ class Geometries:
     def of_engine(cls, vllm_config: VllmConfig) -> Geometries:
         config = kv_config(vllm_config)
         assert config is not None
-        return cls(config, vllm_config.cache_config.block_size, packed_tokens(vllm_config))
+        return cls(config, kernel_block_size(vllm_config), packed_tokens(vllm_config))
 
 
 def allowed_geometries(config: KvConfig, block_size: int, packed_tokens: int | None = None) -> list[Geometry]:
@@ -113,10 +129,11 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
         raise UsageError(f"KvLLM runs on {', '.join(DEFAULT_BLOCK_SIZE)}; this platform is {device!r}.")
     cache = vllm_config.cache_config
     if not cache.user_specified_block_size:
-        cache.block_size = DEFAULT_BLOCK_SIZE[device]
+        cache.block_size = support.default_block_size(device, config.survivor_bits, cache.cache_dtype)
         cache.user_specified_block_size = True
     _check_survivor_bits(config, device, cache, vllm_config.model_config)
-    _check_geometry(config, cache.block_size, vllm_config.model_config.max_model_len, packed_tokens(vllm_config))
+    block_size = kernel_block_size(vllm_config)
+    _check_geometry(config, block_size, vllm_config.model_config.max_model_len, packed_tokens(vllm_config))
     for found in support.engine_reasons(vllm_config, device):
         raise UsageError(f"KvLLM does not support {found}.")
     if envs.VLLM_USE_RUST_FRONTEND:
@@ -149,7 +166,7 @@ def _check_budgets(config: KvConfig, vllm_config: VllmConfig) -> None:
     groups_of_engine(vllm_config)
 
 
-def local_layers_of(vllm_config: VllmConfig) -> list[Local | None]:
+def local_layers_of(vllm_config: VllmConfig) -> list[LayerKind]:
     """How each layer of the engine's model looks back; None: over the whole text."""
     model = vllm_config.model_config
     return local_layers(model.hf_config.get_text_config(), model.max_model_len)
@@ -220,7 +237,9 @@ def _check_survivor_bits(config: KvConfig, device: str, cache: CacheConfig, mode
     bits = config.survivor_bits
     if bits == PLAIN_BITS:
         return
-    rounding = Rounding.from_config(config, cache.block_size, model_config.get_head_size())
+    if model_config.is_hybrid:
+        raise UsageError(f"survivor_bits={bits}: not with recurrent layers. Use survivor_bits=16.")
+    rounding = Rounding.from_config(config, cache.block_size, model_config.get_head_size(), cache.cache_dtype)
     assert rounding is not None
     if device == "cpu":
         logger.info(
@@ -236,7 +255,7 @@ def _check_survivor_bits(config: KvConfig, device: str, cache: CacheConfig, mode
             f"survivor_bits={bits}: not with VLLM_BATCH_INVARIANT, since how a request's packed survivors are divided "
             "depends on the batch. Unset it, or use survivor_bits=16."
         )
-    if problem := support.packed_problem(bits, dtype, cache.cache_dtype, model_config.hf_text_config):
+    if problem := support.packed_problem(bits, dtype):
         raise UsageError(problem)
 
 

@@ -10,8 +10,8 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from kvllm.compression.blocks import close_gap
-from kvllm.engine.settings import kv_config, packed_tokens
+from kvllm.compression.blocks import close_gap, peak_allocator_blocks
+from kvllm.engine.settings import kernel_block_size, kv_config, num_late_events, packed_tokens
 from kvllm.layout import Geometry, RequestGeometry
 
 if TYPE_CHECKING:
@@ -50,11 +50,12 @@ class KvSpec(FullAttentionSpec):
         """
         geometry = None
         if (config := kv_config(vllm_config)) is not None:
-            part = config.parts[self.part]
-            geometry = Geometry.from_config(part, self.block_size, packed_tokens=packed_tokens(vllm_config))
+            block_size, part = kernel_block_size(vllm_config), config.parts[self.part]
+            geometry = Geometry.from_config(part, block_size, packed_tokens=packed_tokens(vllm_config))
         if geometry is None:
             return super().max_memory_usage_bytes(vllm_config)
-        return geometry.peak_blocks(1, vllm_config.model_config.max_model_len) * self.page_size_bytes
+        length, late = vllm_config.model_config.max_model_len, num_late_events(vllm_config)
+        return peak_allocator_blocks(geometry, 1, length, self.block_size, late) * self.page_size_bytes
 
 
 def will_cut_prompt(geometry: RequestGeometry, request: Request) -> bool:
@@ -78,9 +79,10 @@ class Progress:
     num_evicted: int = 0  # tokens that these evicted
 
     @classmethod
-    def start(cls, geometry: Geometry, request: Request) -> Progress:
+    def start(cls, geometry: Geometry, request: Request, block_size: int) -> Progress:
+        """block_size: the allocator's"""
         prompt = request.num_prompt_tokens
-        num_shared = 0 if will_cut_prompt(geometry, request) else prompt // geometry.block_size
+        num_shared = 0 if will_cut_prompt(geometry, request) else prompt // block_size
         return cls(geometry, request, geometry.event_at(prompt, 0), num_shared)
 
 
@@ -95,6 +97,7 @@ class KvManager(FullAttentionManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.part = kv_cache_spec.part
         self._lookup: RequestLookup = lambda request_id: None
+        self._num_late = 0
         self._progress: dict[str, Progress | None] = {}  # by request id; None where it is not compressed
         self.total_events = 0
         self.total_blocks_freed = 0
@@ -104,14 +107,18 @@ class KvManager(FullAttentionManager):
         self.tokens_evicted = 0  # of the requests that hold blocks now
         self._last_admission = ("", 0)
 
-    def bind(self, lookup: RequestLookup) -> None:
-        """Let the manager ask the scheduler for a request's geometry."""
-        self._lookup = lookup
+    def bind(self, lookup: RequestLookup, num_late: int) -> None:
+        """Let the manager ask the scheduler for a request's geometry; num_late: of `num_late_events`"""
+        self._lookup, self._num_late = lookup, num_late
 
     def _find(self, request_id: str) -> Progress | None:
         if request_id not in self._progress:
             found = self._lookup(request_id)
-            self._progress[request_id] = None if found is None else Progress.start(found[0].groups[self.part], found[1])
+            if found is None:
+                self._progress[request_id] = None
+            else:
+                geometry, request = found
+                self._progress[request_id] = Progress.start(geometry.groups[self.part], request, self.block_size)
         return self._progress[request_id]
 
     def remove_skipped_blocks(
@@ -122,17 +129,19 @@ class KvManager(FullAttentionManager):
         The worker compacts before that step's forward pass, and runs steps in order: whoever gets these blocks, in
         this step or a later one, writes them after the event, even if earlier steps are still in flight. A request
         whose blocks do not suffice all the same is preempted, so it never misses an event that freed its blocks.
-        (Upstream waits for processed tokens because of KV connectors and zeroed blocks; both are refused here.)
+        (Upstream waits for processed tokens because of KV connectors, which are refused here, and because new blocks
+        may be zeroed before a step's events. Where they are, beside recurrent layers, so do we.)
         """
         if (progress := self._find(request_id)) is not None:
-            self._free_events(progress, progress.request.num_computed_tokens)
+            late = self._num_late > 0
+            self._free_events(progress, processed_computed_tokens - 1 if late else progress.request.num_computed_tokens)
 
     def _free_events(self, progress: Progress, num_computed_tokens: int) -> None:
         while progress.next_event <= num_computed_tokens:
             geometry, request, event = progress.geometry, progress.request, progress.num_events
             self.total_prompts_cut += event == 0 and will_cut_prompt(geometry, request)
             blocks = self.req_to_blocks[request.request_id]
-            freed = close_gap(blocks, self._null_block, geometry, request.num_prompt_tokens, event, geometry.block_size)
+            freed = close_gap(blocks, self._null_block, geometry, request.num_prompt_tokens, event, self.block_size)
             self.block_pool.free_blocks(reversed(freed))  # the newest first, as vLLM frees a request
             self.total_blocks_freed += len(freed)
             self.total_events += 1
@@ -169,7 +178,8 @@ class KvManager(FullAttentionManager):
     ) -> int:
         """Admission asks for the compressed size of the whole (resumed) text, never for its length."""
         if apply_admission_cap and (progress := self._find(request_id)) is not None:
-            peak = progress.geometry.peak_blocks(progress.request.num_prompt_tokens, num_tokens)
+            prompt = progress.request.num_prompt_tokens
+            peak = peak_allocator_blocks(progress.geometry, prompt, num_tokens, self.block_size, self._num_late)
             num_tokens = min(num_tokens, peak * self.block_size)
         num_blocks = super().get_num_blocks_to_allocate(
             request_id,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import kvllm
+from kvllm.compression.blocks import peak_allocator_blocks
 from kvllm.compression.query_bank import QueryBank
 from kvllm.config import RATIO_KEY, KvConfig
-from kvllm.engine.settings import local_layers_of
+from kvllm.engine.settings import local_layers_of, num_late_events
 from kvllm.groups import Groups
-from kvllm.layers import Local
+from kvllm.layers import LayerKind
 from kvllm.layout import RequestGeometry, ceil_div
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ def summary(
     in_flight = IN_FLIGHT * scheduler.max_num_batched_tokens
     local = groups.peak_local_blocks(prompt, length, block_size, in_flight, IN_FLIGHT)
     whole = len(config.parts) * ceil_div(length, block_size)
-    needed = local + (geometry.peak_blocks(prompt, length) if geometry else whole)
+    needed = local + whole
+    if geometry:
+        late = num_late_events(vllm_config)
+        needed = local + sum(peak_allocator_blocks(g, prompt, length, block_size, late) for g in geometry.groups)
     overridden = vllm_config.cache_config.num_gpu_blocks_override is not None
     more = 0 if overridden or not on_gpu(vllm_config) else bank // (page_bytes * groups.group_size)
     ours, stock = num_blocks // needed, (num_blocks + more) // (local + whole)
@@ -88,7 +92,7 @@ def what_requests_may_ask(config: KvConfig) -> str:
     return f"Requests may choose {RATIO_KEY} {allowed} in vllm_xargs; the default is {own}."
 
 
-def stage_layers(vllm_config: VllmConfig) -> list[Local | None]:
+def stage_layers(vllm_config: VllmConfig) -> list[LayerKind]:
     """How the layers of one device look back, as `local_layers`."""
     start, end = vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config)
     return local_layers_of(vllm_config)[start:end]

@@ -32,6 +32,10 @@ class CpuStore(PagedStore):
         ]
         return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
+    def move(self, written: Tensor, homes: Tensor) -> None:
+        for layer in self.layers:
+            layer.kv_cache[homes] = layer.kv_cache[written]
+
     def write(self, candidates: PagedCandidates, kept: Kept, layers: slice = ALL_LAYERS) -> None:
         if kept.keys is None or kept.values is None:
             kept = kept.gathered(*self.read(candidates, layers))

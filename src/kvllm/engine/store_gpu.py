@@ -31,6 +31,11 @@ class GpuStore(PagedStore):
         # Of a prompt: not the kernel, which would be compiled again for every length of one.
         return gather_window_ref(candidates.blocks, self.cache.part(layers), self.dtype)
 
+    def move(self, written: Tensor, homes: Tensor) -> None:
+        for layer in range(self.cache.num_layers):
+            for blocks in self.cache.raw(layer):
+                blocks.index_copy_(0, homes, blocks.index_select(0, written))
+
     def write(self, candidates: PagedCandidates, kept: Kept, layers: slice = ALL_LAYERS) -> None:
         cache = self.cache if layers == ALL_LAYERS else self.cache.part(layers)
         if kept.keys is None or kept.values is None:

@@ -96,6 +96,19 @@ class Kept:
         )
 
 
+@dataclass(frozen=True)
+class LayerShape:
+    """The attention layers that are compressed: all of one shape; under tensor parallelism what one rank has of them.
+
+    num_layers: the model's layers, up to the last that is compressed
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
 class Method(ABC):
     """A frozen dataclass whose fields are its `method_options`; state that a request needs is not kept here."""
 
@@ -114,6 +127,9 @@ class Method(ABC):
 
     def check_rope(self, rope: Rope | None) -> None:  # noqa: B027 (most have nothing to check)
         """Raise ValueError where the method's options contradict the model's rotary embedding; asked at start."""
+
+    def check_layers(self, shape: LayerShape) -> None:  # noqa: B027 (most have nothing to check)
+        """Raise UsageError where the method's files were made for another model; asked at start."""
 
     def layer_budgets(self, mean_ratio: float, layers: Sequence[int]) -> tuple[Budget, ...]:
         """Groups of layers with ratios of their own, whose mean is `mean_ratio`; empty where all layers keep the same.

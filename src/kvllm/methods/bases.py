@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from kvllm.methods import build, method_class
-from kvllm.methods.base import Method
+from kvllm.methods.base import LayerShape, Method
 from kvllm.methods.rope import Rope
 
 
@@ -35,3 +35,6 @@ class OnBase(Method):
     def check_rope(self, rope: Rope | None) -> None:
         if self.scorer.uses_rope:
             self.scorer.check_rope(rope)
+
+    def check_layers(self, shape: LayerShape) -> None:
+        self.scorer.check_layers(shape)

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvllm.errors import UsageError
 from kvllm.methods import register
 from kvllm.methods.attention import text_positions
-from kvllm.methods.base import Method, Window
+from kvllm.methods.base import LayerShape, Method, Window
 from kvllm.options import strict_dataclass
 
 FORMAT = {  # tensors of a statistics file and their shapes
@@ -60,7 +60,6 @@ class TriAttention(Method):
 
     def score(self, window: Window) -> Tensor:
         statistics = load_statistics(self.statistics, window.keys.device)
-        self._check_fit(statistics, window)
         # [batch, num_kv_heads, group_size, pairs], with the heads of each KV head together
         mean_real, mean_imag, mean_norm = (
             statistics[name][window.layers].unflatten(1, (window.num_kv_heads, -1))
@@ -82,12 +81,14 @@ class TriAttention(Method):
         scores = scores / scores.std(dim=-1, keepdim=True, correction=0).clamp(min=1e-12)
         return scores.amax(dim=2).float()
 
-    def _check_fit(self, statistics: dict[str, Tensor], window: Window) -> None:
+    def check_layers(self, shape: LayerShape) -> None:
+        statistics = load_statistics(self.statistics, torch.device("cpu"))
         num_layers, num_heads, pairs = statistics["mean_real"].shape
-        if (num_heads, 2 * pairs) != (window.queries.shape[2], window.keys.shape[3]):
+        if (num_heads, 2 * pairs) != (shape.num_heads, shape.head_dim) or num_layers < shape.num_layers:
             raise UsageError(
-                f"statistics={self.statistics!r}: taken from a model with {num_heads} heads of {2 * pairs}, but this "
-                f"one has {window.queries.shape[2]} of {window.keys.shape[3]} (on this rank); take them anew."
+                f"statistics={self.statistics!r}: taken from a model with {num_layers} layers with {num_heads} heads "
+                f"of {2 * pairs}, but this one has {shape.num_layers} with {shape.num_heads} of {shape.head_dim} (on "
+                "this rank); take them anew."
             )
 
 

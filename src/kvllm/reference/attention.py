@@ -54,12 +54,12 @@ def attend(
     scale, softcap, sinks = (options.get(name) for name in ("scaling", "softcap", "s_aux"))
     factor = None if scale is None else query_factor(scale, query.shape[-1])
     kept_query = query if factor is None else query * factor
-    cache.append(*(x[0].transpose(0, 1) for x in (kept_query, key, value)))
+    seen = cache.append(*(x[0].transpose(0, 1) for x in (kept_query, key, value)))
     window = options.get("sliding_window")
     if cache.local is None and window is not None and cache.num_appended > window:
         raise ValueError(f"{cache.num_appended} tokens: {type(module).__name__} looks back only {window}.")
-    keys, values = cache.keys.transpose(0, 1)[None], cache.values.transpose(0, 1)[None]
-    if cache.local is None:
+    keys, values = (x.transpose(0, 1)[None] for x in seen)
+    if not isinstance(cache.local, Local):
         mask = causal_mask(num_new, len(cache.keys), query.device)
     else:
         mask = local_mask(num_new, len(cache.keys), cache.local, query.device)

@@ -13,15 +13,19 @@ from kvllm.compression.query_ring import query_shifts
 from kvllm.compression.rows import Due
 from kvllm.compression.store import ALL_LAYERS
 from kvllm.config import KvConfig
-from kvllm.layers import Local
+from kvllm.layers import LayerKind
 from kvllm.methods.base import Kept
+from kvllm.reference.formats import CacheFormat
+from kvllm.support import PLAIN_BITS
 
 
 class LayerCache:
     """What one layer remembers. The tensors are replaced, never written into.
 
-    local:         how a local layer looks back; None for a layer of full attention. A local layer keeps the whole text,
-                   and its attention masks what it does not see
+    local:         how the layer looks back; None for a layer of full attention. A local layer keeps the whole text,
+                   and its attention masks what it does not see; recurrent layers keep nothing here
+    format:        how numbers are stored; None: as they are
+    exact_until:   tokens of the text whose own step attends to them as they were before they were stored
     keys, values: [num_tokens, num_kv_heads, head_dim], keys after RoPE: what is left of the text, in its order
     queries:      [up to max_queries, num_heads, head_dim], after RoPE, of the newest tokens of the text
     """
@@ -30,19 +34,34 @@ class LayerCache:
     values: Tensor
     queries: Tensor
 
-    def __init__(self, max_queries: int, local: Local | None = None) -> None:
+    def __init__(
+        self, max_queries: int, local: LayerKind = None, format: CacheFormat | None = None, exact_until: int = 0
+    ) -> None:
         self.max_queries = max_queries
         self.local = local
+        self.format = format
+        self.exact_until = exact_until
         self.num_appended = 0
 
-    def append(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Take in new tokens: [num_new, num_heads or num_kv_heads, head_dim] each."""
+    def append(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in new tokens, [num_new, num_heads or num_kv_heads, head_dim] each.
+
+        returns the keys and values that these tokens attend to, [num_tokens, num_kv_heads, head_dim] each
+        """
         first, self.num_appended = self.num_appended, self.num_appended + len(keys)
+        stored = self.stored(keys, values)
+        seen = (keys, values) if first < self.exact_until else stored
         if first:
-            keys, values = torch.cat([self.keys, keys]), torch.cat([self.values, values])
+            seen = torch.cat([self.keys, seen[0]]), torch.cat([self.values, seen[1]])
+            stored = torch.cat([self.keys, stored[0]]), torch.cat([self.values, stored[1]])
             queries = torch.cat([self.queries, queries])
-        self.keys, self.values = keys, values
+        self.keys, self.values = stored
         self.queries = queries[max(0, len(queries) - self.max_queries) :]
+        return seen
+
+    def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cache gives back of keys and values, in their shape and dtype."""
+        return (keys, values) if self.format is None else self.format.round_trip(keys, values)
 
 
 class Span(NamedTuple):
@@ -109,5 +128,7 @@ class DenseStore:
         kept = kept.gathered(keys, values)
         assert kept.keys is not None and kept.values is not None
         for layer, k, v in zip(self.layers[layers], kept.keys.to(keys), kept.values.to(values), strict=True):
+            if self.config.survivor_bits == PLAIN_BITS:  # else they are in packed blocks, whatever the cache's format
+                k, v = layer.stored(k, v)
             layer.keys = torch.cat([layer.keys[:start], k, layer.keys[end:]])
             layer.values = torch.cat([layer.values[:start], v, layer.values[end:]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,15 +25,17 @@ from kvllm.compression.rows import Due
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
 from kvllm.groups import full_layers, groups_of
-from kvllm.layers import Local, local_layers
+from kvllm.layers import Cacheless, LayerKind, Recurrent, local_layers
 from kvllm.layout import Geometry, request_geometry
 from kvllm.methods import make_method, with_budgets
-from kvllm.methods.base import Kept
+from kvllm.methods.base import Kept, LayerShape
 from kvllm.methods.rope import Rope
 from kvllm.reference.attention import attention_through
 from kvllm.reference.cache import DenseStore, LayerCache
+from kvllm.reference.formats import CacheFormat
 from kvllm.reference.images import PromptImages
 from kvllm.reference.rope import rope_of
+from kvllm.reference.states import states_of
 from kvllm.support import PLAIN_BITS
 
 
@@ -48,6 +51,7 @@ class Request:
     """The state of a request, batch size 1. `config=None` compresses nothing, and keeps `max_queries` for a fork.
 
     layers:      the cache of each layer; those of full attention are compressed
+    states:      of recurrent layers, which are as long as the text is; None where there are none
     kept:        for each compression so far, the indices that survived, [num_compressed, num_kv_heads, num_kept]; with
                  layer budgets those of each group of layers, one after the other
     kept_prompt: the same of the prompt, once it is cut (`prompt_budget`); with layer budgets of all groups together
@@ -61,19 +65,27 @@ class Request:
         block_size: int = 16,
         max_queries: int = 0,
         packed: bool = False,
+        formats: Sequence[CacheFormat | None] | None = None,
+        cache_dtype: str = "auto",
     ) -> None:
-        """packed: windows keep whole packed blocks, as where survivors are stored in fewer bits (on GPUs)"""
+        """
+        packed:      windows keep whole packed blocks, as where survivors are stored in fewer bits (on GPUs)
+        formats:     of the cache of each layer; None, for one or all: numbers are stored as they are
+        cache_dtype: of the engine, which says what a packed block holds; nothing is rounded to it, as `formats` do
+        """
         check_model(model)
         if num_prompt_tokens < 1:
             raise ValueError(f"num_prompt_tokens={num_prompt_tokens}: a prompt has at least one token.")
         self.model = model
         self.num_prompt_tokens = num_prompt_tokens
         self.geometry = None
+        self.cache_dtype = cache_dtype
         if config:
             every = layers_of(model)
             config = with_budgets(config, full_layers(every))
             groups_of(every, config.budgets)
-            held = packed_block_tokens(block_size, head_dim_of(model.config.get_text_config()), config.survivor_bits)
+            head_dim = head_dim_of(model.config.get_text_config())
+            held = packed_block_tokens(block_size, head_dim, config.survivor_bits, cache_dtype)
             self.geometry = request_geometry(
                 config, block_size, packed_tokens=held if packed and config.survivor_bits < PLAIN_BITS else None
             )
@@ -91,7 +103,12 @@ class Request:
                 self.rope = _known_rope(model)
                 self.method.check_rope(self.rope)
         max_queries = config.query_span if config else max_queries
-        self.layers = [LayerCache(max_queries, local) for local in layers_of(model)]
+        kinds = layers_of(model)
+        self.layers = [
+            LayerCache(max_queries, kind, format, num_prompt_tokens if format and format.exact_prefill else 0)
+            for kind, format in zip(kinds, formats or [None] * len(kinds), strict=True)
+        ]
+        self.states = states_of(model, kinds)
 
     @classmethod
     def fork(cls, full: Request, config: KvConfig, block_size: int = 16, packed: bool = False) -> Request:
@@ -106,6 +123,7 @@ class Request:
             raise ValueError(f"the request keeps {full.layers[0].max_queries} queries, not {config.query_span}.")
         forked.num_computed_tokens = full.num_computed_tokens
         forked.layers = [copy.copy(layer) for layer in full.layers]  # their tensors are replaced, never written into
+        forked.states = copy.deepcopy(full.states)
         return forked
 
     @property
@@ -123,6 +141,9 @@ class Request:
         """Most tokens of the next step, which may not run past the next event; None: as many as you like."""
         if self.images is not None and not self.num_computed_tokens:
             return self.num_prompt_tokens
+        rest_of_prompt = self.num_prompt_tokens - self.num_computed_tokens
+        if rest_of_prompt > 0 and any(layer.exact_until for layer in self.layers):
+            return rest_of_prompt
         if self.geometry is None:
             return None
         event = self.geometry.num_events(self.num_prompt_tokens, self.num_computed_tokens)
@@ -138,12 +159,14 @@ class Request:
         end = self.num_computed_tokens + len(token_ids)
         if end > context_len:
             raise UsageError(f"{end} tokens: the model's context ends at {context_len}.")
-        self._compress_if_due()
+        self.compress_if_due()
         first, device = self.num_computed_tokens, self.model.device
         if self.images is None:
-            inputs = {"position_ids": torch.arange(first, end, device=device)[None]}
+            inputs: dict[str, Any] = {"position_ids": torch.arange(first, end, device=device)[None]}
         else:
             inputs = self.images.step_inputs(first, end)
+        if self.states is not None:
+            inputs["past_key_values"] = self.states
         with attention_through(self.model, self.layers):
             logits = self.model(
                 input_ids=torch.tensor([list(token_ids)], device=device), use_cache=False, **inputs
@@ -160,7 +183,8 @@ class Request:
             raise UsageError(support.reason("method", self.config.method, support.COUNTS_POSITIONS))
         self.images = PromptImages(self.model, prompt_ids, inputs)
 
-    def _compress_if_due(self) -> None:
+    def compress_if_due(self) -> None:
+        """What a step begins with: the compression that the tokens computed so far call for, if any."""
         event = self.num_events
         if self.geometry is None or self.config is None:
             return
@@ -184,13 +208,15 @@ class Request:
         layers = [self.layers[number] for number in numbers]
         layer, num_layers = layers[0], len(layers)
         device, (num_kv_heads, head_dim) = layer.keys.device, layer.keys.shape[1:]
-        shifts = query_shifts(config.query_stride, layer.queries.shape[1] // num_kv_heads)
+        num_heads = layer.queries.shape[1]
+        self.method.check_layers(LayerShape(1 + numbers[-1], num_heads, num_kv_heads, head_dim))
+        shifts = query_shifts(config.query_stride, num_heads // num_kv_heads)
         positions = torch.zeros(1, num_layers, num_kv_heads, most_survivors(config), dtype=torch.int32, device=device)
         return Compressor(
             config, self.method, DenseStore(config, layers), torch.tensor(numbers, device=device),
             torch.from_numpy(shifts).to(device), self.rope and self.rope.take(torch.tensor(members, device=device)),
             positions, observe=self._note,
-            rounding=Rounding.from_config(config, geometry.block_size, head_dim),
+            rounding=Rounding.from_config(config, geometry.block_size, head_dim, self.cache_dtype),
         )  # fmt: skip
 
     def _note(self, kept: Kept, of_prompt: bool) -> None:
@@ -202,6 +228,8 @@ class Request:
 
     def _check_layers(self) -> None:
         for i, layer in enumerate(self.layers):
+            if isinstance(layer.local, Recurrent | Cacheless):
+                continue
             if layer.num_appended != self.num_computed_tokens:
                 raise UsageError(
                     f"layer {i} of {type(self.model).__name__} keeps no KV cache of its own; every layer must have one."
@@ -219,7 +247,7 @@ def _known_rope(model: PreTrainedModel) -> Rope | None:
     return _ropes[model][1]
 
 
-def layers_of(model: PreTrainedModel) -> list[Local | None]:
+def layers_of(model: PreTrainedModel) -> list[LayerKind]:
     """How each layer of the model looks back; None: over the whole text, or a window as long as the context."""
     text = model.config.get_text_config()
     return local_layers(text, getattr(text, "max_position_embeddings", None))

@@ -33,17 +33,19 @@ def rope_of(model: PreTrainedModel, layers: Sequence[int] | None = None) -> Rope
         config, decoder = model.config.get_text_config(), model.get_decoder()
         positions = probe_positions(config.max_position_embeddings, model.device)
         candidates = transformers_candidates(decoder, config.max_position_embeddings)
-        queries = _layer_queries(model, decoder, positions, config)
-        chosen = range(len(queries)) if layers is None else layers
-        return Rope.of_layers([matching_rope(queries[i], positions, candidates) for i in chosen])
+        chosen = range(config.num_hidden_layers) if layers is None else layers
+        queries = _layer_queries(model, decoder, positions, config, chosen)
+        return Rope.of_layers([matching_rope(q, positions, candidates) for q in queries])
     except Exception as e:  # whatever a model's own code makes of being asked
         raise UsageError(
             f"{type(model).__name__}: how it rotates its queries is not known ({type(e).__name__}: {e}); {REMEDY}."
         ) from e
 
 
-def _layer_queries(model: PreTrainedModel, decoder: nn.Module, positions: Tensor, config: Any) -> list[Tensor]:
-    """[num_positions, num_heads, head_dim] for each layer: one token's queries at the positions."""
+def _layer_queries(
+    model: PreTrainedModel, decoder: nn.Module, positions: Tensor, config: Any, layers: Sequence[int]
+) -> list[Tensor]:
+    """[num_positions, num_heads, head_dim] for each of these layers: one token's queries at the positions."""
     before = model.config._attn_implementation
     token = _queries.set({})
     model.set_attn_implementation(NAME)
@@ -54,9 +56,9 @@ def _layer_queries(model: PreTrainedModel, decoder: nn.Module, positions: Tensor
     finally:
         model.set_attn_implementation(before)
         _queries.reset(token)
-    if missing := set(range(config.num_hidden_layers)) - set(taken):
+    if missing := set(layers) - set(taken):
         raise UsageError(f"layers {sorted(missing)} do not ask transformers for their attention function")
-    return [taken[i] for i in range(config.num_hidden_layers)]
+    return [taken[i] for i in layers]
 
 
 def _take(

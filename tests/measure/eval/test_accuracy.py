@@ -65,6 +65,12 @@ def test_one_engine_a_method_and_the_full_cache_in_the_first(tmp_path):
     assert table(summaries).count("\n") == 6
 
 
+def test_a_run_that_is_cut_short_has_as_many_samples_of_every_configuration():
+    (jobs, *_) = plan(CASES, PROBLEMS, 3).values()
+    assert [job.sample for job in jobs] == sorted(job.sample for job in jobs)
+    assert {job.ratio for job in jobs if job.sample == 0} == {1.0, 0.3, 0.5}
+
+
 def test_stock_vllm_where_only_the_full_cache_is_asked_for():
     full = cases([{"retention_ratio": 1.0}])
     assert {k: len(v) for k, v in plan(full, PROBLEMS, 3).items()} == {None: 6}
@@ -147,7 +153,7 @@ def test_the_shipped_answers_are_correct_answers():
 
 def test_regrading_mends_the_log_and_writes_the_results(tmp_path, capsys):
     jobs = plan(CASES[:2], PROBLEMS, 1)
-    run("sums", jobs, Adder, tmp_path / "samples.jsonl", None, lambda text, expected: False, "wrong")
+    run("sums", jobs, Adder, tmp_path / "samples.jsonl", None, lambda text, expected: False, "math-verify 0.0")
     kvllm("eval", "grade", str(tmp_path / "samples.jsonl"))
     samples = read_samples(tmp_path / "samples.jsonl")
     assert sum(bool(s.correct) for s in samples) == 4 and "math-verify" in str(samples[0].grader)

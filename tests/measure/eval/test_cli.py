@@ -15,7 +15,9 @@ COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands
 
 
 def test_the_measurements_are_listed():
-    assert COMMANDS == ["traces", "fidelity", "recall", "accuracy", "grade", "calibrate"]
+    assert COMMANDS == [
+        "traces", "fidelity", "attention", "recall", "frontier", "accuracy", "tracking", "chain", "grade", "calibrate"
+    ]  # fmt: skip
     output = CliRunner().invoke(app, ["eval"]).output
     assert all(name in output for name in COMMANDS)
 
@@ -29,8 +31,12 @@ def test_every_measurement_shows_its_own_options(name):
 
 @pytest.mark.parametrize("command", [
     ["fidelity", "--traces", __file__, "--model", "m"],
+    ["attention", "--traces", __file__, "--model", "m"],
     ["recall", "--model", "m"],
+    ["frontier", "--traces", __file__, "--model", "m"],
     ["accuracy", "m", "--out", "o"],
+    ["tracking", "m", "--out", "o"],
+    ["chain", "m", "--out", "o"],
     ["grade", __file__],
     ["calibrate", "--traces", __file__, "--model", "m", "--out", "o"],
 ])  # fmt: skip
@@ -51,7 +57,7 @@ def test_only_what_is_missing_is_named():
 @pytest.mark.parametrize("dtype", ["float", "floaty", "nn"])
 def test_a_dtype_that_torch_lacks_is_refused(dtype):
     if dtype == "float":  # torch's own name of float32
-        assert cli._placement("cpu", dtype) == ("cpu", "float")
+        assert cli.placement("cpu", dtype) == ("cpu", "float")
         return
     with pytest.raises(UsageError, match=f"--dtype {dtype}: no dtype of torch"):
-        cli._placement("cpu", dtype)
+        cli.placement("cpu", dtype)

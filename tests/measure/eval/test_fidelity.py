@@ -6,11 +6,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvllm.config import KvConfig
 from kvllm.measure.eval import fidelity
-from kvllm.measure.eval.fidelity import measure, random_like, table
-from kvllm.measure.eval.sweep import cases
+from kvllm.measure.eval.fidelity import (
+    DISTANCES,
+    EVENTS,
+    growth_table,
+    measure,
+    measure_trace,
+    random_like,
+    table,
+)
+from kvllm.measure.eval.sweep import Case, cases
 from kvllm.measure.eval.traces import Trace, write_traces
-from kvllm.reference import compare, kl_by_row, replay
+from kvllm.reference import Request, compare, feed, kl_by_row, replay
+from kvllm.reference.formats import Fp8
 from tests.measure.commands import kvllm
 from tests.reference.models import text, tiny_model
 
@@ -44,6 +54,26 @@ def test_the_rows_are_those_of_two_plain_replays():
             assert rows.distance[0] == 0 and rows.distance[-1] == len(rows.kl) - 1
 
 
+def test_a_cache_of_another_precision_is_compared_on_the_rows_of_the_others():
+    model, trace = tiny_model("qwen2"), TRACES[0]
+    compressed = KvConfig.from_dict(COMMON)
+    whole = KvConfig(retention_ratio=1.0)
+    chosen = [Case("kara", compressed), Case("whole", whole, "fp8"), Case("kara", compressed, "fp8")]
+    plain, fp8, both = measure_trace(model, trace, chosen, 16)
+    assert plain is not None and fp8 is not None and both is not None
+    assert len(plain.kl) == len(fp8.kl) == len(both.kl)
+    full = replay(model, trace.token_ids, trace.num_prompt_tokens, keep_full=True)
+    for rows, config in ((fp8, None), (both, compressed)):
+        request = Request(model, trace.num_prompt_tokens, config, 16, formats=[Fp8()] * 2)
+        expected = kl_by_row(full, feed(request, trace.token_ids, keep_full=True))[-len(rows.kl) :]
+        np.testing.assert_allclose(rows.kl, expected, atol=1e-4)
+    assert not np.allclose(both.kl, plain.kl, atol=1e-3)
+    # Alone, all rows behind the prompt count.
+    (alone,) = measure_trace(model, trace, chosen[1:2], 16)
+    assert alone is not None and len(alone.kl) == len(trace.token_ids) - 1 - trace.num_prompt_tokens
+    np.testing.assert_allclose(alone.kl[-len(fp8.kl) :], fp8.kl, atol=1e-4)
+
+
 def test_estimates_weigh_rows_and_compare_with_random():
     results = measure(tiny_model("llama"), TRACES[:2], cases([{"method": "kara"}], COMMON))
     kara, random, recent = results
@@ -53,10 +83,18 @@ def test_estimates_weigh_rows_and_compare_with_random():
     share = kara.against(random)
     assert share.value == pytest.approx(kl.mean() / random.estimate("kl").value)
     assert share.low <= share.value <= share.high and random.against(random).value == 1
-    bins = kara.by_distance()
+    bins = kara.binned("distance", DISTANCES)
     assert [b["from"] for b in bins] == [0, 64] and sum(b["num_rows"] for b in bins) == len(kl)
     assert sum(b["kl"] * b["num_rows"] for b in bins) / len(kl) == pytest.approx(kl.mean())
     assert table(results).count("\n") == 1 + 3
+    # Windows of 32: a row every so many tokens sees one compression more, and starts counting again.
+    rows = kara.rows["b"]
+    assert list(rows.events) == [1 + d // 32 for d in rows.distance] and list(rows.since_event) == [
+        d % 32 for d in rows.distance
+    ]
+    by_events = kara.binned("events", EVENTS)
+    assert [b["from"] for b in by_events] == [1, 2, 4] and by_events[0]["num_rows"] == 64
+    assert f"{by_events[0]['kl']:.4f}" in growth_table(results)
 
 
 def test_too_short_traces_are_refused():

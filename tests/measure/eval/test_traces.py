@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from kvllm.errors import UsageError
-from kvllm.measure.eval.problems import SHIPPED, Problem, load_problems, spread
-from kvllm.measure.eval.traces import Trace, half_of, read_traces, write_traces
+from kvllm.measure.eval.problems import SHIPPED, Problem, half_of, load_problems, spread
+from kvllm.measure.eval.traces import Trace, read_traces, write_traces
 
 
 def test_traces_come_back_as_they_were(tmp_path):

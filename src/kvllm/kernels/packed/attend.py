@@ -14,13 +14,14 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kvllm.kernels.packed.layout import PackedLayout, as_words, read_block_ref
-from kvllm.kernels.packed.unpack import code_bias, codes, restored, unpair
+from kvllm.kernels.packed.unpack import code_bias, codes, narrowed, restored, unpair
 from kvllm.kernels.paged import INTERPRETED, next_power_of_2
 from kvllm.layout import IntArray, ceil_div
 
@@ -28,6 +29,16 @@ from kvllm.layout import IntArray, ceil_div
 # H100 runs at once.
 LEAST_BLOCKS = 8
 MOST_PROGRAMS = 2048
+_PARTS_MERGED = 4  # at once
+
+
+# What queries are multiplied in: bfloat16 holds every number of fp8.
+_DOT_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float8_e4m3fn: tl.bfloat16,
+}
 
 
 class Batch(NamedTuple):
@@ -38,11 +49,13 @@ class Batch(NamedTuple):
     plan:            [5, at least num_reqs] int32, of `kvllm.kernels.block_tables`: rows PROMPT and PREFIX are the first
                      packed block of a request and the end of them, in blocks; row 3 is its row of `survivor_blocks`,
                      row 4 is of `plan_parts`
+    part_requests:   [at least the number of parts] int32, of `requests_of_parts`
     """
 
     query_start_loc: Tensor
     survivor_blocks: Tensor
     plan: Tensor
+    part_requests: Tensor
 
 
 def merge_packed_ref(
@@ -54,14 +67,16 @@ def merge_packed_ref(
     batch: Batch,
     layout: PackedLayout,
     scale: float,
+    soft_cap: float = 0.0,
 ) -> None:
     """Merge attention over each request's packed blocks into `output`, in place; in float64.
 
     output:       [num_tokens, num_heads, head_dim], attention over prompt and tail
     lse:          [num_heads, num_tokens] float32, the logarithm of the sum of the exponentials of its logits
-    query:        [num_tokens, num_heads, head_dim]
+    query:        [num_tokens, num_heads, head_dim], in fp8 where the cache is: packed keys have its scale in them
     keys, values: of one layer of a `PagedCache`
     scale:        of the logits
+    soft_cap:     c makes c * tanh(logit / c) of a logit; 0: none
     """
     starts = batch.query_start_loc.tolist()
     for i, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
@@ -75,6 +90,8 @@ def merge_packed_ref(
         )
         own = query[start:end].double().unflatten(1, (k.shape[1], -1))
         logits = torch.einsum("qhgd,thd->qhgt", own, k).flatten(1, 2) * scale
+        if soft_cap:
+            logits = (logits / soft_cap).tanh() * soft_cap
         probabilities = logits.softmax(-1).unflatten(1, (k.shape[1], -1))
         packed = torch.einsum("qhgt,thd->qhgd", probabilities, v).flatten(1, 2)
         share = (logits.logsumexp(-1) - lse[:, start:end].T.double()).sigmoid()[..., None]
@@ -96,6 +113,12 @@ def plan_parts(num_blocks: IntArray, num_kv_heads: int) -> IntArray:
     return np.cumsum(ceil_div(num_blocks, size))
 
 
+def requests_of_parts(ends: IntArray, out: npt.NDArray[np.int32]) -> None:
+    """Write the request of each part to `out`, and -1 behind the last; ends: of `plan_parts`."""
+    out[: ends[-1]] = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
+    out[ends[-1] :] = -1
+
+
 class PackedAttention:
     """`merge_packed_ref` as Triton kernels, with buffers that keep their addresses.
 
@@ -104,8 +127,11 @@ class PackedAttention:
     any.
     """
 
-    def __init__(self, layout: PackedLayout, num_heads: int, num_kv_heads: int, max_num_reqs: int, device: Any) -> None:
-        self.layout = layout
+    def __init__(
+        self, layout: PackedLayout, num_heads: int, num_kv_heads: int, max_num_reqs: int, device: Any,
+        soft_cap: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.layout, self.soft_cap = layout, soft_cap
         self.num_heads, self.num_kv_heads, self.group_size = num_heads, num_kv_heads, num_heads // num_kv_heads
         most = max_parts(max_num_reqs, num_kv_heads) * num_heads
         self.outputs = torch.empty(most, layout.head_dim, dtype=torch.float32, device=device)
@@ -137,9 +163,10 @@ class PackedAttention:
         """The rest of `merge`."""
         assert output.stride(2) == lse.stride(1) == 1
         num_reqs, head_dim = len(batch.query_start_loc) - 1, self.layout.head_dim
-        _merge_kernel[(num_reqs, self.num_heads)](
+        _merge_packed_kernel[(num_reqs, self.num_heads)](
             output, lse, self.outputs, self.lse, batch.query_start_loc, batch.plan, output.stride(0), output.stride(1),
-            lse.stride(0), batch.plan.stride(0), HEAD_DIM=head_dim, BLOCK_D=next_power_of_2(head_dim), num_warps=1,
+            lse.stride(0), batch.plan.stride(0), HEAD_DIM=head_dim, BLOCK_D=next_power_of_2(head_dim),
+            PARTS=_PARTS_MERGED, num_warps=1,
         )  # fmt: skip
         if prefill:
             block_n = max(32, next_power_of_2(self.group_size))
@@ -156,10 +183,10 @@ class PackedAttention:
         layout = self.layout
         assert query.stride(2) == 1
         keys, values = as_words(keys), as_words(values)
-        dtype = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(query.dtype, tl.float32)
+        dtype = _DOT_DTYPES[query.dtype]
         plain = INTERPRETED or dtype == tl.float32
         strides = (0, 0, 0) if output is None or lse is None else (*output.stride()[:2], lse.stride(0))
-        _attend_kernel[(size, self.num_kv_heads)](
+        _attend_packed_kernel[(size, self.num_kv_heads)](
             output, lse, self.outputs, self.lse, query, keys, values, *batch, len(batch.query_start_loc) - 1,
             *strides, *query.stride()[:2], *keys.stride()[:3], batch.survivor_blocks.stride(0), batch.plan.stride(0),
             scale / math.log(2),
@@ -171,10 +198,10 @@ class PackedAttention:
             CODE_ROWS=layout.code_rows,
             DTYPE=tl.float32 if plain else dtype,
             ASSEMBLY=not plain,
+            SOFT_CAP=self.soft_cap * math.log2(math.e),
             BLOCK_T=max(16, next_power_of_2(layout.num_tokens)),
             BLOCK_W=max(16, next_power_of_2(layout.num_words)),
-            num_warps=2,
-            **options,
+            **{"num_warps": 2, **options},
         )  # fmt: skip
 
 
@@ -198,19 +225,6 @@ def _request_of(tile, query_start_loc, num_reqs, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _request_of_part(part, part_ends, num_reqs):
-    """The first request whose parts end behind this one; num_reqs if there is none."""
-    low, high = 0, num_reqs
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(part_ends + middle) <= part:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-@triton.jit
 def _parts_of(req, part_ends):
     """Its first part, and how many it has."""
     start = 0
@@ -222,19 +236,21 @@ def _parts_of(req, part_ends):
 @triton.jit
 def _load_queries(query, there, words, quarter: tl.constexpr, NUM_WORDS: tl.constexpr, DTYPE: tl.constexpr):
     mask = there[None, :] & (words < NUM_WORDS)[:, None]
-    return tl.load(query[None, :] + quarter * NUM_WORDS + words[:, None], mask=mask, other=0.0).to(DTYPE)
+    loaded = tl.load(query[None, :] + quarter * NUM_WORDS + words[:, None], mask=mask).to(DTYPE)
+    return tl.where(mask, loaded, 0.0)
 
 
 # One compiled variant, which is loaded before serving and so before CUDA graphs are captured.
 @triton.jit(do_not_specialize=["num_reqs", "stride_lse_head"])
-def _attend_kernel(
-    output, lse, part_outputs, part_lse, query, keys, values, query_start_loc, survivor_blocks, plan, num_reqs,
+def _attend_packed_kernel(
+    output, lse, part_outputs, part_lse, query, keys, values, query_start_loc, survivor_blocks, plan,
+    part_requests, num_reqs,
     stride_out_token, stride_out_head, stride_lse_head, stride_query_token, stride_query_head,
     stride_block, stride_row, stride_head, stride_survivors, stride_plan, scale,
     NUM_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP_SIZE: tl.constexpr, TOKENS_PER_ROW: tl.constexpr,
     PAIRS_PER_ROW: tl.constexpr, CODE_ROWS: tl.constexpr,
     DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
-    PREFILL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFT_CAP: tl.constexpr, PREFILL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Column n of the logits is query token n // GROUP of the tile, head n % GROUP of the query group."""
     NUM_WORDS: tl.constexpr = HEAD_DIM // 4
@@ -249,8 +265,9 @@ def _attend_kernel(
         part = 0
     else:
         part = tl.program_id(0)
-        req = _request_of_part(part, plan + 4 * stride_plan, num_reqs)
-        if req == num_reqs:
+        # Told by the host: a search would be many loads, each of which waits for the one before.
+        req = tl.load(part_requests + part)
+        if req < 0:
             return
         token = tl.load(query_start_loc + req)
         end = token + 1
@@ -305,12 +322,12 @@ def _attend_kernel(
         key_words = tl.load(keys + base + key_offsets, mask=mask_keys, other=0)
         value_words = tl.load(values + base + value_offsets, mask=mask_values, other=0)
         key_pairs = (keys + base + pairs_start).to(tl.pointer_type(tl.int32))
-        s0, z0 = unpair(tl.load(key_pairs + pairs_0, mask=inside, other=0), DTYPE)
-        s1, z1 = unpair(tl.load(key_pairs + pairs_1, mask=inside, other=0), DTYPE)
-        s2, z2 = unpair(tl.load(key_pairs + pairs_2, mask=inside, other=0), DTYPE)
-        s3, z3 = unpair(tl.load(key_pairs + pairs_3, mask=inside, other=0), DTYPE)
+        s0, z0 = unpair(tl.load(key_pairs + pairs_0, mask=inside, other=0), DTYPE, ASSEMBLY)
+        s1, z1 = unpair(tl.load(key_pairs + pairs_1, mask=inside, other=0), DTYPE, ASSEMBLY)
+        s2, z2 = unpair(tl.load(key_pairs + pairs_2, mask=inside, other=0), DTYPE, ASSEMBLY)
+        s3, z3 = unpair(tl.load(key_pairs + pairs_3, mask=inside, other=0), DTYPE, ASSEMBLY)
         value_pairs = (values + base + pairs_start).to(tl.pointer_type(tl.int32))
-        t, y = unpair(tl.load(value_pairs + token_pairs, mask=there, other=0), tl.float32)
+        t, y = unpair(tl.load(value_pairs + token_pairs, mask=there, other=0), tl.float32, ASSEMBLY)
         k = restored(key_words, s0[None, :], z0[None, :], 0, DTYPE, ASSEMBLY)
         logits = tl.dot(k, q0, input_precision="ieee")
         k = restored(key_words, s1[None, :], z1[None, :], 1, DTYPE, ASSEMBLY)
@@ -319,12 +336,15 @@ def _attend_kernel(
         logits = tl.dot(k, q2, acc=logits, input_precision="ieee")
         k = restored(key_words, s3[None, :], z3[None, :], 3, DTYPE, ASSEMBLY)
         logits = tl.dot(k, q3, acc=logits, input_precision="ieee") * scale
+        if SOFT_CAP > 0:
+            # c * tanh(x / c), of logits to base 2
+            logits = SOFT_CAP - 2.0 * SOFT_CAP / (1.0 + tl.exp2(logits * (2.0 * 1.4426950408889634 / SOFT_CAP)))
         logits = tl.where(there[:, None], logits, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(logits, axis=0))
         p = tl.exp2(logits - new_highest[None, :])
         shrink = tl.exp2(highest - new_highest)[None, :]
         highest = new_highest
-        weighted = (p * t[:, None]).to(DTYPE)
+        weighted = narrowed(p * t[:, None], DTYPE, ASSEMBLY)
         total = total * shrink + p
         rest = rest * shrink + (p * y[:, None] - bias * weighted.to(tl.float32))
         o0 = tl.dot(codes(value_words, 0, DTYPE, ASSEMBLY), weighted, acc=o0 * shrink, input_precision="ieee")
@@ -364,9 +384,10 @@ def _blend(target, packed, share, mask):
 
 
 @triton.jit(do_not_specialize=["stride_lse_head"])
-def _merge_kernel(
+def _merge_packed_kernel(
     output, lse, part_outputs, part_lse, query_start_loc, plan,
     stride_out_token, stride_out_head, stride_lse_head, stride_plan, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program per request and head."""
     req, head = tl.program_id(0), tl.program_id(1)
@@ -382,13 +403,18 @@ def _merge_kernel(
     total = 1.0
     num_blocks = tl.load(plan + stride_plan + req) - tl.load(plan + req)
     # Rounding up may leave nothing for a request's last parts.
-    for i in range(tl.cdiv(num_blocks, tl.cdiv(num_blocks, num_parts))):
-        part = (parts_start + i) * tl.num_programs(1) + head
-        own_lse = tl.load(part_lse + part)
-        own = tl.load(part_outputs + part.to(tl.int64) * HEAD_DIM + dims, mask=mask, other=0.0)
-        new_highest = tl.maximum(highest, own_lse)
-        shrink, weight = tl.exp2(highest - new_highest), tl.exp2(own_lse - new_highest)
-        merged = merged * shrink + own * weight
-        total = total * shrink + weight
+    num_parts = tl.cdiv(num_blocks, tl.cdiv(num_blocks, num_parts))
+    for first in range(0, num_parts, PARTS):  # some at once, so that their loads do not wait for one another
+        parts = first + tl.arange(0, PARTS)
+        there = parts < num_parts
+        parts = (parts_start + parts).to(tl.int64) * tl.num_programs(1) + head
+        own_lse = tl.load(part_lse + parts, mask=there, other=float("-inf"))
+        own = tl.load(
+            part_outputs + parts[:, None] * HEAD_DIM + dims[None, :], mask=there[:, None] & mask[None, :], other=0.0
+        )
+        new_highest = tl.maximum(highest, tl.max(own_lse, axis=0))
+        shrink, weights = tl.exp2(highest - new_highest), tl.exp2(own_lse - new_highest)
+        merged = merged * shrink + tl.sum(own * weights[:, None], axis=0)
+        total = total * shrink + tl.sum(weights, axis=0)
         highest = new_highest
     tl.store(target, (merged / total).to(output.dtype.element_ty), mask=mask)

@@ -1,7 +1,7 @@
 """The bytes of a packed block: what `pack` writes and attention reads.
 
 A packed block takes the place of a plain block of `block_size` tokens. In each layer and KV head it has the same rows
-as the plain block, and the keys' part and the values' part are laid out alike:
+as the plain block, as wide as the numbers of one token, and the keys' part and the values' part are laid out alike:
 
     code rows  16-bit words, [num_tokens, head_dim / 4]: nibble j of word w is the code of dimension j * head_dim/4 + w
     pair rows  pairs of bfloat16, a scale and a lowest value: by channel (keys) or by token (values)
@@ -43,7 +43,7 @@ class PackedLayout:
         """Raises ValueError where a block of the cache does not hold what it should."""
         row_bytes = cache.head_dim * cache.dtype.itemsize
         made = cls(rounding.block_tokens, 8 * cache.dtype.itemsize // BITS, row_bytes // 4, cache.head_dim)
-        if rounding.bits != BITS or cache.dtype.itemsize == 1 or cache.head_dim % CODES_PER_WORD:
+        if rounding.bits != BITS or cache.head_dim % CODES_PER_WORD:
             raise ValueError(
                 f"no packed blocks of {rounding.bits} bits in a cache of {cache.dtype}, heads of {cache.head_dim}"
             )

@@ -49,6 +49,8 @@ def pack(candidate_blocks: Tensor, num_kept: int, cache: PagedCache, rounding: R
             candidate_blocks,
             cache.key_ptrs,
             cache.value_ptrs,
+            cache.k_scale,
+            cache.v_scale,
             candidate_blocks.stride(0),
             *cache.strides,
             NUM_LAYERS=cache.num_layers,
@@ -59,7 +61,8 @@ def pack(candidate_blocks: Tensor, num_kept: int, cache: PagedCache, rounding: R
             BLOCK_SIZE=cache.block_size,
             KV_DTYPE=cache.tl_dtype,
             ALIGNMENT=cache.alignment,
-            WORDS_PER_ELEMENT=cache.dtype.itemsize // 2,
+            ITEM_BYTES=cache.dtype.itemsize,
+            HAS_SCALE=cache.k_scale is not None,
             TOKENS_PER_ROW=layout.tokens_per_row,
             PAIRS_PER_ROW=layout.pairs_per_row,
             CODE_ROWS=layout.code_rows,
@@ -104,11 +107,11 @@ def _store_pairs(pairs, indices, mask, scale, lowest, stride_row, PAIRS_PER_ROW:
 
 @triton.jit
 def _pack_kernel(
-    candidate_blocks, key_ptrs, value_ptrs,
+    candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,
     stride_candidates, stride_kv_block, stride_kv_token, stride_kv_head,
     NUM_LAYERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, NUM_UNITS: tl.constexpr, NUM_TOKENS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KV_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr,
-    WORDS_PER_ELEMENT: tl.constexpr, TOKENS_PER_ROW: tl.constexpr, PAIRS_PER_ROW: tl.constexpr,
+    ITEM_BYTES: tl.constexpr, HAS_SCALE: tl.constexpr, TOKENS_PER_ROW: tl.constexpr, PAIRS_PER_ROW: tl.constexpr,
     CODE_ROWS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -120,10 +123,16 @@ def _pack_kernel(
         ptrs = key_ptrs
     else:
         ptrs = value_ptrs
+    factor = 1.0
+    if HAS_SCALE:
+        if by_channel:
+            factor = tl.load(k_scale + layer)
+        else:
+            factor = tl.load(v_scale + layer)
     plain = layer_ptr(ptrs, layer, KV_DTYPE, ALIGNMENT) + head * stride_kv_head
-    packed = layer_ptr(ptrs, layer, tl.int16, ALIGNMENT) + head * stride_kv_head * WORDS_PER_ELEMENT
+    packed = layer_ptr(ptrs, layer, tl.int16, ALIGNMENT) + head * stride_kv_head * ITEM_BYTES // 2
     NUM_WORDS: tl.constexpr = HEAD_DIM // 4
-    stride_row = stride_kv_token * WORDS_PER_ELEMENT
+    stride_row = stride_kv_token * ITEM_BYTES // 2
     tokens, words = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_W)
     there, inside = tokens < NUM_TOKENS, words < NUM_WORDS
     mask = there[:, None] & inside[None, :]
@@ -133,12 +142,14 @@ def _pack_kernel(
             block_row, unit * NUM_TOKENS + tokens, there, stride_kv_block, stride_kv_token, BLOCK_SIZE
         )
         source = plain + source[:, None] + words[None, :]
-        x0 = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-        x1 = tl.load(source + NUM_WORDS, mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(source + 2 * NUM_WORDS, mask=mask, other=0.0).to(tl.float32)
-        x3 = tl.load(source + 3 * NUM_WORDS, mask=mask, other=0.0).to(tl.float32)
+        x0 = tl.load(source, mask=mask).to(tl.float32)
+        x1 = tl.load(source + NUM_WORDS, mask=mask).to(tl.float32)
+        x2 = tl.load(source + 2 * NUM_WORDS, mask=mask).to(tl.float32)
+        x3 = tl.load(source + 3 * NUM_WORDS, mask=mask).to(tl.float32)
+        if HAS_SCALE:
+            x0, x1, x2, x3 = x0 * factor, x1 * factor, x2 * factor, x3 * factor
         tl.debug_barrier()  # all of the block's tokens are read before any of it is written
-        target = packed + tl.load(block_row + unit).to(tl.int64) * (stride_kv_block * WORDS_PER_ELEMENT)
+        target = packed + tl.load(block_row + unit).to(tl.int64) * (stride_kv_block * ITEM_BYTES // 2)
         pairs = (target + CODE_ROWS * stride_row).to(tl.pointer_type(tl.bfloat16))
         if by_channel:
             s0, z0 = _stored(tl.min(tl.where(mask, x0, low), 0), tl.max(tl.where(mask, x0, high), 0), LEVELS)

@@ -69,11 +69,31 @@ def restored(words, scale, lowest, QUARTER: tl.constexpr, DTYPE: tl.constexpr, A
 
 
 @triton.jit
-def unpair(pair, DTYPE: tl.constexpr):
+def unpair(pair, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Scale and lowest value of 32 bits that hold both in bfloat16."""
+    if ASSEMBLY and DTYPE == tl.bfloat16:  # the halves of two pairs, without a conversion
+        return (
+            tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [pair], dtype=tl.bfloat16, is_pure=True, pack=2
+            ),
+            tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [pair], dtype=tl.bfloat16, is_pure=True, pack=2
+            ),
+        )
     scale = (pair << 16).to(tl.float32, bitcast=True)
     lowest = (pair & -65536).to(tl.float32, bitcast=True)
     return scale.to(DTYPE), lowest.to(DTYPE)
+
+
+@triton.jit
+def narrowed(x, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Of float32, in DTYPE; two at once."""
+    if ASSEMBLY and DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [bits], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    return x.to(DTYPE)
 
 
 @triton.jit

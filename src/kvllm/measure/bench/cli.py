@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvllm.cli.options import JsonFile
+from kvllm.cli.options import JsonFile, examples
 from kvllm.errors import UsageError
 from kvllm.measure.bench.kernel_shape import Shape
 from kvllm.measure.bench.spec import BenchSpec
@@ -48,7 +48,7 @@ def with_fields(name: str, cls: type[Any], positional: str | None = None) -> Cal
 def _parameter(field: Field[Any], positional: bool) -> inspect.Parameter:
     default = field.default_factory() if field.default_factory is not MISSING else field.default
     kind = KINDS.get(str(field.type).removesuffix(" | None"), str)  # all others are JSON
-    shown = False if default in (None, False, [], {}) else str(default)
+    shown = False if default is None or default is False or default in ([], {}) else str(default)
     help = field.metadata["help"]
     if positional:
         declared: Any = typer.Argument(help=help, show_default=shown)
@@ -61,7 +61,12 @@ def _parameter(field: Field[Any], positional: bool) -> inspect.Parameter:
     )
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "kvllm bench throughput qwen3-8b --config stock --config kara:0.3 --concurrency 64 --json out.json",
+        "kvllm bench throughput qwen3-8b --config kara:0.4375:survivor_bits=4 --concurrency 256 --stagger",
+    ),
+)
 @with_fields("given", BenchSpec, positional="model")
 def throughput(
     given: dict,  # type: ignore[type-arg]
@@ -99,7 +104,7 @@ def read_spec(text: str) -> dict[str, Any]:
     return parsed
 
 
-@app.command()
+@app.command(epilog=examples("kvllm bench kernels --json kernels.json"))
 @with_fields("given", Shape)
 def kernels(
     given: dict,  # type: ignore[type-arg]

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from kvllm.compression.rounding import Rounding, packed_block_tokens
-from kvllm.kernels.packed.attend import Batch, PackedAttention, merge_packed_ref, plan_parts
+from kvllm.kernels.packed.attend import (
+    Batch,
+    PackedAttention,
+    max_parts,
+    merge_packed_ref,
+    plan_parts,
+    requests_of_parts,
+)
 from kvllm.kernels.packed.layout import PackedLayout
 from kvllm.kernels.packed.pack import pack, pack_ref
 from kvllm.kernels.paged import PagedCache
@@ -48,11 +55,12 @@ class AttentionLoad:
         for row, own in enumerate(order.split(num_blocks)):
             survivors[row, : len(own)] = own
         plan = np.zeros((5, num_reqs), np.int32)
-        plan[1], plan[3], plan[4] = (
-            num_blocks, np.arange(num_reqs), plan_parts(np.array(num_blocks), shape.num_kv_heads)
-        )  # fmt: skip
+        ends = plan_parts(np.array(num_blocks), shape.num_kv_heads)
+        plan[1], plan[3], plan[4] = num_blocks, np.arange(num_reqs), ends
+        parts = np.zeros(max_parts(num_reqs, shape.num_kv_heads), np.int32)
+        requests_of_parts(ends, parts)
         starts = torch.arange(num_reqs + 1, dtype=torch.int32, device=device)
-        self.batch = Batch(starts, survivors, torch.from_numpy(plan).to(device))
+        self.batch = Batch(starts, survivors, *(torch.from_numpy(t).to(device) for t in (plan, parts)))
         self.query, self.output = (
             torch.randn(num_reqs, shape.num_heads, shape.head_dim, device=device).to(dtype) for _ in range(2)
         )

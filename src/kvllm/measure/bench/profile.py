@@ -21,7 +21,9 @@ PARTS = {
         "_compact_kernel",
         "_attend_kernel",
         "_fit_kernel",
+        "_pack_kernel",
     ),
+    "packed_attention": ("_attend_packed_kernel", "_merge_packed_kernel"),
     "store_tokens": ("_store_tokens_kernel",),
     "block_tables": ("_join_kernel",),
 }

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from kvllm.compression.blocks import blocks_held
 from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig
 from kvllm.groups import Groups, groups_of
 from kvllm.layers import local_layers
@@ -93,7 +94,7 @@ class Engine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from kvllm.engine.settings import DEFAULT_BLOCK_SIZE
+        from kvllm.support import DEFAULT_BLOCK_SIZE
 
         args = {"block_size": DEFAULT_BLOCK_SIZE[current_platform.device_type], **spec.vllm_args(model_dir)}
         if options is not None:
@@ -108,6 +109,23 @@ class Engine:
     @property
     def block_size(self) -> int:
         return self.llm.vllm_config.cache_config.block_size
+
+    @property
+    def kernel_block_size(self) -> int:
+        from kvllm.engine.settings import kernel_block_size
+
+        return kernel_block_size(self.llm.vllm_config)
+
+    def slots(self, geometry: RequestGeometry | None, num_prompt_tokens: int, num_tokens: int) -> int:
+        """Of the group that is compressed, what a request holds: tokens, or whole blocks where those hold hundreds."""
+        size = self.block_size
+        if size == self.kernel_block_size:
+            return geometry.physical_len(num_prompt_tokens, num_tokens) if geometry else num_tokens
+        if geometry is None:
+            return ceil_div(num_tokens, size) * size
+        return (
+            int(blocks_held(geometry.groups[0], np.array([num_prompt_tokens]), np.array([num_tokens]), size)[0]) * size
+        )
 
     @cached_property
     def groups(self) -> Groups:
@@ -156,8 +174,8 @@ class Engine:
             for s in states
             if s.stats.last_token_ts == newest
         ]
-        logical = sum(n for _, n in running)
-        physical = sum(geometry.physical_len(p, n) for p, n in running) if geometry else logical
+        logical = sum(self.slots(None, p, n) for p, n in running)
+        physical = sum(self.slots(geometry, p, n) for p, n in running)
         local = sum(self.groups.local_blocks_held(n, self.block_size) for _, n in running) * self.block_size
         local //= self.groups.num_full  # with layer budgets each group has fewer layers
         return Lengths(time.perf_counter() - self.recorder.start, len(running), logical, physical, local)
@@ -255,8 +273,10 @@ class Load:
         spec, engine = self.engine.spec, self.engine
         block = engine.block_size
         computed = range(spec.prompt_len, spec.prompt_len + spec.output_len, block)
-        physical = [self.geometry.physical_len(spec.prompt_len, c) if self.geometry else c for c in computed]
-        mean_blocks = engine.groups.num_full * sum(ceil_div(n + 1, block) for n in physical) / len(physical)
+        physical = [engine.slots(self.geometry, spec.prompt_len, c) for c in computed]
+        local = [engine.groups.local_blocks_held(c, block) for c in computed]
+        own = engine.groups.num_full * sum(ceil_div(n + 1, block) for n in physical)
+        mean_blocks = (own + sum(local)) / len(physical)
         return max(1, min(self.seats(), self.num_requests, int(engine.num_kv_blocks / mean_blocks)))
 
 
@@ -286,7 +306,7 @@ def run_one(engine: Engine, run: dict[str, Any], engine_options: dict[str, Any] 
         if engine.config is not None and engine.config.budgets:
             config = engine.config
         held = packed_tokens(engine.llm.vllm_config)
-        geometry = request_geometry(config, engine.block_size, packed_tokens=held)
+        geometry = request_geometry(config, engine.kernel_block_size, packed_tokens=held)
         if engine_options and engine_options["retention_ratio"] != options["retention_ratio"]:
             extra_args = {RATIO_KEY: options["retention_ratio"]}
 

@@ -22,12 +22,14 @@ from kvllm.measure.environment import environment
 from kvllm.measure.eval.engines import Endpoint, Engine, Question, Sampling, VllmEngine
 from kvllm.measure.eval.grade import GRADER, is_correct
 from kvllm.measure.eval.plots import Panel, plot_curves
-from kvllm.measure.eval.problems import PROMPT_VERSION, Problem
+from kvllm.measure.eval.problems import PROMPT_VERSION, Asked
 from kvllm.measure.eval.report import Progress, interval, markdown
 from kvllm.measure.eval.samples import Sample, read_samples, sample_key, write_sample
 from kvllm.measure.eval.stats import Estimate, bootstrap_ratio, wilson
 from kvllm.measure.eval.sweep import FULL, Case
 from kvllm.methods import resolved
+
+Start = Callable[[dict[str, Any] | None], Engine]  # fields of KvConfig, None: stock vLLM
 
 # What must be the same for two parts of a run to belong together.
 RUN = "run.json"
@@ -39,7 +41,7 @@ ENDPOINT = "endpoint"
 class Job:
     """One answer to make."""
 
-    problem: Problem
+    problem: Asked
     sample: int
     name: str
     config: Mapping[str, Any] | None
@@ -49,10 +51,11 @@ class Job:
         return sample_key(task, self.problem.id, self.sample, self.config, self.ratio)
 
 
-def plan(cases: Sequence[Case], problems: Sequence[Problem], samples: int) -> dict[str | None, list[Job]]:
+def plan(cases: Sequence[Case], problems: Sequence[Asked], samples: int) -> dict[str | None, list[Job]]:
     """The jobs by the engine that does them: a JSON of KvConfig fields, None for stock vLLM.
 
-    The full cache runs in the first engine: at ratio 1.0 nothing in it is compressed.
+    The full cache runs in the first engine: at ratio 1.0 nothing in it is compressed. An engine's jobs are ordered by
+    sample, so that a run that is cut short has about as many of every configuration.
     """
     engines: dict[str | None, list[Job]] = {}
     asked = [(problem, sample) for sample in range(samples) for problem in problems]
@@ -70,7 +73,7 @@ def plan(cases: Sequence[Case], problems: Sequence[Problem], samples: int) -> di
     first = next(iter(engines), None)
     full = [Job(p, s, FULL, None, 1.0) for p, s in asked]
     engines[first] = full + engines.get(first, [])
-    return {_allowing_ratios(key, jobs): jobs for key, jobs in engines.items()}
+    return {_allowing_ratios(key, jobs): sorted(jobs, key=lambda job: job.sample) for key, jobs in engines.items()}
 
 
 def _allowing_ratios(engine: str | None, jobs: Sequence[Job]) -> str | None:
@@ -86,7 +89,7 @@ def _allowing_ratios(engine: str | None, jobs: Sequence[Job]) -> str | None:
 def run(
     task: str,
     engines: Mapping[str | None, Sequence[Job]],
-    start: Callable[[dict[str, Any] | None], Engine],
+    start: Start,
     log_path: Path,
     seed: int | None,
     grade: Callable[[str, str], bool],
@@ -105,7 +108,9 @@ def run(
             engine = start(None if options is None else json.loads(options))
             # Problem and sample alone make the seed, so configurations are compared on the same draws.
             seeds = [None if seed is None else hash_seed(seed, job.problem.id, job.sample) for job in jobs]
-            questions = [Question(j.problem.prompt, j.ratio, s) for j, s in zip(jobs, seeds, strict=True)]
+            questions = [
+                Question(j.problem.prompt, j.ratio, s, j.problem.examples) for j, s in zip(jobs, seeds, strict=True)
+            ]
             for i, completion in engine.answer(questions):
                 job = jobs[i]
                 sample = Sample(
@@ -265,9 +270,7 @@ def check_run(path: Path, about: Mapping[str, Any]) -> None:
         raise UsageError(f"{path.parent} holds another run ({shown}); use another --out.")
 
 
-def at_endpoint(
-    problems: Sequence[Problem], samples: int, ratios: Sequence[float | None]
-) -> dict[str | None, list[Job]]:
+def at_endpoint(problems: Sequence[Asked], samples: int, ratios: Sequence[float | None]) -> dict[str | None, list[Job]]:
     """The jobs of a server, whose method is its own; a ratio of None is the server's."""
     asked = [(p, s) for s in range(samples) for p in problems]
     return {None: [Job(p, s, FULL if r == 1 else ENDPOINT, None, r) for r in ratios for p, s in asked]}
@@ -298,12 +301,21 @@ def answer(
         **asdict(sampling),
     }
 
+    start = starter(model, sampling, engine_flags, endpoint, concurrency)
+    out.mkdir(parents=True, exist_ok=True)
+    check_run(out / RUN, about)
+    samples = run(task, engines, start, out / LOG, sampling.seed, is_correct, GRADER, Progress("answers"))
+    print(write_results(out, samples, about))
+
+
+def starter(
+    model: str, sampling: Sampling, engine_flags: Sequence[str], endpoint: str | None = None, concurrency: int = 64
+) -> Start:
+    """What starts an engine, or turns to the server at `endpoint`, whatever configuration is asked for."""
+
     def start(config: dict[str, Any] | None) -> Engine:
         if endpoint:
             return Endpoint(endpoint, model, sampling, concurrency)
         return VllmEngine([model, *engine_flags], config, sampling)
 
-    out.mkdir(parents=True, exist_ok=True)
-    check_run(out / RUN, about)
-    samples = run(task, engines, start, out / LOG, sampling.seed, is_correct, GRADER, Progress("answers"))
-    print(write_results(out, samples, about))
+    return start

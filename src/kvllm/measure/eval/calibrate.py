@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kvllm.errors import UsageError
+from kvllm.measure.eval.problems import half_of
 from kvllm.measure.eval.report import Progress
-from kvllm.measure.eval.traces import Trace, half_of, read_traces
+from kvllm.measure.eval.traces import Trace, read_traces
 from kvllm.methods.rope import Rope
 from kvllm.methods.triattention import save_statistics
 from kvllm.reference import Request, feed, load_model

@@ -25,9 +25,10 @@ from kvllm.errors import UsageError
 from kvllm.groups import full_layers
 from kvllm.measure.environment import environment
 from kvllm.measure.eval.fidelity import Result, measure
+from kvllm.measure.eval.problems import half_of
 from kvllm.measure.eval.report import Progress, interval, markdown
 from kvllm.measure.eval.sweep import Case
-from kvllm.measure.eval.traces import Trace, half_of, read_traces
+from kvllm.measure.eval.traces import Trace, read_traces
 from kvllm.methods import checked_config, resolved
 from kvllm.methods.base import Kept, Method, Window
 from kvllm.methods.cake import preferences

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvllm.cli.options import PASS_THROUGH, JsonFile
+from kvllm.cli.options import PASS_THROUGH, JsonFile, examples
 from kvllm.errors import UsageError
 from kvllm.measure.eval.sweep import BASELINES, Case, parse_cases
 from kvllm.measure.extras import require
@@ -71,7 +71,7 @@ def _cases(
     return parse_cases(configs or [], methods, ratios, parse_json("--common", common), names)
 
 
-def _placement(device: str | None, dtype: str) -> tuple[str, str]:
+def placement(device: str | None, dtype: str) -> tuple[str, str]:
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,7 +82,13 @@ def _placement(device: str | None, dtype: str) -> tuple[str, str]:
     return device, dtype
 
 
-@app.command(context_settings=PASS_THROUGH, options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]")
+@app.command(
+    context_settings=PASS_THROUGH,
+    options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]",
+    epilog=examples(
+        "kvllm eval traces MODEL --out traces.jsonl --task math500 --problems 80 --min-tokens 450 --max-tokens 1024",
+    ),
+)
 def traces(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model's folder, or a name on the model hub.")],
@@ -90,6 +96,9 @@ def traces(
     task: Annotated[str, typer.Option(help="math500, gsm8k, or with --data a name of your own.")] = "math500",
     data: Data = None,
     problems: NumProblems = None,
+    chain: Annotated[
+        int | None, typer.Option(help="Problems in a prompt, as in `chain`: long traces.", show_default="1", min=2)
+    ] = None,
     keep: Annotated[
         int | None, typer.Option(help="Traces to keep, evenly spaced over those long enough.", show_default="all")
     ] = None,
@@ -105,10 +114,14 @@ def traces(
     from kvllm.measure.eval.traces import run
 
     arguments = [model, *context.args]
-    run(arguments, out, task, data, problems, keep, max_tokens, min_tokens, temperature, sampling_seed)
+    run(arguments, out, task, data, problems, chain, keep, max_tokens, min_tokens, temperature, sampling_seed)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "kvllm eval fidelity --traces traces.jsonl --model MODEL --methods kara,snapkv --ratios 0.3 --json out.json",
+    ),
+)
 def fidelity(
     traces: TracesFile,
     model: TracedModel,
@@ -133,10 +146,43 @@ def fidelity(
     from kvllm.measure.eval.report import Outputs
 
     cases, outputs = _cases(configs, methods, ratios, common), Outputs(json_file, markdown_file, plot_file)
-    run(traces, model, cases, half, limit, block_size, *_placement(device, dtype), outputs)
+    run(traces, model, cases, half, limit, block_size, *placement(device, dtype), outputs)
 
 
-@app.command()
+@app.command(
+    epilog=examples("kvllm eval attention --traces traces.jsonl --model MODEL --plot attention.svg"),
+)
+def attention(
+    traces: TracesFile,
+    model: TracedModel,
+    common: Annotated[str, typer.Option("--common", help="JSON: sizes of the windows.")] = "{}",
+    half: HalfOfTraces = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first traces (of the half).", min=1)] = None,
+    later: Annotated[int, typer.Option(help="Tokens after each compression whose queries are asked.", min=1)] = 256,
+    block_size: BlockSize = 16,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    json_file: JsonFile = None,
+    markdown_file: MarkdownFile = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw weights by place, and what they cover, here (.svg, .png).")
+    ] = None,
+) -> None:
+    """Compare bidirectional and causal attention weights by what later queries look at."""
+    require("eval", "matplotlib", "scipy")
+    from kvllm.measure.eval.attention import run
+    from kvllm.measure.eval.report import Outputs
+    from kvllm.methods import checked_config
+
+    config, outputs = checked_config(parse_json("--common", common)), Outputs(json_file, markdown_file, plot_file)
+    run(traces, model, config, half, limit, later, block_size, *placement(device, dtype), outputs)
+
+
+@app.command(
+    epilog=examples(
+        "kvllm eval recall --model MODEL --methods kara --ratios 0.3 --distances 512,1024,2048 --plot recall.svg",
+    ),
+)
 def recall(
     model: Annotated[str, typer.Option(help="A model's folder.")],
     methods: Methods = None,
@@ -164,10 +210,75 @@ def recall(
     cases, outputs = _cases(configs, methods, ratios, common), Outputs(json_file, markdown_file, plot_file)
     sizes = parse_numbers("--distances", distances, int, "512,1024")
     places = parse_numbers("--depths", depths, float, "0.1,0.5,0.9")
-    run(model, cases, sizes, places, samples, block_size, *_placement(device, dtype), outputs, data)
+    run(model, cases, sizes, places, samples, block_size, *placement(device, dtype), outputs, data)
 
 
-@app.command(context_settings=PASS_THROUGH, options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]")
+@app.command()
+def frontier(
+    traces: TracesFile,
+    model: TracedModel,
+    methods: Annotated[str, typer.Option(help="Comma-separated; the first at every --caches, all with --bits.")] = (
+        "kara,random,keydiff,expected_attention"
+    ),
+    caches: Annotated[str, typer.Option(help="Precisions of the whole cache, as of vLLM's --kv-cache-dtype.")] = (
+        "auto,fp8,turboquant_k8v4,turboquant_4bit_nc,turboquant_k3v4_nc,turboquant_3bit_nc"
+    ),
+    bits: Annotated[str, typer.Option(help="Of survivors; 16 = the cache's own precision.")] = "16,8,4",
+    sizes: Annotated[str, typer.Option(help="Bytes of an old window, as shares of 16 bits.")] = "0.0625,0.125,0.25,0.5",
+    common: Common = "{}",
+    half: HalfOfTraces = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first traces (of the half).", min=1)] = None,
+    recall_samples: Annotated[
+        int, typer.Option(help="Facts for each distance and depth of `recall`; 0 = no recall.", min=0)
+    ] = 0,
+    distances: Annotated[str, typer.Option(help="As of `recall`.")] = "512,1024",
+    depths: Annotated[str, typer.Option(help="As of `recall`.")] = "0.1,0.3,0.5,0.7",
+    data: Data = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Of the request whose bytes are reported.", min=1)] = 256,
+    answer_tokens: Annotated[int, typer.Option(help="Of the request whose bytes are reported.", min=1)] = 8192,
+    block_size: BlockSize = 16,
+    minutes: Annotated[
+        float | None, typer.Option(help="Measure no longer; a call with the same --log does the rest.", min=0)
+    ] = None,
+    log: Annotated[Path | None, typer.Option(help="Results one by one; a run there is continued.")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    json_file: JsonFile = None,
+    markdown_file: MarkdownFile = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw KL against bytes here (.svg, .png).")] = None,
+) -> None:
+    """Compare settings by what they lose for their bytes: KL and recall, with vLLM's own cache precisions."""
+    require("eval", "matplotlib", "scipy")
+    from kvllm.measure.eval.frontier import Plan, run
+    from kvllm.measure.eval.report import Outputs
+
+    plan = Plan(
+        methods=[name for name in methods.split(",") if name],
+        caches=[name for name in caches.split(",") if name],
+        bits=parse_numbers("--bits", bits, int, "16,4"),
+        sizes=parse_numbers("--sizes", sizes, float, "0.125,0.25"),
+        common=parse_json("--common", common),
+        half=half,
+        limit=limit,
+        samples=recall_samples,
+        distances=parse_numbers("--distances", distances, int, "512,1024"),
+        depths=parse_numbers("--depths", depths, float, "0.1,0.5,0.9"),
+        data=data,
+        lengths=(prompt_tokens, answer_tokens),
+        block_size=block_size,
+        minutes=minutes,
+    )
+    run(traces, model, plan, log, *placement(device, dtype), Outputs(json_file, markdown_file, plot_file))
+
+
+@app.command(
+    context_settings=PASS_THROUGH,
+    options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]",
+    epilog=examples(
+        "kvllm eval accuracy MODEL --task math500 --methods kara --ratios 0.1,0.3,0.5 --samples 4 --out runs/math500",
+        "kvllm eval accuracy NAME --endpoint http://localhost:8000/v1 --task gsm8k --ratios 0.3,1.0 --out runs/gsm8k",
+    ),
+)
 def accuracy(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model's folder or name; with --endpoint, the server's name for it.")],
@@ -208,7 +319,75 @@ def accuracy(
     task_accuracy.answer(out, task, model, engines, sampling, context.args, endpoint, concurrency)
 
 
-@app.command()
+@app.command(context_settings=PASS_THROUGH, options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]")
+def tracking(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder of a model that was trained on programs.")],
+    out: Annotated[Path, typer.Option(help="Folder for the log and the results; a run there is continued.")],
+    methods: Methods = None,
+    ratios: Ratios = None,
+    configs: Configs = None,
+    common: Common = "{}",
+    baselines: Annotated[str, typer.Option(help="Methods measured besides; '' for none.")] = ",".join(BASELINES),
+    programs: Annotated[int, typer.Option(help="Number of programs.", min=1)] = 1000,
+    lines: Annotated[int, typer.Option(help="Lines of a program, as many as the model was trained on.", min=5)] = 160,
+    asked: Annotated[int, typer.Option(help="Variables that are asked for at the end.", min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="Of the programs.")] = 1,
+) -> None:
+    """Execute programs step by step with a small model that needs its old results; the full cache is always included.
+
+    The model is made by benchmarks/small_model/train.py of the repository.
+    """
+    require("eval", "matplotlib", "scipy")
+    from kvllm.measure.eval.tracking import answer
+
+    cases = _cases(configs, methods, ratios, common, baselines)
+    answer(out, model, cases, programs, lines, asked, seed, context.args)
+
+
+@app.command(context_settings=PASS_THROUGH, options_metavar="[OPTIONS] [vLLM'S ENGINE FLAGS]")
+def chain(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model's folder, or a name on the model hub.")],
+    out: Annotated[Path, typer.Option(help="Folder for the log and the results; a run there is continued.")],
+    data: Data = None,
+    half: HalfOfTraces = None,
+    chains: Annotated[int, typer.Option(help="Number of chains.", min=1)] = 24,
+    length: Annotated[int, typer.Option(help="Problems in a chain.", min=1)] = 24,
+    format: Annotated[str, typer.Option(help="Of the prompt: example, rules or restate.")] = "example",
+    methods: Methods = None,
+    ratios: Ratios = None,
+    configs: Configs = None,
+    common: Common = "{}",
+    baselines: Annotated[str, typer.Option(help="Methods measured besides; '' for none.")] = "random",
+    cache_dtypes: Annotated[
+        str, typer.Option(help="Stock vLLM's cache types (--kv-cache-dtype) measured besides, such as fp8.")
+    ] = "",
+    samples: Annotated[int, typer.Option(help="Answers to each chain.", min=1)] = 1,
+    max_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.", min=1)] = 12288,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 = greedy.", min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
+    sampling_seed: SamplingSeed = None,
+) -> None:
+    """Solve many problems in one long answer, and repeat all results at its end; the full cache is always included."""
+    require("eval", "matplotlib", "scipy")
+    from kvllm.measure.eval.chain import answer
+    from kvllm.measure.eval.chains import make_chains
+    from kvllm.measure.eval.engines import Sampling
+    from kvllm.measure.eval.problems import load_problems
+
+    asked = make_chains(load_problems("gsm8k", data), half, chains, length, format)
+    cases = _cases(configs, methods, ratios, common, baselines)
+    sampling = Sampling(max_tokens, temperature, top_p, sampling_seed)
+    dtypes = [dtype for dtype in cache_dtypes.split(",") if dtype]
+    answer(out, model, asked, cases, samples, dtypes, sampling, context.args)
+
+
+@app.command(
+    epilog=examples(
+        "kvllm eval grade runs/math500/samples.jsonl",
+    ),
+)
 def grade(
     log: Annotated[
         Path, typer.Argument(help="samples.jsonl of a run; the results beside it are written again.", exists=True)
@@ -221,7 +400,11 @@ def grade(
     run(log)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "kvllm eval calibrate --traces traces.jsonl --half train --model MODEL --out statistics.safetensors",
+    ),
+)
 def calibrate(
     traces: TracesFile,
     model: TracedModel,
@@ -236,7 +419,7 @@ def calibrate(
     require("eval", "scipy")
     from kvllm.measure.eval.calibrate import run
 
-    run(traces, model, out, half, limit, stride, *_placement(device, dtype))
+    run(traces, model, out, half, limit, stride, *placement(device, dtype))
 
 
 @app.command("calibrate-layers")
@@ -266,5 +449,4 @@ def calibrate_layers(
 
     options = {**parse_json("--common", common), "method": method, "retention_ratio": ratio}
     sizes = parse_numbers("--steps", steps, float, "0.1,0.05")
-    placement = _placement(device, dtype)
-    run(traces, model, out, rule.value, options, groups, sizes, half, limit, block_size, *placement)
+    run(traces, model, out, rule.value, options, groups, sizes, half, limit, block_size, *placement(device, dtype))

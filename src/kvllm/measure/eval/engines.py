@@ -24,12 +24,35 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """What a user asked before, and what they were answered: an example of the form that is wanted."""
+
+    asked: str
+    answered: str
+
+
+@dataclass(frozen=True)
 class Question:
     """ratio: the request's own retention ratio; None: leave it to the engine. seed: of this request."""
 
     prompt: str
     ratio: float | None
     seed: int | None
+    examples: tuple[Exchange, ...] = ()
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The chat, the examples first."""
+        told = [(("user", each.asked), ("assistant", each.answered)) for each in self.examples]
+        turns = [turn for pair in told for turn in pair]
+        return [{"role": role, "content": text} for role, text in (*turns, ("user", self.prompt))]
+
+    def token_ids(self, tokenizer: Any) -> list[int]:
+        """Through the model's chat template; as plain paragraphs for a model without one."""
+        if getattr(tokenizer, "chat_template", None) is None:
+            return list(tokenizer.encode("\n\n".join(message["content"] for message in self.messages)))
+        text = tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 @dataclass(frozen=True)
@@ -65,8 +88,6 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        from kvllm.cli.generate import encode
-
         engine, tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
         for i, question in enumerate(questions):
             if self.stock and question.ratio not in (None, 1.0):
@@ -80,7 +101,7 @@ class VllmEngine:
                 extra_args=extra,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            engine.add_request(str(i), {"prompt_token_ids": encode(tokenizer, question.prompt, None)}, params)
+            engine.add_request(str(i), {"prompt_token_ids": question.token_ids(tokenizer)}, params)
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
@@ -118,7 +139,7 @@ class Endpoint:
             body["vllm_xargs"] = {RATIO_KEY: question.ratio}
         response = self.client.chat.completions.create(
             model=self.model,
-            messages=[{"role": "user", "content": question.prompt}],
+            messages=question.messages,  # type: ignore[arg-type]
             max_tokens=self.sampling.max_tokens,
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,

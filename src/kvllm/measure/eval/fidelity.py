@@ -18,14 +18,16 @@ import numpy as np
 import torch
 
 from kvllm.errors import UsageError
-from kvllm.layout import IntArray
+from kvllm.layout import IntArray, RequestGeometry
 from kvllm.measure.environment import environment
+from kvllm.measure.eval.cache_formats import AUTO, cache_formats
 from kvllm.measure.eval.forks import first_event, fork_all
 from kvllm.measure.eval.plots import Panel, plot_curves
+from kvllm.measure.eval.problems import half_of
 from kvllm.measure.eval.report import Outputs, Progress, interval, markdown
 from kvllm.measure.eval.stats import Estimate, bootstrap_ratio
 from kvllm.measure.eval.sweep import Case, baseline_of
-from kvllm.measure.eval.traces import Trace, half_of, read_traces
+from kvllm.measure.eval.traces import Trace, read_traces
 from kvllm.methods import resolved
 from kvllm.reference import Replay, feed, kl_by_row, load_model
 
@@ -33,24 +35,30 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-# Rows by their distance from the first compression; the last bin is open.
-DISTANCES = (0, 64, 128, 256, 512, 1024, 2048)
+# Lower ends of bins of rows; the last bin is open.
+DISTANCES = (0, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens since the first compression
+EVENTS = (1, 2, 4, 8, 16, 32)  # compressions so far
+SINCE_EVENT = (0, 16, 32, 64, 128, 192)  # tokens since the latest of them
 
 
 @dataclass(frozen=True)
 class Rows:
     """One configuration on one trace, from its first compression on. Arrays [num_rows].
 
-    kl:        of the compressed next-token distribution from the full one, in nats
-    agreed:    whether both name the same token as the most likely
-    delta_nll: rise of the negative log-likelihood of the token that follows
-    distance:  computed tokens since the first compression
+    kl:          of the compressed next-token distribution from the full one, in nats
+    agreed:      whether both name the same token as the most likely
+    delta_nll:   rise of the negative log-likelihood of the token that follows
+    distance:    computed tokens since the first compression
+    events:      compressions so far, 1 or more; 0 of a configuration that compresses nothing
+    since_event: computed tokens since the latest of them; -1 where there is none
     """
 
     kl: NDArray[np.float64]
     agreed: NDArray[np.float64]
     delta_nll: NDArray[np.float64]
     distance: IntArray
+    events: IntArray
+    since_event: IntArray
 
 
 @dataclass
@@ -71,12 +79,15 @@ class Result:
             [self.rows[trace].kl.sum() for trace in both], [other.rows[trace].kl.sum() for trace in both]
         )
 
-    def by_distance(self) -> list[dict[str, Any]]:
-        """Mean of each figure over the rows of a bin, all traces together; empty bins are left out."""
-        distance = np.concatenate([r.distance for r in self.rows.values()])
+    def binned(self, name: str, firsts: Sequence[int]) -> list[dict[str, Any]]:
+        """Mean of each figure over the rows of a bin, all traces together; empty bins are left out.
+
+        name: what is binned: distance, events or since_event; firsts: lower ends of the bins, the last of which is open
+        """
+        place = np.concatenate([getattr(r, name) for r in self.rows.values()])
         means = []
-        for low, high in zip(DISTANCES, (*DISTANCES[1:], np.inf), strict=True):
-            inside = (distance >= low) & (distance < high)
+        for low, high in zip(firsts, (*firsts[1:], np.inf), strict=True):
+            inside = (place >= low) & (place < high)
             if inside.any():
                 figures = {
                     name: float(np.concatenate([getattr(r, name) for r in self.rows.values()])[inside].mean())
@@ -96,7 +107,9 @@ class Result:
             "top1_agreement": asdict(self.estimate("agreed")),
             "delta_nll": asdict(self.estimate("delta_nll")),
             "kl_against_random": asdict(self.against(random)) if random else None,
-            "by_distance": self.by_distance(),
+            "by_distance": self.binned("distance", DISTANCES),
+            "by_events": self.binned("events", EVENTS),
+            "by_tokens_since_event": self.binned("since_event", SINCE_EVENT),
             "traces": {
                 trace: {
                     "num_rows": len(r.kl),
@@ -130,33 +143,77 @@ def measure(
     return results
 
 
-def measure_trace(model: PreTrainedModel, trace: Trace, cases: Sequence[Case], block_size: int) -> list[Rows | None]:
-    """The rows of each case; None where the trace ends before the first compression."""
-    configs = [case.config for case in cases]
-    full, parts, forks = fork_all(model, trace.token_ids, trace.num_prompt_tokens, configs, block_size)
+def measure_trace(
+    model: PreTrainedModel, trace: Trace, cases: Sequence[Case], block_size: int, packed: bool = False
+) -> list[Rows | None]:
+    """The rows of each case; None where the trace ends before the first compression.
+
+    The rows of a case that compresses nothing, but whose cache has another precision, begin where the first of the
+    others does, and at the end of the prompt where there is none.
+    packed: as of `Request`
+    """
+    ids, num_prompt = trace.token_ids, trace.num_prompt_tokens
+    firsts = [first_event(case.config, num_prompt, block_size) for case in cases]
+    start = min(firsts, default=0)
+    if start >= len(ids) - 1:
+        if any(case.config.enabled for case in cases):
+            return [None] * len(cases)
+        start = num_prompt
     measured: list[Rows | None] = [None] * len(cases)
-    if not forks:
-        return measured
-    parts.append(feed(full, trace.token_ids, keep_full=True))
-    logprobs = torch.cat([part.logprobs for part in parts])
-    argmax = torch.cat([part.argmax for part in parts])
-    full_logprobs = torch.cat([part.full_logprobs for part in parts if part.full_logprobs is not None])
-    before = len(logprobs) - len(full_logprobs)
-    for i, request in forks.items():
-        first = request.num_computed_tokens
-        expected = Replay(logprobs[first:], argmax[first:], full_logprobs[first - before :], [])
-        measured[i] = rows_of(expected, feed(request, trace.token_ids, keep_full=True))
-        request.layers.clear()  # its cache is not needed any more
+    expected: Replay | None = None
+    for cache in sorted({AUTO, *(case.cache for case in cases)}, key=lambda name: name != AUTO):
+        chosen = [i for i, case in enumerate(cases) if case.cache == cache]
+        configs, formats = [cases[i].config for i in chosen], cache_formats(cache, model.config)
+        base, parts, forks = fork_all(model, ids, num_prompt, configs, block_size, packed, formats, keep_from=start)
+        whole = [i for i in chosen if not cases[i].config.enabled]
+        if cache == AUTO or whole:
+            replayed = joined([*parts[1:], feed(base, ids, keep_full=True)])
+            expected = replayed if expected is None else expected
+            for i in whole:
+                measured[i] = rows_of(expected, replayed, None, num_prompt, start)
+        assert expected is not None
+        for j, request in forks.items():
+            first, geometry = request.num_computed_tokens, request.geometry
+            compressed = feed(request, ids, keep_full=True)
+            measured[chosen[j]] = rows_of(rows_from(expected, first - start), compressed, geometry, num_prompt, first)
+            request.layers.clear()  # its cache is not needed any more
     return measured
 
 
-def rows_of(full: Replay, compressed: Replay) -> Rows:
-    """Compare two replays of the same rows, the first of which is that of the first compression."""
+def joined(parts: Sequence[Replay]) -> Replay:
+    """Parts of one replay that follow each other, with the full logprobs of all."""
+    full = [part.full_logprobs for part in parts if part.full_logprobs is not None]
+    assert len(full) == len(parts)
+    logprobs, argmax = (torch.cat([getattr(part, name) for part in parts]) for name in ("logprobs", "argmax"))
+    return Replay(logprobs, argmax, torch.cat(full), [])
+
+
+def rows_from(replay: Replay, first: int) -> Replay:
+    """The rows of a replay from `first` on."""
+    assert replay.full_logprobs is not None
+    return Replay(replay.logprobs[first:], replay.argmax[first:], replay.full_logprobs[first:], [])
+
+
+def rows_of(
+    full: Replay, compressed: Replay, geometry: RequestGeometry | None, num_prompt_tokens: int, first: int
+) -> Rows:
+    """Compare two replays of the same rows, which begin at token `first`.
+
+    geometry: of the compressed one, for which that token is where it first compresses; None: it compresses nothing
+    """
+    tokens: IntArray = first + np.arange(len(full.logprobs), dtype=np.int64)
+    events, since_event = np.zeros_like(tokens), np.full_like(tokens, -1)
+    if geometry is not None:
+        prompt = np.full_like(tokens, num_prompt_tokens)
+        events = geometry.num_events(prompt, tokens)
+        since_event = tokens - geometry.event_at(prompt, events - 1)
     return Rows(
         kl=kl_by_row(full, compressed).double().cpu().numpy(),
         agreed=(full.argmax == compressed.argmax).double().cpu().numpy(),
         delta_nll=(full.logprobs - compressed.logprobs).double().cpu().numpy(),
-        distance=np.arange(len(full.logprobs)),
+        distance=tokens - first,
+        events=events,
+        since_event=since_event,
     )
 
 
@@ -194,6 +251,16 @@ def table(results: Sequence[Result]) -> str:
     return markdown(["ratio", "method", "KL", "KL / random's", "top-1 %", "delta NLL"], rows)
 
 
+def growth_table(results: Sequence[Result]) -> str:
+    """Markdown: mean KL by the number of compressions so far; rows of one trace are not independent of each other."""
+    firsts = sorted({each["from"] for result in results for each in result.binned("events", EVENTS)})
+    rows = []
+    for result in results:
+        kl = {each["from"]: f"{each['kl']:.4f}" for each in result.binned("events", EVENTS)}
+        rows.append([result.case.label, *(kl.get(first, "") for first in firsts)])
+    return markdown(["KL, compressions so far", *(f"from {first}" for first in firsts)], rows)
+
+
 def panels(results: Sequence[Result]) -> list[Panel]:
     """KL and top-1 agreement against the share kept; the full cache's are 0 and 1."""
     made = [Panel("KL from the full cache, nats", 0.0), Panel("same most likely token, share", 1.0)]
@@ -229,5 +296,6 @@ def run(
         "dtype": dtype,
         "seconds": seconds,
     }
-    outputs.write(table(results), report(results, **about), lambda path: plot_curves(panels(results), path))
+    tables = f"{table(results)}\n\n{growth_table(results)}"
+    outputs.write(tables, report(results, **about), lambda path: plot_curves(panels(results), path))
     print(f"\n{len(traces)} traces, {len(cases)} configurations, {dtype} on {device}, {seconds:.0f} s")

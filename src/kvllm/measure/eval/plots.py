@@ -59,6 +59,50 @@ def plot_grids(grids: Mapping[str, Mapping[tuple[int, float], float]], path: Pat
     plt.close(figure)
 
 
+def plot_bins(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], path: Path) -> None:
+    """Side by side for each title: a share by the lower ends of bins, one line a name."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), sharey=True, squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        firsts = sorted({first for points in lines.values() for first, _ in points})
+        for name, points in lines.items():
+            places = [firsts.index(first) for first, _ in points]
+            axis.plot(places, [share for _, share in points], marker="o", markersize=4, label=name)
+        axis.set_xticks(range(len(firsts)), [f"{first}+" for first in firsts])
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    axes[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_bars_and_lines(
+    lines: Mapping[str, Sequence[float]], bars: Mapping[str, Estimate], limits: Mapping[str, float], path: Path
+) -> None:
+    """Shares by place in the window beside what each choice covers, with the limits as dashed lines."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    for name, shares in lines.items():
+        places = [(i + 0.5) / len(shares) for i in range(len(shares))]
+        style = {"color": "black", "linestyle": "--"} if name not in bars else {}
+        left.plot(places, shares, marker="o", markersize=3, label=name, **style)
+    left.set_xlabel("place in the window, oldest to newest")
+    left.set_ylabel("share of the weights")
+    left.set_yscale("log")
+    left.legend(fontsize=8)
+    values = [estimate.value for estimate in bars.values()]
+    errors = [[e.value - e.low for e in bars.values()], [e.high - e.value for e in bars.values()]]
+    right.barh(range(len(bars)), values, xerr=errors, color="0.7")
+    right.set_yticks(range(len(bars)), list(bars))
+    right.invert_yaxis()
+    for name, value in limits.items():
+        right.axvline(value, color="black", linestyle="--" if name == "random" else ":", linewidth=1)
+        right.annotate(name, (value, len(bars) - 0.55), fontsize=8, ha="right")
+    right.set_xlabel("later queries' attention on the kept keys, share")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def draw_curves(axis: Any, curves: dict[str, list[tuple[float, Estimate]]], full: float | None) -> None:
     """Value and interval by retention ratio, one line a name."""
     for name, points in curves.items():

@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from kvllm.errors import UsageError
+from kvllm.measure.eval.engines import Exchange
 
 # In a checkout; an installed package carries no data.
 DATA = Path(__file__).parents[4] / "benchmarks" / "data"
@@ -19,7 +20,22 @@ NOT_SHIPPED = ("aime24", "aime25")
 PROMPT_VERSION = 1
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
+HALVES = ("train", "test")
+
 T = TypeVar("T")
+
+
+class Asked(Protocol):
+    """What an answer is made to: a problem, or a chain of them."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def examples(self) -> tuple[Exchange, ...]: ...
+    @property
+    def answer(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,11 @@ class Problem:
     @property
     def prompt(self) -> str:
         return f"{self.problem}\n\n{INSTRUCTION}"
+
+    @property
+    def examples(self) -> tuple[Exchange, ...]:
+        """None are shown."""
+        return ()
 
 
 def load_problems(task: str, data: Path | None = None) -> list[Problem]:
@@ -62,3 +83,12 @@ def spread(items: Sequence[T], count: int | None) -> list[T]:
     if count < 1:
         raise UsageError(f"{count} of {len(items)} items: must be 1 or more.")
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def half_of(items: Sequence[T], half: str | None) -> list[T]:
+    """train: the first, third, ... trace or problem, to tune on; test: the others, to report on; None: all."""
+    if half is None:
+        return list(items)
+    if half not in HALVES:
+        raise UsageError(f"half={half!r}: must be one of {', '.join(HALVES)}.")
+    return list(items[HALVES.index(half) :: 2])

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from kvllm.cli.generate import encode
 from kvllm.errors import UsageError
 from kvllm.measure.environment import environment
+from kvllm.measure.eval.cache_formats import AUTO, cache_formats
 from kvllm.measure.eval.forks import fork_all
 from kvllm.measure.eval.plots import plot_grids
 from kvllm.measure.eval.problems import Problem, load_problems
@@ -140,26 +141,47 @@ def measure(
     max_tokens: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[Answer]]:
-    """Answers to every item, by the case's label, and with the full cache under FULL.
-
-    A case that compresses nothing before the question has the full cache's answer.
-    """
+    """Answers to every item, by the case's label, and with the full cache under FULL."""
     answers: dict[str, list[Answer]] = {label: [] for label in (FULL, *(case.label for case in cases))}
     for done, item in enumerate(items, start=1):
-        configs = [case.config for case in cases]
-        full, _, forks = fork_all(model, item.token_ids, item.num_prompt_tokens, configs, block_size)
-
-        def ask(request: Request, item: Item = item) -> Answer:
-            text = tokenizer.decode(continue_greedily(request, item.token_ids, max_tokens))
-            return Answer(item.distance, item.depth, item.sample, item.needle.code, text)
-
-        # Forks first: the full request moves on.
-        compressed = {i: ask(request) for i, request in forks.items()}
-        answers[FULL].append(ask(full))
-        for i, case in enumerate(cases):
-            answers[case.label].append(compressed.get(i, answers[FULL][-1]))
+        for label, answer in zip(
+            answers, answer_item(model, tokenizer, item, cases, block_size, max_tokens), strict=True
+        ):
+            answers[label].append(answer)
         progress(done, len(items))
     return answers
+
+
+def answer_item(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    item: Item,
+    cases: Sequence[Case],
+    block_size: int = 16,
+    max_tokens: int = 8,
+    packed: bool = False,
+) -> list[Answer]:
+    """The full cache's answer to one item, then that of each case.
+
+    A case that compresses nothing before the question has the answer of the whole cache in its precision.
+    packed: as of `Request`
+    """
+
+    def ask(request: Request) -> Answer:
+        text = tokenizer.decode(continue_greedily(request, item.token_ids, max_tokens))
+        return Answer(item.distance, item.depth, item.sample, item.needle.code, text)
+
+    found: dict[int, Answer] = {}
+    whole: dict[str, Answer] = {}
+    for cache in dict.fromkeys([AUTO, *(case.cache for case in cases)]):
+        chosen = [i for i, case in enumerate(cases) if case.cache == cache]
+        configs, formats = [cases[i].config for i in chosen], cache_formats(cache, model.config)
+        base, _, forks = fork_all(model, item.token_ids, item.num_prompt_tokens, configs, block_size, packed, formats)
+        # Forks first: the full request moves on.
+        found |= {chosen[j]: ask(request) for j, request in forks.items()}
+        if cache == AUTO or len(forks) < len(chosen):
+            whole[cache] = ask(base)
+    return [whole[AUTO], *(found[i] if i in found else whole[case.cache] for i, case in enumerate(cases))]
 
 
 def continue_greedily(request: Request, token_ids: Sequence[int], max_tokens: int) -> list[int]:

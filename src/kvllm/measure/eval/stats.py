@@ -41,6 +41,12 @@ def bootstrap_ratio(numerators: npt.ArrayLike, denominators: npt.ArrayLike, seed
     return Estimate(float(_divide(top.sum(), bottom.sum())), float(low), float(high))
 
 
+def bootstrap_mean(values: npt.ArrayLike, seed: int = 0) -> Estimate:
+    """The mean over units that are resampled; of paired differences, the mean difference."""
+    array = np.asarray(values, np.float64)
+    return bootstrap_ratio(array, np.ones(len(array)), seed)
+
+
 def wilson(successes: int, trials: int) -> Estimate:
     """A share of independent trials."""
     if not 0 <= successes <= trials or trials == 0:

@@ -26,14 +26,18 @@ SWEEPS = Path(__file__).parent / "sweeps"  # those that ship, by their names
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration and what it is called in tables: the method and the options that the sweep varies."""
+    """A configuration and what it is called in tables: the method and the options that the sweep varies.
+
+    cache: vLLM's --kv-cache-dtype, one of `cache_formats.CACHE_DTYPES`
+    """
 
     name: str
     config: KvConfig
+    cache: str = "auto"
 
     @property
     def label(self) -> str:
-        return f"{self.name} r={self.config.mean_ratio:g}"
+        return f"{self.name} r={self.config.mean_ratio:g}" + (f" {self.cache}" if self.cache != "auto" else "")
 
 
 def cases(

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvllm.errors import UsageError
-from kvllm.measure.eval.problems import load_problems, spread
+from kvllm.measure.eval.chains import make_chains
+from kvllm.measure.eval.engines import Question
+from kvllm.measure.eval.problems import Asked, load_problems, spread
 
 if TYPE_CHECKING:
     from vllm import LLM
-
-HALVES = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,10 @@ def read_traces(path: Path) -> list[Trace]:
     return [Trace(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def half_of(traces: Sequence[Trace], half: str | None) -> list[Trace]:
-    """train: the first, third, ... trace, to tune on; test: the others, to report on; None: all."""
-    if half is None:
-        return list(traces)
-    if half not in HALVES:
-        raise UsageError(f"half={half!r}: must be one of {', '.join(HALVES)}.")
-    return list(traces[HALVES.index(half) :: 2])
-
-
 def make_traces(
     llm: LLM,
     task: str,
-    data: Path | None,
-    num_problems: int | None,
+    problems: Sequence[Asked],
     max_tokens: int,
     min_tokens: int,
     temperature: float,
@@ -61,10 +51,8 @@ def make_traces(
     """Let stock vLLM answer the problems; answers shorter than `min_tokens` are left out."""
     from vllm import SamplingParams
 
-    from kvllm.cli.generate import encode
-
-    problems = spread(load_problems(task, data), num_problems)
-    prompts = [encode(llm.get_tokenizer(), problem.prompt, None) for problem in problems]
+    tokenizer = llm.get_tokenizer()
+    prompts = [Question(p.prompt, None, None, p.examples).token_ids(tokenizer) for p in problems]
     seeds = [None if seed is None else seed + i for i in range(len(prompts))]
     sampling = [SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=s) for s in seeds]
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
@@ -82,20 +70,27 @@ def run(
     task: str,
     data: Path | None,
     num_problems: int | None,
+    chain_length: int | None,
     num_kept: int | None,
     max_tokens: int,
     min_tokens: int,
     temperature: float,
     seed: int | None,
 ) -> None:
-    """Make traces and write those to keep to `out`; arguments: MODEL and any of vLLM's engine flags."""
+    """Make traces and write those to keep to `out`; arguments: MODEL and any of vLLM's engine flags.
+
+    chain_length: make each prompt a chain of so many problems, and so answers of thousands of tokens; None: one problem
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM
 
     from kvllm.engine.arguments import engine_args
 
+    problems: Sequence[Asked] = load_problems(task, data)
+    if chain_length is not None:
+        problems = make_chains(load_problems(task, data), None, len(problems) // chain_length, chain_length, "example")
     llm = LLM.from_engine_args(engine_args(arguments, None))
-    made = make_traces(llm, task, data, num_problems, max_tokens, min_tokens, temperature, seed)
+    made = make_traces(llm, task, spread(problems, num_problems), max_tokens, min_tokens, temperature, seed)
     kept = spread(made, num_kept)
     write_traces(out, kept)
     lengths = [len(trace.token_ids) - trace.num_prompt_tokens for trace in kept]

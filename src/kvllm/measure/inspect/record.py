@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry
-from kvllm.methods.base import Kept, Method, Window
+from kvllm.methods.base import Kept, LayerShape, Method, Window
 from kvllm.methods.rope import Rope
 from kvllm.reference import Request, feed
 
@@ -58,6 +58,9 @@ class Recorder(Method):
 
     def check_rope(self, rope: Rope | None) -> None:
         self.method.check_rope(rope)
+
+    def check_layers(self, shape: LayerShape) -> None:
+        self.method.check_layers(shape)
 
     def score(self, window: Window) -> Tensor:
         return self.method.score(window)

@@ -1,0 +1,351 @@
+"""What each byte of KV cache buys: KL and recall of settings of every size, and of vLLM's own cache precisions.
+
+    kvllm eval frontier --traces traces.jsonl --model DIR --log frontier.jsonl --json out.json --plot out.svg
+
+Every trace and every text of recall that is done is a line of the log, and a run that finds some there does the rest.
+The table, the JSON and the plot hold all settings of the log.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvllm.compression.footprint import head_dim_of
+from kvllm.compression.rounding import packed_block_tokens
+from kvllm.config import KvConfig
+from kvllm.errors import UsageError
+from kvllm.measure.environment import environment
+from kvllm.measure.eval import fidelity, recall
+from kvllm.measure.eval.cache_formats import AUTO, CACHE_DTYPES
+from kvllm.measure.eval.frontier_plot import plot_frontier
+from kvllm.measure.eval.held_bytes import Held, full_bytes, geometry_of, held_bytes
+from kvllm.measure.eval.problems import half_of
+from kvllm.measure.eval.report import Outputs, Progress, interval, markdown
+from kvllm.measure.eval.stats import Estimate, bootstrap_ratio, wilson
+from kvllm.measure.eval.sweep import Case, baseline_of
+from kvllm.measure.eval.traces import Trace, read_traces
+from kvllm.methods import checked_config, resolved
+from kvllm.reference import load_model
+from kvllm.support import PLAIN_BITS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WHOLE = KvConfig(retention_ratio=1.0)
+SIZES = (0.0625, 0.125, 0.25, 0.5)
+RUN, TRACE, RECALL = "run", "trace", "recall"  # kinds of lines
+
+
+def grid(
+    methods: Sequence[str],
+    caches: Sequence[str],
+    bits: Sequence[int],
+    sizes: Sequence[float],
+    block_size: int,
+    head_dim: int,
+    common: dict[str, Any],
+) -> list[Case]:
+    """The settings to compare: methods, precisions of the cache and of survivors, and bytes of an old window.
+
+    sizes: bytes of an old window as shares of those in 16 bits; what does not fit a window is left out
+    Every precision is also measured with nothing evicted; the first method and random at the default ratio too.
+    Methods after the first are measured in caches of the model's own dtype. TurboQuant's caches are not compressed.
+    """
+    if unknown := [name for name in caches if name not in CACHE_DTYPES]:
+        raise UsageError(f"--caches {', '.join(unknown)}: use {', '.join(CACHE_DTYPES)}.")
+    found = [Case("whole cache", WHOLE, cache) for cache in caches if cache != AUTO]
+    for method in methods:
+        for cache in [c for c in caches if c == AUTO or (method == methods[0] and not c.startswith("turboquant"))]:
+            default = checked_config({**common, "method": method})
+            chosen = [default] if method in (methods[0], "random") else []
+            for each in bits:
+                for ratio in ratios(each, sizes, cache, default.window_size, block_size, head_dim):
+                    options = {**common, "method": method, "survivor_bits": each, "retention_ratio": ratio}
+                    chosen.append(checked_config(options))
+            found += [Case(method, with_few_queries(config), cache) for config in chosen]
+    return list({key_of(case): case for case in found}.values())
+
+
+def with_few_queries(config: KvConfig) -> KvConfig:
+    """Random looks at no query, so it keeps few: the baseline of `sweep`."""
+    return baseline_of(config) if config.method == "random" else config
+
+
+def ratios(
+    bits: int, sizes: Sequence[float], cache: str, window_size: int, block_size: int, head_dim: int
+) -> Iterator[float]:
+    """The retention ratios at which an old window takes these shares of its bytes in 16 bits."""
+    packed = packed_block_tokens(block_size, head_dim, bits) if bits < PLAIN_BITS else block_size
+    half = cache == "fp8" and bits == PLAIN_BITS  # survivors take the cache's own precision
+    for size in sizes:
+        blocks = size * window_size / block_size * (2 if half else 1)
+        kept = blocks * packed
+        if blocks >= 1 and kept <= window_size * (1 if bits < PLAIN_BITS else 0.99):
+            # At 1.0 nothing would be compressed, so nothing rounded.
+            yield min(kept / window_size, 0.9999)
+
+
+def key_of(case: Case) -> str:
+    return json.dumps([case.name, case.cache, resolved(case.config)], sort_keys=True)
+
+
+@dataclass
+class Point:
+    """One setting and what was measured of it so far: by trace the rows and the sums over them, by text whether the
+    fact was recalled."""
+
+    case: Case
+    traces: dict[str, tuple[int, float, float]] = field(default_factory=dict)
+    recalled: dict[str, bool] = field(default_factory=dict)
+
+    def kl(self) -> Estimate:
+        return self._mean(1)
+
+    def agreed(self) -> Estimate:
+        return self._mean(2)
+
+    def _mean(self, which: int) -> Estimate:
+        return bootstrap_ratio([t[which] for t in self.traces.values()], [t[0] for t in self.traces.values()])
+
+    def against(self, other: Point) -> Estimate:
+        """KL as a share of the other's, on the traces that both have, in pairs."""
+        both = [name for name in self.traces if name in other.traces]
+        return bootstrap_ratio([self.traces[n][1] for n in both], [other.traces[n][1] for n in both])
+
+    def recall(self) -> Estimate | None:
+        return wilson(sum(self.recalled.values()), len(self.recalled)) if self.recalled else None
+
+
+class Log:
+    """The lines of a run, and those that it adds. Raises UsageError where the file holds another run."""
+
+    def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
+        self.path = path
+        self.points: dict[str, Point] = {}
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+        for line in lines:
+            kind = line.pop("kind")
+            if kind == RUN and line != about:
+                shown = ", ".join(f"{k}={line.get(k)!r}, now {v!r}" for k, v in about.items() if line.get(k) != v)
+                raise UsageError(f"--log {path}: holds another run ({shown}); use another file.")
+            if kind in (TRACE, RECALL):
+                self._take(kind, line)
+        if not lines:
+            self._write({"kind": RUN, **about})
+
+    def point(self, case: Case) -> Point:
+        return self.points.setdefault(key_of(case), Point(case))
+
+    def add(self, kind: str, case: Case, unit: str, result: Any) -> None:
+        config = case.config.to_dict()
+        line = {"name": case.name, "cache": case.cache, "config": config, "unit": unit, "result": result}
+        self._take(kind, line)
+        self._write({"kind": kind, **line})
+
+    def _take(self, kind: str, line: dict[str, Any]) -> None:
+        point = self.point(Case(line["name"], KvConfig.from_dict(line["config"]), line["cache"]))
+        if kind == TRACE:
+            point.traces[line["unit"]] = tuple(line["result"])
+        else:
+            point.recalled[line["unit"]] = line["result"]
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def measure_traces(
+    model: PreTrainedModel,
+    traces: Sequence[Trace],
+    cases: Sequence[Case],
+    block_size: int,
+    log: Log,
+    goes_on: Callable[[], bool] = lambda: True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """What the log lacks, one trace after the other with all cases, while `goes_on`."""
+    for done, trace in enumerate(traces):
+        progress(done, len(traces))
+        todo = [case for case in cases if trace.id not in log.point(case).traces]
+        if todo and goes_on():
+            measured = fidelity.measure_trace(model, trace, todo, block_size, packed=True)
+            for case, rows in zip(todo, measured, strict=True):
+                if rows is not None:
+                    log.add(TRACE, case, trace.id, [len(rows.kl), float(rows.kl.sum()), float(rows.agreed.sum())])
+    progress(len(traces), len(traces))
+
+
+def measure_recall(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    items: Sequence[recall.Item],
+    cases: Sequence[Case],
+    block_size: int,
+    log: Log,
+    goes_on: Callable[[], bool] = lambda: True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """The same of the texts of recall; a text whose fact the full cache does not recall counts for no case."""
+    for done, item in enumerate(items):
+        progress(done, len(items))
+        unit = f"{item.distance}/{item.depth:g}/{item.sample}"
+        todo = [case for case in cases if unit not in log.point(case).recalled]
+        if todo and goes_on():
+            full, *answers = recall.answer_item(model, tokenizer, item, todo, block_size, packed=True)
+            for case, answer in zip(todo, answers, strict=True):
+                if full.correct:
+                    log.add(RECALL, case, unit, answer.correct)
+    progress(len(items), len(items))
+
+
+def measured(log: Log) -> list[Point]:
+    """The points that have traces."""
+    return [point for point in log.points.values() if point.traces]
+
+
+def held(points: Iterable[Point], config: Any, block_size: int, lengths: tuple[int, int]) -> list[tuple[Point, Held]]:
+    """The points with their bytes, smallest first."""
+    found = [(point, held_bytes(point.case, config, block_size, [lengths])) for point in points]
+    return sorted(found, key=lambda each: (each[1].old, each[0].kl().value))
+
+
+def random_like(point: Point, points: Iterable[Point]) -> Point | None:
+    """Random survivors with the same bits, bytes and sizes."""
+    if not point.case.config.enabled:
+        return None
+    wanted = baseline_of(point.case.config)
+    return next((p for p in points if p.case.config == wanted and p.case.cache == point.case.cache), None)
+
+
+def kept_of(case: Case, block_size: int, head_dim: int) -> str:
+    """Tokens that a window keeps."""
+    geometry = geometry_of(case, block_size, head_dim)
+    if geometry is None:
+        return "all"
+    return f"{float(geometry.kept_blocks) * (geometry.packed_tokens or block_size):g} of {case.config.window_size}"
+
+
+def table(rows: Sequence[tuple[Point, Held]], config: Any, block_size: int) -> str:
+    """Markdown, smallest first."""
+    full, head_dim = full_bytes(config), head_dim_of(config.get_text_config())
+    cells = []
+    for point, size in rows:
+        case, random, recalled = point.case, random_like(point, [p for p, _ in rows]), point.recall()
+        bits = str(case.config.survivor_bits) if case.config.enabled else ""
+        cells.append(
+            [
+                f"{size.old / full:.3f}",
+                f"{size.life / full:.3f}",
+                f"{size.old / 1024:.2f}",
+                case.cache,
+                case.name,
+                bits,
+                kept_of(case, block_size, head_dim),
+                interval(point.kl(), 4),
+                interval(point.against(random), 2) if random and random is not point else "",
+                f"{100 * point.agreed().value:.2f}",
+                f"{100 * recalled.value:.0f} of {len(point.recalled)}" if recalled else "",
+            ]
+        )
+    header = ["old", "life", "KiB, old", "cache", "method", "bits", "kept", "KL", "/ random's", "top-1 %", "recall %"]
+    return markdown(header, cells)
+
+
+def report(rows: Sequence[tuple[Point, Held]], **about: Any) -> dict[str, Any]:
+    """What is written as JSON."""
+    results = []
+    for point, size in rows:
+        random, recalled = random_like(point, [p for p, _ in rows]), point.recall()
+        results.append(
+            {
+                "name": point.case.name,
+                "cache": point.case.cache,
+                "config": resolved(point.case.config),
+                "bytes_per_old_token": size.old,
+                "bytes_per_token_over_life": size.life,
+                "kl": asdict(point.kl()),
+                "kl_against_random": asdict(point.against(random)) if random else None,
+                "top1_agreement": asdict(point.agreed()),
+                "recall": asdict(recalled) if recalled else None,
+                "traces": {name: {"num_rows": n, "kl": kl / n} for name, (n, kl, _) in point.traces.items()},
+                "recalled": point.recalled,
+            }
+        )
+    return {"task": "frontier", **environment(), **about, "results": results}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure, and with what.
+
+    lengths: tokens of the prompt and the answer whose bytes are reported
+    minutes: of measuring, after which the rest is left for another call; None: no limit
+    """
+
+    methods: Sequence[str]
+    caches: Sequence[str]
+    bits: Sequence[int]
+    sizes: Sequence[float]
+    common: dict[str, Any]
+    half: str | None
+    limit: int | None
+    samples: int
+    distances: Sequence[int]
+    depths: Sequence[float]
+    data: Path | None
+    lengths: tuple[int, int]
+    block_size: int
+    minutes: float | None
+
+
+def run(
+    traces_path: Path, folder: str, plan: Plan, log_path: Path | None, device: str, dtype: str, outputs: Outputs
+) -> None:
+    """Measure what the log lacks, print the table and write what `outputs` asks for."""
+    traces = half_of(read_traces(traces_path), plan.half)[: plan.limit]
+    model = load_model(folder, getattr(torch, dtype), device)
+    head_dim = head_dim_of(model.config.get_text_config())
+    cases = grid(plan.methods, plan.caches, plan.bits, plan.sizes, plan.block_size, head_dim, plan.common)
+    about = {
+        "model": Path(folder).name,
+        "traces": traces_path.name,
+        "half": plan.half,
+        "block_size": plan.block_size,
+        "dtype": dtype,
+    }
+    log, start = Log(log_path, about), time.perf_counter()
+
+    def goes_on() -> bool:
+        return plan.minutes is None or time.perf_counter() - start < 60 * plan.minutes
+
+    measure_traces(model, traces, cases, plan.block_size, log, goes_on, Progress("traces"))
+    if plan.samples:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        items = recall.make_items(tokenizer, plan.distances, plan.depths, plan.samples, data=plan.data)
+        items.sort(key=lambda item: item.sample)  # a run that stops early has every distance and depth
+        measure_recall(model, tokenizer, items, cases, plan.block_size, log, goes_on, Progress("texts"))
+    if not measured(log):
+        raise UsageError(f"{traces_path}: no trace is long enough to be compressed; use longer traces.")
+    rows = held(measured(log), model.config, plan.block_size, plan.lengths)
+    full = full_bytes(model.config)
+    seconds = time.perf_counter() - start
+    facts = {**about, "full_bytes_per_token": full, "lengths": plan.lengths, "seconds": seconds}
+    title = f"{Path(folder).name}, answers of {plan.lengths[1]:,} tokens after prompts of {plan.lengths[0]:,}"
+    outputs.write(
+        table(rows, model.config, plan.block_size), report(rows, **facts), lambda path: plot_frontier(rows, title, path)
+    )
+    short = sum(len(point.traces) < len(traces) for point, _ in rows)
+    unfinished = f" ({short} not on all traces)" if short else ""
+    print(f"\n{len(traces)} traces, {len(rows)} settings{unfinished}, {dtype} on {device}, {seconds:.0f} s")
+    print(f"A token takes {full:,.0f} bytes in 16 bits. Old and life: shares of it, of an old token, and of all tokens")
+    print(f"over the life of an answer of {plan.lengths[1]:,} tokens after a prompt of {plan.lengths[0]:,}.")

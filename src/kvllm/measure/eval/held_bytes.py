@@ -1,0 +1,82 @@
+"""Bytes of KV cache that a configuration holds, layers of full attention together, per token of the text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvllm.compression.footprint import head_dim_of
+from kvllm.compression.rounding import packed_block_tokens
+from kvllm.config import KvConfig
+from kvllm.errors import UsageError
+from kvllm.layers import local_layers
+from kvllm.layout import Geometry, IntArray
+from kvllm.measure.eval.cache_formats import cache_formats
+from kvllm.measure.eval.sweep import Case
+from kvllm.support import PLAIN_BITS
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes for each token of the text.
+
+    old:  of a token that was compressed long ago; without compression, of any
+    life: of all tokens, prompt and newest ones included, on average over the life of some answers
+    """
+
+    old: float
+    life: float
+
+
+def geometry_of(case: Case, block_size: int, head_dim: int) -> Geometry | None:
+    """The geometry whose windows keep whole packed blocks, as on GPUs; None where nothing is compressed.
+
+    Raises UsageError where the sizes do not fit.
+    """
+    if case.config.budgets:
+        raise UsageError(
+            f"{case.label}: bytes a token are counted for one ratio for all layers. Give the mean of the table, which "
+            "takes as many."
+        )
+    bits = case.config.survivor_bits
+    tokens = packed_block_tokens(block_size, head_dim, bits) if bits < PLAIN_BITS else None
+    return Geometry.from_config(case.config, block_size, packed_tokens=tokens)
+
+
+def held_bytes(case: Case, config: Any, block_size: int, lengths: list[tuple[int, int]]) -> Held:
+    """What a case holds in 16 bits or its cache's precision.
+
+    config:  a transformers config
+    lengths: of prompts and of their answers, in tokens
+    Packed blocks take the bytes of plain ones in 16 bits, whatever the precision of the rest of the cache.
+    """
+    text = config.get_text_config()
+    head_dim = head_dim_of(text)
+    num_kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    full: float = 2 * head_dim * PLAIN_BITS // 8
+    locals_ = local_layers(text, getattr(text, "max_position_embeddings", None))
+    formats = [f for f, local in zip(cache_formats(case.cache, config), locals_, strict=True) if local is None]
+    plain = num_kv_heads * sum(full if each is None else each.token_bytes(head_dim) for each in formats)
+    geometry = geometry_of(case, block_size, head_dim)
+    if geometry is None:
+        return Held(plain, plain)
+    packed = geometry.packed_tokens is not None
+    # Of a token's space in a block of survivors.
+    survivor = num_kv_heads * full * len(formats) if packed else plain
+    held = texts = 0.0
+    for num_prompt, num_answer in lengths:
+        computed: IntArray = num_prompt + np.arange(num_answer)
+        prompts = np.full_like(computed, num_prompt)
+        survivors = geometry.survivors(geometry.num_events(prompts, computed))
+        rest = geometry.physical_len(prompts, computed) - survivors
+        held += float((survivors * survivor + rest * plain).sum())
+        texts += float(computed.sum())
+    old = float(geometry.kept_blocks) * block_size * survivor / geometry.interval
+    return Held(old, held / texts)
+
+
+def full_bytes(config: Any) -> float:
+    """Bytes of a token in 16 bits."""
+    return held_bytes(Case("", KvConfig(retention_ratio=1.0)), config, 16, []).old

@@ -1,0 +1,146 @@
+"""Programs to be executed step by step: problems whose answer needs what was written long before.
+
+    v0 7 +1 ; v1 v0 -3 ; v2 v0 +2 ; ask v1 v2 run
+
+says that v1 is v0 minus 3. The answer repeats each line with the value of its variable, looked up in the answer so far,
+and its result, and ends with the values that were asked for:
+
+    v0 7 +1 : 7 7 v0 8 ; v1 v0 -3 : v0 8 v1 5 ; v2 v0 +2 : v0 8 v2 0 ; answer v1 5 v2 0
+
+Values count modulo 10. Results stand in the answer only, so a lost one cannot be read in the prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kvllm.measure.eval.problems import Problem
+
+# Raised when programs change: figures of two versions do not compare.
+PROGRAMS_VERSION = 1
+NUM_ROOTS = 4  # first lines, which use no variable
+MAX_LINES = 256
+MODULUS = 10
+STEP = 3  # most that a line adds or subtracts
+PROMPT_LINE, ANSWER_LINE = 4, 9  # tokens
+
+Ids = npt.NDArray[np.int64]
+
+# One token a word.
+PAD, END, COLON, SEMICOLON, ASK, RUN, ANSWER = range(7)
+DIGITS = 7
+PLUS = DIGITS + MODULUS  # "+1" and so on
+MINUS = PLUS + STEP
+NAMES = MINUS + STEP
+VOCABULARY = (
+    *("<pad>", "<end>", ":", ";", "ask", "run", "answer"),
+    *(str(digit) for digit in range(MODULUS)),
+    *(f"{sign}{step}" for sign in "+-" for step in range(1, STEP + 1)),
+    *(f"v{n}" for n in range(MAX_LINES)),
+)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Programs of one length and their answers, as token ids.
+
+    prompts: [count, num_prompt_tokens]
+    answers: [count, num_answer_tokens], with END as the last
+    asked:   [count, num_asked], numbers of the variables
+    values:  [count, num_asked], theirs
+    """
+
+    prompts: Ids
+    answers: Ids
+    asked: Ids
+    values: Ids
+
+
+def programs(count: int, num_lines: int, num_asked: int, rng: np.random.Generator) -> Programs:
+    """Programs whose line n sets vn to an earlier variable, any of them equally likely, plus or minus a small number.
+
+    The first `NUM_ROOTS` lines use a number in the place of a variable.
+    """
+    if not NUM_ROOTS < num_lines <= MAX_LINES or not 0 < num_asked <= num_lines:
+        raise ValueError(f"{num_lines} lines, {num_asked} asked: more than {NUM_ROOTS} lines, at most {MAX_LINES}.")
+    lines = np.arange(num_lines)
+    operands = (rng.random((count, num_lines)) * lines).astype(np.int64)
+    steps = rng.integers(STEP, size=(count, num_lines))
+    minus = rng.random((count, num_lines)) < 0.5
+    found = rng.integers(MODULUS, size=(count, num_lines))  # the operands' values: so far those of the roots
+    values = np.zeros((count, num_lines), np.int64)
+    every = np.arange(count)
+    for n in lines:
+        if n >= NUM_ROOTS:
+            found[:, n] = values[every, operands[:, n]]
+        values[:, n] = (found[:, n] + np.where(minus[:, n], -1, 1) * (steps[:, n] + 1)) % MODULUS
+
+    names = np.broadcast_to(NAMES + lines, (count, num_lines))
+    used = np.where(lines < NUM_ROOTS, DIGITS + found, NAMES + operands)
+    statement = [names, used, np.where(minus, MINUS, PLUS) + steps]
+    colon, end = np.full_like(names, COLON), np.full_like(names, SEMICOLON)
+    result = [colon, used, DIGITS + found, names, DIGITS + values, end]
+    asked = rng.permuted(np.broadcast_to(lines, (count, num_lines)), axis=1)[:, :num_asked]
+    asked_values = np.take_along_axis(values, asked, 1)
+    one = np.ones((count, 1), np.int64)
+    pairs = np.stack([NAMES + asked, DIGITS + asked_values], -1).reshape(count, -1)
+    return Programs(
+        np.concatenate([_interleaved(*statement, end), one * ASK, NAMES + asked, one * RUN], 1),
+        np.concatenate([_interleaved(*statement, *result), one * ANSWER, pairs, one * END], 1),
+        asked,
+        asked_values,
+    )
+
+
+def _interleaved(*columns: Ids) -> Ids:
+    """[count, num_lines * num_columns]: one token of each column for each line."""
+    return np.stack(columns, axis=-1).reshape(len(columns[0]), -1)
+
+
+def words(ids: npt.ArrayLike) -> str:
+    return " ".join(VOCABULARY[i] for i in np.asarray(ids).tolist() if i not in (PAD, END))
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of these words, in a form that transformers and vLLM load."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokens = {"eos_token": VOCABULARY[END], "pad_token": VOCABULARY[PAD]}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens).save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Program(Problem):
+    """A program as a prompt of its own, without the instruction that other problems get."""
+
+    @property
+    def prompt(self) -> str:
+        return self.problem
+
+
+def problems(count: int, num_lines: int, num_asked: int, seed: int) -> list[Program]:
+    """The answer to each is its last words, such as "v17 4 v3 9"."""
+    drawn = programs(count, num_lines, num_asked, np.random.default_rng(seed))
+    return [
+        Program(f"{seed}/{i}", words(prompt), words(answer[-2 * num_asked - 1 :]))
+        for i, (prompt, answer) in enumerate(zip(drawn.prompts, drawn.answers, strict=True))
+    ]
+
+
+def execute(program: str) -> dict[str, int]:
+    """The value of each variable of a program in words."""
+    values: dict[str, int] = {}
+    for line in program.split(" ask ")[0].split(";"):
+        if line.strip():
+            name, used, step = line.split()
+            values[name] = (int(values.get(used, used)) + int(step)) % MODULUS
+    return values

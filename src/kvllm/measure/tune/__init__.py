@@ -1,0 +1,1 @@
+"""`kvllm tune`: settings for a model and texts of the user's own, with what they lose."""
