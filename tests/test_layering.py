@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 # From the ground up. A part may import those on the floors below its own, and itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("kvllm", "kvllm.errors", "kvllm.layers"),
+    ("kvllm.budgets",),
     ("kvllm.groups",),
     ("kvllm.options", "kvllm.support"),
     ("kvllm.config",),
@@ -26,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 # Not commands: they know nothing of the tasks that use them.
 NO_TASKS = ("plots", "report", "stats", "sweep", "samples", "problems", "programs", "traces")
-TASKS = ("fidelity", "recall", "accuracy", "tracking", "calibrate")
+TASKS = ("fidelity", "recall", "accuracy", "tracking", "calibrate", "calibrate_layers")
 
 
 def module_name(path: Path) -> str:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
-from kvllm.layout import NEVER, Geometry, Shape, ceil_div
+from kvllm.layout import NEVER, Geometry, GroupedGeometry, Shape, ceil_div, request_geometry
 
 SIMULATIONS = settings(max_examples=60, deadline=None)
 ARITHMETIC = settings(max_examples=200, deadline=None)
@@ -350,3 +350,37 @@ def test_packed_blocks() -> None:
 def test_ratios_that_packed_blocks_cannot_keep(ratio: float, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         geometry_of(packed_tokens=56, retention_ratio=ratio)
+
+
+def test_groups_of_layers_hold_together_what_each_of_them_holds() -> None:
+    config = KvConfig(retention_ratio={"0": 0.5, "1": 0.25, "2": 0.15}, window_size=128, buffer_size=32)
+    geometry = request_geometry(config, 16)
+    assert isinstance(geometry, GroupedGeometry) and len(geometry.groups) == 3
+    assert [float(group.kept_blocks) for group in geometry.groups] == [4, 2, 1.2]
+    for prompt, computed in ((1, 1), (40, 500), (40, 1000), (17, 1217)):
+        events = geometry.num_events(prompt, computed)
+        held = [-(-group.physical_len(prompt, computed) // 16) for group in geometry.groups]
+        assert geometry.blocks_held(prompt, computed) == sum(held)
+        assert {group.num_events(prompt, computed) for group in geometry.groups} == {events}
+        before = geometry.event_at(prompt, events) - 1
+        freed = geometry.blocks_held(prompt, before) - geometry.blocks_held(prompt, before + 1)
+        assert geometry.blocks_freed(prompt, events) - 3 <= freed <= geometry.blocks_freed(prompt, events)
+    # All that is ever held, step by step, is what the groups are admitted with, or a few blocks less.
+    most = max(geometry.blocks_held(40, computed) for computed in range(1, 1200))
+    assert most <= geometry.peak_blocks(40, 1200) <= most + 3
+    longest = geometry.max_tokens_that_fit(40, most + 3)
+    assert geometry.peak_blocks(40, longest) <= most + 3 < geometry.peak_blocks(40, longest + 1)
+    assert abs(sum(geometry.num_evicted(40, event) for event in range(6)) - 6 * 128 * 0.7) < 8  # half a block
+
+
+def test_a_table_of_equal_ratios_is_one_ratio() -> None:
+    table = request_geometry(KvConfig(retention_ratio={"0": 0.3, "1": 0.3}), 16)
+    plain = request_geometry(KvConfig(retention_ratio=0.3), 16)
+    assert table is not None and plain is not None and table.groups == (*plain.groups, *plain.groups)
+    assert table.peak_blocks(100, 3000) == 2 * plain.peak_blocks(100, 3000)
+    assert request_geometry(KvConfig(retention_ratio={"0": 0.3, "1": 0.5}), 16, 1.0) is None
+
+
+def test_the_refusal_of_a_table_names_the_layers() -> None:
+    with pytest.raises(UsageError, match=r"^layers 2-3: retention_ratio=0.05: every window keeps at least one block"):
+        request_geometry(KvConfig(retention_ratio={"0-1": 0.3, "2-3": 0.05}), 16)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
+from kvllm.budgets import Budget, mean_ratio, parse_table
 from kvllm.errors import UsageError
 from kvllm.options import STRICT, Count, NotAFloat, check_value, parse_json, strict_dataclass
 
@@ -42,9 +43,10 @@ RETENTION_RATIO = TypeAdapter(RetentionRatio, config=STRICT)
 class KvConfig:
     """The one home of these defaults: every front end takes its options from here.
 
-    Sizes are in tokens. A `retention_ratio` of 1.0 turns compression off. The block size is vLLM's and known only
-    once an engine exists, so what depends on it is checked by `kvllm.layout.Geometry`. The method and its options are
-    checked where the method is made: front ends use `kvllm.methods.checked_config`, which does both.
+    Sizes are in tokens. A `retention_ratio` of 1.0 turns compression off; a table of ratios (`kvllm.budgets`) stands
+    for several configurations, one for each group of layers (`parts`). The block size is vLLM's and known only once an
+    engine exists, so what depends on it is checked by `kvllm.layout.Geometry`. The method and its options are checked
+    where the method is made: front ends use `kvllm.methods.checked_config`, which does both.
     """
 
     method: str = Field("kara", description="Method that scores and selects; `kvllm methods` lists them.")
@@ -55,7 +57,11 @@ class KvConfig:
         "window",
         description="window: each window is compressed once; budget: cut to `budget_size`, again and again.",
     )
-    retention_ratio: RetentionRatio = 0.3
+    retention_ratio: RetentionRatio | Mapping[str, Any] = Field(
+        0.3,
+        description="Share of a window that is kept: to evict 30% use 0.7, to turn compression off use 1.0. A table "
+        'gives groups of layers ratios of their own: {"0-13": 0.4, "14-27": 0.2}.',
+    )
     window_size: Count = Field(256, description="Tokens compressed at once; a multiple of vLLM's block size.")
     buffer_size: Count = Field(128, description="Newest tokens, never compressed.")
     max_chunk_size: Count = Field(8, description="Longest chunk that Token2Chunk grows; 1 = none.")
@@ -92,6 +98,7 @@ class KvConfig:
 
     def __post_init__(self) -> None:
         parse_ratios(self.request_ratios)
+        self._check_table()
         if self.history_size and self.policy != "window":
             raise UsageError(
                 f"history_size={self.history_size}: only for policy=window; with policy={self.policy} the memory is "
@@ -104,6 +111,22 @@ class KvConfig:
                     f"query_stride={self.query_stride}: must divide {name}={getattr(self, name)}, "
                     f"so that every window is scored by the same number of queries; try a power of two."
                 )
+
+    def _check_table(self) -> None:
+        """Refuse a table of ratios where it would have no effect, or requests could leave it."""
+        if not self.budgets:
+            return
+        table = f"retention_ratio={dict(self.retention_ratio)}"  # type: ignore[arg-type]
+        if self.policy != "window":
+            raise UsageError(
+                f"{table}: only for policy=window; with policy={self.policy} every layer keeps budget_size="
+                f"{self.budget_size} tokens. Use one ratio, or policy=window."
+            )
+        if others := [low for low, high in parse_ratios(self.request_ratios) if (low, high) != (1.0, 1.0)]:
+            raise UsageError(
+                f"request_ratios={self.request_ratios!r}: {others[0]} would be a ratio for all layers, and {table} has "
+                "one for each group of them. Use request_ratios=1.0 (not compressed), or leave it out."
+            )
 
     def _check_survivor_bits(self) -> None:
         """Refuse what would round the same tokens again and again, and bits that are given where nothing is rounded."""
@@ -137,14 +160,31 @@ class KvConfig:
         return ("window_size", "buffer_size", "budget_size", "budget_interval")
 
     @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The groups of layers that have ratios of their own; empty where all layers have the same."""
+        return () if isinstance(self.retention_ratio, int | float) else parse_table(self.retention_ratio)
+
+    @property
+    def mean_ratio(self) -> float:
+        """Share of a window that survives on average over the layers; of one ratio for all layers, that."""
+        return mean_ratio(self.budgets) if self.budgets else self.retention_ratio  # type: ignore[return-value]
+
+    @property
+    def parts(self) -> tuple[KvConfig, ...]:
+        """The configuration of each group of layers: the group's ratio for all its layers, all else the same."""
+        if not self.budgets:
+            return (self,)
+        return tuple(replace(self, retention_ratio=budget.ratio) for budget in self.budgets)
+
+    @property
     def enabled(self) -> bool:
         """Whether requests are compressed unless they say otherwise."""
-        return self.retention_ratio < 1.0
+        return self.mean_ratio < 1.0
 
     @property
     def request_ratio_ranges(self) -> tuple[tuple[float, float], ...]:
         """The ratios that a request may choose, as inclusive ranges (low, high); the engine's own comes first."""
-        return ((self.retention_ratio, self.retention_ratio), *parse_ratios(self.request_ratios))
+        return ((self.mean_ratio, self.mean_ratio), *parse_ratios(self.request_ratios))
 
     def allows_ratio(self, ratio: float) -> bool:
         """Whether a request may choose this retention ratio."""
@@ -195,7 +235,8 @@ class KvConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that `from_dict` takes back and JSON can hold."""
-        return asdict(replace(self, method_options=dict(self.method_options)))
+        plain: Any = {name: dict(value) for name, value in vars(self).items() if isinstance(value, Mapping)}
+        return asdict(replace(self, **plain))
 
 
 def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from kvllm.budgets import Budget, check_layers, table_of
+from kvllm.errors import UsageError
 from kvllm.layers import Cacheless, LayerKind, Local, Recurrent
 
 Count = TypeVar("Count")
@@ -34,22 +36,24 @@ class Groups:
     local: Local | Recurrent | None = None
 
     @classmethod
-    def of(cls, kinds_of_layers: Sequence[LayerKind]) -> Groups:
+    def of(cls, kinds_of_layers: Sequence[LayerKind], num_parts: int = 1) -> Groups:
         """vLLM's grouping of layers of full attention (None) and of local or recurrent ones, all of one kind.
 
         A group has as many layers as there are of the rarer kind, or of the other where it has less than 1.5 times as
-        many.
+        many. With layer budgets (`kvllm.budgets`) each of the `num_parts` parts of the full-attention layers, which are
+        of equal size, is a kind of its own.
         """
         layers = [kind for kind in kinds_of_layers if not isinstance(kind, Cacheless)]
         kinds = set(layers) - {None}
         num_full = sum(layer is None for layer in layers)
         if not kinds or not num_full:
-            return cls(len(layers), int(not kinds), int(not num_full), next(iter(kinds), None))
+            parts = num_parts if num_full else 1
+            return cls(len(layers) // parts, num_parts * (not kinds), int(not num_full), next(iter(kinds), None))
         (local,) = kinds
-        counts = num_full, len(layers) - num_full
+        counts = num_full // num_parts, len(layers) - num_full
         size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
         num_full, num_local = (-(-count // size) for count in counts)
-        return cls(size, num_full, num_local, local)
+        return cls(size, num_parts * num_full, num_local, local)
 
     def local_blocks(self, num_tokens: int, block_size: int, in_flight: int) -> int:
         """The most blocks of local groups that a request holds while it grows to `num_tokens`, as vLLM admits it.
@@ -84,3 +88,31 @@ class Groups:
         if isinstance(self.local, Recurrent):
             return computed * 0 + self.num_local
         return self.num_local * (-(-computed // block_size) - self.local.first_seen(computed) // block_size)
+
+
+def full_layers(layers: Sequence[LayerKind]) -> list[int]:
+    """The numbers of the layers of full attention."""
+    return [number for number, local in enumerate(layers) if local is None]
+
+
+def groups_of(layers: Sequence[LayerKind], budgets: Sequence[Budget]) -> Groups:
+    """`Groups.of` layers, which have these budgets; none: all layers of full attention are compressed alike.
+
+    Raises UsageError where the budgets do not name these layers, or vLLM would divide the layers of one of them.
+    """
+    if not budgets:
+        return Groups.of(layers)
+    check_layers(budgets, full_layers(layers))
+    if any(isinstance(kind, Recurrent) for kind in layers):
+        raise UsageError(
+            f"retention_ratio={table_of(budgets)}: not beside recurrent layers, whose states make blocks of other "
+            "lengths. Use one ratio for all layers."
+        )
+    groups = Groups.of(layers, len(budgets))
+    if groups.num_full != len(budgets):
+        raise UsageError(
+            f"retention_ratio={table_of(budgets)}: beside {len(layers) - len(full_layers(layers))} layers that look "
+            f"back less far, vLLM would make {groups.num_full} KV cache groups of these {len(budgets)}; use more "
+            "groups, or one ratio for all layers."
+        )
+    return groups

@@ -6,6 +6,7 @@ the prompt length and the number of computed tokens alone, so scheduler and work
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvllm.config import KvConfig, check_retention_ratio
-from kvllm.errors import UsageError
+from kvllm.errors import UsageError, within
 
 IntArray = npt.NDArray[np.int64]
 Int = TypeVar("Int", int, IntArray)
@@ -40,8 +41,36 @@ class Shape(NamedTuple):
         return self.num_history + self.num_raw
 
 
+class Fitting(ABC):
+    """What follows from the blocks that a request holds at its peak."""
+
+    @abstractmethod
+    def peak_blocks(self, num_prompt_tokens: int, num_tokens: int) -> int:
+        """The most blocks that a request ever holds while it grows to `num_tokens`."""
+
+    def max_tokens_that_fit(
+        self,
+        num_prompt_tokens: int,
+        num_blocks: int,
+        beside: Callable[[int], int] = lambda num_tokens: 0,
+        own: Callable[[int], int] | None = None,
+    ) -> int:
+        """Longest text (prompt included) that one request may reach with `num_blocks` blocks; 0 if none.
+
+        beside: blocks that a text of so many tokens takes besides its own
+        own:    the most blocks that the request holds while it grows to so many tokens; default: `peak_blocks`
+        """
+
+        def needed(num_tokens: int) -> int:
+            most = own(num_tokens) if own else self.peak_blocks(num_prompt_tokens, num_tokens)
+            return most + beside(num_tokens)
+
+        shortest = num_prompt_tokens + 1
+        return most_that_fits(needed, shortest, num_blocks) if needed(shortest) <= num_blocks else 0
+
+
 @dataclass(frozen=True)
-class Geometry:
+class Geometry(Fitting):
     """The sizes of one configuration, in tokens; all but the buffer are whole blocks.
 
     A request's cache has two segments: the prefix (the prompt, then all survivors) and the tail (the raw tokens):
@@ -88,6 +117,8 @@ class Geometry:
         packed_tokens: survivors that one block holds, where they are packed
         Raises UsageError, naming option, value and remedy, where the sizes do not fit the block size.
         """
+        if retention_ratio is None and config.budgets:
+            raise ValueError("a table of ratios stands for several geometries: use request_geometry")
         ratio = check_retention_ratio(config.retention_ratio if retention_ratio is None else retention_ratio)
         if ratio >= 1.0:
             return None
@@ -272,25 +303,115 @@ class Geometry:
         """The most blocks that a request ever holds while it grows to `num_tokens`."""
         return ceil_div(self.peak_tokens(num_prompt_tokens, num_tokens), self.block_size)
 
-    def max_tokens_that_fit(
-        self,
-        num_prompt_tokens: int,
-        num_blocks: int,
-        beside: Callable[[int], int] = lambda num_tokens: 0,
-        own: Callable[[int], int] | None = None,
-    ) -> int:
-        """Longest text (prompt included) that one request may reach with `num_blocks` blocks; 0 if none.
+    def blocks_held(self, num_prompt_tokens: Int, num_computed_tokens: Int) -> Int:
+        """Blocks that a request holds once so many tokens are computed."""
+        return ceil_div(self.physical_len(num_prompt_tokens, num_computed_tokens), self.block_size)
 
-        beside: blocks that a text of so many tokens takes besides its own
-        own:    the most blocks that the request holds while it grows to so many tokens; default: `peak_blocks`
+    def blocks_freed(self, num_prompt_tokens: Int, event: Int) -> Int:
+        """Blocks that event number `event` frees."""
+        return self.num_freed(num_prompt_tokens, event) // self.block_size
+
+    @property
+    def groups(self) -> tuple[Geometry, ...]:
+        """That of each group of layers that is compressed: here there is one."""
+        return (self,)
+
+
+@dataclass(frozen=True)
+class GroupedGeometry(Fitting):
+    """The geometry of each group of layers, where groups have retention ratios of their own (`kvllm.budgets`).
+
+    Groups are of equal size and differ only in what events keep: an event happens in all of them at once. Numbers of
+    blocks are those of all groups together, numbers of tokens the mean over the groups, rounded.
+    """
+
+    groups: tuple[Geometry, ...]
+
+    def __post_init__(self) -> None:
+        same = {(g.block_size, g.interval, g.buffer_size, g.first_extra, g.prompt_budget) for g in self.groups}
+        if len(same) != 1:
+            raise ValueError(f"groups of layers whose events differ: {same}")
+
+    @property
+    def block_size(self) -> int:
+        return self.groups[0].block_size
+
+    @property
+    def interval(self) -> int:
+        return self.groups[0].interval
+
+    @property
+    def buffer_size(self) -> int:
+        return self.groups[0].buffer_size
+
+    @property
+    def prompt_budget(self) -> int:
+        return self.groups[0].prompt_budget
+
+    def shape(self, event: int) -> Shape:
+        """Of the group that reads most: what bounds the length of a text is the same in all."""
+        return max((group.shape(event) for group in self.groups), key=lambda shape: shape.num_candidates)
+
+    def prompt_shape(self, num_prompt_tokens: int) -> Shape | None:
+        return self.groups[0].prompt_shape(num_prompt_tokens)
+
+    def num_events(self, num_prompt_tokens: Int, num_computed_tokens: Int) -> Int:
+        return self.groups[0].num_events(num_prompt_tokens, num_computed_tokens)
+
+    def event_at(self, num_prompt_tokens: Int, event: Int) -> Int:
+        return self.groups[0].event_at(num_prompt_tokens, event)
+
+    def max_chunk(self, num_prompt_tokens: Int, num_computed_tokens: Int) -> Int:
+        return self.groups[0].max_chunk(num_prompt_tokens, num_computed_tokens)
+
+    def physical_len(self, num_prompt_tokens: int, num_computed_tokens: int) -> int:
+        """Tokens that a request holds in the cache of a layer, on average."""
+        lengths = [group.physical_len(num_prompt_tokens, num_computed_tokens) for group in self.groups]
+        return round(sum(lengths) / len(lengths))
+
+    def blocks_held(self, num_prompt_tokens: Int, num_computed_tokens: Int) -> Int:
+        held: Int = num_computed_tokens * 0
+        for group in self.groups:
+            held = held + group.blocks_held(num_prompt_tokens, num_computed_tokens)
+        return held
+
+    def blocks_freed(self, num_prompt_tokens: Int, event: Int) -> Int:
+        freed: Int = event * 0
+        for group in self.groups:
+            freed = freed + group.blocks_freed(num_prompt_tokens, event)
+        return freed
+
+    def peak_blocks(self, num_prompt_tokens: int, num_tokens: int) -> int:
+        """The sum of what the groups hold at their peaks, which vLLM counts as well: it asks each group's manager.
+
+        Groups may have their peaks at different times, so this can be a few blocks more than a request ever holds.
         """
+        return sum(group.peak_blocks(num_prompt_tokens, num_tokens) for group in self.groups)
 
-        def needed(num_tokens: int) -> int:
-            most = own(num_tokens) if own else self.peak_blocks(num_prompt_tokens, num_tokens)
-            return most + beside(num_tokens)
+    def num_evicted(self, num_prompt_tokens: int, event: int) -> int:
+        evicted = [group.num_evicted(num_prompt_tokens, event) for group in self.groups]
+        return round(sum(evicted) / len(evicted))
 
-        shortest = num_prompt_tokens + 1
-        return most_that_fits(needed, shortest, num_blocks) if needed(shortest) <= num_blocks else 0
+
+# That of a request: of one group of layers, or of several.
+RequestGeometry = Geometry | GroupedGeometry
+
+
+def request_geometry(
+    config: KvConfig, block_size: int, retention_ratio: float | None = None, packed_tokens: int | None = None
+) -> RequestGeometry | None:
+    """The geometry of a request under `config`; None where nothing is compressed (ratio 1.0).
+
+    retention_ratio: of all layers, in the place of the configuration's own; its mean stands for its own table
+    Otherwise as `Geometry.from_config`.
+    """
+    if not config.budgets or retention_ratio not in (None, config.mean_ratio):
+        return Geometry.from_config(config, block_size, retention_ratio, packed_tokens)
+    made = []
+    for budget, part in zip(config.budgets, config.parts, strict=True):
+        with within(f"layers {budget.key}"):
+            made.append(Geometry.from_config(part, block_size, packed_tokens=packed_tokens))
+    return GroupedGeometry(tuple(group for group in made if group is not None))
 
 
 def most_that_fits(needed: Callable[[int], int], low: int, num_blocks: int) -> int:

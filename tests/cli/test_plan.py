@@ -12,7 +12,7 @@ from kvllm.compression.footprint import Footprint, default_max_num_seqs, fitting
 from kvllm.config import KvConfig
 from kvllm.groups import Groups
 from kvllm.layers import Local
-from kvllm.layout import Geometry
+from kvllm.layout import Geometry, request_geometry
 from kvllm.support import packed_problem
 
 SHAPE: dict[str, Any] = dict(
@@ -104,6 +104,24 @@ def test_plans_count_all_groups() -> None:
     local = 3 * 16  # while the prompt is computed; later 3 * 10
     assert (row.stock_blocks, row.kvllm_blocks) == (88 + local, 50 + local)
     assert (row.stock_requests, row.kvllm_requests) == (999 // 136, 999 // 98)
+
+
+def test_a_plan_with_layer_budgets_saves_the_bytes_of_their_mean() -> None:
+    """Blocks hold one group of layers each: half as many bytes, twice as many blocks for stock as well."""
+    config = LlamaConfig(**SHAPE | {"num_hidden_layers": 4})
+    options = KvConfig(retention_ratio={"0,1": 0.5, "2,3": 0.25})
+    table, plain = footprint(config, options, 0, weights=0), footprint(config, KvConfig(), 0, weights=0)
+    assert table.groups == Groups(2, 2) and 2 * table.kv_per_token == plain.kv_per_token
+    length = 256 + 128 + 8 * 256 + 1  # eight windows
+    (row,) = plan(table, 2**30, request_geometry(options, 16), 16, 256, [length]).rows
+    (uniform,) = plan(plain, 2**30, request_geometry(KvConfig(retention_ratio=0.375), 16), 16, 256, [length]).rows
+    assert row.stock_blocks == 2 * uniform.stock_blocks and row.kvllm_blocks == 2 * uniform.kvllm_blocks
+    assert row.kvllm_requests == uniform.kvllm_requests
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    shape = SHAPE | {"num_hidden_layers": 6, "head_dim": 16}
+    mixed = Gemma3TextConfig(**shape, sliding_window=128, layer_types=kinds)
+    beside = footprint(mixed, KvConfig(retention_ratio={"2": 0.5, "5": 0.25}), 0, weights=0)
+    assert beside.groups == Groups(1, 2, 4, Local(128))
 
 
 def test_pool_is_the_share_less_weights_query_bank_and_reserve() -> None:

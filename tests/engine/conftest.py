@@ -6,7 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,12 @@ def scheduler_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
+def compressors_of(llm: Any) -> list[Any]:
+    """That of each group of layers that has a ratio of its own; without layer budgets there is one."""
+    compressor = compressor_of(llm)
+    return getattr(compressor, "parts", [compressor])
+
+
 def compressor_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.kv_compressor
 
@@ -132,14 +138,14 @@ def attention_tables(
 def watch_blocks(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """From now on every step checks invariant 3: the blocks that attention reads are the scheduler's live ones.
 
-    returns a list that gets an entry for each request of each step: its id, and the events that it has behind it
+    returns a list that gets an entry for each request of each step, and each group of layers that has a ratio of its
+    own: its id, and the events that it has behind it
     """
-    compressor, scheduler = compressor_of(llm), scheduler_of(llm)
-    manager = scheduler.kv_managers[0]
-    original = compressor.begin_step
+    scheduler = scheduler_of(llm)
     seen: list[tuple[str, int]] = []
 
-    def begin_step(scheduled: dict[str, int]) -> None:
+    def begin_step(number: int, compressor: Any, original: Any, scheduled: dict[str, int]) -> None:
+        manager = next(m for m in scheduler.kv_managers if m.part == number)
         original(scheduled)
         batch = compressor.runner.input_batch
         counts = [scheduled[req_id] for req_id in batch.req_ids]
@@ -147,8 +153,8 @@ def watch_blocks(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, i
         logical = torch.from_numpy(batch.block_table[compressor.group].get_numpy_array()[: len(counts)].copy())
         tables, lengths = attention_tables(compressor, logical, computed, counts)
         for i, req_id in enumerate(batch.req_ids):
-            geometry, request = scheduler._compressed(req_id)
-            prompt = request.num_prompt_tokens
+            whole, request = scheduler._compressed(req_id)
+            geometry, prompt = whole.groups[number], request.num_prompt_tokens
             length = geometry.physical_len(prompt, computed[i]) + counts[i]
             assert int(lengths[i]) == length
             read = tables[i, : -(-length // BLOCK_SIZE)].tolist()
@@ -156,7 +162,9 @@ def watch_blocks(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, i
             assert sorted(read) == sorted(live)
             seen.append((req_id, geometry.num_events(prompt, computed[i])))
 
-    monkeypatch.setattr(compressor, "begin_step", begin_step)
+    for number, compressor in enumerate(compressors_of(llm)):
+        checked = partial(begin_step, number, compressor, compressor.begin_step)
+        monkeypatch.setattr(compressor, "begin_step", checked)
     return seen
 
 

@@ -2,6 +2,7 @@
 
     python -m tests.engine.families            # all of them: about 20 s of one core each
     python -m tests.engine.families glm phi    # those with one of these in their names
+    python -m tests.engine.families --page     # none: write the page anew
 
 This updates families.json, beside this file, and docs/compatibility.md. `test_families.py` compares a few with the
 recorded outcome on every run, and all of them with KVLLM_ALL_FAMILIES=1.
@@ -31,6 +32,7 @@ from kvllm.config import KvConfig
 from kvllm.methods import checked_config
 from kvllm.reference import load_model
 from kvllm.support import model_reasons, torchvision_problem
+from tests.engine import architectures
 from tests.near_ties import check_greedy
 
 VOCAB_SIZE = 512
@@ -320,6 +322,7 @@ def recorded() -> tuple[dict[str, Result], dict[str, str]]:
 
 
 def write_page() -> None:
+    architectures.RECORD.write_text(json.dumps(architectures.known(), indent=1) + "\n")
     PAGE.write_text(page(*recorded()))
 
 
@@ -363,7 +366,10 @@ def page(results: dict[str, Result], versions: dict[str, str]) -> str:
         outcome = OUTCOMES[result.outcome] + (f", with {options}" if options else "")
         outcome += f": {detail}" if detail else ""
         lines.append(f"| {name} | `{result.architecture}` | {outcome.replace('|', '/')} |\n")
-    return "".join(lines)
+    outcomes: dict[str, set[str]] = {}
+    for result in results.values():
+        outcomes.setdefault(result.architecture, set()).add(result.outcome)
+    return "".join(lines) + architectures.section(architectures.recorded(), outcomes, versions)
 
 
 def versions() -> dict[str, str]:
@@ -376,8 +382,11 @@ def main(arguments: list[str] | None = None, show: Callable[[str], None] = print
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="names, or parts of them; default: all")
     parser.add_argument("--missing", action="store_true", help="only those not tried, that differ, or that stock fails")
+    parser.add_argument("--page", action="store_true", help="run none: write docs/compatibility.md anew")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file to update")
     options = parser.parse_args(arguments)
+    if options.page:
+        return write_page()
     wanted = [n for n in FAMILIES if not options.families or any(w.lower() in n.lower() for w in options.families)]
     if options.missing and options.output.exists():
         done = json.loads(options.output.read_text())["results"]

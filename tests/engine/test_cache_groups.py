@@ -12,17 +12,17 @@ from transformers import AutoConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 
-from kvllm.engine.cache_groups import checked_groups, compressed_group, local_of, only_hashed
+from kvllm.engine.cache_groups import checked_groups, compressed_groups, local_of, only_hashed
 from kvllm.engine.compat import RELEASE
-from kvllm.engine.runner_v2 import KvModelState
+from kvllm.engine.runner_v2 import KvModelState, Part
 from kvllm.engine.spec import KvSpec
 from kvllm.groups import Groups
 from kvllm.layers import Local
 
 if RELEASE >= (0, 33):
-    from vllm.v1.core.kv_cache_planning import _get_kv_cache_groups_uniform_page_size
+    from vllm.v1.core.kv_cache_planning import _get_kv_cache_groups_uniform_page_size, get_kv_cache_groups
 else:
-    from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
+    from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size, get_kv_cache_groups
 
 BLOCK_SIZE = 16
 SHAPE: dict[str, Any] = {"block_size": BLOCK_SIZE, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float16}
@@ -35,10 +35,41 @@ def cache_config(*specs: Any) -> KVCacheConfig:
 
 
 def test_the_compressed_group_is_the_only_one_of_its_kind() -> None:
-    assert compressed_group(cache_config(WINDOW, FULL, WINDOW), BLOCK_SIZE) == 1
+    assert compressed_groups(cache_config(WINDOW, FULL, WINDOW), BLOCK_SIZE, 1) == [1]
     for specs, block_size in (((FULL, FULL), BLOCK_SIZE), ((WINDOW,), BLOCK_SIZE), ((FULL, WINDOW), 32)):
         with pytest.raises(ValueError, match=f"one KV cache group with blocks of {block_size} tokens; vLLM made "):
-            compressed_group(cache_config(*specs), block_size)
+            compressed_groups(cache_config(*specs), block_size, 1)
+
+
+def test_each_part_has_a_group_of_its_own() -> None:
+    other = KvSpec(**SHAPE, part=1)
+    assert compressed_groups(cache_config(WINDOW, other, FULL), BLOCK_SIZE, 2) == [2, 1]
+    for specs in ((FULL, FULL), (FULL, WINDOW), (FULL, other, other)):
+        with pytest.raises(ValueError, match="in 2 KV cache groups, one for each ratio, with blocks of 16 tokens"):
+            compressed_groups(cache_config(*specs), BLOCK_SIZE, 2)
+    assert KvSpec.merge([other, other]) == other
+    with pytest.raises(AssertionError, match="layers of different parts"):
+        KvSpec.merge([FULL, other])
+    assert other.is_uniform_with_collection({"a": other, "b": other})
+    assert not other.is_uniform_with_collection({"a": other, "b": FULL})
+
+
+@pytest.mark.parametrize("num_parts, num_local", [(2, 0), (3, 0), (4, 0), (2, 12), (3, 12)])
+def test_vllm_makes_the_groups_of_layer_budgets(num_parts: int, num_local: int) -> None:
+    """Through its own choice of how to group, which would put all layers of full attention into one."""
+    layers: dict[str, Any] = {f"full.{i}": KvSpec(**SHAPE, part=i * num_parts // 12) for i in range(12)}
+    layers |= {f"local.{i}": WINDOW for i in range(num_local)}
+    config: Any = SimpleNamespace(
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False), speculative_config=None,
+        attention_config=SimpleNamespace(hisparse_config=None),
+        cache_config=SimpleNamespace(get_resolved_kv_cache_layout=lambda: SimpleNamespace(is_block_outermost=False)),
+    )  # fmt: skip
+    made = get_kv_cache_groups(config, layers)
+    groups = Groups.of([None] * 12 + [Local(128)] * num_local, num_parts)
+    parts = [group.kv_cache_spec.part for group in made if isinstance(group.kv_cache_spec, KvSpec)]
+    assert parts == list(range(num_parts)) and groups.num_full == num_parts
+    assert len(made) == num_parts + groups.num_local
+    assert {len(group.layer_names) for group in made} == {groups.group_size}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +100,8 @@ def test_vllm_makes_the_same_groups_and_counts_the_same_blocks(
 
 def test_groups_that_the_config_does_not_explain_are_refused() -> None:
     made = AutoConfig.for_model("gpt_oss", num_hidden_layers=4, sliding_window=128)
-    config: Any = SimpleNamespace(model_config=SimpleNamespace(hf_config=made, max_model_len=512, model="some/model"))
+    model = SimpleNamespace(hf_config=made, max_model_len=512, model="some/model")
+    config: Any = SimpleNamespace(model_config=model, additional_config=None)
     assert checked_groups(config, cache_config(WINDOW, FULL)) == Groups(2, 1, 1, Local(128))
     longer = SlidingWindowSpec(sliding_window=129, **SHAPE)
     for specs in ((FULL,), (FULL, longer), (FULL, WINDOW, WINDOW)):
@@ -102,15 +134,23 @@ class Group:
     build_metadata_for_cudagraph_capture = build_metadata
 
 
+def part_of(group: int, lengths: list[int]) -> Any:
+    """What the V2 runner compresses alike, in a batch whose first request has 300 tokens of text."""
+    part: Any = object.__new__(Part)
+    part.group, part.seq_lens = group, torch.tensor(lengths, dtype=torch.int32)
+    part.compression, part.num_removed = SimpleNamespace(codes=torch.zeros(4)), np.array([300 - lengths[0], 0])
+    return part
+
+
 @pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("real", [False, True])
-def test_the_v2_runner_gives_each_group_its_lengths(real: bool, capture: bool) -> None:
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_the_v2_runner_gives_each_group_its_lengths(num_parts: int, real: bool, capture: bool) -> None:
     """Ours the physical ones, in a real batch; the others those of the text. Through vLLM's own code."""
     state: Any = object.__new__(KvModelState)
-    state.group, state.supports_mm_inputs, state.encoder_cache = 1, False, None
-    state.model_config, state.packed = SimpleNamespace(max_model_len=512), None
-    state.seq_lens = torch.tensor([200, 90, 0, 0], dtype=torch.int32)
-    state.compression = SimpleNamespace(codes=torch.zeros(4))
+    state.supports_mm_inputs, state.encoder_cache = False, None
+    state.model_config = SimpleNamespace(max_model_len=512)
+    state.parts = [part_of(1, [200, 90, 0, 0]), part_of(2, [150, 90, 0, 0])][:num_parts]
     logical = torch.tensor([300, 90], dtype=torch.int32)
     batch: Any = SimpleNamespace(
         num_reqs=2, num_tokens=2, num_reqs_after_padding=2, num_tokens_after_padding=2, max_query_len=1,
@@ -119,22 +159,23 @@ def test_the_v2_runner_gives_each_group_its_lengths(real: bool, capture: bool) -
         dcp_local_seq_lens_cpu_upper_bound=None, positions=None, is_prefilling_np=np.zeros(2, bool), prompt_lens=None,
         idx_mapping_np=np.arange(2), fast_prefill=None, num_scheduled_tokens=np.ones(2, np.int64), pcp=None,
     )  # fmt: skip
-    state.prepared, state.num_removed = (batch, np.array([100, 0])) if real else (None, np.zeros(0, np.int64))
+    state.prepared = batch if real else None
     tables = tuple(torch.full((2, 4), i) for i in range(3))
     made = state.prepare_attn(
         batch, CUDAGraphMode.NONE, tables, torch.zeros(3, 2), [[Group("a")], [Group("b")], [Group("c")]],
         cache_config(WINDOW, FULL, WINDOW), capture,
     )  # fmt: skip
     assert set(made) == {"a", "b", "c"}
-    physical = [200, 90] if real else [300, 90]
-    for i, (name, lengths) in enumerate({"a": [300, 90], "b": physical, "c": [300, 90]}.items()):
+    expected = {"a": [300, 90], "b": [200, 90], "c": [150, 90] if num_parts == 2 else [300, 90]}
+    for i, (name, physical) in enumerate(expected.items()):
+        lengths = physical if real else [300, 90]
         common = made[name]
         assert common.seq_lens.tolist() == lengths == common.seq_lens_cpu_upper_bound.tolist()
         assert common.max_seq_len == (512 if capture else lengths[0])
         assert common.block_table_tensor is tables[i]
     # The address that a captured graph reads.
     assert (
-        made["b"].seq_lens.data_ptr() == state.seq_lens.data_ptr()
+        made["b"].seq_lens.data_ptr() == state.parts[0].seq_lens.data_ptr()
         and made["a"].seq_lens.data_ptr() == logical.data_ptr()
     )
     assert batch.seq_lens is logical

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
+import transformers
+from vllm.version import __version__ as vllm_version
 
 from kvllm.support import model_reasons
+from tests.engine import architectures
 from tests.engine.families import (
     FAMILIES,
     MAX_MODEL_LEN,
@@ -45,6 +48,20 @@ def test_the_config_alone_refuses_nothing_that_is_served(name: str) -> None:
         assert reasons == []
     elif reasons and RESULTS[name].outcome == "refused":
         assert reasons[0] in RESULTS[name].detail
+
+
+def test_the_page_has_every_architecture_that_vllm_has_of_those_with_a_config() -> None:
+    if (VERSIONS["vllm"], VERSIONS["transformers"]) == (vllm_version.partition("+")[0], transformers.__version__):
+        assert architectures.recorded() == architectures.known()
+    listed = PAGE.read_text().partition("# Architectures")[2]
+    assert listed.count("| served | equal |") >= 20 and listed.count("| refused: ") >= 10
+    assert "| `LlamaForCausalLM` | served | equal | equal |" in listed
+
+
+@pytest.mark.parametrize("name", architectures.ON_GPU)
+def test_the_gpu_test_of_an_architecture_is_there(name: str) -> None:
+    text = (PAGE.parents[1] / "tests" / "gpu" / architectures.ON_GPU[name]).read_text()
+    assert name.removesuffix("ForCausalLM").lower() in text.lower()
 
 
 def test_the_page_says_what_was_recorded_and_what_is_refused_today() -> None:

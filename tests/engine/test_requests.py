@@ -23,6 +23,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from kvllm.engine.requests import usable_blocks
 from kvllm.engine.settings import Geometries, allowed_geometries, kv_config
+from kvllm.layout import Geometry
 
 BLOCK_SIZE = 32
 NUM_BLOCKS = 22  # 704 tokens
@@ -109,7 +110,7 @@ def test_state_is_bounded_however_many_ratios_are_asked_for(model_dir: Path) -> 
     for _ in range(20_000):
         ratio = rng.uniform(0.505, 0.74)
         geometry = geometries.of(SamplingParams(extra_args={"kv_retention_ratio": ratio}))
-        assert geometry is not None and abs(geometry.kept_blocks / 2 - ratio) <= 0.005
+        assert isinstance(geometry, Geometry) and abs(geometry.kept_blocks / 2 - ratio) <= 0.005
         made.add(geometry)
     assert len(made) == 25  # 0.505, and the hundredths from 0.51 to 0.74
 

@@ -19,6 +19,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from kvllm.config import KvConfig
 from kvllm.engine.admission import blocks_ahead
 from kvllm.engine.scheduler import KvAsyncScheduler
 from kvllm.engine.spec import KvSpec, will_cut_prompt
@@ -37,10 +38,12 @@ def make(model_dir: Path) -> Callable[..., Any]:
             max_num_seqs=max_num_seqs, additional_config={"kvllm": SIZES | kvllm},
         ).create_engine_config()  # fmt: skip
         config.cache_config.num_gpu_blocks = num_blocks
-        spec = KvSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=64, dtype=torch.float32)
+        shape: Any = dict(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=64, dtype=torch.float32)
+        num_parts = len(KvConfig.from_dict(SIZES | kvllm).parts)
+        groups = [KVCacheGroupSpec([f"layer.{part}"], KvSpec(**shape, part=part)) for part in range(num_parts)]
         return KvAsyncScheduler(
             vllm_config=config,
-            kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            kv_cache_config=KVCacheConfig(num_blocks, [], groups),
             structured_output_manager=StructuredOutputManager(config),
             block_size=BLOCK_SIZE,
             hash_block_size=BLOCK_SIZE,
@@ -77,26 +80,26 @@ class Steps:
 
 def check_blocks(scheduler: KvAsyncScheduler, before: dict[str, int]) -> None:
     """Blocks of every request that the last step computed; before: computed tokens when it started."""
-    manager = scheduler.kv_managers[0]
     for name, computed in before.items():
         if (running := scheduler.requests.get(name)) is None or running.num_computed_tokens <= computed:
             continue
-        live = [b for b in manager.req_to_blocks[name] if not b.is_null]
-        shared = [b for b in live if b.block_hash is not None]
         found = scheduler._compressed(name)
-        if found is None:
-            assert len(live) == ceil_div(running.num_computed_tokens, BLOCK_SIZE)
-            continue
-        geometry, prompt = found[0], running.num_prompt_tokens
-        new = running.num_computed_tokens - computed
-        assert len(live) == ceil_div(geometry.physical_len(prompt, computed) + new, BLOCK_SIZE)
-        assert len(shared) <= (0 if will_cut_prompt(*found) else prompt // BLOCK_SIZE)
-        assert len(shared) == manager.num_cached_block.get(name, 0)
+        for part, manager in enumerate(scheduler.kv_managers):
+            live = [b for b in manager.req_to_blocks[name] if not b.is_null]
+            shared = [b for b in live if b.block_hash is not None]
+            if found is None:
+                assert len(live) == ceil_div(running.num_computed_tokens, BLOCK_SIZE)
+                continue
+            geometry, prompt = found[0].groups[part], running.num_prompt_tokens
+            new = running.num_computed_tokens - computed
+            assert len(live) == ceil_div(geometry.physical_len(prompt, computed) + new, BLOCK_SIZE)
+            assert len(shared) <= (0 if will_cut_prompt(*found) else prompt // BLOCK_SIZE)
+            assert len(shared) == manager.num_cached_block.get(name, 0)
 
 
 def check_tokens(scheduler: KvAsyncScheduler, before: dict[str, int]) -> None:
     """The tokens that are reported as held are those that the layout says."""
-    physical = logical = 0
+    removed = logical = 0
     for running in scheduler.running:
         found, computed = scheduler._compressed(running.request_id), running.num_computed_tokens
         logical += computed
@@ -104,10 +107,10 @@ def check_tokens(scheduler: KvAsyncScheduler, before: dict[str, int]) -> None:
             geometry, prompt = found[0], running.num_prompt_tokens
             started = before.get(running.request_id, 0)
             events = geometry.num_events(prompt, started if computed > started else computed - 1)
-            computed -= geometry.num_removed(prompt, events)
-        physical += computed
-    stats = scheduler.engine_stats()
-    assert stats["num_logical_tokens"] == logical and stats["num_physical_tokens"] == physical
+            removed += sum(group.num_removed(prompt, events) for group in geometry.groups)
+    stats, num_parts = scheduler.engine_stats(), len(scheduler.kv_managers)
+    assert stats["num_logical_tokens"] == logical
+    assert stats["num_physical_tokens"] == logical - removed // num_parts  # of several parts the mean
 
 
 @pytest.mark.parametrize(
@@ -117,18 +120,20 @@ def check_tokens(scheduler: KvAsyncScheduler, before: dict[str, int]) -> None:
         {"history_size": 64},
         {"prompt_budget": 64},
         {"policy": "budget", "budget_size": 128, "budget_interval": 32, "prompt_budget": 32},
+        {"retention_ratio": {"0-14": 0.7, "15-29": 0.3}, "history_size": 128, "prompt_budget": 64},
     ],
-    ids=["window", "history", "prompt", "budget"],
+    ids=["window", "history", "prompt", "budget", "layers"],
 )
 def test_blocks_follow_the_layout_whatever_happens(make: Callable[..., Any], kvllm: dict[str, Any]) -> None:
     """Random arrivals and aborts, compressed or not, in a pool so small that requests preempt each other."""
-    rng, scheduler = random.Random(0), make(60, 16, **kvllm)
-    steps, num_left = Steps(scheduler), 40
+    num_parts = len(KvConfig.from_dict(SIZES | kvllm).parts)
+    rng, scheduler = random.Random(0), make(59 * num_parts + 1, 16, **kvllm)
+    steps, num_left, ratios = Steps(scheduler), 40, [None, 0.25, 1.0] if num_parts == 1 else [None, 1.0]
     while num_left or scheduler.has_unfinished_requests():
         if num_left and rng.random() < 0.3:
             num_left -= 1
             length, most = rng.choice([1, 16, 33, 100, 200]), rng.choice([5, 100, 400])
-            scheduler.add_request(request(str(num_left), length, most, rng.choice([None, 0.25, 1.0])))
+            scheduler.add_request(request(str(num_left), length, most, rng.choice(ratios)))
         if scheduler.requests and rng.random() < 0.01:
             scheduler.finish_requests(rng.choice(list(scheduler.requests)), RequestStatus.FINISHED_ABORTED)
         before = {name: r.num_computed_tokens for name, r in scheduler.requests.items()}
@@ -141,12 +146,13 @@ def test_blocks_follow_the_layout_whatever_happens(make: Callable[..., Any], kvl
     assert stats["num_preemptions"] > 0 and stats["num_windows_compressed"] > 10
     assert (stats["num_prompts_cut"] > 0) == ("prompt_budget" in kvllm)
     assert stats["free_kv_blocks"] == stats["num_kv_blocks"]
-    assert stats["num_physical_tokens"] == 0 == scheduler.kv_managers[0].tokens_evicted
-    assert stats["num_tokens_evicted"] == stats["num_blocks_freed"] * BLOCK_SIZE
+    assert stats["num_physical_tokens"] == 0
+    assert not any(manager.tokens_evicted or manager._progress for manager in scheduler.kv_managers)
+    assert sum(m.total_tokens_evicted for m in scheduler.kv_managers) == stats["num_blocks_freed"] * BLOCK_SIZE
+    assert stats["num_tokens_evicted"] == stats["num_blocks_freed"] * BLOCK_SIZE // num_parts
     if not kvllm:
         kept, evicted = stats["num_tokens_kept"], stats["num_tokens_evicted"]
         assert kept + evicted == stats["num_windows_compressed"] * SIZES["window_size"]
-    assert not scheduler.kv_managers[0]._progress, "a request that is gone is forgotten"
 
 
 def test_headroom_of_mixed_ratios_equals_that_of_each_request(make: Callable[..., Any]) -> None:
@@ -222,3 +228,9 @@ def test_the_front_end_works_out_what_the_scheduler_did(make: Callable[..., Any]
         assert usage.compressions == after["num_windows_compressed"] - before["num_windows_compressed"]
         assert usage.evicted_tokens == after["num_tokens_evicted"] - before["num_tokens_evicted"]
         assert usage.kept_tokens + usage.evicted_tokens == prompt + generated - 1
+
+
+def test_admission_leaves_each_group_of_layers_its_blocks() -> None:
+    held, to_event, to_end, freed = (np.array([n]) for n in (10, 200, 1000, 3))
+    one = blocks_ahead(held, to_event, to_end, freed, 96, 16)
+    assert (one, blocks_ahead(held, to_event, to_end, freed, 96, 16, num_groups=3)) == (6, 18)

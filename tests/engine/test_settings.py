@@ -18,8 +18,9 @@ from vllm.engine.arg_utils import EngineArgs
 from kvllm.compression.footprint import footprint
 from kvllm.config import KvConfig
 from kvllm.engine import settings
-from kvllm.engine.settings import Geometries, prepare
+from kvllm.engine.settings import Geometries, kv_config, prepare
 from kvllm.errors import UsageError
+from kvllm.layout import Geometry, GroupedGeometry
 from kvllm.methods.triattention import save_statistics
 
 
@@ -105,7 +106,7 @@ def test_what_gpus_pack(
     if message is None:
         prepare(config)
         geometry = Geometries.of_engine(config).of(None)
-        assert geometry is not None and geometry.packed_tokens == 56
+        assert isinstance(geometry, Geometry) and geometry.packed_tokens == 56
         assert geometry.block_size == (32 if cache_dtype == "fp8" else 16)  # the same bytes
         assert geometry.shape(0).num_kept == 2 * 56 and geometry.num_kept_blocks(0) == 2
         return
@@ -223,3 +224,24 @@ def test_every_option_reaches_the_engine(model_dir: Path) -> None:
 
     wanted = KvConfig(method="snapkv", retention_ratio=0.5, window_size=128, buffer_size=32, query_stride=4, seed=3)
     assert kv_config(vllm_config(model_dir, wanted.to_dict())) == wanted
+
+
+def test_layer_budgets_are_refused_where_they_do_not_fit(model_dir: Path) -> None:
+    table = {"0-14": 0.5, "15-29": 0.25}
+    config = vllm_config(model_dir, {"retention_ratio": table})
+    config.parallel_config.pipeline_parallel_size = 2
+    config.scheduler_config.scheduler_cls = None
+    with pytest.raises(UsageError, match="not with pipeline_parallel_size=2: a stage has only some of the groups"):
+        prepare(config)
+    with pytest.raises(UsageError, match="layers 15-29: retention_ratio=0.05: every window keeps at least one block"):
+        vllm_config(model_dir, {"retention_ratio": table | {"15-29": 0.05}})
+    with pytest.raises(UsageError, match="layers 2-29 have no ratio; the model's layers of full attention are 0-29"):
+        vllm_config(model_dir, {"retention_ratio": {"0": 0.5, "1": 0.25}})
+
+
+def test_a_method_s_own_layer_budgets_are_those_of_the_engine(model_dir: Path) -> None:
+    config = vllm_config(model_dir, {"method": "pyramidkv", "retention_ratio": 0.5, "method_options": {"beta": 4}})
+    made = kv_config(config)
+    assert made is not None and made.retention_ratio == {"0-9": 0.7586, "10-19": 0.5, "20-29": 0.2414}
+    geometry = Geometries.of_engine(config).of(None)
+    assert isinstance(geometry, GroupedGeometry) and len(geometry.groups) == 3

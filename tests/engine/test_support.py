@@ -12,6 +12,7 @@ from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttentio
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
+from kvllm.config import KvConfig
 from kvllm.engine.attention import compressed_layers, compressed_spec
 from kvllm.engine.settings import why_not_inspected
 from kvllm.engine.spec import KvSpec
@@ -134,10 +135,10 @@ def test_layers_that_look_back_less_far_are_left_alone() -> None:
 def test_only_full_attention_gets_our_spec() -> None:
     shape: dict[str, Any] = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
     window = SlidingWindowSpec(sliding_window=64, **shape)
-    assert compressed_spec("a", window) is window and compressed_spec("a", None) is None
-    assert type(compressed_spec("a", SPEC)) is KvSpec
+    assert compressed_spec("a", window, KvConfig()) is window and compressed_spec("a", None, KvConfig()) is None
+    assert type(compressed_spec("a", SPEC, KvConfig())) is KvSpec
     with pytest.raises(ValueError, match="layer a with ChunkedLocalAttentionSpec: all layers must be full, sliding or"):
-        compressed_spec("a", ChunkedLocalAttentionSpec(attention_chunk_size=64, **shape))
+        compressed_spec("a", ChunkedLocalAttentionSpec(attention_chunk_size=64, **shape), KvConfig())
 
 
 @pytest.mark.parametrize("cpu", [True, False])

@@ -37,13 +37,13 @@ from kvllm.compression.store import ALL_LAYERS
 from kvllm.compression.worker import Layers, WorkerState
 from kvllm.config import KvConfig
 from kvllm.engine.runner_v1 import CompressorV1
-from kvllm.engine.runner_v2 import KvModelState
+from kvllm.engine.runner_v2 import KvModelState, Part
 from kvllm.engine.scheduler import KvAsyncScheduler, KvScheduler
 from kvllm.engine.settings import Geometries
 from kvllm.engine.spec import KvSpec
 from kvllm.engine.store_gpu import GpuStore
 from kvllm.kernels.paged import PagedCache
-from kvllm.layout import Geometry, ceil_div
+from kvllm.layout import Geometry, GroupedGeometry, ceil_div
 from kvllm.methods.base import Kept, Method, Window
 from kvllm.reference.cache import DenseStore, LayerCache
 from tests.engine.conftest import attention_tables
@@ -162,6 +162,7 @@ class SymbolicCompressor(CompressorV1):
 
     def __init__(self, runner: Any, config: KvConfig, cache: PagedCache, max_num_seqs: int) -> None:
         self.runner, self.config, self.geometries = runner, config, Geometries(config, BLOCK_SIZE)
+        self.num_parts = 1
         self.state, self.store = label_state(config, cache, max_num_seqs)
         self.running = RunningRequests(max_num_seqs)
         self.group = 0
@@ -233,16 +234,24 @@ class Tables:
         self.rows[row, start : start + len(new)] = torch.tensor(new, dtype=torch.int32)
 
 
+class SymbolicPart(Part):
+    """Layers that the V2 runner compresses alike, here one, over a cache of labels."""
+
+    def __init__(self, config: KvConfig, cache: PagedCache, max_num_seqs: int) -> None:
+        self.config, self.cache, self.device, self.dtype = config, cache, torch.device("cpu"), torch.float32
+        self.compression, self.store = label_state(config, cache, max_num_seqs)
+        self.seq_lens = torch.zeros(max_num_seqs, dtype=torch.int32)
+
+
 class SymbolicState(KvModelState):
     """Compression for the V2 runner, over a cache of labels."""
 
     def __init__(self, config: KvConfig, cache: PagedCache, max_num_seqs: int) -> None:
         self.config, self.geometries = config, Geometries(config, BLOCK_SIZE)
-        self.cache, self.device, self.dtype = cache, torch.device("cpu"), torch.float32
         self.max_num_reqs, self.max_num_tokens = max_num_seqs, MAX_LEN
         self.rope_state = self.prompt_embeds_state = None
-        self.compression, self.store = label_state(config, cache, max_num_seqs)
-        self.seq_lens = torch.zeros(max_num_seqs, dtype=torch.int32)
+        self.part = SymbolicPart(config, cache, max_num_seqs)
+        self.parts = [self.part]
 
 
 class WorkerV2:
@@ -273,7 +282,7 @@ class WorkerV2:
         seq_lens = torch.from_numpy(computed + np.array(counts)).int()
         logical = runner.block_tables.rows[rows]
         tables = logical.clone()
-        state.store.written.clear()
+        self.written.clear()
         batch: Any = SimpleNamespace(
             num_reqs=len(req_ids), req_ids=req_ids, idx_mapping_np=rows, num_computed_tokens_np=computed,
             num_scheduled_tokens=np.array(counts), num_tokens=sum(counts), num_tokens_after_padding=sum(counts),
@@ -282,7 +291,7 @@ class WorkerV2:
         state.preprocess_state(batch, (tables,), None, seq_lens)
         known = state.compression.rows
         events = [int(known.columns[EVENTS, row]) if known.geometries[row] is not None else None for row in rows]
-        lengths = state.seq_lens[: len(req_ids)].clone()
+        lengths = state.part.seq_lens[: len(req_ids)].clone()
         return Step(req_ids, counts, computed.tolist(), events, tables, lengths, logical)
 
     @property
@@ -292,10 +301,10 @@ class WorkerV2:
 
     @property
     def written(self) -> list[int]:
-        return self.state.store.written
+        return self.state.part.store.written
 
     def store_queries(self, queries: Tensor) -> None:
-        self.state._store(0, queries, queries, queries)
+        self.state.part._store(0, queries, queries, queries)
 
 
 @dataclass
@@ -406,6 +415,7 @@ class Engine:
             self.counts["resumed"] += name in self.texts
             arrival = self.arrivals[name]
             geometry = self.geometries.of(self.scheduler.requests[name].sampling_params)
+            assert not isinstance(geometry, GroupedGeometry)
             # A request that is not compressed finds its own blocks again in the prefix cache; any other starts anew.
             owner = self.num_texts if geometry is not None else FIRST_OUTPUT + int(name)
             self.texts[name] = Text(owner, arrival, self.config, geometry)

@@ -174,8 +174,9 @@ def test_positions_follow_the_survivors():
     for layer in range(2):
         for head in range(2):
             survivors = [16 + 32 * k + int(i) for k in range(3) for i in request.kept[k][layer, head]]
-            assert request._compressor is not None and request._compressor.positions is not None
-            assert request._compressor.positions[0, layer, head, : len(survivors)].tolist() == survivors
+            (compressor,) = request._compressors
+            assert compressor.positions is not None
+            assert compressor.positions[0, layer, head, : len(survivors)].tolist() == survivors
 
 
 def test_a_step_may_not_run_past_an_event():

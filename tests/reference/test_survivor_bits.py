@@ -104,8 +104,7 @@ def test_fewer_bits_lose_more():
 @pytest.mark.parametrize("config, rounding", [(CONFIG, Rounding(4, 16)), (replace(CONFIG, survivor_bits=4), None)])
 def test_a_compressor_without_the_rounding_of_its_config_is_refused(config, rounding):
     request = after_event(CONFIG)
-    made = request._compressor
-    assert made is not None
+    (made,) = request._compressors
     with pytest.raises(ValueError, match="survivor_bits"):
         Compressor(
             config, made.method, DenseStore(config, request.layers), made.layers, made.shifts, made.rope,
@@ -115,8 +114,7 @@ def test_a_compressor_without_the_rounding_of_its_config_is_refused(config, roun
 
 def test_fused_kernels_that_would_not_round_are_refused():
     request = after_event(CONFIG)
-    made = request._compressor
-    assert made is not None
+    (made,) = request._compressors
     with pytest.raises(ValueError, match="survivor_bits=4: the fused kernels do not round"):
         Compressor(
             replace(CONFIG, survivor_bits=4), made.method, made.store, made.layers, made.shifts, made.rope,

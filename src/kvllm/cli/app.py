@@ -191,22 +191,25 @@ def plan(
     from kvllm.cli import plan as planning
     from kvllm.compression.footprint import default_max_num_seqs, dtype_of, footprint, head_dim_of
     from kvllm.compression.rounding import Rounding
-    from kvllm.layout import Geometry
-    from kvllm.methods import checked_config
+    from kvllm.groups import full_layers
+    from kvllm.layers import local_layers
+    from kvllm.layout import request_geometry
+    from kvllm.methods import checked_config, with_budgets
     from kvllm.support import default_block_size, packed_problem
 
-    config = checked_config(options)
     device_bytes = planning.parse_bytes(memory)
     size = planning.parse_bytes(weights, "--weights") if weights else None
     model_config = AutoConfig.from_pretrained(model)
     text = model_config.get_text_config()
+    longest = max_model_len or getattr(text, "max_position_embeddings", None)
+    config = with_budgets(checked_config(options), full_layers(local_layers(text, longest)))
     one = footprint(model_config, config, 1, kv_cache_dtype, size, max_model_len)
     if problem := packed_problem(config.survivor_bits, dtype_of(model_config)):
         raise UsageError(problem)
     if block_size is None:
         block_size = default_block_size("cuda", config.survivor_bits, kv_cache_dtype)
     rounding = Rounding.from_config(config, block_size, head_dim_of(text), kv_cache_dtype)
-    geometry = Geometry.from_config(config, block_size, packed_tokens=rounding.block_tokens if rounding else None)
+    geometry = request_geometry(config, block_size, packed_tokens=rounding.block_tokens if rounding else None)
     num_seqs = max_num_seqs or default_max_num_seqs(device_bytes, gpu_memory_utilization, one)
     taken = replace(one, query_bank=num_seqs * one.query_bank)
     pool = planning.pool_bytes(device_bytes, gpu_memory_utilization, planning.parse_bytes(reserve, "--reserve"), taken)

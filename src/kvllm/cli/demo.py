@@ -19,7 +19,7 @@ from kvllm.cli.options import flag
 from kvllm.config import KvConfig
 from kvllm.engine.arguments import check_plugin_is_loaded
 from kvllm.errors import UsageError
-from kvllm.layout import Geometry
+from kvllm.layout import request_geometry
 from kvllm.methods import checked_config
 
 PROMPT = (
@@ -63,8 +63,8 @@ def demo(model: Path, max_tokens: int, dtype: str, options: Mapping[str, Any], c
     console.print(f"Prompt: {PROMPT}\n", highlight=False)
     console.print("Stock vLLM ...")
     stock = run_generate([*arguments, "--prompt", PROMPT, "--stock"])
-    geometry = Geometry.from_config(config, BLOCK_SIZE)
-    kept = f"keeping {config.retention_ratio:.0%} of each window" if geometry else "compressing nothing"
+    geometry = request_geometry(config, BLOCK_SIZE)
+    kept = f"keeping {config.mean_ratio:.0%} of each window" if geometry else "compressing nothing"
     console.print(f"KvLLM, {config.method}, {kept} at each compression ...", highlight=False)
     ours = run_generate([*arguments, "--prompt", PROMPT, *as_flags(options)])
     console.print("Replaying the stock answer under compression ...")
@@ -108,7 +108,7 @@ def replay_agreement(model: Path, stock: Generation, configs: Sequence[KvConfig]
     """By method, how often the compressed cache chooses the next token that the full cache chooses."""
     from kvllm import reference
 
-    geometry = Geometry.from_config(configs[0], BLOCK_SIZE)
+    geometry = request_geometry(configs[0], BLOCK_SIZE)
     text, num_prompt = [*stock.prompt_token_ids, *stock.token_ids], len(stock.prompt_token_ids)
     first = geometry.event_at(num_prompt, 0) if geometry else len(text)
     if first >= len(text) - 1:

@@ -117,15 +117,17 @@ def generate(
 
 
 def _stock_blocks(llm: LLM, num_prompt_tokens: int, num_tokens: int, block_size: int) -> int:
-    """The blocks that stock vLLM holds of a text at its peak, those of layers with a window as it admits them."""
-    from kvllm.engine.settings import local_layers_of
-    from kvllm.groups import Groups
+    """The blocks that stock vLLM holds of a text at its peak, those of layers with a window as it admits them.
+
+    In the engine's own blocks: with layer budgets each holds one group of layers.
+    """
+    from kvllm.engine.settings import groups_of_engine
 
     config = llm.llm_engine.vllm_config
-    groups = Groups.of(local_layers_of(config))
+    groups = groups_of_engine(config)
     in_prefill = min(num_prompt_tokens, config.scheduler_config.max_num_batched_tokens)
     local = groups.peak_local_blocks(num_prompt_tokens, num_tokens, block_size, in_prefill, decode_in_flight=1)
-    return local + ceil_div(num_tokens, block_size)
+    return local + groups.num_full * ceil_div(num_tokens, block_size)
 
 
 def _reason(error: ValueError) -> str:

@@ -74,9 +74,19 @@ def parse(given: Mapping[str, Any]) -> dict[str, Any]:
     """KvConfig fields from the flags' values: JSON where a field is neither text nor a number."""
     options = options_of(KvConfig)
     return {
-        name: value if name == PRESET_KEY or options[name].type in TYPES else parse_json(flag(name), value)
+        name: value if name == PRESET_KEY or options[name].type in TYPES else _parsed(options[name], value)
         for name, value in given.items()
     }
+
+
+def _parsed(option: Option, text: str) -> Any:
+    """A JSON text, or where the option may be a number too (it has no one type) any that Python reads."""
+    if not option.type and not text.lstrip().startswith("{"):
+        try:
+            return float(text)
+        except ValueError:
+            return text  # which the option refuses by name
+    return parse_json(flag(option.name), text)
 
 
 def shown(default: Any) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 from kvllm.compression.footprint import Footprint
 from kvllm.errors import UsageError
 from kvllm.groups import Groups
-from kvllm.layout import Geometry, ceil_div
+from kvllm.layout import RequestGeometry, ceil_div
 from kvllm.options import parse_numbers
 
 # Not pydantic.ByteSize, which ignores what follows the first number and unit: it reads 1.2.3G as 1.2 bytes.
@@ -51,7 +51,7 @@ class Plan:
 def plan(
     footprint: Footprint,
     pool_bytes: int,
-    geometry: Geometry | None,
+    geometry: RequestGeometry | None,
     block_size: int,
     num_prompt_tokens: int,
     lengths: Sequence[int],
@@ -69,7 +69,7 @@ def plan(
                 f"--length {length}: this is the total, prompt included; use more than --prompt-tokens "
                 f"{num_prompt_tokens}."
             )
-        stock = ceil_div(length, block_size)
+        stock = footprint.groups.num_full * ceil_div(length, block_size)
         ours = geometry.peak_blocks(num_prompt_tokens, length) if geometry else stock
         local = local_blocks(footprint.groups, block_size, num_prompt_tokens, length)
         stock, ours = stock + local, ours + local
@@ -98,13 +98,20 @@ def pool_bytes(memory: int, utilization: float, reserve: int, footprint: Footpri
 
 def summary(plan: Plan) -> str:
     """Where the memory goes, in one line."""
-    gib, num_local = 2**30, plan.footprint.groups.num_local
+    gib, groups = 2**30, plan.footprint.groups
+    num_groups = groups.num_full + groups.num_local
     return (
         f"weights {plan.footprint.weights / gib:.2f} GiB, query bank {plan.footprint.query_bank / gib:.2f} GiB, "
         f"KV pool {plan.pool_bytes / gib:.2f} GiB = {plan.num_blocks} blocks of {plan.block_size} tokens "
         f"(stock: {plan.stock_num_blocks}), {plan.footprint.kv_per_token / 2**10:.1f} KiB a token"
-        + (f" and KV cache group, of which 1 of {1 + num_local} is compressed" if num_local else "")
+        + (f" and KV cache group, of which {_of(groups.num_full, num_groups)} compressed" if num_groups > 1 else "")
     )
+
+
+def _of(num_compressed: int, num_groups: int) -> str:
+    if num_compressed == num_groups:
+        return f"all {num_groups} are"
+    return f"{num_compressed} of {num_groups} {'is' if num_compressed == 1 else 'are'}"
 
 
 def table(plan: Plan) -> Table:

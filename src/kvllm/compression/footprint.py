@@ -8,7 +8,7 @@ from typing import Any
 
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
-from kvllm.groups import Groups
+from kvllm.groups import Groups, groups_of
 from kvllm.layers import local_layers
 from kvllm.support import check_model, is_fp8
 
@@ -43,6 +43,7 @@ def footprint(
 ) -> Footprint:
     """Bytes of the weights (counted unless given), of one token's KV and of the query bank, and the KV cache groups.
 
+    compression:   with the budgets of the method, if it makes some (`kvllm.methods.with_budgets`)
     config:        a transformers config
     max_model_len: longest text, prompt included; default: the config's
     Raises ValueError for a model that KvLLM does not serve.
@@ -55,7 +56,7 @@ def footprint(
     dtype = dtype_of(config)
     text = config.get_text_config()
     layers = local_layers(text, max_model_len or getattr(text, "max_position_embeddings", None))
-    groups, num_heads = Groups.of(layers), text.num_attention_heads
+    groups, num_heads = groups_of(layers, compression.budgets), text.num_attention_heads
     head_dim = head_dim_of(text)
     num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
     kv_bytes = 1 if is_fp8(kv_cache_dtype) else DTYPE_BYTES[dtype]

@@ -58,10 +58,12 @@ class WorkerState:
         device: torch.device | str = "cpu",
         fused: bool = False,
         packed_rows: int = 0,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         """
         fused:       whether `attach` will bring kernels that need no positions of survivors
         packed_rows: more rows of the plan, for the kernels that attend to packed survivors
+        stopwatch:   of another state, whose seconds count together with this one's
         """
         self.config = config
         self.method = make_method(config)
@@ -75,7 +77,7 @@ class WorkerState:
             len(layers.numbers), max_num_reqs, config.num_queries, layers.num_heads, layers.num_kv_heads,
             layers.head_dim, config.query_stride, layers.dtype, device,
         )  # fmt: skip
-        self.stopwatch = Stopwatch(device)
+        self.stopwatch = stopwatch or Stopwatch(device)
         self.positions: Tensor | None = None
         if (most := most_survivors(config)) and not fused:
             shape = (max_num_reqs, len(layers.numbers), layers.num_kv_heads, most)

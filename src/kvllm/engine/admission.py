@@ -35,17 +35,19 @@ def blocks_ahead(
     interval: int,
     block_size: int,
     local_blocks: Callable[[IntArray], IntArray] | None = None,
+    num_groups: int = 1,
 ) -> int:
     """Most blocks that requests will hold beyond today's, at any time in the next `interval` steps.
 
-    held:         [num_reqs], blocks held now of the group that is compressed
+    held:         [num_reqs], blocks held now of the groups that are compressed
     to_event:     [num_reqs], steps to the next event; to_end: steps until the request must end
     freed:        [num_reqs], blocks that an event frees
     local_blocks: blocks of all other groups that the requests hold after so many steps, [any, num_reqs] of both
+    num_groups:   groups that are compressed: each takes a block where one is full
     """
     steps = np.arange(block_size, interval + 1, block_size)[:, None]  # [num_times, 1]
     lasting = np.minimum(steps, to_end)
-    grown = lasting // block_size
+    grown = num_groups * (lasting // block_size)
     if local_blocks is not None:
         local_now = local_blocks(np.zeros_like(to_end))
         held, grown = held + local_now, grown + local_blocks(lasting) - local_now

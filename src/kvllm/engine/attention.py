@@ -15,10 +15,12 @@ from torch import Tensor
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvllm import support
+from kvllm.config import KvConfig
 from kvllm.engine.spec import KvSpec
 from kvllm.errors import UsageError
 from kvllm.methods.attention import query_factor
@@ -58,7 +60,12 @@ def compressed_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
     return found
 
 
-def compressed_spec(layer_name: str, spec: Any) -> Any:
+def in_part(config: KvConfig, part: int, layer_name: str) -> bool:
+    """Whether a compressed layer is in this group of those that have ratios of their own (`KvConfig.parts`)."""
+    return not config.budgets or extract_layer_index(layer_name) in config.budgets[part].layers
+
+
+def compressed_spec(layer_name: str, spec: Any, config: KvConfig) -> Any:
     """Our spec with the fields of a layer's own, where that is of full attention; a sliding window keeps its own.
 
     Layers are checked one by one in `compressed_layers`, before vLLM asks for their specs. Layers of chunked attention
@@ -70,7 +77,8 @@ def compressed_spec(layer_name: str, spec: Any) -> Any:
         raise UsageError(
             f"KvLLM does not support layer {layer_name} with {type(spec).__name__}: {support.SERVED_KINDS}."
         )
-    return KvSpec(**{f.name: getattr(spec, f.name) for f in fields(spec)})
+    part = next(part for part in range(len(config.parts)) if in_part(config, part, layer_name))
+    return KvSpec(**{f.name: getattr(spec, f.name) for f in fields(spec)}, part=part)
 
 
 def capture_queries(layers: list[Any], capture: Capture, device: str) -> None:

@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from kvllm.engine.settings import local_layers_of
+from kvllm.engine.settings import groups_of_engine
 from kvllm.engine.spec import KvSpec
 from kvllm.errors import UsageError
 from kvllm.groups import Groups
@@ -26,27 +26,33 @@ if TYPE_CHECKING:
 CacheBlocks = Callable[["Request", int], None]  # of vLLM's coordinator, for all groups
 
 
-def compressed_group(kv_cache_config: KVCacheConfig, block_size: int) -> int:
-    """The number of the KV cache group whose layers are compressed.
+def compressed_groups(kv_cache_config: KVCacheConfig, block_size: int, num_parts: int) -> list[int]:
+    """The numbers of the KV cache groups whose layers are compressed, one for each part (`KvConfig.parts`), in order.
 
-    Raises UsageError unless there is exactly one, with blocks of `block_size` tokens, or beside recurrent layers of
-    several times as many, and none but our layers.
+    Raises UsageError unless each part has exactly one, with blocks of `block_size` tokens, or beside recurrent layers
+    of several times as many, and none but its layers.
     """
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    found = [i for i, spec in enumerate(specs) if isinstance(spec, KvSpec)]
     larger = any(isinstance(spec, MambaSpec) for spec in specs)
-    sizes = [specs[i].block_size for i in found]
-    if len(found) != 1 or (sizes[0] != block_size and not (larger and sizes[0] % block_size == 0)):
+    found = {i: spec.part for i, spec in enumerate(specs) if isinstance(spec, KvSpec)}
+    wrong = {
+        specs[i].block_size
+        for i in found
+        if specs[i].block_size != block_size and not (larger and specs[i].block_size % block_size == 0)
+    }
+    if wrong or sorted(found.values()) != list(range(num_parts)):
+        wanted = "one KV cache group" if num_parts == 1 else f"{num_parts} KV cache groups, one for each ratio,"
         raise UsageError(
-            f"KvLLM needs all layers of full attention in one KV cache group with blocks of {block_size} tokens; vLLM "
+            f"KvLLM needs all layers of full attention in {wanted} with blocks of {block_size} tokens; vLLM "
             f"made {', '.join(f'{type(spec).__name__} with blocks of {spec.block_size}' for spec in specs)}."
         )
-    return found[0]
+    return sorted(found, key=lambda i: found[i])
 
 
-def compressed_block_size(kv_cache_config: KVCacheConfig, block_size: int) -> int:
-    """Tokens in a block of that group, as the allocator has it."""
-    return kv_cache_config.kv_cache_groups[compressed_group(kv_cache_config, block_size)].kv_cache_spec.block_size
+def compressed_block_size(kv_cache_config: KVCacheConfig, block_size: int, num_parts: int) -> int:
+    """Tokens in a block of those groups, as the allocator has it."""
+    first = compressed_groups(kv_cache_config, block_size, num_parts)[0]
+    return kv_cache_config.kv_cache_groups[first].kv_cache_spec.block_size
 
 
 def checked_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
@@ -54,7 +60,7 @@ def checked_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> G
 
     Raises UsageError where vLLM has made others.
     """
-    expected = Groups.of(local_layers_of(vllm_config))
+    expected = groups_of_engine(vllm_config)
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     local = [spec for spec in specs if not isinstance(spec, KvSpec)]
     made = {local_of(spec) for spec in local}

@@ -67,11 +67,11 @@ def with_compressed_spec(original: Callable[..., Any]) -> Callable[..., Any]:
         from kvllm.engine.settings import kv_config
 
         spec = original(self, vllm_config)
-        if kv_config(vllm_config) is None:
+        if (config := kv_config(vllm_config)) is None:
             return spec
         from kvllm.engine.attention import compressed_spec
 
-        return compressed_spec(self.layer_name, spec)
+        return compressed_spec(self.layer_name, spec, config)
 
     return get_kv_cache_spec
 
@@ -97,9 +97,9 @@ def with_adopted_layers(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self, *args, **kwargs)
         self.kv_compressor = None
         if kv_config(self.vllm_config) is not None:
-            from kvllm.engine.runner_v1 import CompressorV1
+            from kvllm.engine.runner_v1 import compressor_v1
 
-            self.kv_compressor = CompressorV1(self)
+            self.kv_compressor = compressor_v1(self)
 
     return load_model
 

@@ -13,11 +13,10 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from kvllm.compression.blocks import peak_allocator_blocks
 from kvllm.config import RATIO_KEY, USAGE_KEY
-from kvllm.engine.settings import Geometries, kv_config, local_layers_of, num_late_events, request_ratio
+from kvllm.engine.settings import Geometries, groups_of_engine, kv_config, num_late_events, request_ratio
 from kvllm.engine.usage import Watch
 from kvllm.errors import UsageError
-from kvllm.groups import Groups
-from kvllm.layout import Geometry, ceil_div, most_that_fits
+from kvllm.layout import RequestGeometry, ceil_div, most_that_fits
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -94,7 +93,7 @@ class RequestCheck:
         self.vllm_config = vllm_config
         self.block_size = vllm_config.cache_config.block_size
         self.geometries = Geometries.of_engine(vllm_config)
-        self.groups = Groups.of(local_layers_of(vllm_config))
+        self.groups = groups_of_engine(vllm_config)
         # What vLLM puts in place of a max_tokens that was left out: the model's own default, or that of SamplingParams
         # and /v1/completions. (Elsewhere it is what max_model_len leaves.)
         self.default_max_tokens = {
@@ -123,7 +122,7 @@ class RequestCheck:
         if (wanted := extra.get(USAGE_KEY, False)) not in (0, 1):
             raise VLLMValidationError(f"{USAGE_KEY}={wanted!r}: must be true or false.", parameter=USAGE_KEY)
 
-    def _geometry(self, params: SamplingParams) -> Geometry | None:
+    def _geometry(self, params: SamplingParams) -> RequestGeometry | None:
         try:
             ratio = request_ratio(self.config, params)
             if not self.config.allows_ratio(ratio):
@@ -141,7 +140,7 @@ class RequestCheck:
             return f"only its own ratio, {own}"
         return ", ".join([f"{own}", *(str(low) if low == high else f"{low}-{high}" for low, high in others)])
 
-    def _check_resumable(self, geometry: Geometry | None, num_blocks: int) -> None:
+    def _check_resumable(self, geometry: RequestGeometry | None, num_blocks: int) -> None:
         """A streaming input session has no prompt whose length is known when it starts."""
         if geometry is not None:
             remedy = f"send the request with {RATIO_KEY}=1.0"
@@ -159,7 +158,7 @@ class RequestCheck:
             )
 
     def _fit(
-        self, params: SamplingParams, geometry: Geometry | None, num_prompt_tokens: int, num_blocks: int
+        self, params: SamplingParams, geometry: RequestGeometry | None, num_prompt_tokens: int, num_blocks: int
     ) -> SamplingParams:
         """Cap or refuse a request that cannot run to its end alone in a pool of `num_blocks` blocks."""
         max_model_len = self.vllm_config.model_config.max_model_len
@@ -208,24 +207,27 @@ class RequestCheck:
             parameter="max_tokens",
         )
 
-    def _peak_blocks(self, geometry: Geometry | None, num_prompt_tokens: int, num_generated: int) -> int:
+    def _peak_blocks(self, geometry: RequestGeometry | None, num_prompt_tokens: int, num_generated: int) -> int:
         """The most blocks of all KV cache groups that the request can hold, as the scheduler admits it."""
         total = num_prompt_tokens + num_generated
         return self._own_blocks(geometry, num_prompt_tokens, total) + self._local_blocks(total)
 
-    def _own_blocks(self, geometry: Geometry | None, num_prompt_tokens: int, num_tokens: int) -> int:
-        """Of the group that is compressed."""
+    def _own_blocks(self, geometry: RequestGeometry | None, num_prompt_tokens: int, num_tokens: int) -> int:
+        """Of the groups that are compressed."""
         if geometry is None:
-            return ceil_div(num_tokens, self.block_size)
+            return self.groups.num_full * ceil_div(num_tokens, self.block_size)
         late = num_late_events(self.vllm_config)
-        return peak_allocator_blocks(geometry, num_prompt_tokens, num_tokens, self.block_size, late)
+        return sum(
+            peak_allocator_blocks(group, num_prompt_tokens, num_tokens, self.block_size, late)
+            for group in geometry.groups
+        )
 
     def _local_blocks(self, num_tokens: int) -> int:
         if self.groups.local is None:
             return 0
         return self.groups.local_blocks(num_tokens, self.block_size, self.vllm_config.max_in_flight_tokens)
 
-    def _max_tokens_that_fit(self, geometry: Geometry | None, num_prompt_tokens: int, num_blocks: int) -> int:
+    def _max_tokens_that_fit(self, geometry: RequestGeometry | None, num_prompt_tokens: int, num_blocks: int) -> int:
         """Most tokens that the request can generate; 0 or less where not even one."""
         if geometry is not None:
             fitting = geometry.max_tokens_that_fit(
@@ -233,7 +235,8 @@ class RequestCheck:
                 lambda num_tokens: self._own_blocks(geometry, num_prompt_tokens, num_tokens),
             )  # fmt: skip
             return fitting - num_prompt_tokens
-        whole = most_that_fits(lambda n: n + self._local_blocks(n * self.block_size), 0, num_blocks)
+        full = self.groups.num_full
+        whole = most_that_fits(lambda n: full * n + self._local_blocks(n * self.block_size), 0, num_blocks)
         return whole * self.block_size - num_prompt_tokens
 
     def _other_ratio(self, num_prompt_tokens: int, num_generated: int, num_blocks: int) -> str:

@@ -14,15 +14,18 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from kvllm.compression.rows import RunningRequests
+from kvllm.compression.stopwatch import Stopwatch
 from kvllm.compression.worker import Layers, WorkerState
+from kvllm.config import KvConfig
 from kvllm.engine.attention import (
     capture_queries,
     compressed_layers,
     in_kernel_blocks,
+    in_part,
     kernel_block_backend,
     shortening_backend,
 )
-from kvllm.engine.cache_groups import compressed_block_size, compressed_group
+from kvllm.engine.cache_groups import compressed_block_size, compressed_groups
 from kvllm.engine.rope import rope_of
 from kvllm.engine.settings import Geometries, kv_config
 from kvllm.engine.store_cpu import CpuStore
@@ -36,26 +39,62 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
 
+def compressor_v1(runner: Any) -> CompressorV1 | CompressorsV1:
+    """What compresses the layers of vLLM's V1 runner, whose model is loaded."""
+    config = kv_config(runner.vllm_config)
+    assert config is not None
+    made = [CompressorV1(runner, config)]
+    made += [CompressorV1(runner, config, part, made[0].state.stopwatch) for part in range(1, len(config.parts))]
+    return made[0] if len(made) == 1 else CompressorsV1(made)
+
+
+class CompressorsV1:
+    """A compressor for each group of layers that has a ratio of its own (`KvConfig.parts`)."""
+
+    def __init__(self, parts: list[CompressorV1]) -> None:
+        self.parts = parts
+        self.state = parts[0].state  # whose stopwatch counts for all
+
+    def release(self, scheduler_output: SchedulerOutput) -> None:
+        for part in self.parts:
+            part.release(scheduler_output)
+
+    def skip_step(self) -> None:
+        for part in self.parts:
+            part.skip_step()
+
+    def begin_step(self, num_scheduled_tokens: dict[str, int]) -> None:
+        for part in self.parts:
+            part.begin_step(num_scheduled_tokens)
+
+
 class CompressorV1:
     """Compresses due windows before a step's attention, and joins the two segments of what the attention reads.
 
-    `runner` is vLLM's V1 runner with its model loaded. Requests are known by their ids: the runner moves their rows.
+    Of all compressed layers, or of one group of them. `runner` is vLLM's V1 runner with its model loaded. Requests are
+    known by their ids: the runner moves their rows.
     """
 
-    def __init__(self, runner: Any) -> None:
-        config = kv_config(runner.vllm_config)
-        assert config is not None
+    part = 0
+
+    def __init__(self, runner: Any, whole_config: KvConfig, part: int = 0, stopwatch: Stopwatch | None = None) -> None:
         self.runner = runner
-        self.config = config
+        self.part = part
+        self.num_parts = len(whole_config.parts)
+        self.config = config = whole_config.parts[part]
         self.geometries = Geometries.of_engine(runner.vllm_config)
-        named_layers = compressed_layers(runner.vllm_config)
+        named_layers = {
+            name: layer
+            for name, layer in compressed_layers(runner.vllm_config).items()
+            if in_part(whole_config, part, name)
+        }
         self.layers = list(named_layers.values())
         layer, numbers = self.layers[0], [extract_layer_index(name) for name in named_layers]
         shape = Layers(numbers, layer.num_heads, layer.num_kv_heads, layer.head_size, runner.model_config.dtype)
         rope = None
         if make_method(config).uses_rope:
             rope = rope_of(runner.model, self.layers, runner.model_config, runner.device)
-        self.state = WorkerState(config, shape, rope, runner.max_num_reqs, runner.max_num_tokens)
+        self.state = WorkerState(config, shape, rope, runner.max_num_reqs, runner.max_num_tokens, stopwatch=stopwatch)
         self.state.attach(
             CpuStore(config, self.state.bank, self.geometries.block_size, runner.max_model_len, layers=self.layers)
         )
@@ -104,14 +143,15 @@ class CompressorV1:
     @cached_property
     def group(self) -> int:
         """The KV cache group that is compressed; known once vLLM has made its groups."""
-        return compressed_group(self.runner.kv_cache_config, self.geometries.block_size)
+        groups = compressed_groups(self.runner.kv_cache_config, self.geometries.block_size, self.num_parts)
+        return groups[self.part]
 
     @cached_property
     def blocks_per_block(self) -> int:
         """Kernel blocks in a block of the allocator."""
         assert self.state.store is not None
         block_size = self.geometries.block_size
-        size = compressed_block_size(self.runner.kv_cache_config, block_size)
+        size = compressed_block_size(self.runner.kv_cache_config, block_size, self.num_parts)
         self.state.store.allocator_block_size = size
         return size // block_size
 
@@ -119,7 +159,9 @@ class CompressorV1:
         if req_id not in self.running:
             request = self.runner.requests[req_id]
             row = self.running.admit(req_id)
-            self.state.rows.set(row, self.geometries.of(request.sampling_params), request.num_prompt_tokens)
+            geometry = self.geometries.of(request.sampling_params)
+            own = None if geometry is None else geometry.groups[self.part]
+            self.state.rows.set(row, own, request.num_prompt_tokens)
         return self.running[req_id]
 
     def _capture(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -6,7 +6,7 @@ physical sequence lengths, and vLLM's own gathered block tables, which are refil
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -24,15 +24,18 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 from kvllm.compression.rounding import Rounding
+from kvllm.compression.stopwatch import Stopwatch
 from kvllm.compression.worker import Layers, WorkerState
+from kvllm.config import KvConfig
 from kvllm.engine.attention import (
     capture_queries,
     compressed_layers,
     in_kernel_blocks,
+    in_part,
     kernel_block_backend,
     store_with_queries,
 )
-from kvllm.engine.cache_groups import compressed_block_size, compressed_group
+from kvllm.engine.cache_groups import compressed_block_size, compressed_groups
 from kvllm.engine.compat import is_quantized_kv_cache
 from kvllm.engine.packed import PackedSurvivors
 from kvllm.engine.rope import rope_of
@@ -44,6 +47,7 @@ from kvllm.kernels.fused import fused_kernels, has_fused_kernels
 from kvllm.kernels.paged import PagedCache
 from kvllm.kernels.store_tokens import NewPairs, store_tokens
 from kvllm.methods import make_method
+from kvllm.methods.rope import Rope
 from kvllm.support import model_state_reasons
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
@@ -63,80 +67,65 @@ def compressing(cls: type) -> type:
 Base: Any = DefaultModelState if TYPE_CHECKING else object
 
 
-class StateMixin(Base):
-    """What compression adds to a model state: due windows are compressed before a step, and what its attention reads is
-    joined."""
+class Part:
+    """Layers that are compressed alike, which are one KV cache group.
+
+    group: the number of that group, once vLLM has made its groups
+    """
 
     packed: PackedSurvivors | None = None
 
-    group = 0  # of vLLM's KV cache groups the one that is compressed
+    group = 0
     blocks_per_block = 1  # kernel blocks in a block of the allocator
     kernel_table: Tensor | None = None  # where they are not the same: [max_num_reqs, most kernel blocks]
 
-    def __init__(self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any, device: torch.device):
-        super().__init__(vllm_config, model, encoder_cache, device)
-        config = kv_config(vllm_config)
-        assert config is not None
+    def __init__(
+        self,
+        state: DefaultModelState,
+        config: KvConfig,
+        layers: dict[str, Any],
+        rope: Rope | None,
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
+        """config: of these layers, by name, which all have its ratio; rope: theirs; stopwatch: as of `WorkerState`"""
         self.config = config
-        self.geometries = Geometries.of_engine(vllm_config)
-        named_layers = compressed_layers(vllm_config)
-        self.layers = list(named_layers.values())
-        layer, numbers = self.layers[0], [extract_layer_index(name) for name in named_layers]
+        self.device, self.dtype = state.device, state.dtype
+        self.layers = list(layers.values())
+        self.geometries = Geometries.of_engine(state.vllm_config)
+        block_size, layer = self.geometries.block_size, self.layers[0]
+        numbers = [extract_layer_index(name) for name in layers]
         shape = Layers(numbers, layer.num_heads, layer.num_kv_heads, layer.head_size, self.dtype)
-        method = make_method(config)
-        rope = rope_of(model, self.layers, vllm_config.model_config, device) if method.uses_rope else None
-        fused = has_fused_kernels(method, layer.head_size)
-        self.cache_dtype = vllm_config.cache_config.cache_dtype
-        rounding = Rounding.from_config(config, self.geometries.block_size, layer.head_size, self.cache_dtype)
+        fused = has_fused_kernels(make_method(config), layer.head_size)
+        self.cache_dtype = state.vllm_config.cache_config.cache_dtype
+        rounding = Rounding.from_config(config, block_size, layer.head_size, self.cache_dtype)
         self.packed = PackedSurvivors(self.layers, rounding, self.dtype) if rounding is not None else None
-        packed_rows = PackedSurvivors.plan_rows(self.max_num_reqs, layer.num_kv_heads) if self.packed is not None else 0
+        num_reqs = state.max_num_reqs
+        packed_rows = PackedSurvivors.plan_rows(num_reqs, layer.num_kv_heads) if self.packed is not None else 0
         self.compression = WorkerState(
-            config, shape, rope, self.max_num_reqs, self.max_num_tokens, device, fused, packed_rows
+            config, shape, rope, num_reqs, state.max_num_tokens, self.device, fused, packed_rows, stopwatch
         )
-        self.seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
+        self.seq_lens = torch.zeros(num_reqs, dtype=torch.int32, device=self.device)
         self.cache: PagedCache | None = None
-        self.prepared: InputBatch | None = None  # the real batch that preprocess_state has planned
         self.num_removed = np.zeros(0, np.int64)
-        if vllm_config.model_config.is_hybrid:
+        if state.vllm_config.model_config.is_hybrid:
             for each in self.layers:
-                each.attn_backend = kernel_block_backend(each.attn_backend, self.geometries.block_size)
+                each.attn_backend = kernel_block_backend(each.attn_backend, block_size)
         if is_quantized_kv_cache(layer.kv_cache_dtype):
             capture_queries(self.layers, self._store, "cuda")  # what is quantised, vLLM writes itself
         else:
             store_with_queries(self.layers, self._store, "cuda")
-        self._log_bank_size(torch.cuda.get_device_properties(device).total_memory)
 
-    def _log_bank_size(self, total: int) -> None:
-        size, seqs = self.compression.bank.num_bytes, self.max_num_reqs
-        logger.info("KvLLM: %s, query bank of %.2f GiB for max_num_seqs=%d", self.config, size / 2**30, seqs)
-        if size > _LARGE_BANK * total:
-            logger.warning(
-                "KvLLM: the query bank takes %.0f%% of the GPU's memory; a max_num_seqs below %d leaves more of it to "
-                "the KV cache.",
-                100 * size / total,
-                seqs,
-            )
-
-    def add_request(self, req_index: int, new_req_data: Any) -> None:
-        super().add_request(req_index, new_req_data)
-        geometry = self.geometries.of(new_req_data.sampling_params)
-        self.compression.rows.set(req_index, geometry, new_req_data.prompt_len)
-
-    def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
-        super().initialize_kv_cache(kv_cache_config, block_tables)
-        block_size = self.geometries.block_size
-        self.group = compressed_group(kv_cache_config, block_size)
-        allocator_block_size = compressed_block_size(kv_cache_config, block_size)
-        if block_tables.block_sizes[self.group] != allocator_block_size:
-            raise UsageError(
-                f"KvLLM needs block tables with blocks of {allocator_block_size} tokens; vLLM made "
-                f"{block_tables.block_sizes[self.group]}."
-            )
-        self.blocks_per_block = allocator_block_size // block_size
+    def set_group(self, group: int, allocator_block_size: int, block_table: Tensor) -> None:
+        """Take a KV cache group; block_table: [max_num_reqs, any], vLLM's own of that group"""
+        self.group = group
+        self.blocks_per_block = allocator_block_size // self.geometries.block_size
         if self.blocks_per_block > 1:
-            num_reqs, num_blocks = block_tables.input_block_tables[self.group].shape
+            num_reqs, num_blocks = block_table.shape
             shape = (num_reqs, num_blocks * self.blocks_per_block)
             self.kernel_table = torch.zeros(shape, dtype=torch.int32, device=self.device)
+
+    def paged_cache(self) -> PagedCache:
+        """The layers' KV caches, which vLLM has allocated."""
         pairs = [layer.kv_cache.transpose(1, 2).split(layer.head_size, dim=-1) for layer in self.layers]
         scales: tuple[Tensor | None, Tensor | None] = (None, None)
         if pairs[0][0].dtype.itemsize == 1:
@@ -144,13 +133,13 @@ class StateMixin(Base):
             k_scale = [layer._k_scale_float * self._query_scale(layer) for layer in self.layers]
             v_scale = [layer._v_scale_float for layer in self.layers]
             scales = (torch.tensor(k_scale, device=self.device), torch.tensor(v_scale, device=self.device))
-        self.attach(PagedCache.from_layers([k for k, _ in pairs], [v for _, v in pairs], *scales))
+        return PagedCache.from_layers([k for k, _ in pairs], [v for _, v in pairs], *scales)
 
-    def attach(self, cache: PagedCache) -> None:
+    def attach(self, cache: PagedCache, max_model_len: int) -> None:
         self.cache = cache
         state = self.compression
         store = GpuStore(
-            self.config, state.bank, self.geometries.block_size, self.max_model_len, self._to_device,
+            self.config, state.bank, self.geometries.block_size, max_model_len, self._to_device,
             cache=cache, dtype=self.dtype,
         )  # fmt: skip
         store.allocator_block_size = self.blocks_per_block * store.block_size
@@ -177,16 +166,13 @@ class StateMixin(Base):
         pairs = None if slot_mapping is None else NewPairs(key, value, self.cache, slot_mapping)
         store_tokens(queries, state.bank, layer, state.codes, pairs)
 
-    def preprocess_state(
-        self,
-        input_batch: InputBatch,
-        block_tables: tuple[Tensor, ...],
-        kv_cache_config: Any,
-        num_computed_tokens: Tensor,
-    ) -> None:
-        """Compress what is due, then join the segments of the step's block tables and lengths. Real batches only."""
+    def begin_step(self, input_batch: InputBatch, block_table: Tensor) -> None:
+        """Compress what is due, then join the segments of the step's block table and lengths.
+
+        block_table: [num_reqs, any], of the group; joined in place, or in `kernel_table`
+        """
         num_reqs, state = input_batch.num_reqs, self.compression
-        table = in_kernel_blocks(block_tables[self.group], self.blocks_per_block, self.kernel_table)
+        table = in_kernel_blocks(block_table, self.blocks_per_block, self.kernel_table)
         rows, computed = input_batch.idx_mapping_np[:num_reqs], input_batch.num_computed_tokens_np[:num_reqs]
         self.num_removed = state.begin_step(rows, computed, input_batch.req_ids, table)
         # Staged where the GPU can read it, which it may do after this step.
@@ -203,6 +189,103 @@ class StateMixin(Base):
             table, seq_lens, self.seq_lens[: seq_lens.shape[0]], state.store.survivor_blocks,
             state.plan, state.store.block_size, self.packed is not None,
         )  # fmt: skip
+
+    def lengths(self, input_batch: InputBatch, is_real: bool) -> tuple[Tensor, Tensor]:
+        """What attention gets as `seq_lens` and `seq_lens_cpu_upper_bound`; in a dummy run the batch's own."""
+        seq_lens = self.seq_lens[: input_batch.seq_lens.shape[0]]
+        upper_bound = input_batch.seq_lens_cpu_upper_bound.clone()
+        if is_real:
+            upper_bound.numpy()[: len(self.num_removed)] -= self.num_removed
+        else:
+            seq_lens.copy_(input_batch.seq_lens)
+            self.compression.codes.fill_(-1)
+            if self.packed is not None and self.packed.attention is not None:
+                self.packed.idle()
+        return seq_lens, upper_bound
+
+    def tables(self, block_tables: tuple[Tensor, ...], attn_groups: list[Any]) -> tuple[Tensor, ...]:
+        """The block tables of a step with kernel blocks for these attention groups, which are the part's own."""
+        if self.kernel_table is None:
+            return block_tables
+        tables = list(block_tables)
+        tables[self.group] = self.kernel_table[: len(block_tables[self.group])]
+        for attn_group in attn_groups:
+            attn_group.kernel_block_size = None  # the table has kernel blocks already
+        return tuple(tables)
+
+
+class StateMixin(Base):
+    """What compression adds to a model state: due windows are compressed before a step, and what its attention reads is
+    joined.
+
+    parts: what is compressed alike, in most cases all layers of full attention (`KvConfig.parts`)
+    """
+
+    parts: list[Part]
+
+    def __init__(self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any, device: torch.device):
+        super().__init__(vllm_config, model, encoder_cache, device)
+        config = kv_config(vllm_config)
+        assert config is not None
+        self.config = config
+        self.geometries = Geometries.of_engine(vllm_config)
+        named_layers, uses_rope = compressed_layers(vllm_config), make_method(config).uses_rope
+        self.parts = []
+        for number, part_config in enumerate(config.parts):
+            layers = {name: layer for name, layer in named_layers.items() if in_part(config, number, name)}
+            rope = rope_of(model, list(layers.values()), vllm_config.model_config, device) if uses_rope else None
+            stopwatch = self.compression.stopwatch if self.parts else None
+            self.parts.append(Part(self, part_config, layers, rope, stopwatch))
+        self.prepared: InputBatch | None = None  # the real batch that preprocess_state has planned
+        self._log_bank_size(torch.cuda.get_device_properties(device).total_memory)
+
+    @property
+    def compression(self) -> WorkerState:
+        """Of the first part, whose stopwatch counts for all."""
+        return self.parts[0].compression
+
+    def _log_bank_size(self, total: int) -> None:
+        size, seqs = sum(part.compression.bank.num_bytes for part in self.parts), self.max_num_reqs
+        logger.info("KvLLM: %s, query bank of %.2f GiB for max_num_seqs=%d", self.config, size / 2**30, seqs)
+        if size > _LARGE_BANK * total:
+            logger.warning(
+                "KvLLM: the query bank takes %.0f%% of the GPU's memory; a max_num_seqs below %d leaves more of it to "
+                "the KV cache.",
+                100 * size / total,
+                seqs,
+            )
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        super().add_request(req_index, new_req_data)
+        geometry = self.geometries.of(new_req_data.sampling_params)
+        for number, part in enumerate(self.parts):
+            own = None if geometry is None else geometry.groups[number]
+            part.compression.rows.set(req_index, own, new_req_data.prompt_len)
+
+    def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        block_size, num_parts = self.geometries.block_size, len(self.parts)
+        groups = compressed_groups(kv_cache_config, block_size, num_parts)
+        allocator_block_size = compressed_block_size(kv_cache_config, block_size, num_parts)
+        for part, group in zip(self.parts, groups, strict=True):
+            if block_tables.block_sizes[group] != allocator_block_size:
+                raise UsageError(
+                    f"KvLLM needs block tables with blocks of {allocator_block_size} tokens; vLLM made "
+                    f"{block_tables.block_sizes[group]}."
+                )
+            part.set_group(group, allocator_block_size, block_tables.input_block_tables[group])
+            part.attach(part.paged_cache(), self.max_model_len)
+
+    def preprocess_state(
+        self,
+        input_batch: InputBatch,
+        block_tables: tuple[Tensor, ...],
+        kv_cache_config: Any,
+        num_computed_tokens: Tensor,
+    ) -> None:
+        """Compress what is due, then join the segments of the step's block tables and lengths. Real batches only."""
+        for part in self.parts:
+            part.begin_step(input_batch, block_tables[part.group])
         self.prepared = input_batch
         # Behind the events: it may write to blocks that they have emptied.
         super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
@@ -219,36 +302,23 @@ class StateMixin(Base):
     ) -> dict[str, Any]:
         """Attention metadata over the physical lengths; in dummy runs, which hold nothing, over the given ones.
 
-        Groups of local layers get theirs from a call of their own, with the lengths of the text.
+        Each part gets it from a call of its own, and all other groups from one, with the lengths of the text.
         """
-        seq_lens = self.seq_lens[: input_batch.seq_lens.shape[0]]
-        upper_bound = input_batch.seq_lens_cpu_upper_bound.clone()
-        if input_batch is self.prepared:
-            upper_bound.numpy()[: len(self.num_removed)] -= self.num_removed
-        else:
-            seq_lens.copy_(input_batch.seq_lens)
-            self.compression.codes.fill_(-1)
-            if self.packed is not None and self.packed.attention is not None:
-                self.packed.idle()
-        self.prepared = None
 
-        def prepare(groups: list[list[Any]]) -> dict[str, Any]:
+        def prepare(wanted: Collection[int], tables: tuple[Tensor, ...]) -> dict[str, Any]:
+            groups = [group if i in wanted else [] for i, group in enumerate(attn_groups)]
             return super(StateMixin, self).prepare_attn(
-                input_batch, cudagraph_mode, block_tables, slot_mappings, groups, *args, **kwargs
+                input_batch, cudagraph_mode, tables, slot_mappings, groups, *args, **kwargs
             )
 
-        made = {}
-        if len(attn_groups) > 1:
-            made = prepare([[] if i == self.group else group for i, group in enumerate(attn_groups)])
-            attn_groups = [group if i == self.group else [] for i, group in enumerate(attn_groups)]
-        if self.kernel_table is not None:
-            tables = list(block_tables)
-            tables[self.group] = self.kernel_table[: len(block_tables[self.group])]
-            block_tables = tuple(tables)
-            for attn_group in attn_groups[self.group]:
-                attn_group.kernel_block_size = None  # the table has kernel blocks already
-        with physical_lengths(input_batch, seq_lens, upper_bound):
-            return made | prepare(attn_groups)
+        others = set(range(len(attn_groups))) - {part.group for part in self.parts}
+        made = prepare(others, block_tables) if others else {}
+        is_real, self.prepared = input_batch is self.prepared, None
+        for part in self.parts:
+            tables = part.tables(block_tables, attn_groups[part.group])
+            with physical_lengths(input_batch, *part.lengths(input_batch, is_real)):
+                made |= prepare({part.group}, tables)
+        return made
 
 
 class KvModelState(StateMixin, DefaultModelState):

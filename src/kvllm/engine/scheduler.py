@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
-    from kvllm.layout import Geometry, IntArray
+    from kvllm.layout import IntArray, RequestGeometry
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
 # For the type checker a scheduler; at run time the classes below put one behind the mixin.
 Base: Any = Scheduler if TYPE_CHECKING else object
+# Requests by the id of their geometry: prompt, computed tokens and the most that each may generate.
+ByGeometry = dict[int, tuple["RequestGeometry", list[tuple[int, int, int]]]]
 
 
 class CompressionMixin(Base):
@@ -45,7 +47,7 @@ class CompressionMixin(Base):
         self.groups = checked_groups(self.vllm_config, self.kv_cache_config)
         self.geometries = Geometries.of_engine(self.vllm_config)
         # Of the group that is compressed; vLLM's `block_size` is a multiple, where states have blocks of other lengths.
-        self.kv_block_size = compressed_block_size(self.kv_cache_config, self.geometries.block_size)
+        self.kv_block_size = compressed_block_size(self.kv_cache_config, self.geometries.block_size, len(config.parts))
         self.kv_managers = [m for m in coordinator.single_type_managers if isinstance(m, KvManager)]
         for manager in self.kv_managers:
             manager.bind(self._compressed, num_late_events(self.vllm_config))
@@ -60,7 +62,7 @@ class CompressionMixin(Base):
         self.report = Report()
         pages = self.kv_managers[0].kv_cache_spec.page_size_bytes
         num_blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is the null block
-        geometry = self.geometries.of_ratio(config.retention_ratio)
+        geometry = self.geometries.of_ratio(config.mean_ratio)
         logger.info("%s", summary(self.vllm_config, config, geometry, num_blocks, pages, self.kv_block_size))
         self.own_watermark_blocks = self.kv_cache_manager.watermark_blocks
         # Route every chunk through `_mamba_block_aligned_split`, where upstream itself clips prefills, resumed ones
@@ -68,7 +70,7 @@ class CompressionMixin(Base):
         self.aligns_states = bool(vars(self)["need_mamba_block_aligned_split"])
         self.need_mamba_block_aligned_split = True
 
-    def _compressed(self, request_id: str) -> tuple[Geometry, Request] | None:
+    def _compressed(self, request_id: str) -> tuple[RequestGeometry, Request] | None:
         request = self.requests.get(request_id)
         if request is None:
             return None
@@ -113,16 +115,21 @@ class CompressionMixin(Base):
         if may_admit:
             # vLLM's own headroom for admissions: blocks left free unless nothing else runs.
             self.kv_cache_manager.watermark_blocks = max(self.own_watermark_blocks, self._blocks_ahead())
-            self.kv_managers[0].take_last_admission()
+            self._take_last_admission()
         output = super().schedule(*args, **kwargs)
         if may_admit and self.kv_cache_manager.watermark_blocks > self.own_watermark_blocks:
             self._count_held_back()
         self.peak_used_blocks = max(self.peak_used_blocks, self._num_used_blocks())
         return output
 
+    def _take_last_admission(self) -> tuple[str, int]:
+        """The waiting request that last asked for its blocks, and how many of all compressed groups; else ("", 0)."""
+        taken = [manager.take_last_admission() for manager in self.kv_managers]
+        return taken[0][0], sum(num_blocks for _, num_blocks in taken)
+
     def _count_held_back(self) -> None:
         """Count the request that vLLM alone would have admitted in this step, once each time that it comes up."""
-        asked, num_blocks = self.kv_managers[0].take_last_admission()
+        asked, num_blocks = self._take_last_admission()
         request = self.requests.get(asked)
         if asked == self.last_held_back or request is None or request.status == RequestStatus.RUNNING:
             return
@@ -132,7 +139,7 @@ class CompressionMixin(Base):
 
     def _blocks_ahead(self) -> int:
         """Blocks that running requests will need over the next interval."""
-        by_geometry: dict[int, tuple[Geometry, list[tuple[int, int, int]]]] = {}  # of each there is one object
+        by_geometry: ByGeometry = {}  # of each there is one object
         for request in self.running:
             if (geometry := self.geometries.of(request.sampling_params)) is not None:
                 _, lengths = by_geometry.setdefault(id(geometry), (geometry, []))
@@ -145,22 +152,21 @@ class CompressionMixin(Base):
         for geometry, lengths in by_geometry.values():
             widest = max(widest, geometry.interval)
             prompt, computed, most = np.array(lengths, np.int64).T
-            held = ceil_div(geometry.physical_len(prompt, computed), self.kv_block_size)
+            held = geometry.blocks_held(prompt, computed)
             to_event = geometry.max_chunk(prompt, computed)
-            freed = geometry.num_freed(prompt, geometry.num_events(prompt, computed)) // self.kv_block_size
+            freed = geometry.blocks_freed(prompt, geometry.num_events(prompt, computed))
             rows.append((held, to_event, prompt + most - computed, freed, computed))
         held, to_event, to_end, freed, computed = np.concatenate(rows, axis=1)
-        if self.groups.local is None:
-            return blocks_ahead(held, to_event, to_end, freed, widest, self.kv_block_size)
 
         def local_blocks(steps: IntArray) -> IntArray:
             return self.groups.local_blocks_held(computed + steps, self.kv_block_size)
 
-        return blocks_ahead(held, to_event, to_end, freed, widest, self.kv_block_size, local_blocks)
+        others = None if self.groups.local is None else local_blocks
+        return blocks_ahead(held, to_event, to_end, freed, widest, self.kv_block_size, others, self.groups.num_full)
 
-    def _blocks_ahead_of_states(self, by_geometry: dict[int, tuple[Geometry, list[tuple[int, int, int]]]]) -> int:
+    def _blocks_ahead_of_states(self, by_geometry: ByGeometry) -> int:
         """The same where the allocator's blocks are larger than windows; the blocks of states do not grow."""
-        made = [(geometry, np.array(lengths, np.int64).T) for geometry, lengths in by_geometry.values()]
+        made = [(geometry.groups[0], np.array(lengths, np.int64).T) for geometry, lengths in by_geometry.values()]
         to_end = np.concatenate([prompt + most - computed for _, (prompt, computed, most) in made])
         widest = max(geometry.interval for geometry, _ in made)
 
@@ -181,23 +187,24 @@ class CompressionMixin(Base):
 
     def engine_stats(self, reset_peak: bool = False) -> EngineStats:
         """Figures since the engine started; `reset_peak` starts a new peak."""
-        pool, manager = self.kv_cache_manager.block_pool, self.kv_managers[0]
+        pool, managers = self.kv_cache_manager.block_pool, self.kv_managers
         num_logical_tokens = sum(request.num_computed_tokens for request in self.running)
         stats = EngineStats(
             block_size=self.kv_block_size,
             num_kv_blocks=pool.num_gpu_blocks - 1,
             free_kv_blocks=pool.get_num_free_blocks(),
             peak_kv_blocks=self.peak_used_blocks,
-            num_windows_compressed=sum(m.total_events for m in self.kv_managers),
-            num_blocks_freed=sum(m.total_blocks_freed for m in self.kv_managers),
-            num_prompts_cut=sum(m.total_prompts_cut for m in self.kv_managers),
-            num_tokens_kept=manager.total_tokens_kept,
-            num_tokens_evicted=manager.total_tokens_evicted,
+            # An event happens in all groups of layers; of tokens, which may differ from group to group, the mean.
+            num_windows_compressed=managers[0].total_events,
+            num_blocks_freed=sum(m.total_blocks_freed for m in managers),
+            num_prompts_cut=managers[0].total_prompts_cut,
+            num_tokens_kept=sum(m.total_tokens_kept for m in managers) // len(managers),
+            num_tokens_evicted=sum(m.total_tokens_evicted for m in managers) // len(managers),
             num_held_back=self.num_held_back,
             num_preemptions=self.num_preemptions,
             num_running=len(self.running),
             num_logical_tokens=num_logical_tokens,
-            num_physical_tokens=num_logical_tokens - manager.tokens_evicted,
+            num_physical_tokens=num_logical_tokens - sum(m.tokens_evicted for m in managers) // len(managers),
             compression_seconds=self.compression_seconds,
         )
         if reset_peak:

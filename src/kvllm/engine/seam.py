@@ -94,8 +94,10 @@ PATCHES = (
 )
 
 OVERRIDES = (
-    Override("vllm.v1.kv_cache_interface:FullAttentionSpec", "max_memory_usage_bytes(self, vllm_config)",
-        "start-up compares the pool with the longest request, which is compressed",
+    Override("vllm.v1.kv_cache_interface:FullAttentionSpec", """max_memory_usage_bytes(self, vllm_config)
+        merge(cls, specs) is_uniform_with_collection(self, kv_cache_specs)""",
+        "start-up compares the pool with the longest request, which is compressed; layers that keep different shares "
+        "of a window get KV cache groups of their own",
         "never: a registered spec is expected to say what it needs", ours="kvllm.engine.spec:KvSpec"),
     Override(MANAGER,
         """__init__(self, kv_cache_spec, block_pool, enable_caching, kv_cache_group_id, scheduler_block_size,

@@ -14,9 +14,10 @@ from kvllm.compression.footprint import BANK_SHARE, fitting_max_num_seqs, footpr
 from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
+from kvllm.groups import Groups, full_layers, groups_of
 from kvllm.layers import LayerKind, local_layers
-from kvllm.layout import Geometry
-from kvllm.methods import checked_config, make_method
+from kvllm.layout import Geometry, RequestGeometry, request_geometry
+from kvllm.methods import checked_config, make_method, with_budgets
 from kvllm.support import DEFAULT_BLOCK_SIZE, PLAIN_BITS
 
 if TYPE_CHECKING:
@@ -27,11 +28,14 @@ logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
 
 def kv_config(vllm_config: VllmConfig) -> KvConfig | None:
-    """Our options in `additional_config`, or None where KvLLM is not asked for; UsageError if they are wrong."""
+    """Our options in `additional_config`, or None where KvLLM is not asked for; UsageError if they are wrong.
+
+    With the layer budgets that the method makes of one ratio (`kvllm.methods.with_budgets`).
+    """
     additional = vllm_config.additional_config
     if not isinstance(additional, dict) or CONFIG_KEY not in additional:
         return None
-    return checked_config(additional[CONFIG_KEY])
+    return with_budgets(checked_config(additional[CONFIG_KEY]), full_layers(local_layers_of(vllm_config)))
 
 
 def request_ratio(config: KvConfig, params: SamplingParams | None) -> float:
@@ -42,7 +46,7 @@ def request_ratio(config: KvConfig, params: SamplingParams | None) -> float:
     """
     extra = (params.extra_args or {}) if params is not None else {}
     if RATIO_KEY not in extra:
-        return config.retention_ratio
+        return config.mean_ratio
     return check_retention_ratio(extra[RATIO_KEY], RATIO_KEY)
 
 
@@ -82,18 +86,19 @@ class Geometries:
         self.block_size = block_size
         self.packed_tokens = packed_tokens
         # The scheduler asks for every running request in every step. One object for each of `all_ratios`.
-        self._made: dict[float, Geometry | None] = {}
+        self._own = config.mean_ratio
+        self._made: dict[float, RequestGeometry | None] = {}
         self.of_ratio = functools.lru_cache(maxsize=1024)(self._of_ratio)
 
-    def of(self, params: SamplingParams | None) -> Geometry | None:
+    def of(self, params: SamplingParams | None) -> RequestGeometry | None:
         """None where the request is not compressed; UsageError if its ratio does not fit the sizes."""
         extra = params.extra_args if params is not None else None
-        return self.of_ratio(request_ratio(self.config, params) if extra else self.config.retention_ratio)
+        return self.of_ratio(request_ratio(self.config, params) if extra else self._own)
 
-    def _of_ratio(self, ratio: float) -> Geometry | None:
+    def _of_ratio(self, ratio: float) -> RequestGeometry | None:
         ratio = self.config.nearest_ratio(ratio)
         if ratio not in self._made:
-            self._made[ratio] = Geometry.from_config(self.config, self.block_size, ratio, self.packed_tokens)
+            self._made[ratio] = request_geometry(self.config, self.block_size, ratio, self.packed_tokens)
         return self._made[ratio]
 
     @classmethod
@@ -104,7 +109,7 @@ class Geometries:
 
 
 def allowed_geometries(config: KvConfig, block_size: int, packed_tokens: int | None = None) -> list[Geometry]:
-    """Every geometry that a compressed request can have, each once."""
+    """Every geometry that a compressed request can have, each once; config: of layers that all have the same ratio."""
     made = (Geometry.from_config(config, block_size, ratio, packed_tokens) for ratio in config.all_ratios)
     return list(dict.fromkeys(geometry for geometry in made if geometry is not None))
 
@@ -136,11 +141,29 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
             "KvLLM does not support VLLM_USE_RUST_FRONTEND=1: requests would reach the engine unchecked. Unset it."
         )
     _check_positions(config, vllm_config.model_config)
+    _check_budgets(config, vllm_config)
     # Cascade attention reads the prefix of the unshortened tables.
     vllm_config.model_config.disable_cascade_attn = True
     scheduler = "KvAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "KvScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"kvllm.engine.scheduler.{scheduler}"
     return config
+
+
+def groups_of_engine(vllm_config: VllmConfig) -> Groups:
+    """The KV cache groups that vLLM is to make of the model's layers; UsageError where budgets do not fit them."""
+    config = kv_config(vllm_config)
+    return groups_of(local_layers_of(vllm_config), config.budgets if config else ())
+
+
+def _check_budgets(config: KvConfig, vllm_config: VllmConfig) -> None:
+    """Raise UsageError unless the groups of layers that have ratios of their own can be KV cache groups here."""
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if config.budgets and stages > 1:
+        raise UsageError(
+            f"retention_ratio={config.retention_ratio}: not with pipeline_parallel_size={stages}: a stage has only "
+            "some of the groups of layers. Use tensor parallelism, or one ratio for all layers."
+        )
+    groups_of_engine(vllm_config)
 
 
 def local_layers_of(vllm_config: VllmConfig) -> list[LayerKind]:
@@ -238,9 +261,10 @@ def _check_survivor_bits(config: KvConfig, device: str, cache: CacheConfig, mode
 
 def _check_geometry(config: KvConfig, block_size: int, max_model_len: int, packed: int | None) -> None:
     """Raise UsageError for sizes that do not fit the block size, or a prompt budget that leaves no room to decode."""
-    geometry = Geometry.from_config(config, block_size, packed_tokens=packed)
+    geometry = request_geometry(config, block_size, packed_tokens=packed)
     try:
-        allowed_geometries(config, block_size, packed)
+        for part in config.parts:
+            allowed_geometries(part, block_size, packed)
     except UsageError as e:
         raise UsageError(f"request_ratios={config.request_ratios!r}: {e}") from e
     if geometry is None or not geometry.prompt_budget:

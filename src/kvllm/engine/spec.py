@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvllm.compression.blocks import close_gap, peak_allocator_blocks
 from kvllm.engine.settings import kernel_block_size, kv_config, num_late_events, packed_tokens
-from kvllm.layout import Geometry
+from kvllm.layout import Geometry, RequestGeometry
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -20,12 +20,28 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 # Geometry, prompt length and computed tokens of a request; None where it is not compressed or gone.
-RequestLookup = Callable[[str], "tuple[Geometry, Request] | None"]
+RequestLookup = Callable[[str], "tuple[RequestGeometry, Request] | None"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KvSpec(FullAttentionSpec):
-    """Full attention over a cache whose generated part is compressed."""
+    """Full attention over a cache whose generated part is compressed.
+
+    part: of the groups of layers that have ratios of their own (`KvConfig.parts`), the one that the layer is in
+    """
+
+    part: int = 0
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """Layers of one part share a KV cache group, of different parts never."""
+        parts = {getattr(spec, "part", None) for spec in specs}
+        assert len(parts) == 1, "layers of different parts are compressed differently"
+        return replace(super().merge(specs), part=specs[0].part)
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        uniform = super().is_uniform_with_collection(kv_cache_specs)
+        return uniform and all(getattr(spec, "part", None) == self.part for spec in kv_cache_specs.values())
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of the longest request, taken with a prompt of one token: start-up refuses a smaller pool.
@@ -34,15 +50,15 @@ class KvSpec(FullAttentionSpec):
         """
         geometry = None
         if (config := kv_config(vllm_config)) is not None:
-            block_size = kernel_block_size(vllm_config)
-            geometry = Geometry.from_config(config, block_size, packed_tokens=packed_tokens(vllm_config))
+            block_size, part = kernel_block_size(vllm_config), config.parts[self.part]
+            geometry = Geometry.from_config(part, block_size, packed_tokens=packed_tokens(vllm_config))
         if geometry is None:
             return super().max_memory_usage_bytes(vllm_config)
         length, late = vllm_config.model_config.max_model_len, num_late_events(vllm_config)
         return peak_allocator_blocks(geometry, 1, length, self.block_size, late) * self.page_size_bytes
 
 
-def will_cut_prompt(geometry: Geometry, request: Request) -> bool:
+def will_cut_prompt(geometry: RequestGeometry, request: Request) -> bool:
     """Whether the request's prompt is cut, unless it ends early: it must then share no block of it."""
     prompt = request.num_prompt_tokens
     return geometry.prompt_shape(prompt) is not None and geometry.num_events(prompt, prompt + request.max_tokens) > 0
@@ -79,6 +95,7 @@ class KvManager(FullAttentionManager):
 
     def __init__(self, kv_cache_spec: KvSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
+        self.part = kv_cache_spec.part
         self._lookup: RequestLookup = lambda request_id: None
         self._num_late = 0
         self._progress: dict[str, Progress | None] = {}  # by request id; None where it is not compressed
@@ -97,7 +114,11 @@ class KvManager(FullAttentionManager):
     def _find(self, request_id: str) -> Progress | None:
         if request_id not in self._progress:
             found = self._lookup(request_id)
-            self._progress[request_id] = None if found is None else Progress.start(*found, self.block_size)
+            if found is None:
+                self._progress[request_id] = None
+            else:
+                geometry, request = found
+                self._progress[request_id] = Progress.start(geometry.groups[self.part], request, self.block_size)
         return self._progress[request_id]
 
     def remove_skipped_blocks(

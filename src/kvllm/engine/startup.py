@@ -11,7 +11,7 @@ from kvllm.config import RATIO_KEY, KvConfig
 from kvllm.engine.settings import local_layers_of, num_late_events
 from kvllm.groups import Groups
 from kvllm.layers import LayerKind
-from kvllm.layout import Geometry, ceil_div
+from kvllm.layout import RequestGeometry, ceil_div
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -24,7 +24,7 @@ IN_FLIGHT = 2  # steps that are scheduled before what they no longer see is free
 def summary(
     vllm_config: VllmConfig,
     config: KvConfig,
-    geometry: Geometry | None,
+    geometry: RequestGeometry | None,
     num_blocks: int,
     page_bytes: int,
     block_size: int,
@@ -42,15 +42,17 @@ def summary(
         f"Query bank: {bank / GIB:.2f} GiB on each device, for max_num_seqs={scheduler.max_num_seqs} requests.",
     ]
     prompt = min(PROMPT, length // 2)
-    groups = Groups.of(stage_layers(vllm_config))
+    groups = Groups.of(stage_layers(vllm_config), len(config.parts))
     in_flight = IN_FLIGHT * scheduler.max_num_batched_tokens
     local = groups.peak_local_blocks(prompt, length, block_size, in_flight, IN_FLIGHT)
-    needed = local + ceil_div(length, block_size)
+    whole = len(config.parts) * ceil_div(length, block_size)
+    needed = local + whole
     if geometry:
-        needed = local + peak_allocator_blocks(geometry, prompt, length, block_size, num_late_events(vllm_config))
+        late = num_late_events(vllm_config)
+        needed = local + sum(peak_allocator_blocks(g, prompt, length, block_size, late) for g in geometry.groups)
     overridden = vllm_config.cache_config.num_gpu_blocks_override is not None
     more = 0 if overridden or not on_gpu(vllm_config) else bank // (page_bytes * groups.group_size)
-    ours, stock = num_blocks // needed, (num_blocks + more) // (local + ceil_div(length, block_size))
+    ours, stock = num_blocks // needed, (num_blocks + more) // (local + whole)
     most = f"; max_num_seqs lets {scheduler.max_num_seqs} run" if ours > scheduler.max_num_seqs else ""
     lines.append(
         f"Requests of max_model_len={length} tokens, {prompt} of them prompt, that fit at once: {ours}; without "
@@ -63,15 +65,18 @@ def summary(
 def what_is_on(config: KvConfig) -> str:
     """The operator's choice in a sentence."""
     if not config.enabled:
-        return f"compression is off (retention_ratio={config.retention_ratio}) unless a request asks for it."
+        return f"compression is off (retention_ratio={config.mean_ratio}) unless a request asks for it."
     if config.policy == "budget":
         kept = (
             f"policy budget, method {config.method}: every {config.budget_interval} generated tokens they are cut to "
             f"{config.budget_size}"
         )
     else:
-        share = f"{100 * config.retention_ratio:g}%"
+        share = f"{100 * config.mean_ratio:g}%"
         kept = f"method {config.method} keeps {share} of every {config.window_size} generated tokens"
+        if config.budgets:
+            groups = "; ".join(f"layers {budget.key}: {100 * budget.ratio:g}%" for budget in config.budgets)
+            kept += f" on average ({groups})"
         if config.history_size:
             kept += f", of old windows at most {config.history_size} tokens"
     bits = f" Survivors are rounded to {config.survivor_bits} bits." if config.survivor_bits < 16 else ""

@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
 from kvllm.config import RATIO_KEY, USAGE_KEY
-from kvllm.layout import Geometry
+from kvllm.layout import RequestGeometry
 
 if TYPE_CHECKING:
     from vllm.v1.engine.output_processor import RequestState
@@ -36,7 +36,7 @@ class KvUsage:
     evicted_tokens: int = 0
     compressions: int = 0
 
-    def add(self, geometry: Geometry | None, num_prompt_tokens: int, num_generated_tokens: int) -> KvUsage:
+    def add(self, geometry: RequestGeometry | None, num_prompt_tokens: int, num_generated_tokens: int) -> KvUsage:
         """Count one sequence; geometry None: it was not compressed. Returns what this one added."""
         computed = num_prompt_tokens + max(num_generated_tokens - 1, 0)
         events = evicted = 0
@@ -56,7 +56,7 @@ _asking: ContextVar[KvUsage | None] = ContextVar("kvllm_asking", default=None)
 class Watch:
     """Of one request, from when it is queued; hangs on the queue that its sequences share."""
 
-    def __init__(self, geometry: Geometry | None, ratio: float, log: bool) -> None:
+    def __init__(self, geometry: RequestGeometry | None, ratio: float, log: bool) -> None:
         self.geometry = geometry
         self.ratio = ratio
         self.log = log

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kvllm.budgets import table_of
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError, within
 from kvllm.options import no_such, options_of
@@ -57,6 +59,18 @@ def make_method(config: KvConfig) -> Method:
     cls = method_class("method", config.method)
     shared = {name: getattr(config, name) for name in SHARED_OPTIONS if name in options_of(cls)}
     return build(cls, config.method, "method_options", {**shared, **config.method_options})
+
+
+def with_budgets(config: KvConfig, layers: Sequence[int]) -> KvConfig:
+    """`config` with the table of ratios that its method makes of one ratio for all layers, if it does (`pyramidkv`).
+
+    layers: the numbers of the model's layers of full attention
+    Raises UsageError where the method cannot divide these layers into groups.
+    """
+    if config.budgets or not config.enabled:
+        return config
+    made = make_method(config).layer_budgets(config.mean_ratio, layers)
+    return replace(config, retention_ratio=table_of(made)) if made else config
 
 
 def method_class(option: str, name: str) -> type[Method]:

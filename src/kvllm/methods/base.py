@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from kvllm.budgets import Budget
 from kvllm.methods.rope import Rope
 
 
@@ -128,6 +130,13 @@ class Method(ABC):
 
     def check_layers(self, shape: LayerShape) -> None:  # noqa: B027 (most have nothing to check)
         """Raise UsageError where the method's files were made for another model; asked at start."""
+
+    def layer_budgets(self, mean_ratio: float, layers: Sequence[int]) -> tuple[Budget, ...]:
+        """Groups of layers with ratios of their own, whose mean is `mean_ratio`; empty where all layers keep the same.
+
+        layers: the numbers of the model's layers of full attention
+        """
+        return ()
 
     @abstractmethod
     def score(self, window: Window) -> Tensor:

@@ -24,9 +24,10 @@ from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.compression.rows import Due
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
+from kvllm.groups import full_layers, groups_of
 from kvllm.layers import Cacheless, LayerKind, Recurrent, local_layers
-from kvllm.layout import Geometry
-from kvllm.methods import make_method
+from kvllm.layout import Geometry, request_geometry
+from kvllm.methods import make_method, with_budgets
 from kvllm.methods.base import Kept, LayerShape
 from kvllm.methods.rope import Rope
 from kvllm.reference.attention import attention_through
@@ -51,8 +52,9 @@ class Request:
 
     layers:      the cache of each layer; those of full attention are compressed
     states:      of recurrent layers, which are as long as the text is; None where there are none
-    kept:        for each compression so far, the indices that survived, [num_compressed, num_kv_heads, num_kept]
-    kept_prompt: the same of the prompt, once it is cut (`prompt_budget`)
+    kept:        for each compression so far, the indices that survived, [num_compressed, num_kv_heads, num_kept]; with
+                 layer budgets those of each group of layers, one after the other
+    kept_prompt: the same of the prompt, once it is cut (`prompt_budget`); with layer budgets of all groups together
     """
 
     def __init__(
@@ -76,20 +78,24 @@ class Request:
             raise ValueError(f"num_prompt_tokens={num_prompt_tokens}: a prompt has at least one token.")
         self.model = model
         self.num_prompt_tokens = num_prompt_tokens
-        self.config = config
         self.geometry = None
         self.cache_dtype = cache_dtype
         if config:
+            every = layers_of(model)
+            config = with_budgets(config, full_layers(every))
+            groups_of(every, config.budgets)
             head_dim = head_dim_of(model.config.get_text_config())
             held = packed_block_tokens(block_size, head_dim, config.survivor_bits, cache_dtype)
-            self.geometry = Geometry.from_config(
+            self.geometry = request_geometry(
                 config, block_size, packed_tokens=held if packed and config.survivor_bits < PLAIN_BITS else None
             )
+        self.config = config
+        self.num_events = 0
         self.kept: list[Tensor] = []
         self.kept_prompt: Tensor | None = None
         self.num_computed_tokens = 0
         self.images: PromptImages | None = None
-        self._compressor: Compressor | None = None
+        self._compressors: list[Compressor] = []
         if config and self.geometry:
             self.method = make_method(config)
             self.rope = None
@@ -127,8 +133,9 @@ class Request:
 
     @property
     def physical_len(self) -> int:
-        """Tokens that are in the cache of each layer of full attention."""
-        return len(self.compressed[0].keys) if self.num_computed_tokens else 0
+        """Tokens that are in the cache of each layer of full attention; with layer budgets the mean, rounded."""
+        lengths = [len(layer.keys) for layer in self.compressed] if self.num_computed_tokens else [0]
+        return round(sum(lengths) / len(lengths))
 
     def max_step(self) -> int | None:
         """Most tokens of the next step, which may not run past the next event; None: as many as you like."""
@@ -178,17 +185,27 @@ class Request:
 
     def compress_if_due(self) -> None:
         """What a step begins with: the compression that the tokens computed so far call for, if any."""
-        event = len(self.kept)
+        event = self.num_events
         if self.geometry is None or self.config is None:
             return
         if self.geometry.num_events(self.num_prompt_tokens, self.num_computed_tokens) == event:
             return
-        if self._compressor is None:
-            self._compressor = self._make_compressor(self.config, self.geometry)
-        self._compressor.compress([Due(0, 0, self.geometry, self.num_prompt_tokens, event)])
+        groups, full = self.geometry.groups, [i for i, layer in enumerate(self.layers) if layer.local is None]
+        if not self._compressors:
+            numbers = [budget.layers for budget in self.config.budgets] or [tuple(full)]
+            self._compressors = [
+                self._make_compressor(*each, [full.index(number) for number in each[-1]])
+                for each in zip(self.config.parts, groups, numbers, strict=True)
+            ]
+        for compressor, geometry in zip(self._compressors, groups, strict=True):
+            compressor.compress([Due(0, 0, geometry, self.num_prompt_tokens, event)])
+        self.num_events += 1
 
-    def _make_compressor(self, config: KvConfig, geometry: Geometry) -> Compressor:
-        layers, numbers = self.compressed, [i for i, layer in enumerate(self.layers) if layer.local is None]
+    def _make_compressor(
+        self, config: KvConfig, geometry: Geometry, numbers: Sequence[int], members: Sequence[int]
+    ) -> Compressor:
+        """Of one group of layers, by their numbers and by their places among those that are compressed."""
+        layers = [self.layers[number] for number in numbers]
         layer, num_layers = layers[0], len(layers)
         device, (num_kv_heads, head_dim) = layer.keys.device, layer.keys.shape[1:]
         num_heads = layer.queries.shape[1]
@@ -197,13 +214,15 @@ class Request:
         positions = torch.zeros(1, num_layers, num_kv_heads, most_survivors(config), dtype=torch.int32, device=device)
         return Compressor(
             config, self.method, DenseStore(config, layers), torch.tensor(numbers, device=device),
-            torch.from_numpy(shifts).to(device), self.rope, positions, observe=self._note,
+            torch.from_numpy(shifts).to(device), self.rope and self.rope.take(torch.tensor(members, device=device)),
+            positions, observe=self._note,
             rounding=Rounding.from_config(config, geometry.block_size, head_dim, self.cache_dtype),
         )  # fmt: skip
 
     def _note(self, kept: Kept, of_prompt: bool) -> None:
         if of_prompt:
-            self.kept_prompt = kept.indices
+            before = [] if self.kept_prompt is None else [self.kept_prompt]
+            self.kept_prompt = torch.cat([*before, kept.indices])
         else:
             self.kept.append(kept.indices)
 
@@ -224,8 +243,7 @@ _ropes: WeakKeyDictionary[PreTrainedModel, tuple[torch.device, Rope | None]] = W
 def _known_rope(model: PreTrainedModel) -> Rope | None:
     """`rope_of`, measured once for each model and device."""
     if model not in _ropes or _ropes[model][0] != model.device:
-        compressed = [i for i, local in enumerate(layers_of(model)) if local is None]
-        _ropes[model] = (model.device, rope_of(model, compressed))
+        _ropes[model] = (model.device, rope_of(model, full_layers(layers_of(model))))
     return _ropes[model][1]
 
 

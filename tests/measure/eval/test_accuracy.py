@@ -176,3 +176,9 @@ def test_the_command_runs_and_resumes(tmp_path, monkeypatch, capsys):
     assert len(Adder.started) == 2  # all of it was in the log
     with pytest.raises(ValueError, match="only --ratios can be chosen"):
         kvllm(*arguments, "--methods", "kara", "--endpoint", "http://localhost:1/v1")
+
+
+def test_layer_budgets_are_refused_since_requests_carry_one_ratio():
+    table = cases([{"method": "kara", "retention_ratio": {"0": 0.5, "1": 0.1}}], baselines=())
+    with pytest.raises(ValueError, match=r"^kara 0:0.5 1:0.1 r=0.3: requests carry their ratios, .* use --endpoint\."):
+        plan(table, PROBLEMS, 1)

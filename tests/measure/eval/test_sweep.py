@@ -55,3 +55,10 @@ def test_what_ships_names_known_methods_and_options():
     for path in SWEEPS.glob("*.json"):
         made = parse_cases([path.stem], None, "0.3")
         assert len(made) == len({case.label for case in made}) > 10
+
+
+def test_the_baseline_of_layer_budgets_has_their_mean_for_all_layers():
+    entries = [{"method": "kara", "retention_ratio": [{"0": 0.5, "1": 0.1}, {"0": 0.4, "1": 0.2}]}]
+    found = cases(entries, baselines=("random",))
+    assert [case.label for case in found] == ["kara 0:0.5 1:0.1 r=0.3", "kara 0:0.4 1:0.2 r=0.3", "random r=0.3"]
+    assert found[2].config.retention_ratio == 0.3

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from kvllm.compression.blocks import blocks_held
-from kvllm.config import CONFIG_KEY, RATIO_KEY
-from kvllm.groups import Groups
+from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig
+from kvllm.groups import Groups, groups_of
 from kvllm.layers import local_layers
-from kvllm.layout import Geometry, ceil_div
+from kvllm.layout import RequestGeometry, ceil_div, request_geometry
 from kvllm.measure.bench.figures import POOL_FULL, Lengths, Trace, by_context, run_figures, steady_figures, timeline
 from kvllm.measure.bench.profile import profile_figures, profiler_args, read_kernels
 from kvllm.measure.bench.spec import BenchSpec
@@ -116,19 +116,29 @@ class Engine:
 
         return kernel_block_size(self.llm.vllm_config)
 
-    def slots(self, geometry: Geometry | None, num_prompt_tokens: int, num_tokens: int) -> int:
+    def slots(self, geometry: RequestGeometry | None, num_prompt_tokens: int, num_tokens: int) -> int:
         """Of the group that is compressed, what a request holds: tokens, or whole blocks where those hold hundreds."""
         size = self.block_size
         if size == self.kernel_block_size:
             return geometry.physical_len(num_prompt_tokens, num_tokens) if geometry else num_tokens
         if geometry is None:
             return ceil_div(num_tokens, size) * size
-        return int(blocks_held(geometry, np.array([num_prompt_tokens]), np.array([num_tokens]), size)[0]) * size
+        return (
+            int(blocks_held(geometry.groups[0], np.array([num_prompt_tokens]), np.array([num_tokens]), size)[0]) * size
+        )
 
     @cached_property
     def groups(self) -> Groups:
         model = self.llm.vllm_config.model_config
-        return Groups.of(local_layers(model.hf_config.get_text_config(), model.max_model_len))
+        layers = local_layers(model.hf_config.get_text_config(), model.max_model_len)
+        return Groups.of(layers) if self.config is None else groups_of(layers, self.config.budgets)
+
+    @property
+    def config(self) -> KvConfig | None:
+        """The engine's own, with layer budgets; None without KvLLM."""
+        from kvllm.engine.settings import kv_config
+
+        return kv_config(self.llm.vllm_config)
 
     @property
     def num_kv_blocks(self) -> int:
@@ -152,7 +162,7 @@ class Engine:
         self.llm.add_request(name, {"prompt_token_ids": prompt}, params)
         return name
 
-    def lengths(self, geometry: Geometry | None) -> Lengths | None:
+    def lengths(self, geometry: RequestGeometry | None) -> Lengths | None:
         """Of the requests that got a token in the newest step."""
         states = [s for s in self.llm.output_processor.request_states.values() if s.stats.num_generation_tokens]
         if not states:
@@ -167,6 +177,7 @@ class Engine:
         logical = sum(self.slots(None, p, n) for p, n in running)
         physical = sum(self.slots(geometry, p, n) for p, n in running)
         local = sum(self.groups.local_blocks_held(n, self.block_size) for _, n in running) * self.block_size
+        local //= self.groups.num_full  # with layer budgets each group has fewer layers
         return Lengths(time.perf_counter() - self.recorder.start, len(running), logical, physical, local)
 
     def clear(self) -> None:
@@ -187,7 +198,7 @@ class Load:
     concurrency: int
     num_requests: int
     extra_args: dict[str, Any] | None
-    geometry: Geometry | None
+    geometry: RequestGeometry | None
     seconds: float | None
     max_seconds: float
     stagger: bool
@@ -264,7 +275,8 @@ class Load:
         computed = range(spec.prompt_len, spec.prompt_len + spec.output_len, block)
         physical = [engine.slots(self.geometry, spec.prompt_len, c) for c in computed]
         local = [engine.groups.local_blocks_held(c, block) for c in computed]
-        mean_blocks = (sum(ceil_div(n + 1, block) for n in physical) + sum(local)) / len(physical)
+        own = engine.groups.num_full * sum(ceil_div(n + 1, block) for n in physical)
+        mean_blocks = (own + sum(local)) / len(physical)
         return max(1, min(self.seats(), self.num_requests, int(engine.num_kv_blocks / mean_blocks)))
 
 
@@ -291,10 +303,12 @@ def run_one(engine: Engine, run: dict[str, Any], engine_options: dict[str, Any] 
         from kvllm.engine.settings import packed_tokens
 
         config = checked_config(options)
+        if engine.config is not None and engine.config.budgets:
+            config = engine.config
         held = packed_tokens(engine.llm.vllm_config)
-        geometry = Geometry.from_config(config, engine.kernel_block_size, packed_tokens=held)
-        if engine_options and engine_options["retention_ratio"] != config.retention_ratio:
-            extra_args = {RATIO_KEY: config.retention_ratio}
+        geometry = request_geometry(config, engine.kernel_block_size, packed_tokens=held)
+        if engine_options and engine_options["retention_ratio"] != options["retention_ratio"]:
+            extra_args = {RATIO_KEY: options["retention_ratio"]}
 
     load = Load(
         engine,

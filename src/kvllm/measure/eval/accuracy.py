@@ -61,6 +61,11 @@ def plan(cases: Sequence[Case], problems: Sequence[Asked], samples: int) -> dict
     asked = [(problem, sample) for sample in range(samples) for problem in problems]
     for case in cases:
         if case.config.enabled:
+            if case.config.budgets:
+                raise UsageError(
+                    f"{case.label}: requests carry their ratios, one for all layers. Serve the model with the table "
+                    "and use --endpoint."
+                )
             options = case.config.to_dict()
             ratio = options.pop("retention_ratio")
             jobs = engines.setdefault(json.dumps(options, sort_keys=True), [])

@@ -24,6 +24,14 @@ class Half(StrEnum):
     test = "test"
 
 
+class LayerRule(StrEnum):
+    """How layer budgets are found."""
+
+    kl = "kl"
+    cake = "cake"
+    pyramid = "pyramid"
+
+
 TracesFile = Annotated[Path, typer.Option("--traces", help="JSONL that `kvllm eval traces` wrote.", exists=True)]
 TracedModel = Annotated[str, typer.Option("--model", help="Folder of the model that wrote the traces.")]
 HalfOfTraces = Annotated[
@@ -420,3 +428,33 @@ def calibrate(
     from kvllm.measure.eval.calibrate import run
 
     run(traces, model, out, half, limit, stride, *placement(device, dtype))
+
+
+@app.command("calibrate-layers")
+def calibrate_layers(
+    traces: TracesFile,
+    model: TracedModel,
+    out: Annotated[Path, typer.Option(help="File to write: a table for --retention-ratio, as JSON.")],
+    rule: Annotated[
+        LayerRule, typer.Option(help="kl: move budget while the KL falls; cake: by preference; pyramid: as pyramidkv.")
+    ] = LayerRule.kl,
+    ratio: Annotated[float, typer.Option(help="Mean retention ratio of the table.", min=0, max=1)] = 0.3,
+    method: Annotated[str, typer.Option(help="Method that selects.")] = "kara",
+    common: Common = "{}",
+    groups: Annotated[
+        int | None, typer.Option(help="Groups of layers, 2 to 4.", min=2, max=4, show_default="the most of equal size")
+    ] = None,
+    steps: Annotated[str, typer.Option(help="Of rule kl: how much of a ratio to move, largest first.")] = "0.1,0.05",
+    half: HalfOfTraces = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first traces (of the half).", min=1)] = None,
+    block_size: BlockSize = 16,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Find layer budgets for a model: a table for --retention-ratio. Measure it with `fidelity` on other traces."""
+    require("eval", "scipy")
+    from kvllm.measure.eval.calibrate_layers import run
+
+    options = {**parse_json("--common", common), "method": method, "retention_ratio": ratio}
+    sizes = parse_numbers("--steps", steps, float, "0.1,0.05")
+    run(traces, model, out, rule.value, options, groups, sizes, half, limit, block_size, *placement(device, dtype))

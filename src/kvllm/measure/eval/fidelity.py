@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from kvllm.errors import UsageError
-from kvllm.layout import Geometry, IntArray
+from kvllm.layout import IntArray, RequestGeometry
 from kvllm.measure.environment import environment
 from kvllm.measure.eval.cache_formats import AUTO, cache_formats
 from kvllm.measure.eval.forks import first_event, fork_all
@@ -194,7 +194,9 @@ def rows_from(replay: Replay, first: int) -> Replay:
     return Replay(replay.logprobs[first:], replay.argmax[first:], replay.full_logprobs[first:], [])
 
 
-def rows_of(full: Replay, compressed: Replay, geometry: Geometry | None, num_prompt_tokens: int, first: int) -> Rows:
+def rows_of(
+    full: Replay, compressed: Replay, geometry: RequestGeometry | None, num_prompt_tokens: int, first: int
+) -> Rows:
     """Compare two replays of the same rows, which begin at token `first`.
 
     geometry: of the compressed one, for which that token is where it first compresses; None: it compresses nothing
@@ -234,11 +236,11 @@ def report(results: Sequence[Result], **about: Any) -> dict[str, Any]:
 def table(results: Sequence[Result]) -> str:
     """Markdown, best first within each ratio."""
     rows = []
-    for result in sorted(results, key=lambda r: (r.case.config.retention_ratio, r.estimate("kl").value)):
+    for result in sorted(results, key=lambda r: (r.case.config.mean_ratio, r.estimate("kl").value)):
         random = random_like(result, results)
         rows.append(
             [
-                f"{result.case.config.retention_ratio:g}",
+                f"{result.case.config.mean_ratio:g}",
                 result.case.name,
                 interval(result.estimate("kl"), 4),
                 interval(result.against(random), 2) if random else "",
@@ -264,7 +266,7 @@ def panels(results: Sequence[Result]) -> list[Panel]:
     made = [Panel("KL from the full cache, nats", 0.0), Panel("same most likely token, share", 1.0)]
     for result in results:
         for panel, name in zip(made, ("kl", "agreed"), strict=True):
-            panel.add(result.case.name, result.case.config.retention_ratio, result.estimate(name))
+            panel.add(result.case.name, result.case.config.mean_ratio, result.estimate(name))
     return made
 
 

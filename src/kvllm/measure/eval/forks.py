@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvllm.config import KvConfig
-from kvllm.layout import Geometry
+from kvllm.layout import request_geometry
 from kvllm.reference import Replay, Request, feed
 from kvllm.reference.formats import CacheFormat
 
@@ -20,7 +20,7 @@ def first_event(config: KvConfig, num_prompt_tokens: int, block_size: int) -> in
 
     Packed blocks change nothing here: they hold what is left.
     """
-    geometry = Geometry.from_config(config, block_size)
+    geometry = request_geometry(config, block_size)
     return geometry.event_at(num_prompt_tokens, 0) if geometry else sys.maxsize
 
 

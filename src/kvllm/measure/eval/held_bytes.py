@@ -10,6 +10,7 @@ import numpy as np
 from kvllm.compression.footprint import head_dim_of
 from kvllm.compression.rounding import packed_block_tokens
 from kvllm.config import KvConfig
+from kvllm.errors import UsageError
 from kvllm.layers import local_layers
 from kvllm.layout import Geometry, IntArray
 from kvllm.measure.eval.cache_formats import cache_formats
@@ -34,6 +35,11 @@ def geometry_of(case: Case, block_size: int, head_dim: int) -> Geometry | None:
 
     Raises UsageError where the sizes do not fit.
     """
+    if case.config.budgets:
+        raise UsageError(
+            f"{case.label}: bytes a token are counted for one ratio for all layers. Give the mean of the table, which "
+            "takes as many."
+        )
     bits = case.config.survivor_bits
     tokens = packed_block_tokens(block_size, head_dim, bits) if bits < PLAIN_BITS else None
     return Geometry.from_config(case.config, block_size, packed_tokens=tokens)

@@ -37,7 +37,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"{self.name} r={self.config.retention_ratio:g}" + (f" {self.cache}" if self.cache != "auto" else "")
+        return f"{self.name} r={self.config.mean_ratio:g}" + (f" {self.cache}" if self.cache != "auto" else "")
 
 
 def cases(
@@ -64,7 +64,8 @@ def cases(
             else:
                 add(Case(given or name_of(options, common), config))
     for case in list(found.values()):
-        sizes = {k: v for k, v in case.config.to_dict().items() if k not in ("query_stride", "max_chunk_size")}
+        own = ("query_stride", "max_chunk_size", "retention_ratio")
+        sizes = {k: v for k, v in case.config.to_dict().items() if k not in own}
         for method in baselines:
             if case.config.enabled:
                 name = name_of({**sizes, "method": method, "method_options": {}}, common)
@@ -73,11 +74,12 @@ def cases(
 
 
 def baseline_of(config: KvConfig, method: str = "random") -> KvConfig:
-    """A baseline of the same policy, ratio and sizes; it fills no chunk, and looks at no query, so it keeps few."""
+    """A baseline of the same policy, mean ratio and sizes; it fills no chunk and looks at no query, so it keeps few."""
     sizes = [config.window_size, config.buffer_size]
     if config.policy == "budget":
         sizes += [config.budget_size, config.budget_interval]
-    return replace(config, method=method, method_options={}, query_stride=math.gcd(*sizes), max_chunk_size=1)
+    plain: dict[str, Any] = {"method": method, "method_options": {}, "retention_ratio": config.mean_ratio}
+    return replace(config, **plain, query_stride=math.gcd(*sizes), max_chunk_size=1)
 
 
 def combinations(entry: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -101,6 +103,8 @@ def name_of(options: Mapping[str, Any], common: Mapping[str, Any]) -> str:
             continue
         if key not in common or common[key] != value:
             parts.append(f"{key}={value}")
+    if isinstance(table := options.get("retention_ratio"), Mapping):
+        parts += [f"{layers}:{ratio:g}" for layers, ratio in table.items()]
     parts += [f"{key}={value}" for key, value in options.get("method_options", {}).items()]
     return " ".join(parts)
 

@@ -78,7 +78,7 @@ def record(
 ) -> list[Event]:
     """The events of a text that is fed as it was generated."""
     request = Request(model, num_prompt_tokens, config, block_size)
-    assert request.geometry is not None
+    assert isinstance(request.geometry, Geometry)
     recorder = request.method = Recorder(request.method)
     feed(request, token_ids)
     events: list[Event] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvllm.errors import UsageError
-from kvllm.layout import Geometry
+from kvllm.layout import request_geometry
 from kvllm.measure.eval.traces import Trace, read_traces
 from kvllm.measure.inspect.page import page
 from kvllm.measure.inspect.record import record
@@ -29,10 +29,15 @@ def run(
     from kvllm import reference
 
     config = checked_config(options)
-    geometry = Geometry.from_config(config, block_size)
+    geometry = request_geometry(config, block_size)
     if geometry is None:
         raise UsageError(f"retention_ratio={config.retention_ratio}: nothing is compressed, so nothing could be shown.")
     model, tokenizer = reference.load_model(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if reference.Request(model, 1, config, block_size).geometry != geometry or config.budgets:
+        raise UsageError(
+            f"method={config.method}, retention_ratio={config.retention_ratio}: groups of layers keep different "
+            "numbers of tokens, and heads are shown side by side. Use one ratio, and a method without layer budgets."
+        )
     if prompt is not None:
         ids = prompt_ids(tokenizer, prompt)
         answer = reference.generate(model, ids, max_tokens, config, block_size).token_ids

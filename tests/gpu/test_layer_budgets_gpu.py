@@ -1,0 +1,95 @@
+"""Groups of layers with retention ratios of their own, in the V2 runner under CUDA graphs. Needs a GPU."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+from transformers import Exaone4Config
+
+from kvllm.config import KvConfig
+from kvllm.engine.stats import engine_stats
+from kvllm.layout import request_geometry
+from kvllm.reference import generate, load_model
+from tests.gpu.test_engine_gpu import BLOCK_SIZE, CONFIG, check, greedy, model_dir, prompt, reference_model, start  # noqa: F401
+from tests.gpu.test_packed_gpu import CONFIG as PACKED
+from tests.gpu.test_packed_gpu import OPTIONS, losses, summary
+from tests.models import save_random_model
+
+pytestmark = pytest.mark.engine
+
+TABLE = {"0-1": 0.75, "2-3": 0.3}
+
+
+def equals_the_reference(llm: Any, model: Any, config: KvConfig) -> None:
+    """Chunked prefill, six windows and more of each request, preemption in a small pool, and a prefix-cache hit."""
+    prompts = [prompt(n, n) for n in (1, 16, 17, 300, 200, 100)]
+    for p, output in zip(prompts, greedy(llm, prompts, 400), strict=True):
+        check(model, p, output, config)
+    stats = engine_stats(llm)
+    print(stats)
+    assert stats["num_windows_compressed"] >= 4 * len(prompts) and stats["num_preemptions"] > 0
+    assert stats["free_kv_blocks"] == stats["num_kv_blocks"]
+    first, again = greedy(llm, prompts[3:4], 8), greedy(llm, prompts[3:4], 400)
+    assert again[0][:8] == first[0]
+    check(model, prompts[3], again[0], config)
+    (full,) = greedy(llm, prompts[4:5], 300, ratio=1.0)
+    check(model, prompts[4], full, None)
+
+
+def test_equals_reference(model_dir: Path, reference_model: Any) -> None:  # noqa: F811
+    config = replace(CONFIG, retention_ratio=TABLE)
+    llm = start(model_dir, config, num_gpu_blocks_override=180)
+    equals_the_reference(llm, reference_model, config)
+    engine_stats(llm, reset_peak=True)
+    greedy(llm, [prompt(48, 1)], 16 * 40)
+    geometry, held = request_geometry(config, BLOCK_SIZE), engine_stats(llm)["peak_kv_blocks"]
+    assert geometry is not None
+    print("blocks held and planned:", held, geometry.peak_blocks(48, 48 + 16 * 40))
+    assert held <= geometry.peak_blocks(48, 48 + 16 * 40) <= held + 4
+    llm.llm_engine.engine_core.shutdown()
+
+
+def test_beside_layers_that_look_back_less_far(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    folder = save_random_model(tmp_path, Exaone4Config, sliding_window=128, layer_types=kinds)
+    config = replace(CONFIG, retention_ratio={"1": 0.75, "3": 0.3})
+    llm = start(folder, config, max_model_len=1024, max_num_batched_tokens=128, num_gpu_blocks_override=281)
+    equals_the_reference(llm, load_model(folder, device="cuda"), config)
+    llm.llm_engine.engine_core.shutdown()
+
+
+def test_without_kernels_of_its_own(model_dir: Path, reference_model: Any) -> None:  # noqa: F811
+    """A method that makes its own table, with a limit on the history."""
+    config = replace(CONFIG, method="pyramidkv", method_options={"num_groups": 2, "beta": 4}, history_size=128)
+    llm = start(model_dir, config)
+    prompts = [prompt(n, n) for n in (5, 70)]
+    for p, output in zip(prompts, greedy(llm, prompts, 500), strict=True):
+        check(reference_model, p, output, config)
+    llm.llm_engine.engine_core.shutdown()
+
+
+def test_survivors_in_four_bits(model_dir: Path, reference_model: Any) -> None:  # noqa: F811
+    """Two packed blocks of a window in the first two layers, one in the others."""
+    config = replace(PACKED, retention_ratio={"0-1": 0.875, "2-3": 0.4375})
+    llm = start(model_dir, config, num_gpu_blocks_override=300, **OPTIONS)
+    prompts = [prompt(n, n) for n in (1, 16, 17, 70, 300)]
+    outputs = greedy(llm, prompts, 700)
+    stats = engine_stats(llm)
+    assert stats["num_windows_compressed"] >= 4 * len(prompts) and stats["free_kv_blocks"] == stats["num_kv_blocks"]
+    packed = losses(reference_model, prompts, outputs, config)
+    half = copy.deepcopy(reference_model).bfloat16()
+    answers = [generate(half, p, 700, config, ignore_eos=True, packed=True).token_ids for p in prompts]
+    own = losses(reference_model, prompts, answers, config)
+    other = losses(reference_model, prompts, outputs, replace(config, retention_ratio=0.4375))
+    print("packed:", summary(packed), "| reference in bfloat16:", summary(own), "| one ratio:", summary(other))
+    assert packed.mean() < 1.5 * own.mean() and other.mean() > 3 * packed.mean()
+    llm.llm_engine.engine_core.shutdown()
