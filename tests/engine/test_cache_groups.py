@@ -10,14 +10,20 @@ import pytest
 import torch
 from transformers import AutoConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 
-from kvllm.engine.cache_groups import checked_groups, compressed_group, local_of, only_hashed
+from kvllm.engine.cache_groups import checked_groups, compressed_block_size, compressed_group, local_of, only_hashed
 from kvllm.engine.compat import RELEASE
 from kvllm.engine.runner_v2 import KvModelState
 from kvllm.engine.spec import KvSpec
 from kvllm.groups import Groups
-from kvllm.layers import Local
+from kvllm.layers import Cacheless, Local, Recurrent
 
 if RELEASE >= (0, 33):
     from vllm.v1.core.kv_cache_planning import _get_kv_cache_groups_uniform_page_size
@@ -39,6 +45,32 @@ def test_the_compressed_group_is_the_only_one_of_its_kind() -> None:
     for specs, block_size in (((FULL, FULL), BLOCK_SIZE), ((WINDOW,), BLOCK_SIZE), ((FULL, WINDOW), 32)):
         with pytest.raises(ValueError, match=f"one KV cache group with blocks of {block_size} tokens; vLLM made "):
             compressed_group(cache_config(*specs), block_size)
+
+
+def test_beside_recurrent_layers_blocks_may_be_larger() -> None:
+    full = KvSpec(**SHAPE | {"block_size": 48})
+    state = MambaSpec(block_size=48, shapes=((48, 2, 64, 2),), dtypes=(torch.float16,))
+    made = cache_config(state, full)
+    assert compressed_group(made, BLOCK_SIZE) == 1 and compressed_block_size(made, BLOCK_SIZE) == 48
+    with pytest.raises(ValueError, match="one KV cache group with blocks of 32 tokens"):
+        compressed_group(made, 32)
+
+
+@pytest.mark.parametrize("num_full, num_states", [(12, 36), (6, 23), (4, 5)])
+def test_vllm_makes_the_same_groups_of_recurrent_layers(num_full: int, num_states: int) -> None:
+    full = KvSpec(**SHAPE)
+    state = MambaSpec(
+        block_size=BLOCK_SIZE, shapes=((16, 2, 64, 2),), dtypes=(torch.float16,), mamba_cache_mode="align"
+    )
+    specs: dict[str, Any] = {f"full.{i}": full for i in range(num_full)}
+    made = _get_kv_cache_groups_uniform_page_size(specs | {f"state.{i}": state for i in range(num_states)})
+    groups = Groups.of([None] * num_full + [Recurrent()] * num_states + [Cacheless()] * 5)
+    kinds = [type(group.kv_cache_spec) for group in made]
+    assert (kinds.count(KvSpec), kinds.count(MambaSpec)) == (groups.num_full, groups.num_local)
+    assert {local_of(group.kv_cache_spec) for group in made if type(group.kv_cache_spec) is MambaSpec} == {groups.local}
+    config = SimpleNamespace(cache_config=SimpleNamespace(mamba_cache_mode="align"))
+    needed = groups.num_local * state.max_memory_usage_bytes(config) // state.page_size_bytes
+    assert needed <= groups.local_blocks(10_000, BLOCK_SIZE, 100)
 
 
 @pytest.mark.parametrize(
