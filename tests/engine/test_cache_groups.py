@@ -124,6 +124,7 @@ class Group:
     def __init__(self, name: str) -> None:
         self.layer_names, self.kv_cache_spec = [name], None
         self.builder = SimpleNamespace(supports_update_block_table=False)
+        self.kernel_block_size: int | None = 16
 
     def get_metadata_builder(self, ubatch_idx: int) -> Any:
         return self.builder
@@ -134,13 +135,18 @@ class Group:
     build_metadata_for_cudagraph_capture = build_metadata
 
 
+@pytest.mark.parametrize("larger", [False, True])
 @pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("real", [False, True])
-def test_the_v2_runner_gives_each_group_its_lengths(real: bool, capture: bool) -> None:
-    """Ours the physical ones, in a real batch; the others those of the text. Through vLLM's own code."""
+def test_the_v2_runner_gives_each_group_its_lengths(real: bool, capture: bool, larger: bool) -> None:
+    """Ours the physical ones, in a real batch; the others those of the text. Through vLLM's own code.
+
+    Where the allocator's blocks are larger, our group gets the table of the kernels' blocks, not mapped again.
+    """
     state: Any = object.__new__(KvModelState)
     state.group, state.supports_mm_inputs, state.encoder_cache = 1, False, None
     state.model_config, state.packed = SimpleNamespace(max_model_len=512), None
+    state.kernel_table = torch.arange(32).view(4, 8) if larger else None
     state.seq_lens = torch.tensor([200, 90, 0, 0], dtype=torch.int32)
     state.compression = SimpleNamespace(codes=torch.zeros(4))
     logical = torch.tensor([300, 90], dtype=torch.int32)
@@ -153,8 +159,9 @@ def test_the_v2_runner_gives_each_group_its_lengths(real: bool, capture: bool) -
     )  # fmt: skip
     state.prepared, state.num_removed = (batch, np.array([100, 0])) if real else (None, np.zeros(0, np.int64))
     tables = tuple(torch.full((2, 4), i) for i in range(3))
+    ours = Group("b")
     made = state.prepare_attn(
-        batch, CUDAGraphMode.NONE, tables, torch.zeros(3, 2), [[Group("a")], [Group("b")], [Group("c")]],
+        batch, CUDAGraphMode.NONE, tables, torch.zeros(3, 2), [[Group("a")], [ours], [Group("c")]],
         cache_config(WINDOW, FULL, WINDOW), capture,
     )  # fmt: skip
     assert set(made) == {"a", "b", "c"}
@@ -163,7 +170,12 @@ def test_the_v2_runner_gives_each_group_its_lengths(real: bool, capture: bool) -
         common = made[name]
         assert common.seq_lens.tolist() == lengths == common.seq_lens_cpu_upper_bound.tolist()
         assert common.max_seq_len == (512 if capture else lengths[0])
-        assert common.block_table_tensor is tables[i]
+        if larger and name == "b":
+            assert torch.equal(common.block_table_tensor, state.kernel_table[:2])
+            assert common.block_table_tensor.data_ptr() == state.kernel_table.data_ptr()
+            assert ours.kernel_block_size is None
+        else:
+            assert common.block_table_tensor is tables[i]
     # The address that a captured graph reads.
     assert (
         made["b"].seq_lens.data_ptr() == state.seq_lens.data_ptr()
