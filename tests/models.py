@@ -36,7 +36,7 @@ GRANITE_HYBRID: dict[str, Any] = dict(
 )  # fmt: skip
 QWEN3_NEXT: dict[str, Any] = EXPERTS | dict(
     linear_key_head_dim=64, linear_value_head_dim=64, linear_num_key_heads=4, linear_num_value_heads=8,
-    full_attention_interval=4, shared_expert_intermediate_size=128,
+    full_attention_interval=2, shared_expert_intermediate_size=128,
 )  # fmt: skip
 VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")  # their ids are 1 to 4
 IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END = 1, 2, 3, 4

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig
 
 from kvllm.groups import Groups
-from kvllm.layers import Local, local_layers
+from kvllm.layers import Cacheless, LayerKind, Local, Recurrent, local_layers
 
 WINDOW, CHUNK = Local(128), Local(64, chunked=True)
 
@@ -29,10 +29,16 @@ def config(model_type: str, **options: Any) -> Any:
         (config("cohere2", sliding_window=128), [Local(129)] * 3 + [None]),  # 128 before the token itself
         (config("olmo3", sliding_window=None), [None] * 4),
         (config("llama4_text", attention_chunk_size=64), [CHUNK] * 3 + [None]),
+        (config("qwen3_next"), [Recurrent()] * 3 + [None]),
+        (config("granitemoehybrid", layer_types=["mamba", "attention"] * 2), [Recurrent(), None] * 2),
+        (
+            config("nemotron_h", layers_block_type=["mamba", "attention", "mlp", "moe"]),
+            [Recurrent(), None, Cacheless(), Cacheless()],
+        ),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_how_layers_look_back(made: Any, expected: list[Local | None]) -> None:
+def test_how_layers_look_back(made: Any, expected: list[LayerKind]) -> None:
     assert local_layers(made, 512) == expected
 
 

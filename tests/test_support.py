@@ -18,6 +18,7 @@ def config(model_type: str, **options: Any) -> Any:
 
 
 LAYERS = ["sliding_attention", "full_attention"]
+STATES = ["linear_attention", "full_attention", "full_attention"]
 
 
 @pytest.mark.parametrize(
@@ -69,10 +70,13 @@ def test_served(made: Any) -> None:
             "layer_types=chunked_attention, sliding_attention: only one of these",
         ),
         (config("gemma4_text"), "per_layer_config=head_dim: these must be the same in all layers"),
-        (config("mamba2"), "layer_types=linear_attention: all layers"),
-        (config("falcon_h1"), "layer_types=hybrid: all layers"),
-        (config("jamba"), "layer_types=linear_attention: all layers"),
-        (config("qwen3_next"), "layer_types=linear_attention: all layers"),
+        (config("mamba2"), "layer_types=linear_attention: no layer is full attention"),
+        (config("falcon_h1"), "layer_types=hybrid: layers must be"),
+        (config("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"]), "layer_types=conv: layers must"),
+        (
+            config("qwen3_next", num_hidden_layers=3, full_attention_interval=None, layer_types=STATES),
+            "layer_types=2 of full attention, 1 others: vLLM would make 2 KV cache groups",
+        ),
         (config("deepseek_v3"), "kv_lora_rank=512: multi-head latent attention"),
         (config("gemma3n_text"), "num_kv_shared_layers=15: every layer"),
         (config("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention=True"),

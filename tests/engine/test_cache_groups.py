@@ -10,14 +10,26 @@ import pytest
 import torch
 from transformers import AutoConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 
-from kvllm.engine.cache_groups import checked_groups, compressed_groups, local_of, only_hashed
+from kvllm.engine.cache_groups import (
+    checked_groups,
+    compressed_block_size,
+    compressed_groups,
+    local_of,
+    only_hashed,
+)
 from kvllm.engine.compat import RELEASE
 from kvllm.engine.runner_v2 import KvModelState, Part
 from kvllm.engine.spec import KvSpec
 from kvllm.groups import Groups
-from kvllm.layers import Local
+from kvllm.layers import Cacheless, Local, Recurrent
 
 if RELEASE >= (0, 33):
     from vllm.v1.core.kv_cache_planning import _get_kv_cache_groups_uniform_page_size, get_kv_cache_groups
@@ -72,6 +84,32 @@ def test_vllm_makes_the_groups_of_layer_budgets(num_parts: int, num_local: int) 
     assert {len(group.layer_names) for group in made} == {groups.group_size}
 
 
+def test_beside_recurrent_layers_blocks_may_be_larger() -> None:
+    full = KvSpec(**SHAPE | {"block_size": 48})
+    state = MambaSpec(block_size=48, shapes=((48, 2, 64, 2),), dtypes=(torch.float16,))
+    made = cache_config(state, full)
+    assert compressed_groups(made, BLOCK_SIZE, 1) == [1] and compressed_block_size(made, BLOCK_SIZE, 1) == 48
+    with pytest.raises(ValueError, match="one KV cache group with blocks of 32 tokens"):
+        compressed_groups(made, 32, 1)
+
+
+@pytest.mark.parametrize("num_full, num_states", [(12, 36), (6, 23), (4, 5)])
+def test_vllm_makes_the_same_groups_of_recurrent_layers(num_full: int, num_states: int) -> None:
+    full = KvSpec(**SHAPE)
+    state = MambaSpec(
+        block_size=BLOCK_SIZE, shapes=((16, 2, 64, 2),), dtypes=(torch.float16,), mamba_cache_mode="align"
+    )
+    specs: dict[str, Any] = {f"full.{i}": full for i in range(num_full)}
+    made = _get_kv_cache_groups_uniform_page_size(specs | {f"state.{i}": state for i in range(num_states)})
+    groups = Groups.of([None] * num_full + [Recurrent()] * num_states + [Cacheless()] * 5)
+    kinds = [type(group.kv_cache_spec) for group in made]
+    assert (kinds.count(KvSpec), kinds.count(MambaSpec)) == (groups.num_full, groups.num_local)
+    assert {local_of(group.kv_cache_spec) for group in made if type(group.kv_cache_spec) is MambaSpec} == {groups.local}
+    config = SimpleNamespace(cache_config=SimpleNamespace(mamba_cache_mode="align"))
+    needed = groups.num_local * state.max_memory_usage_bytes(config) // state.page_size_bytes
+    assert needed <= groups.local_blocks(10_000, BLOCK_SIZE, 100)
+
+
 @pytest.mark.parametrize(
     "local, num_full, num_local",
     [(Local(128), 12, 12), (Local(128), 4, 22), (Local(64, chunked=True), 12, 36), (Local(128), 5, 4)],
@@ -124,6 +162,7 @@ class Group:
     def __init__(self, name: str) -> None:
         self.layer_names, self.kv_cache_spec = [name], None
         self.builder = SimpleNamespace(supports_update_block_table=False)
+        self.kernel_block_size: int | None = 16
 
     def get_metadata_builder(self, ubatch_idx: int) -> Any:
         return self.builder
@@ -134,23 +173,27 @@ class Group:
     build_metadata_for_cudagraph_capture = build_metadata
 
 
-def part_of(group: int, lengths: list[int]) -> Any:
+def part_of(group: int, lengths: list[int], larger: bool) -> Any:
     """What the V2 runner compresses alike, in a batch whose first request has 300 tokens of text."""
     part: Any = object.__new__(Part)
     part.group, part.seq_lens = group, torch.tensor(lengths, dtype=torch.int32)
     part.compression, part.num_removed = SimpleNamespace(codes=torch.zeros(4)), np.array([300 - lengths[0], 0])
+    part.kernel_table = torch.arange(32).view(4, 8) if larger else None
     return part
 
 
+@pytest.mark.parametrize("num_parts, larger", [(1, False), (2, False), (1, True)])
 @pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("real", [False, True])
-@pytest.mark.parametrize("num_parts", [1, 2])
-def test_the_v2_runner_gives_each_group_its_lengths(num_parts: int, real: bool, capture: bool) -> None:
-    """Ours the physical ones, in a real batch; the others those of the text. Through vLLM's own code."""
+def test_the_v2_runner_gives_each_group_its_lengths(num_parts: int, real: bool, capture: bool, larger: bool) -> None:
+    """Ours the physical ones, in a real batch; the others those of the text. Through vLLM's own code.
+
+    Where the allocator's blocks are larger, our group gets the table of the kernels' blocks, not mapped again.
+    """
     state: Any = object.__new__(KvModelState)
     state.supports_mm_inputs, state.encoder_cache = False, None
     state.model_config = SimpleNamespace(max_model_len=512)
-    state.parts = [part_of(1, [200, 90, 0, 0]), part_of(2, [150, 90, 0, 0])][:num_parts]
+    state.parts = [part_of(1, [200, 90, 0, 0], larger), part_of(2, [150, 90, 0, 0], larger)][:num_parts]
     logical = torch.tensor([300, 90], dtype=torch.int32)
     batch: Any = SimpleNamespace(
         num_reqs=2, num_tokens=2, num_reqs_after_padding=2, num_tokens_after_padding=2, max_query_len=1,
@@ -161,8 +204,9 @@ def test_the_v2_runner_gives_each_group_its_lengths(num_parts: int, real: bool, 
     )  # fmt: skip
     state.prepared = batch if real else None
     tables = tuple(torch.full((2, 4), i) for i in range(3))
+    ours = Group("b")
     made = state.prepare_attn(
-        batch, CUDAGraphMode.NONE, tables, torch.zeros(3, 2), [[Group("a")], [Group("b")], [Group("c")]],
+        batch, CUDAGraphMode.NONE, tables, torch.zeros(3, 2), [[Group("a")], [ours], [Group("c")]],
         cache_config(WINDOW, FULL, WINDOW), capture,
     )  # fmt: skip
     assert set(made) == {"a", "b", "c"}
@@ -172,7 +216,12 @@ def test_the_v2_runner_gives_each_group_its_lengths(num_parts: int, real: bool, 
         common = made[name]
         assert common.seq_lens.tolist() == lengths == common.seq_lens_cpu_upper_bound.tolist()
         assert common.max_seq_len == (512 if capture else lengths[0])
-        assert common.block_table_tensor is tables[i]
+        if larger and name == "b":
+            assert torch.equal(common.block_table_tensor, state.parts[0].kernel_table[:2])
+            assert common.block_table_tensor.data_ptr() == state.parts[0].kernel_table.data_ptr()
+            assert ours.kernel_block_size is None
+        else:
+            assert common.block_table_tensor is tables[i]
     # The address that a captured graph reads.
     assert (
         made["b"].seq_lens.data_ptr() == state.parts[0].seq_lens.data_ptr()

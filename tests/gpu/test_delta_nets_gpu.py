@@ -37,12 +37,18 @@ HALF_CONFIG = replace(CONFIG, method="streaming_llm")
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LLM, Any]]:
     folder = save_random_model(tmp_path_factory.mktemp("qwen"), Qwen3NextConfig, **QWEN3_NEXT)
+    model = load_model(folder)
+    # So that what attention finds weighs more than what bfloat16 rounds away.
+    for name, weight in model.named_parameters():
+        if name.endswith("self_attn.o_proj.weight"):
+            weight.data *= 4
+    model.save_pretrained(folder)
+    model = model.to("cuda")
+    model.set_experts_implementation("eager")
     options = settings(HALF_CONFIG)
     options["additional_config"]["gdn_prefill_backend"] = "triton"  # the other would compile FlashInfer's
     options |= {"dtype": "bfloat16", "attention_backend": "FLASH_ATTN"}
     llm = LLM(str(folder), **options | {"max_model_len": 1024, "num_gpu_blocks_override": NUM_BLOCKS})
-    model = load_model(folder, device="cuda")
-    model.set_experts_implementation("eager")
     yield llm, model
     llm.llm_engine.engine_core.shutdown()
 

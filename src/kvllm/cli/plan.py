@@ -12,6 +12,7 @@ from rich.table import Table
 from kvllm.compression.footprint import Footprint
 from kvllm.errors import UsageError
 from kvllm.groups import Groups
+from kvllm.layers import Recurrent
 from kvllm.layout import RequestGeometry, ceil_div
 from kvllm.options import parse_numbers
 
@@ -60,6 +61,11 @@ def plan(
 
     pool_bytes: KvLLM's; stock vLLM's pool has the query bank's bytes too
     """
+    if isinstance(footprint.groups.local, Recurrent):
+        raise UsageError(
+            "kvllm plan does not count the states of recurrent layers. Start the engine (kvllm serve): its log says "
+            "how many requests fit."
+        )
     block_bytes = footprint.kv_per_token * block_size
     num_blocks, stock_num_blocks = pool_bytes // block_bytes, (pool_bytes + footprint.query_bank) // block_bytes
     rows = []

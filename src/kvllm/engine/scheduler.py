@@ -48,9 +48,10 @@ class CompressionMixin(Base):
         self.geometries = Geometries.of_engine(self.vllm_config)
         # Of the group that is compressed; vLLM's `block_size` is a multiple, where states have blocks of other lengths.
         self.kv_block_size = compressed_block_size(self.kv_cache_config, self.geometries.block_size, len(config.parts))
+        self.num_late = num_late_events(self.vllm_config)
         self.kv_managers = [m for m in coordinator.single_type_managers if isinstance(m, KvManager)]
         for manager in self.kv_managers:
-            manager.bind(self._compressed, num_late_events(self.vllm_config))
+            manager.bind(self._compressed, self.num_late)
         if self.groups.local is not None:
             # Managers of other groups do not know that generated tokens of compressed requests have no hashes.
             coordinator.cache_blocks = only_hashed(coordinator.cache_blocks, self.hash_block_size)
@@ -146,7 +147,7 @@ class CompressionMixin(Base):
                 lengths.append((request.num_prompt_tokens, request.num_computed_tokens, request.max_tokens))
         if not by_geometry:
             return 0
-        if num_late_events(self.vllm_config):
+        if self.num_late:
             return self._blocks_ahead_of_states(by_geometry)
         rows, widest = [], 0
         for geometry, lengths in by_geometry.values():

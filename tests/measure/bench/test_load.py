@@ -6,6 +6,7 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
+from kvllm.groups import Groups
 from kvllm.measure.bench import worker
 from kvllm.measure.bench.figures import Lengths
 from kvllm.measure.bench.spec import BenchSpec
@@ -17,6 +18,8 @@ BLOCK = 4
 class FakeEngine:
     """Each step gives every running request a token; `num_kv_blocks` are never exceeded: the newest wait instead."""
 
+    groups = Groups(group_size=1)
+
     def __init__(self, spec: BenchSpec, num_kv_blocks: int, clock: Any) -> None:
         self.spec, self.num_kv_blocks, self.block_size, self.clock = spec, num_kv_blocks, BLOCK, clock
         self.recorder = Recorder()
@@ -25,6 +28,9 @@ class FakeEngine:
         self.most_in_flight = 0
         scheduler = SimpleNamespace(max_num_seqs=16)
         self.llm = SimpleNamespace(step=self.step, vllm_config=SimpleNamespace(scheduler_config=scheduler))
+
+    def slots(self, geometry: Any, num_prompt_tokens: int, num_tokens: int) -> int:
+        return num_tokens
 
     def add(self, output_len: int, extra_args: Any, generator: random.Random) -> str:
         name = str(len(self.added))
