@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 # Not commands: they know nothing of the tasks that use them.
 NO_TASKS = ("plots", "report", "stats", "sweep", "samples", "problems", "traces")
-TASKS = ("fidelity", "recall", "accuracy", "calibrate")
+TASKS = ("fidelity", "recall", "frontier", "accuracy", "calibrate")
 
 
 def module_name(path: Path) -> str:
