@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 # Not commands: they know nothing of the tasks that use them.
 NO_TASKS = ("plots", "report", "stats", "sweep", "samples", "problems", "programs", "traces")
-TASKS = ("fidelity", "recall", "accuracy", "tracking", "calibrate", "calibrate_layers")
+TASKS = ("fidelity", "recall", "frontier", "accuracy", "tracking", "calibrate", "calibrate_layers")
 
 
 def module_name(path: Path) -> str:

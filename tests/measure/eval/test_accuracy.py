@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from kvllm.config import KvConfig
+from kvllm.errors import UsageError
+from kvllm.layout import Geometry
 from kvllm.measure.eval import accuracy
 from kvllm.measure.eval.accuracy import check_run, plan, run, summarise, table
 from kvllm.measure.eval.engines import Completion, Question
@@ -53,7 +57,7 @@ def fresh():
 def test_one_engine_a_method_and_the_full_cache_in_the_first(tmp_path):
     samples = run("sums", plan(CASES, PROBLEMS, 2), Adder, tmp_path / "log", None, grade, "test")
     assert [options["method"] for options in Adder.started if options] == ["kara", "snapkv"] and Adder.closed == 2
-    assert all("retention_ratio" not in options for options in Adder.started if options)
+    assert [options["retention_ratio"] for options in Adder.started if options] == [0.3, 0.3]
     assert [options["request_ratios"] for options in Adder.started if options] == ["1.0,0.3,0.5", "0.3,0.5"]
     assert len(samples) == 2 * 2 * (1 + 4) and samples == read_samples(tmp_path / "log")
     summaries = summarise(samples)
@@ -63,6 +67,17 @@ def test_one_engine_a_method_and_the_full_cache_in_the_first(tmp_path):
     assert summaries[1].against_full and summaries[1].against_full.value == -1
     assert summaries[1].length_of_full == 0.9 and summaries[0].length_of_full is None
     assert table(summaries).count("\n") == 6
+
+
+def test_an_engine_of_packed_survivors_can_start_with_its_own_ratio():
+    """The default's, 0.3, is less than one packed block of a window of 128 tokens."""
+    chosen = cases([{"window_size": 128, "survivor_bits": 4, "retention_ratio": [0.875, 0.4375]}], baselines=())
+    ((options, jobs),) = plan(chosen, PROBLEMS, 1).items()
+    config = KvConfig.from_json(str(options))
+    assert config.retention_ratio == 0.875 and {job.ratio for job in jobs} == {1.0, 0.875, 0.4375}
+    assert Geometry.from_config(config, 16, packed_tokens=56) is not None
+    with pytest.raises(UsageError, match="every window keeps at least one block"):
+        Geometry.from_config(replace(config, retention_ratio=0.3), 16, packed_tokens=56)
 
 
 def test_a_run_that_is_cut_short_has_as_many_samples_of_every_configuration():

@@ -77,12 +77,16 @@ def plan(cases: Sequence[Case], problems: Sequence[Asked], samples: int) -> dict
 
 
 def _allowing_ratios(engine: str | None, jobs: Sequence[Job]) -> str | None:
-    """The engine's options, with the ratios of its jobs among those that its requests may choose."""
+    """The engine's options, with the ratios of its jobs among those that its requests may choose.
+
+    One of them is its own: the default's may not fit its windows and bits.
+    """
     if engine is None:
         return None
     options = json.loads(engine)
-    wanted = dict.fromkeys(repr(job.ratio) for job in jobs if job.ratio is not None)
-    options["request_ratios"] = ",".join(filter(None, [options["request_ratios"], *wanted]))
+    wanted = dict.fromkeys(job.ratio for job in jobs if job.ratio is not None)
+    options["retention_ratio"] = next(ratio for ratio in wanted if ratio < 1)
+    options["request_ratios"] = ",".join(filter(None, [options["request_ratios"], *map(repr, wanted)]))
     return json.dumps(options, sort_keys=True)
 
 
