@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import pytest
 
 from kvllm.errors import UsageError
 from kvllm.measure.eval.problems import SHIPPED, Problem, half_of, load_problems, spread
-from kvllm.measure.eval.traces import Trace, read_traces, write_traces
+from kvllm.measure.eval.traces import Trace, make_traces, prompts_of, read_traces, write_traces
 
 
 def test_traces_come_back_as_they_were(tmp_path):
@@ -52,3 +55,30 @@ def test_an_installed_package_without_the_data_says_where_they_are(tmp_path, mon
     monkeypatch.setitem(SHIPPED, "gsm8k", tmp_path / "gsm8k_test.jsonl")
     with pytest.raises(UsageError, match="not in the installed package; run from a checkout, or name gsm8k_test.jsonl"):
         load_problems("gsm8k")
+
+
+def test_prompts_are_problems_or_chains_of_them():
+    assert [p.id for p in prompts_of("gsm8k", None, 3, None)] == [p.id for p in spread(load_problems("gsm8k"), 3)]
+    chains = prompts_of("gsm8k", None, None, 24)
+    assert len(chains) == 1319 // 24 and all(len(json.loads(chain.answer)) == 24 for chain in chains)
+    assert len(prompts_of("gsm8k", None, 5, 24)) == 5
+
+
+def test_short_answers_are_left_out():
+    class Llm:
+        def get_tokenizer(self):
+            return self
+
+        chat_template = None
+
+        def encode(self, text: str) -> list[int]:
+            return [ord(c) for c in text]
+
+        def generate(self, prompts, sampling):
+            made = [SimpleNamespace(token_ids=[7] * len(p["prompt_token_ids"][: 3 + i])) for i, p in enumerate(prompts)]
+            return [SimpleNamespace(outputs=[each]) for each in made]
+
+    problems = [Problem("a", "1 + 1?", "2"), Problem("b", "2 + 2?", "4")]
+    (trace,) = make_traces(Llm(), "sums", problems, max_tokens=9, min_tokens=4, temperature=0, seed=None)
+    assert trace.id == "sums:b" and trace.token_ids[trace.num_prompt_tokens :] == [7] * 4
+    assert "".join(map(chr, trace.token_ids[: trace.num_prompt_tokens])) == problems[1].prompt

@@ -177,7 +177,8 @@ def table(summaries: Sequence[ChainSummary]) -> str:
         for s in summaries
     ]
     binned = [("recalled %, tokens in between", "by_distance"), ("solved %, position in the chain", "by_position")]
-    return "\n\n".join([markdown(header, rows), *(_binned(summaries, title, name) for title, name in binned)])
+    more = [_binned(summaries, title, name) for title, name in binned if any(getattr(s, name) for s in summaries)]
+    return "\n\n".join([markdown(header, rows), *more])
 
 
 def _binned(summaries: Sequence[ChainSummary], title: str, name: str) -> str:

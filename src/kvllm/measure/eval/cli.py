@@ -373,8 +373,8 @@ def chain(
     ] = "",
     samples: Annotated[int, typer.Option(help="Answers to each chain.", min=1)] = 1,
     max_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.", min=1)] = 12288,
-    temperature: Annotated[float, typer.Option(help="Of sampling; 0 = greedy.", min=0)] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 = greedy.", min=0)] = 0.6,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 0.95,
     sampling_seed: SamplingSeed = None,
 ) -> None:
     """Solve many problems in one long answer, and repeat all results at its end; the full cache is always included."""

@@ -64,6 +64,14 @@ def make_traces(
     ]
 
 
+def prompts_of(task: str, data: Path | None, num_prompts: int | None, chain_length: int | None) -> Sequence[Asked]:
+    """The task's problems, or chains of them that share none, evenly spaced over all; None: all, and no chains."""
+    problems = load_problems(task, data)
+    if chain_length is None:
+        return spread(problems, num_prompts)
+    return spread(make_chains(problems, None, len(problems) // chain_length, chain_length, "example"), num_prompts)
+
+
 def run(
     arguments: Sequence[str],
     out: Path,
@@ -86,11 +94,9 @@ def run(
 
     from kvllm.engine.arguments import engine_args
 
-    problems: Sequence[Asked] = load_problems(task, data)
-    if chain_length is not None:
-        problems = make_chains(load_problems(task, data), None, len(problems) // chain_length, chain_length, "example")
+    problems = prompts_of(task, data, num_problems, chain_length)
     llm = LLM.from_engine_args(engine_args(arguments, None))
-    made = make_traces(llm, task, spread(problems, num_problems), max_tokens, min_tokens, temperature, seed)
+    made = make_traces(llm, task, problems, max_tokens, min_tokens, temperature, seed)
     kept = spread(made, num_kept)
     write_traces(out, kept)
     lengths = [len(trace.token_ids) - trace.num_prompt_tokens for trace in kept]
