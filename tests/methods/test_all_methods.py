@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import tempfile
 from dataclasses import FrozenInstanceError, fields, replace
-from typing import Any
 
 import pytest
 import torch
@@ -46,8 +45,8 @@ def fitting(method: Method, window: Window) -> Method:
     """The method with gates, if it has any, for the KV heads of this window."""
     if not isinstance(method, Gated):
         return method
-    make: Any = type(method)
-    return make(gates=gates_of(window.num_kv_heads))
+    name = next(name for name, cls in methods().items() if isinstance(method, cls))
+    return make_method(KvConfig(method=name, method_options={"gates": gates_of(window.num_kv_heads)}))
 
 
 @pytest.fixture(params=list(methods()))

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvllm.errors import UsageError
 from kvllm.measure.eval import accuracy, programs, tracking
@@ -14,6 +15,7 @@ from kvllm.measure.eval.programs import MODULUS, NUM_ROOTS, VOCABULARY, execute,
 from kvllm.measure.eval.regrade import run as regrade
 from kvllm.measure.eval.sweep import cases
 
+WEIGHTS = Path(__file__).parents[3] / "benchmarks" / "small_model" / "weights"
 PROGRAM = "v0 7 +1 ; v1 3 -2 ; v2 0 +1 ; v3 9 +1 ; v4 v0 -3 ; v5 v4 +2 ; ask v5 v0 run"
 ANSWER = (
     "v0 7 +1 : 7 7 v0 8 ; v1 3 -2 : 3 3 v1 1 ; v2 0 +1 : 0 0 v2 1 ; v3 9 +1 : 9 9 v3 0 ; "
@@ -63,17 +65,17 @@ def test_too_many_lines_are_refused():
 
 def test_what_is_right_in_an_answer():
     program = programs.Program("0", PROGRAM, "v5 7 v0 8")
-    assert tracking.is_correct(ANSWER, program.answer) and tracking.lines_right(ANSWER, program) == 1
+    assert programs.is_correct(ANSWER, program.answer) and programs.lines_right(ANSWER, program) == 1
     wrong = ANSWER.replace("v4 5 ; v5 v4 +2 : v4 5 v5 7", "v4 4 ; v5 v4 +2 : v4 4 v5 6").replace(
         "answer v5 7", "answer v5 6"
     )
-    assert not tracking.is_correct(wrong, program.answer)
-    assert tracking.values_right(wrong, program.answer) == 1 / 2
-    assert tracking.lines_right(wrong, program) == 4 / 6
+    assert not programs.is_correct(wrong, program.answer)
+    assert programs.values_right(wrong, program.answer) == 1 / 2
+    assert programs.lines_right(wrong, program) == 4 / 6
     cut = ANSWER[: ANSWER.index("v4 v0")]
-    assert not tracking.is_correct(cut, program.answer) and tracking.values_right(cut, program.answer) == 0
-    assert tracking.lines_right(cut, program) == 4 / 6
-    assert not tracking.is_correct("", program.answer) and tracking.lines_right("v0 v0 v0 ; ;", program) == 0
+    assert not programs.is_correct(cut, program.answer) and programs.values_right(cut, program.answer) == 0
+    assert programs.lines_right(cut, program) == 4 / 6
+    assert not programs.is_correct("", program.answer) and programs.lines_right("v0 v0 v0 ; ;", program) == 0
 
 
 class Interpreter:
@@ -111,3 +113,13 @@ def test_the_results_of_a_run(tmp_path, monkeypatch, capsys):
     ]
     with pytest.raises(UsageError, match="graded by 'tracking v1', not by math-verify"):
         regrade(Path(tmp_path / "samples.jsonl"))
+
+
+def test_the_shipped_model_executes_new_programs():
+    """Given the right text so far, it writes every token of the rest."""
+    model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32)
+    drawn = programs.programs(1, 160, 4, np.random.default_rng(12345))
+    ids, prompt = torch.from_numpy(np.concatenate([drawn.prompts, drawn.answers], axis=1)), drawn.prompts.shape[1]
+    with torch.inference_mode():
+        predicted = model(ids).logits[:, prompt - 1 : -1].argmax(dim=-1)
+    assert torch.equal(predicted, ids[:, prompt:])

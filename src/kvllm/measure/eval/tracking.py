@@ -19,7 +19,15 @@ from kvllm.measure.environment import environment
 from kvllm.measure.eval.accuracy import LOG, RUN, check_run, plan, run, summarise
 from kvllm.measure.eval.engines import Engine, Sampling, VllmEngine
 from kvllm.measure.eval.plots import Panel, plot_curves
-from kvllm.measure.eval.programs import ANSWER_LINE, MODULUS, PROGRAMS_VERSION, Program, execute, problems
+from kvllm.measure.eval.programs import (
+    ANSWER_LINE,
+    PROGRAMS_VERSION,
+    Program,
+    is_correct,
+    lines_right,
+    problems,
+    values_right,
+)
 from kvllm.measure.eval.report import Progress, interval, markdown
 from kvllm.measure.eval.samples import Sample
 from kvllm.measure.eval.stats import Estimate, bootstrap_ratio
@@ -28,32 +36,6 @@ from kvllm.measure.eval.sweep import FULL, Case
 TASK = "tracking"
 GRADE_VERSION = 1
 GRADER = f"tracking v{GRADE_VERSION}"
-
-
-def is_correct(text: str, expected: str) -> bool:
-    """Whether the last words of an answer are the variables that were asked for and their values."""
-    return answered(text) == expected.split()
-
-
-def answered(text: str) -> list[str]:
-    """The words after the last "answer"; none if there is none."""
-    return text.rpartition("answer ")[2].split() if "answer " in text else []
-
-
-def values_right(text: str, expected: str) -> float:
-    """Share of the values asked for that are right."""
-    given, wanted = answered(text)[1::2], expected.split()[1::2]
-    return sum(a == b for a, b in zip(given, wanted, strict=False)) / len(wanted)
-
-
-def lines_right(text: str, program: Program) -> float:
-    """Share of the program's lines whose result is right in the answer; a line that is not written is not."""
-    written: dict[str, int] = {}
-    for line in text.split("answer ")[0].split(";"):
-        if len(words := line.split()) == ANSWER_LINE - 1 and words[-1].isdigit():
-            written.setdefault(words[-2], int(words[-1]) % MODULUS)
-    values = execute(program.problem)
-    return sum(written.get(name) == value for name, value in values.items()) / len(values)
 
 
 @dataclass(frozen=True)
