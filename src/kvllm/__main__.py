@@ -10,11 +10,13 @@ import typer
 from kvllm.cli.app import app as app
 from kvllm.errors import UsageError
 from kvllm.measure.bench.cli import app as bench_app
+from kvllm.measure.demo.cli import demo
 from kvllm.measure.eval.cli import app as eval_app
 from kvllm.measure.inspect.cli import inspect
 
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
+app.command()(demo)
 app.command()(inspect)
 
 

@@ -166,20 +166,6 @@ def doctor(
 
 
 @app.command()
-@with_config
-def demo(
-    options: dict,  # type: ignore[type-arg]
-    model: Annotated[Path, typer.Option(help="A model's folder.")],
-    max_tokens: Annotated[int, typer.Option(help="Length of the answer.", min=1)] = 1536,
-    dtype: Annotated[str, typer.Option(help="As in vLLM.")] = "float32",
-) -> None:
-    """One long answer from stock vLLM and from KvLLM, side by side."""
-    from kvllm.cli.demo import demo as run
-
-    run(model, max_tokens, dtype, options, console)
-
-
-@app.command()
 def methods() -> None:
     """List the compression methods and the options of each (--method-options)."""
     from rich.text import Text
