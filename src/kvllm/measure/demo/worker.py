@@ -51,7 +51,8 @@ def serve(job: Job, options: dict[str, Any] | None, report: Report) -> None:
         engine.llm.step()
     engine.clear()
     report({"ready": True})
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        return  # the command is gone
 
     engine.recorder.begin()
     trace = engine.recorder.trace
