@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from kvllm.errors import UsageError
 from kvllm.measure.demo.job import BLOCK_SIZE, PROMPT_LEN, Agreement, Job, Outcome, Status
 from kvllm.measure.demo.picture import draw
 from kvllm.measure.demo.process import Process
+from kvllm.measure.demo.run import run
 from kvllm.measure.demo.view import OURS, STOCK, live_table, sentence, summary
 from kvllm.measure.demo.worker import replay
 
@@ -97,3 +99,51 @@ def test_agreement_counts_from_the_first_compression(model_dir: Path) -> None:
     replay(job(model_dir), [text[:120]], [3], reports.append)
     assert reports[0]["num_tokens"] == 11 and 0 < reports[0]["ours"] <= 1 and 0 < reports[0]["random"] <= 1
     assert reports[1] == {"method": "kara", "ours": 1.0, "random": 1.0, "num_tokens": 0}
+
+
+class Scripted:
+    """A process that reports what it is told to."""
+
+    def __init__(self, kind: str, label: str, job_file: Path, log: Path) -> None:
+        self.kind, self.ended = kind, False
+        seconds = {"stock": 40.0, "kvllm": 25.0}.get(kind, 0.0)
+        done = {
+            "seconds": seconds, "preempted": 2, "peak_blocks": 70, "mean_running": 200 / max(seconds, 1),
+            "texts": [[1, 2, 3]], "prompt_lens": [1],
+        }  # fmt: skip
+        self.reports = iter(
+            [{"method": "kara", "ours": 0.95, "random": 0.91, "num_tokens": 100}]
+            if kind == "replay"
+            else [{"ready": True}, {"status": asdict(Status(1.0, 0, 4, 60, 0))}, done]
+        )
+        assert kind != "replay" or json.loads(job_file.read_text())["texts"] == [[1, 2, 3]]
+
+    def next(self) -> dict[str, object]:
+        return next(self.reports)
+
+    def go(self) -> None:
+        assert not self.ended
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr("kvllm.measure.demo.run.Process", Scripted)
+    monkeypatch.setattr("kvllm.measure.demo.run.check_plugin_is_loaded", lambda: None)
+    console = Console(width=120)
+    with console.capture() as capture:
+        run(tmp_path, 12, 512, 4, {}, tmp_path / "out", console)
+    shown = capture.get()
+    assert "stock vLLM: 12 answers in 40 s" in shown and "1.60x" in shown and "95.0%" in shown
+    assert (tmp_path / "out" / "demo.svg").exists()
+    figures = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert figures["KvLLM"]["seconds"] == 25.0 and figures["job"]["options"]["window_size"] == 128
+
+
+def test_a_missing_model_is_refused_with_the_way_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvllm.measure.demo.run.check_plugin_is_loaded", lambda: None)
+    with pytest.raises(UsageError, match="no model there.*make demo"):
+        run(tmp_path, 12, 512, 4, {}, tmp_path / "out", Console())
+    assert not (tmp_path / "out").exists()
