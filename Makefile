@@ -20,7 +20,7 @@ export UV_OVERRIDE ?= .ci/local-torch.txt
 endif
 
 help:
-	@echo "make demo   stock vLLM against KvLLM on a small model, side by side"
+	@echo "make demo   a dozen requests in a small KV pool, stock vLLM against KvLLM: three minutes on two cores"
 	@echo "make test   lint, types and tests"
 	@echo "make robustness  random input and faults, the long form"
 	@echo "make docs   the documentation as a site, in .site"
@@ -33,14 +33,18 @@ help:
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml .ci/local-torch.txt
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	test -x $(UV) || .venv/bin/python -m pip install --quiet uv
-	$(UV) pip install --python .venv/bin/python --editable '.[cpu,dev]'
-	$(UV) pip install --python .venv/bin/python --no-deps kvpress==0.5.5
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	    { echo "KvLLM needs Python 3.11 to 3.13; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.11"; exit 1; }
+	@echo "Installing KvLLM, vLLM and PyTorch for CPUs into .venv: once, some minutes, about 4 GB ..."
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@test -x $(UV) || .venv/bin/python -m pip install --quiet uv
+	@$(UV) pip install --python .venv/bin/python --editable '.[cpu,dev]'
+	@$(UV) pip install --python .venv/bin/python --no-deps kvpress==0.5.5
+	@touch $@
 
 $(MODEL)/config.json: | $(INSTALLED)
-	PYTHONPATH=src .venv/bin/python -m tools.fetch_model smollm2-135m $(MODEL)
+	@echo "Downloading a small model, SmolLM2-135M-Instruct, and converting it to 0.27 GB in $(MODEL): once ..."
+	@PYTHONPATH=src .venv/bin/python -m tools.fetch_model smollm2-135m $(MODEL)
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .
@@ -67,7 +71,7 @@ robustness: $(MODEL)/config.json
 	KVLLM_LONG=1 KVLLM_TRAFFIC=10000 OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/robustness tests/engine/test_rows.py $(PYTEST_ARGS)
 
 demo: $(INSTALLED) $(MODEL)/config.json
-	.venv/bin/kvllm demo --model $(MODEL)
+	@.venv/bin/kvllm demo --model $(MODEL) --out build/demo
 
 clean:
 	rm -rf .venv build dist .site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

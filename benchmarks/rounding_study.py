@@ -65,7 +65,7 @@ class RoundedKara(Kara):
     def compress(self, window: Window, num_kept: int) -> Kept:
         window = self.ahead(window)
         kept = self._random(window, num_kept) if self.scores == "random" else self.select(self._score(window), num_kept)
-        keys, values = gather_tokens(window.keys, kept), gather_tokens(window.values, kept)
+        keys, values = gather_tokens(window.head_keys, kept), gather_tokens(window.head_values, kept)
         if self.refit == "none" or self.scores == "random" or num_kept > self.most_refitted:
             keys, values = self.rounded_keys(keys), self.rounded_values(values)
         elif self.refit == "before":

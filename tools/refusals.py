@@ -65,7 +65,7 @@ BUG = "Please report this with the model and the vLLM release; until then serve 
 REMEDIES: dict[tuple[str, str], str] = {
     ("budgets.py", "num_groups"): "Use a number of groups that the message names.",
     ("budgets.py", "retention_ratio"): "Use a retention_ratio that the message names.",
-    ("cli/demo.py", ""): "Read the last lines of the log in the message; `kvllm doctor MODEL` finds most causes.",
+    ("measure/demo/", ""): "Read the last lines of the log in the message; `kvllm doctor MODEL` finds most causes.",
     (
         "cli/plan.py",
         "leave nothing",

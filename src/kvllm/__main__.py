@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import typer
 
-from kvllm.cli.app import MEASURE
+from kvllm.cli.app import MEASURE, SERVE
 from kvllm.cli.app import app as app
 from kvllm.cli.options import examples
 from kvllm.errors import UsageError
 from kvllm.measure.bench.cli import app as bench_app
+from kvllm.measure.demo.cli import demo
 from kvllm.measure.eval.cli import app as eval_app
 from kvllm.measure.inspect.cli import inspect
 from kvllm.measure.tune.cli import tune
@@ -29,6 +30,7 @@ app.command(
     rich_help_panel=MEASURE,
     epilog=examples("kvllm tune MODEL texts.jsonl --saving 2.5"),
 )(tune)
+app.command(rich_help_panel=SERVE, epilog=examples("kvllm demo --model MODEL"))(demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,18 +1,15 @@
-"""`kvllm generate` and `kvllm demo` apart from the engine, which has its own tests."""
+"""`kvllm generate` apart from the engine, which has its own tests."""
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from kvllm.cli import demo
 from kvllm.cli.generate import Generation, encode
-from kvllm.config import KvConfig
 
 
 def generation(token_ids: list[int], prompt_token_ids: list[int] | None = None, peak: int = 10) -> Generation:
@@ -60,42 +57,6 @@ def test_encode_uses_the_chat_template_where_there_is_one(model_dir: Path) -> No
     assert encode(tokenizer, "Hi", None) == plain
     with pytest.raises(ValueError, match="--no-chat"):
         encode(tokenizer, "Hi", True)
-
-
-def test_demo_compares_token_by_token() -> None:
-    comparison = demo.compare(generation([1, 2, 3, 4, 5]), generation([1, 2, 9, 4, 8]), {"kara": 0.9})
-    assert (comparison.num_same, comparison.share_identical) == (2, 0.6)
-    same = demo.compare(generation([1, 2]), generation([1, 2]), {})
-    assert (same.num_same, same.share_identical) == (2, 1.0)
-    shown = printed(demo.table(generation([1, 2, 3, 4, 5], peak=40), generation([1, 2, 9, 4, 8], peak=17), comparison))
-    assert "60.0%" in shown and "90.0%" in shown and "17" in shown
-
-
-def test_demo_sees_that_a_text_repeats_itself() -> None:
-    loop, varied = generation([1, 2, 3, 4] * 100), generation(list(range(400)))
-    assert demo.compare(loop, loop, {}).share_distinct == 4 / 393
-    assert demo.compare(varied, varied, {}).share_distinct == 1.0
-
-
-def test_demo_passes_the_users_choice_on() -> None:
-    flags = demo.as_flags({"retention_ratio": 0.5, "method_options": {"a": 1}, "seed": 3})
-    assert flags == ["--retention-ratio", "0.5", "--method-options", '{"a": 1}', "--kv-seed", "3"]
-
-
-def test_a_failed_run_shows_its_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KVLLM_TRACEBACK", "")
-    with pytest.raises(ValueError, match="failed with exit code 2"):
-        demo.run_generate(["generate", "model"])  # no prompt
-
-
-def test_replay_agreement_counts_from_the_first_compression(model_dir: Path) -> None:
-    # 3 prompt tokens fill a block of 32; window 64, buffer 32: the first compression is due at 128 tokens.
-    config = KvConfig(window_size=64, buffer_size=32, retention_ratio=0.5)
-    text = [(7 * i) % 1000 + 20 for i in range(140)]
-    assert demo.replay_agreement(model_dir, generation(text[:120]), [config]) == {}
-    agreement = demo.replay_agreement(model_dir, generation(text), [config, replace(config, method="random")])
-    assert set(agreement) == {"kara", "random"} and all(0 < share <= 1 for share in agreement.values())
-    assert demo.replay_agreement(model_dir, generation(text), [KvConfig(retention_ratio=1.0)]) == {}
 
 
 def test_the_module_runs_as_a_program() -> None:

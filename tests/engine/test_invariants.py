@@ -203,5 +203,6 @@ def test_the_packed_cache_is_read_as_it_was_written(llm: Any) -> None:
         keys, values = torch.randn(2, 2 * BLOCK_SIZE, 3, 64).to(dtype)
         slots = torch.from_numpy(np.concatenate([np.arange(BLOCK_SIZE) + b * BLOCK_SIZE for b in (4, 1)]))
         cpu_cache.write(cache, keys, values, slots, "vec")
-        read_keys, read_values = reader.read(cache, torch.tensor([4, 1]))
-        assert torch.equal(read_keys, keys) and torch.equal(read_values, values)
+        read_keys, read_values = reader.read([torch.zeros_like(cache), cache], torch.tensor([4, 1]))
+        assert torch.equal(read_keys[1], keys) and torch.equal(read_values[1], values)
+        assert not read_keys[0].any() and not read_values[0].any()

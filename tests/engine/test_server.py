@@ -52,6 +52,15 @@ def test_chat_completion_and_streaming(client: Any) -> None:
     assert "".join(chunk.choices[0].text for chunk in stream) == plain.choices[0].text
 
 
+def test_the_example_of_ratios_runs(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    import request_ratios
+
+    compressed, full = (request_ratios.ask(client, "small", "Why?", ratio, max_tokens=140) for ratio in (0.5, 1.0))
+    assert compressed["compressions"] == 1 and compressed["evicted_tokens"] == 32
+    assert full["compressions"] == full["evicted_tokens"] == 0
+
+
 def test_sixteen_at_once_with_an_abort_midway_and_prefix_hits(client: Any, base_url: str) -> None:
     prompt = "A long shared introduction. " * 30
     client.completions.create(model="small", prompt=prompt, max_tokens=1)

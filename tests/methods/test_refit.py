@@ -66,7 +66,7 @@ def test_nothing_to_solve_leaves_zeros():
 def test_shifted_keys_win_back_the_weight_of_the_window():
     window = few_queries(3)  # fewer than dimensions, so that a shift can serve them all
     indices = kept_of(window)
-    keys = gather_tokens(window.keys, indices) + shift_keys(window, indices, 1e-6)
+    keys = gather_tokens(window.head_keys, indices) + shift_keys(window, indices, 1e-6)
     queries = window.grouped_queries()[:, :, 0]
     before = window.logits()[:, :, 0].logsumexp(dim=-1)
     after = (queries @ keys.transpose(-1, -2) / 4).logsumexp(dim=-1)
@@ -77,7 +77,7 @@ def test_shifted_keys_win_back_the_weight_of_the_window():
 def test_refitted_values_bring_what_the_window_brought(shift):
     window = few_queries(3)  # fewer than kept tokens
     indices = kept_of(window)
-    keys = gather_tokens(window.keys, indices) + shift * shift_keys(window, indices, 1e-6)  # shifted or not
+    keys = gather_tokens(window.head_keys, indices) + shift * shift_keys(window, indices, 1e-6)  # shifted or not
     values = refit_values(window, indices, 1e-6)
     queries = window.grouped_queries()[:, :, 0]
     brought = window.logits()[:, :, 0].softmax(dim=-1) @ window.values.transpose(1, 2)
@@ -99,7 +99,7 @@ def test_each_request_is_refitted_by_itself():
 def test_a_strong_ridge_changes_nothing(ridge):
     window = random_window()
     indices = kept_of(window)
-    values = gather_tokens(window.values, indices)
+    values = gather_tokens(window.head_values, indices)
     assert shift_keys(window, indices, ridge).abs().max() < 1e-5
     torch.testing.assert_close(refit_values(window, indices, ridge), values)
 

@@ -246,20 +246,6 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=SERVE)
-@with_config
-def demo(
-    options: dict,  # type: ignore[type-arg]
-    model: Annotated[Path, typer.Option(help="A model's folder.")],
-    max_tokens: Annotated[int, typer.Option(help="Length of the answer.", min=1)] = 1536,
-    dtype: Annotated[str, typer.Option(help="As in vLLM.")] = "float32",
-) -> None:
-    """One long answer from stock vLLM and from KvLLM, side by side."""
-    from kvllm.cli.demo import demo as run
-
-    run(model, max_tokens, dtype, options, console)
-
-
 @app.command(
     rich_help_panel=MEASURE,
     epilog=examples(

@@ -11,12 +11,14 @@ from torch import Tensor
 from kvllm.compression.query_ring import prompt_query_positions, query_positions
 from kvllm.compression.rounding import Rounding
 from kvllm.compression.rows import Due
-from kvllm.compression.store import ALL_LAYERS, Store
+from kvllm.compression.store import Store
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry, Shape
 from kvllm.methods.base import Kept, Method, Window
 from kvllm.methods.rope import Rope
 from kvllm.support import PLAIN_BITS
+
+CPU_WEIGHTS = 2**20  # of the attention of a window's queries that are worked on at once, 4 bytes each
 
 # Kernels that do what a method does, without copies of the candidates: (candidates of the store, number kept).
 Fused = Callable[[Any, int], None]
@@ -101,9 +103,28 @@ class Compressor:
 
     def _compress_part(self, part: Sequence[Due], shape: Shape, candidates: Any) -> None:
         where = torch.from_numpy(query_positions(self.config, part[0].geometry, part[0].event))
-        positions = torch.cat([self._candidate_positions(each) for each in part])
-        members = torch.arange(self.store.num_layers, device=positions.device).repeat(len(part))
-        window = self._window(candidates, ALL_LAYERS, where, positions, members)
+        positions = torch.stack([self._candidate_positions(each) for each in part])
+        kept = [
+            self._compress_layers(part, shape, candidates, layers, where, positions[:, layers].flatten(0, 1))
+            for layers in self._layers_at_once(shape)
+        ]
+        if self.observe is not None:
+            assert len(part) == 1 or len(kept) == 1  # layers of several events lie side by side
+            self.observe(Kept(torch.cat([each.indices for each in kept])), False)
+
+    def _layers_at_once(self, shape: Shape) -> list[slice]:
+        """On a CPU so few layers that what is worked out of them stays in a core's cache."""
+        num_layers, size = self.store.num_layers, self.store.num_layers
+        if self.layers.is_cpu:
+            num_heads = self.store.num_kv_heads * len(self.shifts)
+            size = max(1, CPU_WEIGHTS // (num_heads * self.config.num_queries * shape.num_candidates))
+        return [slice(start, min(start + size, num_layers)) for start in range(0, num_layers, size)]
+
+    def _compress_layers(
+        self, part: Sequence[Due], shape: Shape, candidates: Any, layers: slice, where: Tensor, positions: Tensor
+    ) -> Kept:
+        members = torch.arange(layers.start, layers.stop, device=positions.device).repeat(len(part))
+        window = self._window(candidates, layers, where, positions, members)
         all_stay = shape.num_kept == shape.num_candidates  # now and then, at ratios near 1
         if all_stay:
             kept = Kept(torch.arange(shape.num_candidates, device=positions.device).expand_as(positions))
@@ -112,14 +133,13 @@ class Compressor:
         if self.rounding is not None:
             kept = rounded(window, kept, self.rounding)
         if not all_stay or self.rounding is not None:
-            self.store.write(candidates, kept)
+            self.store.write(candidates, kept, layers)
         if self.positions is not None and part[0].geometry.tracks_survivors:
             found = window.positions.gather(-1, kept.indices).to(self.positions.dtype)
             for each, own in zip(part, found.unflatten(0, (len(part), -1)), strict=True):
                 first = each.geometry.num_left_alone(each.event)
-                self.positions[each.row, ..., first : first + shape.num_kept] = own
-        if self.observe is not None:
-            self.observe(kept, False)
+                self.positions[each.row, layers, :, first : first + shape.num_kept] = own
+        return kept
 
     def _compress_prompt(self, due: Due, cut: Shape) -> None:
         """Cut one prompt, some layers at a time: a long one is as many tokens as many windows."""

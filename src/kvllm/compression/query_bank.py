@@ -82,7 +82,7 @@ class QueryBank:
         """Which queries of a step are kept and where, the same in every layer: what `put` takes.
 
         codes:  [num_tokens], of `codes`, or -1: nothing is stored; no two tokens of a row a whole period apart
-        returns token, member of the group, row and entry of the ring of each query that is kept
+        returns token, member of the group, row and entry of the ring of each query that is kept, of each KV head
         """
         # Both [num_tokens, group_size].
         stored, entries = entry_of(codes[:, None] % self.period, self.shifts, self.query_stride, self.num_queries)
@@ -94,16 +94,22 @@ class QueryBank:
 
         query: [num_tokens, num_heads, head_dim], after RoPE; codes: as of `targets`
         """
-        self.put(layer, query, self.targets(codes))
+        targets = self.targets(codes)
+        self.put(query[None, targets[0]], targets, slice(layer, layer + 1))
 
-    def put(self, layer: int, query: Tensor, targets: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-        """Keep the queries that `targets` chose."""
-        token, member, row, entry = targets
-        grouped = query.unflatten(1, (self.num_kv_heads, self.group_size))[token, :, member]
-        numbers, scales = quantize(grouped, self.queries.dtype)
+    def put(self, queries: Tensor, targets: tuple[Tensor, Tensor, Tensor, Tensor], layers: slice = slice(None)) -> None:
+        """Keep the queries that `targets` chose.
+
+        queries: [num_layers, num_targets, num_heads, head_dim], all heads of the targets' tokens
+
+        All layers at once: one by one they would take longer than a small model's attention.
+        """
+        _, member, row, entry = targets
         shape = (self.num_kv_heads, self.group_size)
-        self.queries[layer].unflatten(2, shape)[row, entry, :, member] = numbers
-        self.scales[layer].unflatten(2, shape)[row, entry, :, member] = scales
+        chosen = torch.arange(len(member), device=member.device)
+        numbers, scales = quantize(queries.unflatten(2, shape)[:, chosen, :, member], self.queries.dtype)
+        self.queries[layers].unflatten(3, shape)[:, row, entry, :, member] = numbers
+        self.scales[layers].unflatten(3, shape)[:, row, entry, :, member] = scales
 
     def ring_start(self, row: Any, oldest_entry: Any) -> Any:
         """What a reader is told of a request: its row in the bank, and the entry at which its ring starts.

@@ -6,6 +6,8 @@ elements into a scratch block, and where each number lands is the order to read 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
@@ -55,13 +57,20 @@ class PackedReader:
             raise RuntimeError(f"KvLLM cannot read the CPU cache of instruction set {isa!r} with {kv_cache.dtype}.")
         self._key_order, self._value_order = found_keys.argsort(), found_values.argsort()
 
-    def read(self, kv_cache: Tensor, block_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [len(block_ids) * block_size, num_kv_heads, head_dim] of whole blocks, in text order."""
-        keys, values = split(kv_cache)
-        return self._unpack(keys[block_ids], self._key_order), self._unpack(values[block_ids], self._value_order)
+    def read(self, kv_caches: Sequence[Tensor], block_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole blocks of each layer, in text order.
 
-    def _unpack(self, blocks: Tensor, order: Tensor) -> Tensor:
-        num_blocks, num_kv_heads = blocks.shape[:2]
-        flat = blocks.reshape(num_blocks, num_kv_heads, -1)[..., order]
-        tokens = flat.view(num_blocks, num_kv_heads, self.block_size, self.head_dim)
-        return tokens.transpose(1, 2).reshape(-1, num_kv_heads, self.head_dim)
+        block_ids: [num_blocks] int64, the same in all layers
+        returns    two tensors [num_layers, num_blocks * block_size, num_kv_heads, head_dim], each head's side by side
+        """
+        num_kv_heads, size = kv_caches[0].shape[1], len(self._key_order)
+        heads = torch.arange(num_kv_heads)[:, None] + block_ids * num_kv_heads
+        first = (2 * size * heads).unsqueeze(-1)  # of each head's keys in each block; the values follow them
+        shape = (len(kv_caches), num_kv_heads, len(block_ids) * self.block_size, self.head_dim)
+        read = []
+        for places in (first + self._key_order, first + size + self._value_order):
+            made = torch.empty(shape, dtype=kv_caches[0].dtype)
+            for kv_cache, layer in zip(kv_caches, made.view(len(kv_caches), -1), strict=True):
+                torch.index_select(kv_cache.view(-1), 0, places.view(-1), out=layer)
+            read.append(made.transpose(1, 2))
+        return read[0], read[1]

@@ -100,7 +100,8 @@ class CompressorV1:
         )
         self.running = RunningRequests(runner.max_num_reqs)
         # What the current step stores, and what its attention leaves out; None where it is nothing.
-        self.targets: tuple[Tensor, ...] | None = None
+        self.targets: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.captured: Tensor | None = None  # [num_layers, num_targets, num_heads, head_dim], stored at the next step
         self.num_removed: IntArray | None = None
         capture_queries(self.layers, self._capture, "cpu")
         for each in self.layers:
@@ -119,7 +120,9 @@ class CompressorV1:
 
     def skip_step(self) -> None:
         """Prepare a step that is not a real batch."""
-        self.targets = self.num_removed = None
+        if self.captured is not None and self.targets is not None:
+            self.state.bank.put(self.captured, self.targets)
+        self.captured = self.targets = self.num_removed = None
 
     def begin_step(self, num_scheduled_tokens: dict[str, int]) -> None:
         """Compress what is due and plan the step: called after slot mappings, before attention is planned."""
@@ -136,7 +139,7 @@ class CompressorV1:
         self.state.write_plan(self.state.step.numpy()[:size], rows, computed, counts)
         codes = self.state.step[self.state.plan_size : size]
         if (codes >= 0).any():
-            self.targets = self.state.bank.targets(codes.long())
+            self._expect(self.state.bank.targets(codes.long()))
         if removed.any():
             self.num_removed = removed
 
@@ -164,9 +167,16 @@ class CompressorV1:
             self.state.rows.set(row, own, request.num_prompt_tokens)
         return self.running[req_id]
 
+    def _expect(self, targets: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        """Capture these queries in the step that begins."""
+        if num_targets := len(targets[0]):
+            layers = self.state.layers
+            shape = (len(layers.numbers), num_targets, layers.num_heads, layers.head_dim)
+            self.targets, self.captured = targets, torch.empty(shape, dtype=layers.dtype)
+
     def _capture(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        if self.targets is not None:
-            self.state.bank.put(layer, query, self.targets)  # type: ignore[arg-type]
+        if self.captured is not None and self.targets is not None:
+            torch.index_select(query, 0, self.targets[0], out=self.captured[layer])
 
     def _shorten(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """`metadata` as the physical cache has it; slot mapping and positions stay logical."""

@@ -25,12 +25,10 @@ class CpuStore(PagedStore):
     def read(self, candidates: PagedCandidates, layers: slice = ALL_LAYERS) -> tuple[Tensor, Tensor]:
         if self._reader is None:
             self._reader = cpu_cache.PackedReader(self.layers[0].kv_cache, self.layers[0].isa)
-        pairs = [
-            self._reader.read(layer.kv_cache, blocks)
-            for blocks in candidates.blocks.long()
-            for layer in self.layers[layers]
-        ]
-        return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
+        caches = [layer.kv_cache for layer in self.layers[layers]]
+        read = [self._reader.read(caches, blocks) for blocks in candidates.blocks.long()]
+        keys, values = zip(*read, strict=True)
+        return (keys[0], values[0]) if len(read) == 1 else (torch.cat(keys), torch.cat(values))
 
     def move(self, written: Tensor, homes: Tensor) -> None:
         for layer in self.layers:

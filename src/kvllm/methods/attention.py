@@ -66,7 +66,7 @@ def observed_attention(window: Window, count: int) -> tuple[Tensor, Tensor]:
     """
     window = newest_queries(window, count)
     sees_all = (window.head_query_positions >= window.num_tokens - 1).unsqueeze(-1)  # [group_size, count, 1]
-    weights = window.logits().softmax(dim=-1) * sees_all
+    weights = window.weights * sees_all
     return weights, weights.sum(dim=3) / sees_all.sum(dim=1).clamp(min=1)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvllm.budgets import Budget
+from kvllm.methods.products import products
 from kvllm.methods.rope import Rope
 
 
@@ -60,19 +61,36 @@ class Window:
         grouped = self.queries.float().unflatten(2, (self.num_kv_heads, -1))
         return grouped.permute(0, 2, 3, 1, 4)
 
+    # Worked out once, side by side in memory: what a window is scored and refitted by reads them again and again.
+
+    @cached_property
+    def scaled_queries(self) -> Tensor:
+        """[batch, num_kv_heads, group_size * num_queries, head_dim] in float32, whose products with keys are logits."""
+        return (self.grouped_queries() * self.keys.shape[-1] ** -0.5).flatten(2, 3)
+
+    @cached_property
+    def head_keys(self) -> Tensor:
+        """[batch, num_kv_heads, num_tokens, head_dim] in float32."""
+        return self.keys.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+
+    @cached_property
+    def head_values(self) -> Tensor:
+        """[batch, num_kv_heads, num_tokens, head_dim] in float32."""
+        return self.values.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+
     def logits(self) -> Tensor:
         """[batch, num_kv_heads, group_size, num_queries, num_tokens] in float32: scaled dot products, unmasked."""
         return self._logits
 
     @cached_property
     def _logits(self) -> Tensor:
-        scale = self.keys.shape[-1] ** -0.5
-        if self.keys.is_cpu:
-            # One member at a time: a batched product rounds few queries differently, and would make what a request
-            # keeps depend on its batch.
-            pairs = zip(self.grouped_queries(), self.keys.float(), strict=True)
-            return torch.stack([torch.einsum("hgqd,thd->hgqt", q, k) for q, k in pairs]) * scale
-        return torch.einsum("bhgqd,bthd->bhgqt", self.grouped_queries(), self.keys.float()) * scale
+        logits = products(self.scaled_queries, self.head_keys.transpose(-1, -2))
+        return logits.unflatten(2, (-1, self.queries.shape[1]))
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """[batch, num_kv_heads, group_size, num_queries, num_tokens] in float32: the softmax of `logits`, unmasked."""
+        return self._logits.softmax(dim=-1)
 
 
 @dataclass(frozen=True)

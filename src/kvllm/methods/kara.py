@@ -123,7 +123,7 @@ class Kara(Method):
         scores = attention_moment(window, self.moment, self.bidirectional)
         scores = scores + self.attention_floor / window.num_tokens
         if self.value_norm:
-            scores = scores * window.values.float().norm(dim=-1).transpose(1, 2)
+            scores = scores * window.head_values.norm(dim=-1)
         if self.keydiff_power > 0:
             scores = scores * (1 + KeyDiff().score(window)).clamp(min=0) ** self.keydiff_power
         return scores
@@ -156,7 +156,7 @@ class Kara(Method):
         kept = self.select(self._score(window), num_kept)
         if not self.refits(num_kept):
             return Kept(kept)
-        keys, values = gather_tokens(window.keys, kept), gather_tokens(window.values, kept)
+        keys, values = gather_tokens(window.head_keys, kept), gather_tokens(window.head_values, kept)
         if self.key_ridge > 0:
             keys = keys + shift_keys(window, kept, self.key_ridge)
         if self.value_ridge > 0:
@@ -182,15 +182,15 @@ def attention_moment(window: Window, moment: str, bidirectional: bool = True) ->
     In the causal ablation a key is judged only by the queries at and after it, and by these alone: over all of them
     old keys would win by being seen more often. A key that no query sees gets 0.
     """
-    logits = window.logits()  # [batch, num_kv_heads, group_size, num_queries, num_tokens]
-    judges: Tensor | int = logits.shape[2] * logits.shape[3]
+    judges: Tensor | int = window.logits().shape[2] * window.logits().shape[3]
     if bidirectional:
-        weights = logits.softmax(dim=-1)
+        weights = window.weights
     else:
         indices = torch.arange(window.num_tokens, device=window.keys.device)
         sees = indices <= window.head_query_positions.unsqueeze(-1)  # [group_size, num_queries, num_tokens]
         # A finite floor, not -inf: a query that sees nothing then has weights to mask, and not NaN.
-        weights = logits.masked_fill(~sees, torch.finfo(torch.float32).min).softmax(dim=-1).masked_fill(~sees, 0.0)
+        logits = window.logits().masked_fill(~sees, torch.finfo(torch.float32).min)
+        weights = logits.softmax(dim=-1).masked_fill(~sees, 0.0)
         judges = sees.sum(dim=(0, 1)).clamp(min=1)
     if moment == "mean":
         return weights.sum(dim=(2, 3)) / judges

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
 
 from kvllm.methods import register
 from kvllm.methods.base import Method, Window
+from kvllm.methods.products import products
 from kvllm.options import strict_dataclass
+
+SMALLEST = 1e-8  # length of a key at which its direction no longer counts
 
 
 @register("keydiff")
@@ -21,6 +23,8 @@ class KeyDiff(Method):
     """
 
     def score(self, window: Window) -> Tensor:
-        keys = window.keys.float().transpose(1, 2)  # [batch, num_kv_heads, num_tokens, head_dim]
-        anchor = normalize(keys, dim=-1).mean(dim=2, keepdim=True)
-        return -cosine_similarity(keys, anchor, dim=-1)
+        keys = window.head_keys
+        norms = keys.norm(dim=-1, keepdim=True).clamp(min=SMALLEST)
+        anchor = products((1 / norms).transpose(-1, -2), keys) / window.num_tokens  # the mean of the normalised keys
+        cosines = products(keys, anchor.transpose(-1, -2)) / (norms * anchor.norm(dim=-1, keepdim=True).clamp(SMALLEST))
+        return -cosines.squeeze(-1)

@@ -12,57 +12,58 @@ import torch
 from torch import Tensor
 
 from kvllm.methods.base import Window
+from kvllm.methods.products import products
 
 STEPS = 4  # of conjugate gradients, here and in the kernel
+SMALLEST = torch.finfo(torch.float32).tiny  # a query that looks at no kept key at all gets nothing from them
 LEAST_KEPT = 1e-3  # share of the weights: where less is kept, the shift is as if it were this
 
 
 def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
-    """[batch, num_kv_heads, num_kept, head_dim] in float32 of tokens [batch, num_tokens, num_kv_heads, head_dim]."""
-    return _rows(tokens.float().transpose(1, 2), indices)
+    """[batch, num_kv_heads, num_kept, head_dim] of tokens [batch, num_kv_heads, num_tokens, head_dim]."""
+    return _rows(tokens, indices)
 
 
 def shift_keys(window: Window, indices: Tensor, ridge: float) -> Tensor:
     """`key_shift` of a window's kept keys, [batch, num_kv_heads, 1, head_dim] in float32."""
-    queries = window.grouped_queries().flatten(2, 3)
-    return _one_by_one(key_shift, queries, window.logits().flatten(2, 3), indices, ridge=ridge)
+    return key_shift(window.scaled_queries, window.weights.flatten(2, 3), indices, ridge)
 
 
 def refit_values(window: Window, indices: Tensor, ridge: float) -> Tensor:
     """`fitted_values` of a window, [batch, num_kv_heads, num_kept, head_dim] in float32."""
-    values = window.values.float().transpose(1, 2)
-    return _one_by_one(fitted_values, window.logits().flatten(2, 3), values, indices, ridge=ridge)
+    return fitted_values(window.weights.flatten(2, 3), window.head_values, indices, ridge)
 
 
-def key_shift(queries: Tensor, logits: Tensor, indices: Tensor, ridge: float) -> Tensor:
+def key_shift(queries: Tensor, weights: Tensor, indices: Tensor, ridge: float) -> Tensor:
     """One vector for each head that, added to its kept keys, gives them the weight that the evicted ones had.
 
     Without it attention to the window shrinks to the share s of the weights that survive, and all else gains. A shift d
     adds the same to a query's logits on all kept keys, and exp(q.d) = 1 / s would undo the loss for that query.
 
-    queries: [..., num_queries, head_dim], of all heads of a group
-    logits:  [..., num_queries, num_tokens], scaled
+    queries: [..., num_queries, head_dim], of all heads of a group, scaled: their products with keys are logits
+    weights: [..., num_queries, num_tokens], of each query on the window's keys; they sum to 1
     indices: [..., num_kept]
     returns  [..., 1, head_dim]
     """
-    kept = _columns(logits.softmax(dim=-1), indices).sum(dim=-1, keepdim=True)
+    kept = _columns(weights, indices).sum(dim=-1, keepdim=True)
     lost = -kept.clamp(min=LEAST_KEPT).log()
-    return ridge_solve(queries * queries.shape[-1] ** -0.5, lost, ridge).transpose(-1, -2)
+    return ridge_solve(queries, lost, ridge).transpose(-1, -2)
 
 
-def fitted_values(logits: Tensor, values: Tensor, indices: Tensor, ridge: float) -> Tensor:
+def fitted_values(weights: Tensor, values: Tensor, indices: Tensor, ridge: float) -> Tensor:
     """Values for the kept keys with which the stored queries get from them what they got from the whole window.
 
     A shift that all kept keys share changes nothing here: it cancels in the softmax over them.
 
-    logits:  [..., num_queries, num_tokens], scaled
+    weights: [..., num_queries, num_tokens], of each query on the window's keys; they sum to 1
     values:  [..., num_tokens, head_dim]
     indices: [..., num_kept]
     returns  [..., num_kept, head_dim]
     """
-    before, after = logits.softmax(dim=-1) @ values, _columns(logits, indices).softmax(dim=-1)
+    kept = _columns(weights, indices)
+    after = kept / kept.sum(dim=-1, keepdim=True).clamp(min=SMALLEST)  # the softmax over the kept keys alone
     own = _rows(values, indices)
-    return own + ridge_solve(after, before - after @ own, ridge)
+    return own + ridge_solve(after, products(weights, values) - products(after, own), ridge)
 
 
 def ridge_solve(rows: Tensor, targets: Tensor, ridge: float, steps: int = STEPS) -> Tensor:
@@ -72,18 +73,21 @@ def ridge_solve(rows: Tensor, targets: Tensor, ridge: float, steps: int = STEPS)
 
     rows: [..., n, k]; targets: [..., n, m]; returns [..., k, m]
     """
-    gram = rows.transpose(-1, -2) @ rows
-    strength = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
-    residual = rows.transpose(-1, -2) @ targets
-    solution, direction = torch.zeros_like(residual), residual
+    columns = rows.transpose(-1, -2)
+    gram, residual = products(columns, rows), products(columns, targets)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal += ridge * diagonal.mean(dim=-1, keepdim=True)
+    solution, direction = torch.zeros_like(residual), residual.clone()
     square = residual.square().sum(dim=-2, keepdim=True)
-    for _ in range(steps):
-        image = gram @ direction + strength * direction
+    for step in range(steps):
+        image = products(gram, direction)
         length = _ratio(square, (direction * image).sum(dim=-2, keepdim=True))
-        solution = solution + length * direction
-        residual = residual - length * image
+        solution.addcmul_(length, direction)
+        if step + 1 == steps:
+            break
+        residual.addcmul_(length, image, value=-1)
         before, square = square, residual.square().sum(dim=-2, keepdim=True)
-        direction = residual + _ratio(square, before) * direction
+        direction.mul_(_ratio(square, before)).add_(residual)
     return solution
 
 
@@ -98,10 +102,3 @@ def _columns(matrix: Tensor, indices: Tensor) -> Tensor:
 
 def _rows(matrix: Tensor, indices: Tensor) -> Tensor:
     return matrix.gather(-2, indices.unsqueeze(-1).expand(*indices.shape, matrix.shape[-1]))
-
-
-def _one_by_one(function, *tensors: Tensor, ridge: float) -> Tensor:  # type: ignore[no-untyped-def]
-    """On the CPU one member of the batch at a time: see `Window.logits`."""
-    if not tensors[0].is_cpu:
-        return function(*tensors, ridge)
-    return torch.stack([function(*member, ridge) for member in zip(*tensors, strict=True)])

@@ -96,6 +96,9 @@ class Rotation:
     def apply(self, vectors: Tensor) -> Tensor:
         """vectors: [..., head_dim], to which the angles broadcast; rotated in their own dtype"""
         cos, sin = self.cos.to(vectors), self.sin.to(vectors)
+        if self.halves:
+            a, b = vectors.chunk(2, dim=-1)
+            return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
         a, b = vectors[..., self.first], vectors[..., self.second]
         rotated = torch.empty_like(vectors)
         rotated[..., self.first] = a * cos - b * sin

@@ -36,15 +36,16 @@ def refit_ref(
     asked = queries.rotated_ref().permute(0, 2, 3, 1, 4).flatten(2, 3)
     window = gather_window_ref(candidate_blocks, cache, torch.float64)
     keys, values = (t.transpose(1, 2) for t in window)  # [batch, num_kv_heads, num_candidates, head_dim]
-    logits = asked @ keys.transpose(-1, -2) * cache.head_dim**-0.5
+    asked = asked * cache.head_dim**-0.5
+    weights = (asked @ keys.transpose(-1, -2)).softmax(dim=-1)
     indices = kept.flatten(0, 1).long()
     compact_ref(kept, candidate_blocks, cache)
     if key_ridge > 0:
         own = keys.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, cache.head_dim))
-        new = own + key_shift(asked, logits, indices, key_ridge)
+        new = own + key_shift(asked, weights, indices, key_ridge)
         scatter_rows_ref(new.transpose(1, 2), candidate_blocks, cache.keys, cache.k_scale)
     if value_ridge > 0:
-        new = fitted_values(logits, values, indices, value_ridge)
+        new = fitted_values(weights, values, indices, value_ridge)
         scatter_rows_ref(new.transpose(1, 2), candidate_blocks, cache.values, cache.v_scale)
 
 
