@@ -188,6 +188,7 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
         (model.use_mla, "model", model.model, "multi-head latent attention keeps no KV heads to choose from"),
         (model.is_encoder_decoder, "model", model.model, "use a decoder-only model"),
         (model.is_attention_free, "model", model.model, NO_FULL),
+        (model.is_hybrid and device == "cpu", "device", device, "beside recurrent layers it was checked on GPUs only"),
         (
             model.is_hybrid and cache.mamba_cache_mode == "all",
             "mamba_cache_mode",

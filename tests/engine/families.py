@@ -66,19 +66,13 @@ MIXED = {"sliding_window": 128, "layer_types": ["sliding_attention", "sliding_at
 """Two layers of three look back over a window that every request outgrows."""
 
 
-NO_PREFIX_CACHING = {"enable_prefix_caching": False}
-ENGINE_OPTIONS = dict.fromkeys(("granitemoehybrid", "nemotron_h", "jamba"), NO_PREFIX_CACHING)
-"""By model type: with prefix caching, vLLM's Mamba 2 fails on a CPU (IndexError in its kernel's prefill)."""
-
-
 @dataclass(frozen=True)
 class Family:
-    """A tiny model: its `model_type`, what its config has besides SIZES, and what vLLM needs to run it here."""
+    """A tiny model: its `model_type`, and what its config has besides SIZES."""
 
     name: str
     model_type: str
     options: dict[str, Any] = field(default_factory=dict)
-    engine: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> Any:
         return AutoConfig.for_model(self.model_type, **(SIZES | {"dtype": "float32"} | self.options))
@@ -205,7 +199,7 @@ def _families() -> dict[str, Family]:
         ("DeepSeek-V3", "deepseek_v3", mla),
         ("MiniCPM3", "minicpm3", mla),
     ]  # fmt: skip
-    return {name: Family(name, kind, options, ENGINE_OPTIONS.get(kind, {})) for name, kind, options in listed}
+    return {name: Family(name, kind, options) for name, kind, options in listed}
 
 
 FAMILIES = _families()
@@ -236,7 +230,7 @@ def save_random(family: Family, folder: Path) -> str:
     return type(model).__name__
 
 
-def outputs(folder: Path, config: KvConfig | None, options: dict[str, Any]) -> tuple[list[list[int]], int]:
+def outputs(folder: Path, config: KvConfig | None) -> tuple[list[list[int]], int]:
     """Greedy tokens for `prompts()` from one batch of an engine in this process, and the windows it compressed."""
     from vllm import SamplingParams
 
@@ -245,7 +239,7 @@ def outputs(folder: Path, config: KvConfig | None, options: dict[str, Any]) -> t
 
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False)
     sizes = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 4}
-    with engine(folder, config, skip_tokenizer_init=True, **sizes, **options) as llm:
+    with engine(folder, config, skip_tokenizer_init=True, **sizes) as llm:
         made = llm.generate([{"prompt_token_ids": p} for p in prompts()], params, use_tqdm=False)
         events = engine_stats(llm)["num_windows_compressed"] if config else 0
     return [list(o.outputs[0].token_ids) for o in made], events
@@ -276,13 +270,13 @@ def try_family(family: Family) -> Result:
         for options in ({}, {"lookahead": 0}):  # Kara's lookahead needs to know the model's RoPE
             config = checked_config(CONFIG.to_dict() | {"method_options": options})
             try:
-                answers, events = outputs(folder, config, family.engine)
+                answers, events = outputs(folder, config)
                 break
             except Exception as e:
                 message = _kvllm_message(e)
                 if message is None or "cannot start" in message:
                     try:
-                        outputs(folder, None, family.engine)
+                        outputs(folder, None)
                     except Exception as stock:
                         detail = torchvision_problem() if message else _first_line(stock)
                         return Result(architecture, "stock fails", str(detail))
@@ -298,7 +292,7 @@ def try_family(family: Family) -> Result:
             ties = reference_process().submit(compare, folder, answers, config).result()
         except AssertionError as e:
             try:
-                reference_process().submit(compare, folder, outputs(folder, None, family.engine)[0], None).result()
+                reference_process().submit(compare, folder, outputs(folder, None)[0], None).result()
             except AssertionError as stock:
                 return Result(architecture, "stock differs", _first_line(stock), {})
             return Result(architecture, "differs", _first_line(e), needed)
@@ -351,7 +345,7 @@ ties aside. The context is {context} tokens, a shorter window or chunk {local}; 
 vLLM, as are Mamba and linear-attention layers, and those of full attention beside them are compressed. *Refused* is
 what the engine says at start-up and, where the reason is in the config, what `kvllm plan` and the reference say too. An
 architecture that is not listed is served if each of its layers passes the checks of `src/kvllm/support.py`, and refused
-by name if not. Models with Mamba layers run without prefix caching here: with it, vLLM's own Mamba fails on a CPU.
+by name if not. Models with Mamba or linear-attention layers are served on GPUs only.
 
 On GPUs (H100, `tests/gpu/`) these equal the reference in float32 under CUDA graphs, with prefix caching, chunked
 prefill and preemption: Llama, Gemma 3, EXAONE 4, Qwen3-MoE, GLM-4.5, gpt-oss and Granite 4 (Mamba), the last with 200
