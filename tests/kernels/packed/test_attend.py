@@ -12,8 +12,8 @@ from kvllm.kernels.packed.attend import (
     PackedAttention,
     max_parts,
     merge_packed_ref,
+    order_parts,
     plan_parts,
-    requests_of_parts,
 )
 from kvllm.kernels.packed.layout import PackedLayout
 from kvllm.kernels.packed.pack import pack_ref
@@ -61,7 +61,7 @@ def test_merge(block_size, num_heads, num_kv_heads, head_dim, dtype, token_major
     alone = np.array(packed) * (np.array(counts) == 1)
     plan[4, : len(counts)] = torch.from_numpy(ends := plan_parts(alone, num_kv_heads))
     parts = np.zeros(max_parts(len(counts), num_kv_heads), np.int32)
-    requests_of_parts(ends, parts)
+    order_parts(alone, ends, parts)
     generator = torch.Generator().manual_seed(1)
     shape = (sum(counts), num_heads, head_dim)
     query, output = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
@@ -89,12 +89,15 @@ def test_parts_cover_every_block_in_a_launch_of_known_size(num_blocks, num_kv_he
     ends = plan_parts(np.array(num_blocks), num_kv_heads)
     counts = np.diff(ends, prepend=0)
     assert ends[-1] <= max_parts(len(num_blocks), num_kv_heads)
-    requests = np.zeros(max_parts(len(num_blocks), num_kv_heads), np.int32)
-    requests_of_parts(ends, requests)
-    assert requests.tolist() == [
-        *(i for i, count in enumerate(counts) for _ in range(count)),
-        *[-1] * (len(requests) - ends[-1]),
+    programs = np.zeros(max_parts(len(num_blocks), num_kv_heads), np.int32)
+    order_parts(np.array(num_blocks), ends, programs)
+    taken = programs[: ends[-1]]
+    assert sorted(zip(taken & 0xFFFF, taken >> 16, strict=True)) == [
+        (i, j) for i, n in enumerate(counts) for j in range(n)
     ]
+    assert (programs[ends[-1] :] == -1).all()
+    sizes = [num_blocks[i] / counts[i] for i in taken & 0xFFFF]
+    assert sizes == sorted(sizes, reverse=True)
     assert all(
         (count > 0) == (blocks > 0) and count <= blocks for count, blocks in zip(counts, num_blocks, strict=True)
     )
