@@ -74,8 +74,7 @@ class KvModelState(DefaultModelState):
         fused = has_fused_kernels(method, layer.head_size)
         self.cache_dtype = vllm_config.cache_config.cache_dtype
         rounding = Rounding.from_config(config, self.geometries.block_size, layer.head_size, self.cache_dtype)
-        self.packed = PackedSurvivors(self.layers, rounding, self.dtype) if rounding is not None else None
-        packed_rows = PackedSurvivors.plan_rows(self.max_num_reqs, layer.num_kv_heads) if self.packed is not None else 0
+        packed_rows = PackedSurvivors.plan_rows(self.max_num_reqs, layer.num_kv_heads) if rounding is not None else 0
         self.compression = WorkerState(
             config, shape, rope, self.max_num_reqs, self.max_num_tokens, device, fused, packed_rows
         )
@@ -87,6 +86,8 @@ class KvModelState(DefaultModelState):
             capture_queries(self.layers, self._store, "cuda")  # what is quantised, vLLM writes itself
         else:
             store_with_queries(self.layers, self._store, "cuda")
+        # Around the above: attention over packed survivors needs nothing of what a layer stores, and starts beside it.
+        self.packed = PackedSurvivors(self.layers, rounding, self.dtype) if rounding is not None else None
         self._log_bank_size(torch.cuda.get_device_properties(device).total_memory)
 
     def _log_bank_size(self, total: int) -> None:
