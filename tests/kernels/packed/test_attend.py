@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvllm.compression.rounding import Rounding, packed_block_tokens
+from kvllm.kernels.packed import attend
 from kvllm.kernels.packed.attend import (
     Batch,
     PackedAttention,
@@ -40,11 +41,25 @@ BATCHES = [
 @pytest.mark.parametrize("counts, packed", BATCHES)
 @pytest.mark.parametrize("block_size, num_heads, num_kv_heads, head_dim, dtype, token_major, soft_cap", SHAPES)
 def test_merge(block_size, num_heads, num_kv_heads, head_dim, dtype, token_major, soft_cap, counts, packed, device):
+    check_merge(block_size, num_heads, num_kv_heads, head_dim, dtype, token_major, soft_cap, counts, packed, device)
+
+
+def test_merge_of_many_requests(device, monkeypatch):
+    """Some without packed blocks, others divided into up to four parts, which programs take in another order."""
+    monkeypatch.setattr(attend, "LEAST_BLOCKS", 1)
+    monkeypatch.setattr(attend, "MOST_PROGRAMS", 15)
+    packed = [0, 2, 7, 0, 1, 4, 0, 3, 7, 1]
+    check_merge(16, 2, 1, 64, torch.float32, False, 0.0, [1] * len(packed), packed, device, num_layers=1)
+
+
+def check_merge(
+    block_size, num_heads, num_kv_heads, head_dim, dtype, token_major, soft_cap, counts, packed, device, num_layers=2
+):
     rounding = Rounding(4, packed_block_tokens(block_size, head_dim, 4, cache_dtype_of(dtype)))
     pool = 4 * sum(packed) + 8
     cache = random_cache(
-        num_blocks=pool, block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype,
-        device=device, token_major=token_major,
+        num_layers=num_layers, num_blocks=pool, block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        dtype=dtype, device=device, token_major=token_major,
     )  # fmt: skip
     layout = PackedLayout.of(cache, rounding)
     per_block = -(-layout.num_tokens // block_size)
