@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from kvllm.support import check_model, model_reasons
+from kvllm.support import check_model, model_reasons, packed_reasons
 
 
 def config(model_type: str, **options: Any) -> Any:
@@ -96,6 +96,37 @@ def test_a_window_counts_against_the_longest_text_that_is_asked_for() -> None:
     endless = SimpleNamespace(model_type="endless", rope_theta=1e4, sliding_window=64)
     endless.get_text_config = lambda: endless
     assert "max_model_len=unknown" in model_reasons(endless)[0]
+
+
+@pytest.mark.parametrize(
+    "backend, version, options, refused",
+    [
+        ("FLASH_ATTN", 2, {}, None),
+        ("FLASH_ATTN", 3, {"sinks": [0.5], "logits_soft_cap": 50.0, "cache": "fp8"}, None),
+        ("FLASH_ATTN", 2, {"logits_soft_cap": 50.0}, "logits_soft_cap=50.0: with FlashAttention 2"),
+        ("FLASH_ATTN", 4, {"sinks": [0.5]}, "sinks=learned: with FlashAttention 4"),
+        ("FLASH_ATTN", 4, {"cache": "fp8"}, "kv_cache_dtype=fp8: with FlashAttention 4"),
+        ("FLASH_ATTN", 3, {"head_size": 72}, "head_size=72"),
+        ("TRITON_ATTN", None, {}, "attention_backend=TRITON_ATTN"),
+    ],
+)
+def test_layers_whose_packed_survivors_cannot_be_merged(
+    backend: str, version: int | None, options: dict[str, Any], refused: str | None
+) -> None:
+    impl = SimpleNamespace(
+        vllm_flash_attn_version=version,
+        sinks=options.get("sinks"),
+        logits_soft_cap=options.get("logits_soft_cap", 0),
+    )
+    layer = SimpleNamespace(
+        attn_backend=SimpleNamespace(get_name=lambda: backend),
+        impl=impl,
+        kv_cache_dtype=options.get("cache", "auto"),
+        head_size=options.get("head_size", 64),
+    )
+    reasons = packed_reasons(layer)
+    assert len(reasons) == (refused is not None)
+    assert all(found.startswith(refused or "") for found in reasons)
 
 
 def test_asking_needs_no_vllm() -> None:

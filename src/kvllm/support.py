@@ -380,9 +380,13 @@ def packed_problem(bits: int, dtype: str) -> str | None:
 def packed_reasons(layer: Any) -> list[str]:
     """Why attention over packed survivors cannot be merged into that of a layer, from the loaded layer itself.
 
-    Attention sinks are part of the softmax's denominator that the backend hands out.
+    Attention sinks are part of the softmax's denominator that FlashAttention 3 hands out; of other versions we do not
+    know it.
     """
-    backend = layer.attn_backend.get_name()
+    backend, impl = layer.attn_backend.get_name(), layer.impl
+    version = getattr(impl, "vllm_flash_attn_version", None)
+    soft_cap = getattr(impl, "logits_soft_cap", None)
+    unknown = f"with FlashAttention {version} we have not checked it, only with 3; use survivor_bits=16"
     checks: Iterable[tuple[bool, str, Any, str]] = (
         (
             backend != "FLASH_ATTN",
@@ -390,6 +394,9 @@ def packed_reasons(layer: Any) -> list[str]:
             backend,
             "only FLASH_ATTN tells what merging needs; use it, or survivor_bits=16",
         ),
+        (bool(soft_cap) and version != 3, "logits_soft_cap", soft_cap, unknown),
+        (getattr(impl, "sinks", None) is not None and version != 3, "sinks", "learned", unknown),
+        (is_fp8(layer.kv_cache_dtype) and version != 3, "kv_cache_dtype", layer.kv_cache_dtype, unknown),
         (layer.head_size % 16 > 0, "head_size", layer.head_size, "use survivor_bits=16"),
     )
     return [reason(what, value, why) for wrong, what, value, why in checks if wrong]

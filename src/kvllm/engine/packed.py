@@ -21,7 +21,7 @@ from kvllm.compression.rows import PREFIX, PROMPT
 from kvllm.compression.worker import PLAN_ROWS
 from kvllm.engine.log_sum_exp import LOG_SUM_EXP, PATCH
 from kvllm.errors import UsageError
-from kvllm.kernels.packed.attend import Batch, PackedAttention, max_parts, plan_parts, requests_of_parts
+from kvllm.kernels.packed.attend import Batch, PackedAttention, max_parts, order_parts, plan_parts
 from kvllm.kernels.packed.layout import PackedLayout
 from kvllm.kernels.packed.pack import pack
 from kvllm.kernels.paged import PagedCache
@@ -53,7 +53,7 @@ class PackedSurvivors:
         """Read packed survivors of this cache from now on; `survivor_blocks` and `plan` as of `Batch`."""
         first = self.layers[0]
         self.cache, self.survivor_blocks, self.plan = cache, survivor_blocks, plan
-        self.part_requests = plan[PLAN_ROWS + 1 :].view(-1)
+        self.programs = plan[PLAN_ROWS + 1 :].view(-1)
         attention = PackedAttention(
             PackedLayout.of(cache, self.rounding),
             first.num_heads,
@@ -70,7 +70,7 @@ class PackedSurvivors:
         lse = torch.zeros(first.num_heads, 1, device=plan.device)
         self.idle()
         starts = torch.zeros(2, dtype=torch.int32, device=plan.device)
-        empty = Batch(starts, survivor_blocks, plan, self.part_requests)
+        empty = Batch(starts, survivor_blocks, plan, self.programs)
         attention.merge(nothing, lse, query, cache.keys[0], cache.values[0], empty, 1.0, prefill=True)
         self.attention = attention
 
@@ -87,15 +87,16 @@ class PackedSurvivors:
         num_reqs = len(counts)
         num_blocks = plan[PREFIX, :num_reqs].astype(np.int64) - plan[PROMPT, :num_reqs]
         self.resumed = bool((num_blocks[counts > 1] > 0).any())
-        ends = plan_parts(np.where(counts == 1, num_blocks, 0), self.layers[0].num_kv_heads)
+        num_blocks = np.where(counts == 1, num_blocks, 0)
+        ends = plan_parts(num_blocks, self.layers[0].num_kv_heads)
         plan[PLAN_ROWS, :num_reqs] = ends
         plan[PLAN_ROWS, num_reqs:] = ends[-1]
-        requests_of_parts(ends, plan[PLAN_ROWS + 1 :].reshape(-1))
+        order_parts(num_blocks, ends, plan[PLAN_ROWS + 1 :].reshape(-1))
 
     def idle(self) -> None:
         """Prepare a step that is not a real batch."""
         self.plan.zero_()
-        self.part_requests.fill_(-1)
+        self.programs.fill_(-1)
         self.resumed = True  # before vLLM captures a graph, it runs the same step once so that all kernels are loaded
 
     def _beside(self) -> AbstractContextManager[Any]:
@@ -116,7 +117,7 @@ class PackedSurvivors:
             if attn_metadata is None or self.attention is None:
                 return forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             num_tokens = attn_metadata.num_actual_tokens
-            batch = Batch(attn_metadata.query_start_loc, self.survivor_blocks, self.plan, self.part_requests)
+            batch = Batch(attn_metadata.query_start_loc, self.survivor_blocks, self.plan, self.programs)
             packed = (query[:num_tokens], self.cache.keys[index], self.cache.values[index], batch, scale)
             prefills = attn_metadata.max_query_len > 1
             with nullcontext() if prefills else self._beside():

@@ -98,9 +98,8 @@ class Part:
         fused = has_fused_kernels(make_method(config), layer.head_size)
         self.cache_dtype = state.vllm_config.cache_config.cache_dtype
         rounding = Rounding.from_config(config, block_size, layer.head_size, self.cache_dtype)
-        self.packed = PackedSurvivors(self.layers, rounding, self.dtype) if rounding is not None else None
         num_reqs = state.max_num_reqs
-        packed_rows = PackedSurvivors.plan_rows(num_reqs, layer.num_kv_heads) if self.packed is not None else 0
+        packed_rows = PackedSurvivors.plan_rows(num_reqs, layer.num_kv_heads) if rounding is not None else 0
         self.compression = WorkerState(
             config, shape, rope, num_reqs, state.max_num_tokens, self.device, fused, packed_rows, stopwatch
         )
@@ -114,6 +113,8 @@ class Part:
             capture_queries(self.layers, self._store, "cuda")  # what is quantised, vLLM writes itself
         else:
             store_with_queries(self.layers, self._store, "cuda")
+        # Around the above: attention over packed survivors needs nothing of what a layer stores, and starts beside it.
+        self.packed = PackedSurvivors(self.layers, rounding, self.dtype) if rounding is not None else None
 
     def set_group(self, group: int, allocator_block_size: int, block_table: Tensor) -> None:
         """Take a KV cache group; block_table: [max_num_reqs, any], vLLM's own of that group"""

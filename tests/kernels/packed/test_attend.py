@@ -7,13 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvllm.compression.rounding import Rounding, packed_block_tokens
+from kvllm.kernels.packed import attend
 from kvllm.kernels.packed.attend import (
     Batch,
     PackedAttention,
     max_parts,
     merge_packed_ref,
+    order_parts,
     plan_parts,
-    requests_of_parts,
 )
 from kvllm.kernels.packed.layout import PackedLayout
 from kvllm.kernels.packed.pack import pack_ref
@@ -40,11 +41,25 @@ BATCHES = [
 @pytest.mark.parametrize("counts, packed", BATCHES)
 @pytest.mark.parametrize("block_size, num_heads, num_kv_heads, head_dim, dtype, token_major, soft_cap", SHAPES)
 def test_merge(block_size, num_heads, num_kv_heads, head_dim, dtype, token_major, soft_cap, counts, packed, device):
+    check_merge(block_size, num_heads, num_kv_heads, head_dim, dtype, token_major, soft_cap, counts, packed, device)
+
+
+def test_merge_of_many_requests(device, monkeypatch):
+    """Some without packed blocks, others divided into up to four parts, which programs take in another order."""
+    monkeypatch.setattr(attend, "LEAST_BLOCKS", 1)
+    monkeypatch.setattr(attend, "MOST_PROGRAMS", 15)
+    packed = [0, 2, 7, 0, 1, 4, 0, 3, 7, 1]
+    check_merge(16, 2, 1, 64, torch.float32, False, 0.0, [1] * len(packed), packed, device, num_layers=1)
+
+
+def check_merge(
+    block_size, num_heads, num_kv_heads, head_dim, dtype, token_major, soft_cap, counts, packed, device, num_layers=2
+):
     rounding = Rounding(4, packed_block_tokens(block_size, head_dim, 4, cache_dtype_of(dtype)))
     pool = 4 * sum(packed) + 8
     cache = random_cache(
-        num_blocks=pool, block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype,
-        device=device, token_major=token_major,
+        num_layers=num_layers, num_blocks=pool, block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        dtype=dtype, device=device, token_major=token_major,
     )  # fmt: skip
     layout = PackedLayout.of(cache, rounding)
     per_block = -(-layout.num_tokens // block_size)
@@ -61,7 +76,7 @@ def test_merge(block_size, num_heads, num_kv_heads, head_dim, dtype, token_major
     alone = np.array(packed) * (np.array(counts) == 1)
     plan[4, : len(counts)] = torch.from_numpy(ends := plan_parts(alone, num_kv_heads))
     parts = np.zeros(max_parts(len(counts), num_kv_heads), np.int32)
-    requests_of_parts(ends, parts)
+    order_parts(alone, ends, parts)
     generator = torch.Generator().manual_seed(1)
     shape = (sum(counts), num_heads, head_dim)
     query, output = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
@@ -89,12 +104,15 @@ def test_parts_cover_every_block_in_a_launch_of_known_size(num_blocks, num_kv_he
     ends = plan_parts(np.array(num_blocks), num_kv_heads)
     counts = np.diff(ends, prepend=0)
     assert ends[-1] <= max_parts(len(num_blocks), num_kv_heads)
-    requests = np.zeros(max_parts(len(num_blocks), num_kv_heads), np.int32)
-    requests_of_parts(ends, requests)
-    assert requests.tolist() == [
-        *(i for i, count in enumerate(counts) for _ in range(count)),
-        *[-1] * (len(requests) - ends[-1]),
+    programs = np.zeros(max_parts(len(num_blocks), num_kv_heads), np.int32)
+    order_parts(np.array(num_blocks), ends, programs)
+    taken = programs[: ends[-1]]
+    assert sorted(zip(taken & 0xFFFF, taken >> 16, strict=True)) == [
+        (i, j) for i, n in enumerate(counts) for j in range(n)
     ]
+    assert (programs[ends[-1] :] == -1).all()
+    sizes = [num_blocks[i] / counts[i] for i in taken & 0xFFFF]
+    assert sizes == sorted(sizes, reverse=True)
     assert all(
         (count > 0) == (blocks > 0) and count <= blocks for count, blocks in zip(counts, num_blocks, strict=True)
     )

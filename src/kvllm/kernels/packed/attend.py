@@ -49,13 +49,13 @@ class Batch(NamedTuple):
     plan:            [5, at least num_reqs] int32, of `kvllm.kernels.block_tables`: rows PROMPT and PREFIX are the first
                      packed block of a request and the end of them, in blocks; row 3 is its row of `survivor_blocks`,
                      row 4 is of `plan_parts`
-    part_requests:   [at least the number of parts] int32, of `requests_of_parts`
+    programs:        [at least the number of parts] int32, of `order_parts`
     """
 
     query_start_loc: Tensor
     survivor_blocks: Tensor
     plan: Tensor
-    part_requests: Tensor
+    programs: Tensor
 
 
 def merge_packed_ref(
@@ -113,10 +113,20 @@ def plan_parts(num_blocks: IntArray, num_kv_heads: int) -> IntArray:
     return np.cumsum(ceil_div(num_blocks, size))
 
 
-def requests_of_parts(ends: IntArray, out: npt.NDArray[np.int32]) -> None:
-    """Write the request of each part to `out`, and -1 behind the last; ends: of `plan_parts`."""
-    out[: ends[-1]] = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
-    out[ends[-1] :] = -1
+def order_parts(num_blocks: IntArray, ends: IntArray, out: npt.NDArray[np.int32]) -> None:
+    """Which part each program takes, the largest first: what is left for the end is small, and ends together.
+
+    num_blocks: as in `plan_parts`, which gave `ends`
+    out:        written: request + 2**16 * the number of the part among those of the request; -1 behind the last
+    """
+    counts = np.diff(ends, prepend=0)
+    sizes = num_blocks / np.maximum(counts, 1)
+    requests = np.argsort(-sizes, kind="stable")
+    requests = np.repeat(requests, counts[requests])
+    first = np.flatnonzero(np.diff(requests, prepend=-1))  # of each request in the new order
+    number = np.arange(len(requests)) - np.repeat(first, np.diff(first, append=len(requests)))
+    out[: len(requests)] = requests + (number << 16)
+    out[len(requests) :] = -1
 
 
 class PackedAttention:
@@ -244,7 +254,7 @@ def _load_queries(query, there, words, quarter: tl.constexpr, NUM_WORDS: tl.cons
 @triton.jit(do_not_specialize=["num_reqs", "stride_lse_head"])
 def _attend_packed_kernel(
     output, lse, part_outputs, part_lse, query, keys, values, query_start_loc, survivor_blocks, plan,
-    part_requests, num_reqs,
+    programs, num_reqs,
     stride_out_token, stride_out_head, stride_lse_head, stride_query_token, stride_query_head,
     stride_block, stride_row, stride_head, stride_survivors, stride_plan, scale,
     NUM_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP_SIZE: tl.constexpr, TOKENS_PER_ROW: tl.constexpr,
@@ -264,11 +274,11 @@ def _attend_packed_kernel(
         end = tl.load(query_start_loc + req + 1)
         part = 0
     else:
-        part = tl.program_id(0)
         # Told by the host: a search would be many loads, each of which waits for the one before.
-        req = tl.load(part_requests + part)
-        if req < 0:
+        program = tl.load(programs + tl.program_id(0))
+        if program < 0:
             return
+        req, number = program & 0xFFFF, program >> 16
         token = tl.load(query_start_loc + req)
         end = token + 1
     first_block = tl.load(plan + req)
@@ -279,8 +289,9 @@ def _attend_packed_kernel(
             return
     else:
         parts_start, num_parts = _parts_of(req, plan + 4 * stride_plan)
+        part = parts_start + number
         size = tl.cdiv(num_blocks, num_parts)
-        first = (part - parts_start) * size
+        first = number * size
         last = tl.minimum(first + size, num_blocks)
     if first >= last:
         return

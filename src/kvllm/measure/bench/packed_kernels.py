@@ -14,8 +14,8 @@ from kvllm.kernels.packed.attend import (
     PackedAttention,
     max_parts,
     merge_packed_ref,
+    order_parts,
     plan_parts,
-    requests_of_parts,
 )
 from kvllm.kernels.packed.layout import PackedLayout
 from kvllm.kernels.packed.pack import pack, pack_ref
@@ -58,7 +58,7 @@ class AttentionLoad:
         ends = plan_parts(np.array(num_blocks), shape.num_kv_heads)
         plan[1], plan[3], plan[4] = num_blocks, np.arange(num_reqs), ends
         parts = np.zeros(max_parts(num_reqs, shape.num_kv_heads), np.int32)
-        requests_of_parts(ends, parts)
+        order_parts(np.array(num_blocks), ends, parts)
         starts = torch.arange(num_reqs + 1, dtype=torch.int32, device=device)
         self.batch = Batch(starts, survivors, *(torch.from_numpy(t).to(device) for t in (plan, parts)))
         self.query, self.output = (
