@@ -32,7 +32,7 @@ SECTIONS = (
     ("Requests", "HTTP 400 from a server, `VLLMValidationError` from `LLM.generate`.",
      ("engine/requests.py", "engine/usage.py")),
     ("Options of compression", "From flags, `additional_config` and Python alike.",
-     ("config.py", "options.py", "layout.py", "methods/")),
+     ("config.py", "options.py", "budgets.py", "layout.py", "methods/")),
     ("Commands", "Exit code 2; `KVLLM_TRACEBACK=1` shows where.", ("cli/", "__main__.py")),
     ("Measuring", "`kvllm bench`, `kvllm eval`, `kvllm inspect` and the reference.", ("measure/", "reference/")),
 )  # fmt: skip
