@@ -165,7 +165,7 @@ class SymbolicCompressor(CompressorV1):
         self.num_parts = 1
         self.state, self.store = label_state(config, cache, max_num_seqs)
         self.running = RunningRequests(max_num_seqs)
-        self.group = 0
+        self.group, self.blocks_per_block = 0, 1
         self.skip_step()
 
 
