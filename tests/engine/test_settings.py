@@ -114,6 +114,19 @@ def test_what_gpus_pack(
         prepare(config)
 
 
+def test_gpus_pack_nothing_beside_layer_budgets(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = vllm_config(model_dir)
+    config.model_config.dtype = torch.bfloat16
+    monkeypatch.setattr("vllm.platforms.current_platform.device_type", "cuda")
+    monkeypatch.setattr(config.device_config, "device_type", "cuda")
+    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
+    config.cache_config.user_specified_block_size = False
+    table = {"0-14": 0.875, "15-29": 0.4375}
+    config.additional_config = {"kvllm": {"survivor_bits": 4, "retention_ratio": table}}
+    with pytest.raises(UsageError, match="survivor_bits=4: on GPUs not with the layer budgets of retention_ratio="):
+        prepare(config)
+
+
 def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memory(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, vllm_log: pytest.LogCaptureFixture
 ) -> None:

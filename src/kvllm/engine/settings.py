@@ -255,6 +255,11 @@ def _check_survivor_bits(config: KvConfig, device: str, cache: CacheConfig, mode
             f"survivor_bits={bits}: not with VLLM_BATCH_INVARIANT, since how a request's packed survivors are divided "
             "depends on the batch. Unset it, or use survivor_bits=16."
         )
+    if config.budgets:
+        raise UsageError(
+            f"survivor_bits={bits}: on GPUs not with the layer budgets of retention_ratio={config.retention_ratio}: "
+            "the two were not checked together. Use one ratio, or survivor_bits=16."
+        )
     if problem := support.packed_problem(bits, dtype):
         raise UsageError(problem)
 
