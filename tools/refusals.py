@@ -66,7 +66,6 @@ REMEDIES: dict[tuple[str, str], str] = {
     ("budgets.py", "retention_ratio"): 'Write a table such as {"0-13": 0.4, "14-27": 0.2}: two to four groups of '
     "equal size, each layer of full attention once, ratios between 0 and 1.",
     ("budgets.py", "num_groups"): "Use a number that divides the layers, or one ratio for all of them.",
-    ("measure/demo/", ""): "Read the last lines of the log in the message; `kvllm doctor MODEL` finds most causes.",
     (
         "cli/plan.py",
         "leave nothing",

@@ -226,6 +226,12 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
         ),
         (cache.kv_sharing_fast_prefill, "kv_sharing_fast_prefill", True, "leave it off"),
         (
+            bool(cache.kv_cache_dtype_skip_layers),
+            "kv_cache_dtype_skip_layers",
+            cache.kv_cache_dtype_skip_layers,
+            "vLLM would empty new blocks before a step's compressions read them; leave it out",
+        ),
+        (
             cache.cache_dtype not in CACHE_DTYPES[device],
             "kv_cache_dtype",
             cache.cache_dtype,
@@ -360,13 +366,18 @@ def default_block_size(device: str, bits: int = PLAIN_BITS, cache_dtype: str = "
     return FP8_PACKED_BLOCK_SIZE if packed_in_fp8 else DEFAULT_BLOCK_SIZE[device]
 
 
-def packed_problem(bits: int, dtype: str) -> str | None:
+def packed_problem(bits: int, dtype: str, table: Any = None) -> str | None:
     """Why a GPU does not store survivors in so many bits, with the remedy; None where it does, or nothing is rounded.
 
-    dtype: the model's
+    dtype: the model's; table: of layer budgets, if there is one
     """
     if bits == PLAIN_BITS:
         return None
+    if table:
+        return (
+            f"survivor_bits={bits}: on GPUs not with the layer budgets of retention_ratio={table}: the two were not "
+            "checked together. Use one ratio, or survivor_bits=16."
+        )
     if bits != PACKED_BITS:
         return f"survivor_bits={bits}: GPUs pack survivors in {PACKED_BITS} bits. Use {PACKED_BITS}, or 16."
     if dtype not in ("bfloat16", "float16"):

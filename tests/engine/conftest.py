@@ -153,7 +153,9 @@ def watch_blocks(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, i
         logical = torch.from_numpy(batch.block_table[compressor.group].get_numpy_array()[: len(counts)].copy())
         tables, lengths = attention_tables(compressor, logical, computed, counts)
         for i, req_id in enumerate(batch.req_ids):
-            whole, request = scheduler._compressed(req_id)
+            if (compressed := scheduler._compressed(req_id)) is None:  # a request with ratio 1.0
+                continue
+            whole, request = compressed
             geometry, prompt = whole.groups[number], request.num_prompt_tokens
             length = geometry.physical_len(prompt, computed[i]) + counts[i]
             assert int(lengths[i]) == length

@@ -16,7 +16,7 @@ from kvllm.config import KvConfig
 from kvllm.engine.attention import compressed_layers, compressed_spec
 from kvllm.engine.settings import why_not_inspected
 from kvllm.engine.spec import KvSpec
-from kvllm.support import is_local_layer, layer_reasons, layers_reasons, model_state_reasons
+from kvllm.support import SERVED_KINDS, is_local_layer, layer_reasons, layers_reasons, model_state_reasons
 
 MAX_MODEL_LEN = 512
 
@@ -103,14 +103,12 @@ def test_every_other_class_of_vllm_with_a_cache_is_refused() -> None:
     assert len(others) > 5  # those that importing vLLM's layers brings: MLA, cross attention, static sinks and others
     for cls in others:
         (found,) = layer_reasons(object.__new__(cls), MAX_MODEL_LEN)
-        assert found.startswith(f"class={cls.__module__}.{cls.__qualname__}: all layers")
+        assert found.startswith(f"class={cls.__module__}.{cls.__qualname__}: layers must be")
 
 
 def test_a_cache_beside_attention_is_refused_and_a_layer_without_one_left_alone() -> None:
     assert list(compressed_layers(config_of(a=layer(), b=Cache(None)))) == ["a"]
-    with pytest.raises(
-        ValueError, match=r"layer model.indexer with class=.*Cache: all layers must be full, sliding or"
-    ):
+    with pytest.raises(ValueError, match=r"layer model.indexer with class=.*Cache: layers must be full, sliding or"):
         compressed_layers(config_of(a=layer(), **{"model.indexer": Cache(SPEC)}))
 
 
@@ -137,7 +135,7 @@ def test_only_full_attention_gets_our_spec() -> None:
     window = SlidingWindowSpec(sliding_window=64, **shape)
     assert compressed_spec("a", window, KvConfig()) is window and compressed_spec("a", None, KvConfig()) is None
     assert type(compressed_spec("a", SPEC, KvConfig())) is KvSpec
-    with pytest.raises(ValueError, match="layer a with ChunkedLocalAttentionSpec: all layers must be full, sliding or"):
+    with pytest.raises(ValueError, match="layer a with ChunkedLocalAttentionSpec: layers must be full, sliding or"):
         compressed_spec("a", ChunkedLocalAttentionSpec(attention_chunk_size=64, **shape), KvConfig())
 
 
@@ -163,7 +161,7 @@ def test_only_the_known_model_state_is_extended() -> None:
         pass
 
     assert model_state_reasons(DefaultModelState) == []
-    assert model_state_reasons(Other) == ["model_state=Other: all layers must be full attention"]
+    assert model_state_reasons(Other) == [f"model_state=Other: {SERVED_KINDS}"]
 
 
 @pytest.mark.parametrize("module, extra", [("cpu_attn", ()), ("triton_attn", ("use_alibi_sqrt", "chunk_lookback"))])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import kvllm.methods
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = {"window_size": 32, "buffer_size": 32, "retention_ratio": 0.5}
 
@@ -22,8 +24,11 @@ def texts(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a script is started: its folder is on the path."""
+    """As where a script is started: its folder is on the path, and its method is known to it alone."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    kvllm.methods.methods()  # all of the package's own
+    monkeypatch.setattr(kvllm.methods, "_REGISTRY", dict(kvllm.methods._REGISTRY))
+    monkeypatch.delitem(sys.modules, "new_method", raising=False)
 
 
 def test_methods_are_compared_and_a_new_one_takes_part(model_dir: Path, texts: Path) -> None:

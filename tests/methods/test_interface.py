@@ -133,10 +133,12 @@ def test_every_option_of_every_method_refuses_other_types_by_name(method, name, 
 
 # One value just outside of what each bounded option accepts.
 OUT_OF_RANGE = {
-    "anchor_share": 0.51, "attention_floor": -1, "chunk_fill": 1, "chunk_length": 0, "core_share": 0.51,
-    "epsilon": -0.1, "first_mass": 1.1, "importance_weight": -0.1, "kernel_size": 2, "key_ridge": -1,
+    "anchor_share": 0.51, "attention_floor": -1, "beta": 0.5, "chunk_fill": 1, "chunk_length": 0, "core_share": 0.51,
+    "decay": 0, "epsilon": -0.1, "execution_above": -0.1, "execution_share": 1.1, "first_mass": 1.1, "gamma": -1,
+    "importance_weight": -0.1, "kernel_size": 2, "key_ridge": -1,
     "keydiff_power": 16.1, "lookahead": -1, "max_chunk_size": 0, "max_gap": 0, "max_segment": 0,
-    "min_quota": -1, "min_segment": 0,
+    "min_quota": -1, "min_segment": 0, "num_groups": 5, "over_queries": "median", "segment_size": 0,
+    "sparsity_cut": -0.1, "transition_above": -0.1, "transition_share": 1.1,
     "min_similarity": 1.1, "moment": "median", "num_future_tokens": 0, "num_observed": 0, "num_sink_tokens": -1,
     "rope_theta": 1, "segment_mass": 1.1, "similarity_threshold": -1.1, "value_ridge": 2e6, "variant": "papre",
 }  # fmt: skip

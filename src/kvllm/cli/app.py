@@ -204,7 +204,9 @@ def plan(
     longest = max_model_len or getattr(text, "max_position_embeddings", None)
     config = with_budgets(checked_config(options), full_layers(local_layers(text, longest)))
     one = footprint(model_config, config, 1, kv_cache_dtype, size, max_model_len)
-    if problem := packed_problem(config.survivor_bits, dtype_of(model_config)):
+    if problem := packed_problem(
+        config.survivor_bits, dtype_of(model_config), config.retention_ratio if config.budgets else None
+    ):
         raise UsageError(problem)
     if block_size is None:
         block_size = default_block_size("cuda", config.survivor_bits, kv_cache_dtype)

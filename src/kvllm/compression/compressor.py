@@ -11,7 +11,7 @@ from torch import Tensor
 from kvllm.compression.query_ring import prompt_query_positions, query_positions
 from kvllm.compression.rounding import Rounding
 from kvllm.compression.rows import Due
-from kvllm.compression.store import Store
+from kvllm.compression.store import ALL_LAYERS, Store
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry, Shape
 from kvllm.methods.base import Kept, Method, Window
@@ -114,16 +114,16 @@ class Compressor:
 
     def _layers_at_once(self, shape: Shape) -> list[slice]:
         """On a CPU so few layers that what is worked out of them stays in a core's cache."""
-        num_layers, size = self.store.num_layers, self.store.num_layers
-        if self.layers.is_cpu:
-            num_heads = self.store.num_kv_heads * len(self.shifts)
-            size = max(1, CPU_WEIGHTS // (num_heads * self.config.num_queries * shape.num_candidates))
+        if not self.layers.is_cpu:
+            return [ALL_LAYERS]
+        num_layers, num_heads = self.store.num_layers, self.store.num_kv_heads * len(self.shifts)
+        size = max(1, CPU_WEIGHTS // (num_heads * self.config.num_queries * shape.num_candidates))
         return [slice(start, min(start + size, num_layers)) for start in range(0, num_layers, size)]
 
     def _compress_layers(
         self, part: Sequence[Due], shape: Shape, candidates: Any, layers: slice, where: Tensor, positions: Tensor
     ) -> Kept:
-        members = torch.arange(layers.start, layers.stop, device=positions.device).repeat(len(part))
+        members = torch.arange(self.store.num_layers, device=positions.device)[layers].repeat(len(part))
         window = self._window(candidates, layers, where, positions, members)
         all_stay = shape.num_kept == shape.num_candidates  # now and then, at ratios near 1
         if all_stay:

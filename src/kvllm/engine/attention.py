@@ -109,7 +109,10 @@ def _capturing(forward: Callable[..., Any], capture: Capture, index: int, factor
                 f"KvLLM does not support layer {layer.layer_name}: its model writes keys and values to the KV cache "
                 "itself, so what compression would see of them is not known. Serve it without KvLLM."
             )
-        capture(index, query if factor is None else query * factor, key, value)
+        seen = query
+        if factor is not None:  # fp8 has no multiplication; every number of it is one of bfloat16
+            seen = (query.to(torch.bfloat16) if query.dtype.itemsize == 1 else query) * factor
+        capture(index, seen, key, value)
         return forward(layer, query, key, value, *args, **kwargs)
 
     return capturing_forward

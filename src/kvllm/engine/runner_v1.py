@@ -101,7 +101,8 @@ class CompressorV1:
         self.running = RunningRequests(runner.max_num_reqs)
         # What the current step stores, and what its attention leaves out; None where it is nothing.
         self.targets: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self.captured: Tensor | None = None  # [num_layers, num_targets, num_heads, head_dim], stored at the next step
+        self.captured: Tensor | None = None  # [num_layers, num_targets, num_heads, head_dim]
+        self.num_captured = 0  # layers whose queries are in it; with the last of them all are stored
         self.num_removed: IntArray | None = None
         capture_queries(self.layers, self._capture, "cpu")
         for each in self.layers:
@@ -120,8 +121,6 @@ class CompressorV1:
 
     def skip_step(self) -> None:
         """Prepare a step that is not a real batch."""
-        if self.captured is not None and self.targets is not None:
-            self.state.bank.put(self.captured, self.targets)
         self.captured = self.targets = self.num_removed = None
 
     def begin_step(self, num_scheduled_tokens: dict[str, int]) -> None:
@@ -172,11 +171,16 @@ class CompressorV1:
         if num_targets := len(targets[0]):
             layers = self.state.layers
             shape = (len(layers.numbers), num_targets, layers.num_heads, layers.head_dim)
-            self.targets, self.captured = targets, torch.empty(shape, dtype=layers.dtype)
+            self.targets, self.captured, self.num_captured = targets, torch.empty(shape, dtype=layers.dtype), 0
 
     def _capture(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        if self.captured is not None and self.targets is not None:
-            torch.index_select(query, 0, self.targets[0], out=self.captured[layer])
+        if self.captured is None or self.targets is None:
+            return
+        torch.index_select(query, 0, self.targets[0], out=self.captured[layer])
+        self.num_captured += 1
+        if self.num_captured == len(self.captured):  # in this step, so that no dummy run comes between
+            self.state.bank.put(self.captured, self.targets)
+            self.captured = self.targets = None
 
     def _shorten(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """`metadata` as the physical cache has it; slot mapping and positions stay logical."""

@@ -163,6 +163,17 @@ def _check_budgets(config: KvConfig, vllm_config: VllmConfig) -> None:
             f"retention_ratio={config.retention_ratio}: not with pipeline_parallel_size={stages}: a stage has only "
             "some of the groups of layers. Use tensor parallelism, or one ratio for all layers."
         )
+    if config.budgets and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise UsageError(
+            f"retention_ratio={config.retention_ratio}: not with --disable-hybrid-kv-cache-manager: each ratio needs a "
+            "KV cache group. Leave it out, or use one ratio for all layers."
+        )
+    cache = vllm_config.cache_config
+    if config.budgets and cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise UsageError(
+            f"retention_ratio={config.retention_ratio}: not with kv_cache_dtype={cache.cache_dtype}: the two were not "
+            "checked together. Leave it at auto, or use one ratio for all layers."
+        )
     groups_of_engine(vllm_config)
 
 
@@ -255,12 +266,7 @@ def _check_survivor_bits(config: KvConfig, device: str, cache: CacheConfig, mode
             f"survivor_bits={bits}: not with VLLM_BATCH_INVARIANT, since how a request's packed survivors are divided "
             "depends on the batch. Unset it, or use survivor_bits=16."
         )
-    if config.budgets:
-        raise UsageError(
-            f"survivor_bits={bits}: on GPUs not with the layer budgets of retention_ratio={config.retention_ratio}: "
-            "the two were not checked together. Use one ratio, or survivor_bits=16."
-        )
-    if problem := support.packed_problem(bits, dtype):
+    if problem := support.packed_problem(bits, dtype, config.retention_ratio if config.budgets else None):
         raise UsageError(problem)
 
 

@@ -39,10 +39,10 @@ class PyramidKV(SnapKV):
         for number, group in enumerate(groups):
             middle = (2 * number + 1) / (2 * len(groups))  # the mean of a straight line over the group's layers
             place = (middle * len(layers) - 0.5) / max(len(layers) - 1, 1)
-            made.append(Budget(group, round(highest - place * (highest - lowest), 4)))
+            made.append(Budget(group, round(highest - place * (highest - lowest), 10)))
         if made[0].ratio >= 1:
             raise UsageError(
                 f"beta={self.beta}: at a mean retention_ratio of {mean_ratio} the lowest layers would keep "
-                f"{made[0].ratio} of a window, and at most 0.9999 is possible; use a smaller beta, or a lower ratio."
+                f"{made[0].ratio} of a window, and less than 1 is possible; use a smaller beta, or a lower ratio."
             )
         return tuple(made)
