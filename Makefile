@@ -1,4 +1,4 @@
-# Everything here sets itself up: it needs Python 3.11 or newer, and a package index.
+# Everything here sets itself up: it needs Python 3.11 to 3.13, and a package index.
 # A second run reuses the environment (.venv) and the model (.models).
 .PHONY: help setup lint check-seam test docs reference robustness demo clean
 .DEFAULT_GOAL := help

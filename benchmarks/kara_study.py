@@ -124,7 +124,7 @@ class StudyKara(Kara):
             mass = (self.mass_power * (whole - whole.amax(2, keepdim=True))).exp()
             weights = weights * mass / mass.mean(2, keepdim=True)
         root = weights.sqrt()
-        keys, values = gather_tokens(window.keys, kept), gather_tokens(window.values, kept)
+        keys, values = gather_tokens(window.head_keys, kept), gather_tokens(window.head_values, kept)
         some = logits.gather(-1, kept.unsqueeze(2).expand(*logits.shape[:-1], -1))
         start = values
         if self.token_bias == "cluster" or self.start == "merged":

@@ -13,7 +13,8 @@ window or a chunk are left to vLLM, as are recurrent ones, and those beside them
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from kvllm.errors import UsageError
@@ -427,3 +428,18 @@ def layers_reasons(layers: Mapping[str, Any]) -> list[str]:
                 found.append(reason(attribute, value, f"layer {name} differs from {names[0]}, which has {first}"))
                 break
     return found
+
+
+@contextmanager
+def finding_model(name: object) -> Iterator[None]:
+    """Turn what transformers raises for a model that it cannot find or read into a UsageError."""
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        # A folder without a config.json is a ValueError of these words; others are about the model itself.
+        if not isinstance(e, OSError) and not str(e).startswith("Unrecognized model"):
+            raise
+        why = str(e).strip().partition("\n")[0]
+        raise UsageError(
+            f"{name}: no model found there ({why}); give a model's folder, with its config.json and weights."
+        ) from e

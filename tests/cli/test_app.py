@@ -298,3 +298,10 @@ def test_plan_refuses_what_serve_refuses(tmp_path: Path, capsys: pytest.CaptureF
     assert "sliding_window=4096: no layer is full attention" in refused(capsys, *planned)
     served = runner.invoke(cli.app, [*planned, "--max-model-len", "4096", "--length", "2048"], catch_exceptions=False)
     assert served.exit_code == 0 and "2048" in served.stdout
+
+
+def test_plan_refuses_a_model_that_is_not_there(tmp_path: Any) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("none", "empty"):
+        with pytest.raises(UsageError, match=f"/{name}: no model found there .*; give a model's folder"):
+            cli.app(["plan", str(tmp_path / name), "--memory", "8GiB"], standalone_mode=False)

@@ -195,11 +195,12 @@ def plan(
     from kvllm.layers import local_layers
     from kvllm.layout import request_geometry
     from kvllm.methods import checked_config, with_budgets
-    from kvllm.support import default_block_size, packed_problem
+    from kvllm.support import default_block_size, finding_model, packed_problem
 
     device_bytes = planning.parse_bytes(memory)
     size = planning.parse_bytes(weights, "--weights") if weights else None
-    model_config = AutoConfig.from_pretrained(model)
+    with finding_model(model):
+        model_config = AutoConfig.from_pretrained(model)
     text = model_config.get_text_config()
     longest = max_model_len or getattr(text, "max_position_embeddings", None)
     config = with_budgets(checked_config(options), full_layers(local_layers(text, longest)))

@@ -12,17 +12,29 @@ from typing import Annotated, Any
 import typer
 
 from kvllm.config import PRESET_KEY, PRESETS, KvConfig
+from kvllm.errors import UsageError
 from kvllm.options import Option, options_of, parse_json
 
 # What typer does not know goes to vLLM, which has its own parser and its own messages.
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file, as JSON.")]
 # In help the options that most users need stand apart from the others; a new field is among the others.
 PANEL, EXPERT_PANEL = "Compression", "Compression, for experts"
 EVERYDAY = ("method", "retention_ratio", "survivor_bits", "request_ratios")
 TYPES = {"string": str, "integer": int, "number": float}  # all others are JSON
 # vLLM has flags of these names, and they mean something else.
 PREFIXED = ("seed",)
+
+
+def in_a_folder(param: typer.CallbackParam, path: Path | None) -> Path | None:
+    """For options that name a file to write: refuse, before work starts, one whose folder is missing."""
+    if path is not None and not path.parent.is_dir():
+        raise UsageError(f"{param.opts[0]} {path}: there is no folder {path.parent}; make it first.")
+    return path
+
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Also write the result to this file, as JSON.", callback=in_a_folder)
+]
 
 
 def examples(*commands: str) -> str:

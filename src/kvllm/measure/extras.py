@@ -10,4 +10,6 @@ from kvllm.errors import UsageError
 def require(extra: str, *modules: str) -> None:
     """Raise UsageError, naming the extra to install, unless all of the modules can be imported."""
     if missing := [name for name in modules if find_spec(name) is None]:
-        raise UsageError(f"this needs {', '.join(missing)}, not installed here: pip install 'kvllm[{extra}]'.")
+        raise UsageError(
+            f"this needs {', '.join(missing)}, not installed here; in the checkout: uv pip install '.[{extra}]'."
+        )

@@ -36,15 +36,17 @@ from kvllm.reference.formats import CacheFormat
 from kvllm.reference.images import PromptImages
 from kvllm.reference.rope import rope_of
 from kvllm.reference.states import states_of
-from kvllm.support import PLAIN_BITS
+from kvllm.support import PLAIN_BITS, finding_model
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
     """The language model in a local folder, ready for the reference; of a vision-language model all of it."""
-    kind = type(AutoConfig.from_pretrained(folder, local_files_only=True))
-    sees = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
-    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    return auto.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+    with finding_model(folder):
+        kind = type(AutoConfig.from_pretrained(folder, local_files_only=True))
+        sees = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+        auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model = auto.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return model.to(device).eval()
 
 
 class Request:

@@ -11,12 +11,13 @@ from kvllm.measure.eval import cli
 from kvllm.measure.extras import require
 from tests.measure.commands import kvllm
 
-COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands if command.callback]
+COMMANDS = [command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback]
 
 
 def test_the_measurements_are_listed():
     assert COMMANDS == [
-        "traces", "fidelity", "attention", "recall", "frontier", "accuracy", "tracking", "chain", "grade", "calibrate"
+        "traces", "fidelity", "attention", "recall", "frontier", "accuracy", "tracking", "chain", "grade", "calibrate",
+        "calibrate-layers",
     ]  # fmt: skip
     output = CliRunner().invoke(app, ["eval"]).output
     assert all(name in output for name in COMMANDS)
@@ -39,11 +40,12 @@ def test_every_measurement_shows_its_own_options(name):
     ["chain", "m", "--out", "o"],
     ["grade", __file__],
     ["calibrate", "--traces", __file__, "--model", "m", "--out", "o"],
+    ["calibrate-layers", "--traces", __file__, "--model", "m", "--out", "o"],
 ])  # fmt: skip
 def test_without_the_extra_a_measurement_says_what_to_install(monkeypatch, command):
     """Before it reads or measures anything."""
     monkeypatch.setattr("kvllm.measure.extras.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"this needs .*scipy.*pip install 'kvllm\[eval\]'"):
+    with pytest.raises(UsageError, match=r"this needs .*scipy.*in the checkout: uv pip install '\.\[eval\]'"):
         kvllm("eval", *command)
 
 
@@ -61,3 +63,9 @@ def test_a_dtype_that_torch_lacks_is_refused(dtype):
         return
     with pytest.raises(UsageError, match=f"--dtype {dtype}: no dtype of torch"):
         cli.placement("cpu", dtype)
+
+
+@pytest.mark.parametrize("name, option", [("calibrate-layers", "--out"), ("frontier", "--log"), ("frontier", "--json")])
+def test_a_file_in_no_folder_is_refused_before_work_starts(tmp_path, name, option):
+    with pytest.raises(UsageError, match=f"{option} .*/no/file: there is no folder .*/no; make it first"):
+        kvllm("eval", name, "--traces", __file__, "--model", "m", option, str(tmp_path / "no" / "file"))

@@ -136,3 +136,25 @@ def test_an_unknown_precision_is_refused():
     with pytest.raises(UsageError, match="--caches int2: use auto, fp8, turboquant_k8v4"):
         small_grid(caches=["auto", "int2"])
     assert replace(small_grid()[-1].config).method == "random"
+
+
+def test_a_line_that_a_kill_cut_off_is_measured_again(tmp_path):
+    path, about, case = tmp_path / "log", {"model": "tiny"}, Case("kara", KvConfig())
+    log = Log(path, about)
+    log.add(frontier.TRACE, case, "a", [1, 2.0, 1.0])
+    whole = path.read_text()
+    log.add(frontier.TRACE, case, "b", [1, 2.0, 1.0])
+    path.write_text(path.read_text()[:-9])
+    resumed = Log(path, about)
+    assert set(resumed.point(case).traces) == {"a"} and path.read_text() == whole
+    resumed.add(frontier.TRACE, case, "b", [1, 3.0, 1.0])
+    assert set(Log(path, about).point(case).traces) == {"a", "b"}
+    path.write_text(whole[:5])
+    assert not Log(path, about).points and path.read_text().count("kind") == 1
+
+
+@pytest.mark.parametrize("line", ["{", "5", "{}", '{"kind": "trace", "name": "a"}'])
+def test_a_log_of_something_else_is_refused(tmp_path, line):
+    (tmp_path / "log").write_text(line + "\n")
+    with pytest.raises(UsageError, match="--log .*: not what `kvllm eval frontier` writes"):
+        Log(tmp_path / "log", {})

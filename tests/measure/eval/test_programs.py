@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from kvllm.errors import UsageError
 from kvllm.measure.eval import accuracy, programs, tracking
@@ -15,7 +14,6 @@ from kvllm.measure.eval.programs import MODULUS, NUM_ROOTS, VOCABULARY, execute,
 from kvllm.measure.eval.regrade import run as regrade
 from kvllm.measure.eval.sweep import cases
 
-WEIGHTS = Path(__file__).parents[3] / "benchmarks" / "small_model" / "weights"
 PROGRAM = "v0 7 +1 ; v1 3 -2 ; v2 0 +1 ; v3 9 +1 ; v4 v0 -3 ; v5 v4 +2 ; ask v5 v0 run"
 ANSWER = (
     "v0 7 +1 : 7 7 v0 8 ; v1 3 -2 : 3 3 v1 1 ; v2 0 +1 : 0 0 v2 1 ; v3 9 +1 : 9 9 v3 0 ; "
@@ -58,9 +56,10 @@ def test_the_tokenizer_has_a_token_a_word(tmp_path):
     assert len(tokenizer) == len(set(VOCABULARY)) == len(VOCABULARY)
 
 
-def test_too_many_lines_are_refused():
-    with pytest.raises(ValueError, match="257 lines, 1 asked"):
-        programs.programs(1, 257, 1, np.random.default_rng(0))
+@pytest.mark.parametrize("lines, asked", [(257, 1), (4, 1), (160, 200), (160, 0)])
+def test_sizes_that_no_program_has_are_refused(lines, asked):
+    with pytest.raises(UsageError, match=f"--lines {lines}, --asked {asked}: use 5 to 256 lines"):
+        programs.programs(1, lines, asked, np.random.default_rng(0))
 
 
 def test_what_is_right_in_an_answer():
@@ -113,13 +112,3 @@ def test_the_results_of_a_run(tmp_path, monkeypatch, capsys):
     ]
     with pytest.raises(UsageError, match="graded by 'tracking v1', not by math-verify"):
         regrade(Path(tmp_path / "samples.jsonl"))
-
-
-def test_the_shipped_model_executes_new_programs():
-    """Given the right text so far, it writes every token of the rest."""
-    model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32)
-    drawn = programs.programs(1, 160, 4, np.random.default_rng(12345))
-    ids, prompt = torch.from_numpy(np.concatenate([drawn.prompts, drawn.answers], axis=1)), drawn.prompts.shape[1]
-    with torch.inference_mode():
-        predicted = model(ids).logits[:, prompt - 1 : -1].argmax(dim=-1)
-    assert torch.equal(predicted, ids[:, prompt:])

@@ -18,6 +18,18 @@ def test_traces_come_back_as_they_were(tmp_path):
         Trace("x", [1, 2], 2)
 
 
+@pytest.mark.parametrize("line", [
+    "{", "5", '{"id": "a"}', '{"id": "a", "token_ids": "abc", "num_prompt_tokens": 1}',
+    '{"id": "a", "token_ids": [1, 2], "num_prompt_tokens": "1"}', '{"id": "a", "token_ids": 5, "num_prompt_tokens": 1}',
+])  # fmt: skip
+def test_a_file_of_something_else_is_refused(tmp_path, line):
+    write_traces(tmp_path / "t.jsonl", [Trace("a", [1, 2], 1)])
+    with (tmp_path / "t.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UsageError, match=r"--traces .*t.jsonl: not what `kvllm eval traces` writes \(line 2: "):
+        read_traces(tmp_path / "t.jsonl")
+
+
 def test_the_halves_are_every_other_trace():
     traces = [Trace(str(i), [1, 2], 1) for i in range(5)]
     assert [t.id for t in half_of(traces, "train")] == ["0", "2", "4"]

@@ -3,13 +3,15 @@ from __future__ import annotations
 import json
 
 import pytest
+from typer.testing import CliRunner
 
+from kvllm.__main__ import app
 from kvllm.config import PRESETS, KvConfig
 from kvllm.errors import UsageError
 from kvllm.measure.eval.traces import Trace, read_traces
 from kvllm.measure.tune import run as command
 from kvllm.measure.tune.choose import Candidate, candidates, choose, measure, pareto, serve_flags, split
-from kvllm.measure.tune.texts import one_text
+from kvllm.measure.tune.texts import one_text, read_texts
 from tests.measure.commands import kvllm
 from tests.reference.models import VOCAB_SIZE, text, tiny_config, tiny_model
 
@@ -47,6 +49,49 @@ def test_conversations_prompts_and_traces_are_texts():
     assert one_text({"text": "ab"}, "1", words) is None
 
 
+def test_content_may_be_a_list_of_parts():
+    words, parts = Words(), [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    asked, answer = {"role": "user", "content": parts}, {"role": "assistant", "content": parts}
+    plain = one_text({"messages": [asked | {"content": "ab"}, answer | {"content": "ab"}]}, "1", words)
+    assert one_text({"messages": [asked, answer]}, "1", words) == plain
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"messages": ["hi"]}, "messages: 'hi'; must be"),
+    ({"messages": [{"content": "hi"}]}, "messages: .*; must be"),
+    ({"messages": [{"role": "user", "content": 5}]}, "content: 5; must be a string, or a list"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content: .*; must be a string, or a list"),
+    ({"messages": [{"role": "assistant", "content": "hi"}]}, "messages: the assistant's alone; put"),
+    ({"prompt": "a", "answer": 5}, "answer=5: must be a string"),
+    ({"token_ids": 5, "num_prompt_tokens": 1}, "token_ids is no list of whole numbers; give traces"),
+    ({"token_ids": [1, 2], "num_prompt_tokens": "1"}, "num_prompt_tokens is no whole number; give traces"),
+    ({"token_ids": [1, 2], "num_prompt_tokens": 2}, "trace 2: 2 tokens, 2 of the prompt"),
+])  # fmt: skip
+def test_a_line_that_is_no_text_is_refused_with_its_number(tmp_path, row, message):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n" + json.dumps(row) + "\n")
+    with pytest.raises(UsageError, match=f"texts.jsonl, line 2: {message}"):
+        read_texts(path, tiny_model("llama"), Words(), 1, 0, None)
+
+
+def test_texts_with_equal_ids_are_told_apart(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(3 * (json.dumps({"id": "a", "token_ids": [1, 2], "num_prompt_tokens": 1}) + "\n"))
+    assert [t.id for t in read_texts(path, tiny_model("llama"), Words(), 1, 0, None)] == ["1:a", "2:a", "3:a"]
+
+
+def test_a_folder_or_a_model_that_is_not_there_is_refused(tmp_path):
+    result = CliRunner().invoke(app, ["tune", "tiny", str(tmp_path), "--saving", "2"])
+    assert result.exit_code == 2 and "Invalid value" in result.output and "directory" in result.output
+    (tmp_path / "texts.jsonl").write_text("{}")
+    options = ["tune", str(tmp_path / "none"), str(tmp_path / "texts.jsonl"), "--saving", "2", "--device", "cpu"]
+    with pytest.raises(UsageError, match="/none: no model found there .*; give a model's folder"):
+        kvllm(*options)
+    for option in ("--json", "--save-traces"):
+        with pytest.raises(UsageError, match=f"{option} .*/no/out: there is no folder .*/no; make it first"):
+            kvllm(*options, option, str(tmp_path / "no" / "out"))
+
+
 def test_the_least_loss_for_a_saving_and_the_greatest_saving_for_a_loss():
     found = [candidate(1.5, 0.1, 0.1), candidate(2, 0.3, 0.1), candidate(2.5, 0.2, 0.1), candidate(4, 2, 1)]
     texts = ["t0", "t1"]
@@ -78,8 +123,6 @@ def test_candidates_save_what_texts_of_these_lengths_allow():
     assert {"", "--compression 4x", "--compression 8x", "--compression 16x"} <= by_flags.keys()
     assert 1 < by_flags["--compression 4x"] < by_flags["--compression 8x"] < by_flags["--compression 16x"] < 16
     assert by_flags["--compression 8x"] < by_flags["--retention-ratio 0.4375 --window-size 128 --survivor-bits 4"]
-    capped = tiny_config("qwen2", num_attention_heads=2, head_dim=128, hidden_size=256, attn_logit_softcapping=30.0)
-    assert {each.config.survivor_bits for each in candidates(capped, texts, 16)} == {16}
 
 
 def test_a_text_that_is_too_short_loses_nothing():

@@ -69,7 +69,9 @@ def run(
     if draw(job, outcomes, picture):
         console.print(f"Picture: {picture}", highlight=False)
     else:
-        console.print("For a picture of the run, install matplotlib: pip install 'kvllm[bench]'.", highlight=False)
+        console.print(
+            "For a picture of the run, install matplotlib; in the checkout: uv pip install '.[bench]'.", highlight=False
+        )
     console.print(
         "\nNext:\n"
         f"  kvllm generate {model} --prompt 'Why is the sky blue?' --retention-ratio 0.3\n"

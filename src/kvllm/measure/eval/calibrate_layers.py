@@ -39,7 +39,6 @@ from kvllm.reference.request import layers_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RULES = ("kl", "cake", "pyramid")
 UNIFORM = "one ratio"
 Budgets = tuple[Budget, ...]
 # KL on the traces of each of these tables; empty budgets stand for one ratio for all layers.

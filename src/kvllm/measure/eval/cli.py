@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvllm.cli.options import PASS_THROUGH, JsonFile, examples
+from kvllm.cli.options import PASS_THROUGH, JsonFile, examples, in_a_folder
 from kvllm.errors import UsageError
 from kvllm.measure.eval.sweep import BASELINES, Case, parse_cases
 from kvllm.measure.extras import require
@@ -44,7 +44,7 @@ Ratios = Annotated[
 Configs = Annotated[
     list[str] | None,
     typer.Option(
-        "--configs", help="A shipped sweep (methods, kara), a file, or JSON (repeatable).", show_default=False
+        "--configs", help="A shipped sweep (methods, kara, chain), a file, or JSON (repeatable).", show_default=False
     ),
 ]
 Common = Annotated[str, typer.Option("--common", help="JSON: options that all configurations share.")]
@@ -240,7 +240,9 @@ def frontier(
     minutes: Annotated[
         float | None, typer.Option(help="Measure no longer; a call with the same --log does the rest.", min=0)
     ] = None,
-    log: Annotated[Path | None, typer.Option(help="Results one by one; a run there is continued.")] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Results one by one; a run there is continued.", callback=in_a_folder)
+    ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
     json_file: JsonFile = None,
@@ -430,11 +432,18 @@ def calibrate(
     run(traces, model, out, half, limit, stride, *placement(device, dtype))
 
 
-@app.command("calibrate-layers")
+@app.command(
+    "calibrate-layers",
+    epilog=examples(
+        "kvllm eval calibrate-layers --traces traces.jsonl --half train --model MODEL --out table.json",
+    ),
+)
 def calibrate_layers(
     traces: TracesFile,
     model: TracedModel,
-    out: Annotated[Path, typer.Option(help="File to write: a table for --retention-ratio, as JSON.")],
+    out: Annotated[
+        Path, typer.Option(help="File to write: a table for --retention-ratio, as JSON.", callback=in_a_folder)
+    ],
     rule: Annotated[
         LayerRule, typer.Option(help="kl: move budget while the KL falls; cake: by preference; pyramid: as pyramidkv.")
     ] = LayerRule.kl,

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WHOLE = KvConfig(retention_ratio=1.0)
-SIZES = (0.0625, 0.125, 0.25, 0.5)
 RUN, TRACE, RECALL = "run", "trace", "recall"  # kinds of lines
 
 
@@ -129,14 +128,17 @@ class Log:
     def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
         self.path = path
         self.points: dict[str, Point] = {}
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
-        for line in lines:
+        lines = read_log(path) if path and path.exists() else []
+        for number, line in enumerate(lines, start=1):
             kind = line.pop("kind")
             if kind == RUN and line != about:
                 shown = ", ".join(f"{k}={line.get(k)!r}, now {v!r}" for k, v in about.items() if line.get(k) != v)
                 raise UsageError(f"--log {path}: holds another run ({shown}); use another file.")
             if kind in (TRACE, RECALL):
-                self._take(kind, line)
+                try:
+                    self._take(kind, line)
+                except (KeyError, TypeError) as e:
+                    raise not_a_log(path, number, e) from e
         if not lines:
             self._write({"kind": RUN, **about})
 
@@ -160,6 +162,35 @@ class Log:
         if self.path:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log. A last line that was cut off, as by a kill, is taken out of the file."""
+    text = path.read_text()
+    whole, _, rest = text.rpartition("\n")
+    lines = whole.splitlines()
+    if rest:
+        try:
+            json.loads(rest)
+            lines.append(rest)
+        except json.JSONDecodeError:
+            pass
+    read: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise not_a_log(path, number, e) from e
+        if not isinstance(row, dict) or "kind" not in row:
+            raise not_a_log(path, number, "no kind")
+        read.append(row)
+    if rest:
+        path.write_text("".join(line + "\n" for line in lines))
+    return read
+
+
+def not_a_log(path: Path | None, number: int, why: object) -> UsageError:
+    return UsageError(f"--log {path}: not what `kvllm eval frontier` writes (line {number}: {why}); use another file.")
 
 
 def measure_traces(

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from kvllm.errors import UsageError
 from kvllm.measure.eval.problems import Problem
 
 # Raised when programs change: figures of two versions do not compare.
@@ -66,7 +67,10 @@ def programs(count: int, num_lines: int, num_asked: int, rng: np.random.Generato
     The first `NUM_ROOTS` lines use a number in the place of a variable.
     """
     if not NUM_ROOTS < num_lines <= MAX_LINES or not 0 < num_asked <= num_lines:
-        raise ValueError(f"{num_lines} lines, {num_asked} asked: more than {NUM_ROOTS} lines, at most {MAX_LINES}.")
+        raise UsageError(
+            f"--lines {num_lines}, --asked {num_asked}: use {NUM_ROOTS + 1} to {MAX_LINES} lines, and ask for at most "
+            "as many variables."
+        )
     lines = np.arange(num_lines)
     operands = (rng.random((count, num_lines)) * lines).astype(np.int64)
     steps = rng.integers(STEP, size=(count, num_lines))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvllm.errors import UsageError
 from kvllm.measure.eval.chains import make_chains
@@ -35,8 +35,27 @@ def write_traces(path: Path, traces: Sequence[Trace]) -> None:
     path.write_text("".join(json.dumps(asdict(trace)) + "\n" for trace in traces))
 
 
-def read_traces(path: Path) -> list[Trace]:
-    return [Trace(**json.loads(line)) for line in path.read_text().splitlines()]
+def read_traces(path: Path, option: str = "--traces") -> list[Trace]:
+    """The traces of a file. Raises UsageError, naming the option and the line, for what is none."""
+    traces = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            traces.append(trace_of(json.loads(line)))
+        except (json.JSONDecodeError, TypeError, KeyError) as e:
+            raise UsageError(
+                f"{option} {path}: not what `kvllm eval traces` writes (line {number}: {e}); give a file that it wrote."
+            ) from e
+    return traces
+
+
+def trace_of(row: Any) -> Trace:
+    """Raises TypeError or KeyError for what `write_traces` does not write."""
+    ids, num_prompt_tokens = row["token_ids"], row["num_prompt_tokens"]
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise TypeError("token_ids is no list of whole numbers")
+    if type(num_prompt_tokens) is not int:
+        raise TypeError("num_prompt_tokens is no whole number")
+    return Trace(str(row["id"]), ids, num_prompt_tokens)
 
 
 def make_traces(

@@ -78,7 +78,7 @@ def prompt_ids(tokenizer: Any, prompt: str) -> Sequence[int]:
 
 
 def chosen(path: Path, trace_id: str | None) -> Trace:
-    traces = read_traces(path)
+    traces = read_traces(path, "--trace")
     if not traces:
         raise UsageError(f"--trace {path}: the file has no traces.")
     if trace_id is None:

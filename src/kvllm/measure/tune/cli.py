@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvllm.cli.options import JsonFile
+from kvllm.cli.options import JsonFile, in_a_folder
 from kvllm.measure.eval.cli import BlockSize, Device, Dtype, placement
 from kvllm.measure.extras import require
 
@@ -17,7 +17,11 @@ def tune(
     model: Annotated[str, typer.Argument(help="The model's folder.")],
     texts: Annotated[
         Path,
-        typer.Argument(help="JSONL of conversations, of prompts with or without answers, or of traces.", exists=True),
+        typer.Argument(
+            help="JSONL of conversations, of prompts with or without answers, or of traces.",
+            exists=True,
+            dir_okay=False,
+        ),
     ],
     saving: Annotated[
         float | None, typer.Option(help="How many times less KV cache, over the life of these texts.", min=1)
@@ -29,7 +33,10 @@ def tune(
     temperature: Annotated[float, typer.Option(help="Of answers that the model writes here; 0 = greedy.", min=0)] = 0.7,
     limit: Annotated[int | None, typer.Option(help="Use only the first texts.", min=1)] = None,
     save_traces: Annotated[
-        Path | None, typer.Option(help="Write the texts here, as traces, so that answers need not be written again.")
+        Path | None,
+        typer.Option(
+            help="Write the texts here, as traces, so that answers need not be written again.", callback=in_a_folder
+        ),
     ] = None,
     block_size: BlockSize = 16,
     device: Device = None,
