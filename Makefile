@@ -20,7 +20,7 @@ export UV_OVERRIDE ?= .ci/local-torch.txt
 endif
 
 help:
-	@echo "make demo   a dozen requests in a small KV pool, stock vLLM against KvLLM: three minutes on two cores"
+	@echo "make demo   a dozen requests in a small KV pool, stock vLLM against KvLLM, live"
 	@echo "make test   lint, types and tests"
 	@echo "make robustness  random input and faults, the long form"
 	@echo "make docs   the documentation as a site, in .site"

@@ -24,7 +24,7 @@ from kvllm.engine.touch import RELEASES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "kvllm"
-MOST_BYTES = 300 * 2**10
+MOST_BYTES = 400 * 2**10
 
 
 def test_the_package_is_small_and_carries_no_data() -> None:
@@ -65,7 +65,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = folder / "environment"
     venv.create(environment, with_pip=False)
     python = environment / "bin" / "python"
-    subprocess.run([*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)], check=True)
+    plain = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # where pip would find KvLLM installed already
+    install = [*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, env=plain)
     (packages,) = environment.glob("lib/python3*/site-packages")
     # A path alone: the .pth files in it, such as the one of an editable KvLLM, are not read.
     (packages / "behind.pth").write_text(sysconfig.get_path("purelib") + "\n")
