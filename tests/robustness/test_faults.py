@@ -89,7 +89,7 @@ def test_a_killed_api_server_ends_its_answers_with_an_error_and_the_server(model
     """Of two API servers: vLLM then stops the rest too, so that whoever supervises the process starts it anew."""
     with kvllm_serve(model_dir, tmp_path / "log", "--api-server-count", "2") as server:
         processes = descendants(server.process.pid)
-        victim = next(pid for pid, args in processes.items() if "ApiServer" in args)
+        victim = next(pid for pid, args in processes.items() if "apiserver" in args.lower())
         with ThreadPoolExecutor(NUM_CLIENTS) as pool:
             futures = start_streams(server, pool)
             os.kill(victim, signal.SIGKILL)
