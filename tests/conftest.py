@@ -117,6 +117,15 @@ def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
 
 
 @pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods that a test registers are known in it only: the documentation lists all that are registered."""
+    import kvllm.methods
+
+    kvllm.methods.methods()  # all of the package's own
+    monkeypatch.setattr(kvllm.methods, "_REGISTRY", dict(kvllm.methods._REGISTRY))
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """For tiny models and windows: threads would only wait for each other."""
     before = torch.get_num_threads()

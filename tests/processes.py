@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,16 @@ def descendants(pid: int) -> dict[int, str]:
         found |= new
         parents = set(new)
     return found
+
+
+def left_after(pids: Iterable[int], seconds: float) -> list[int]:
+    """The processes that have not ended after so long; as soon as all have, none."""
+    deadline = time.monotonic() + seconds
+    while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    return left
 
 
 def resident_bytes(pids: Iterable[int]) -> dict[int, int]:

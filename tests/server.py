@@ -57,6 +57,13 @@ def kvllm_serve(model_dir: Path, log: Path, *arguments: str) -> Iterator[Server]
             server.wait(30)
 
 
+def metric(base_url: str, name: str) -> float:
+    """What the server's /metrics say of this name, over all labels."""
+    with urllib.request.urlopen(f"{base_url}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+
+
 def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as response:

@@ -118,6 +118,7 @@ REMEDIES: dict[tuple[str, str], str] = {
     ("measure/inspect/run.py", "nothing is compressed"): "Use a --retention-ratio below 1.",
     ("measure/inspect/run.py", "has no traces"): "Write the file again with `kvllm eval traces`.",
     ("measure/tune/texts.py", ""): "Give a file with one text per line, in one of the forms listed.",
+    ("methods/files.py", ""): "Pass a file of the kind that docs/methods.md describes for this option.",
     ("methods/gates.py", ""): "Pass a safetensors file of gates that were trained for this model.",
     ("methods/triattention.py", "taken from a model"): "Run `kvllm eval calibrate` with this model.",
     ("methods/triattention.py", "has no tensor"): "Run `kvllm eval calibrate` with this model.",

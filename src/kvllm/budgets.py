@@ -44,10 +44,8 @@ def parse_table(table: Mapping[str, Any]) -> tuple[Budget, ...]:
         raise _wrong(table, f"has {len(table)} groups of layers; use {FEWEST} to {MOST}, or one ratio for all layers")
     budgets = tuple(Budget(_parse_layers(table, key), _parse_ratio(table, key, ratio)) for key, ratio in table.items())
     every = sorted(layer for budget in budgets for layer in budget.layers)
-    if twice := next((a for a, b in zip(every, every[1:], strict=False) if a == b), None):
-        raise _wrong(table, f"layer {twice} has two ratios; name each layer once")
-    if every[:2] == [0, 0]:
-        raise _wrong(table, "layer 0 has two ratios; name each layer once")
+    if twice := [a for a, b in zip(every, every[1:], strict=False) if a == b]:
+        raise _wrong(table, f"layer {twice[0]} has two ratios; name each layer once")
     sizes = [len(budget.layers) for budget in budgets]
     if len(set(sizes)) > 1:
         raise _wrong(

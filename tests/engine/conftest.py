@@ -24,6 +24,7 @@ from kvllm.config import KvConfig
 from kvllm.reference import load_model
 from tests.conftest import DEFAULT_MODEL, group_resources
 from tests.models import VOCAB_SIZE, save_random_llama
+from tests.near_ties import check_greedy
 
 BLOCK_SIZE = 32
 CONFIG = KvConfig(window_size=64, buffer_size=32, retention_ratio=0.5, request_ratios="1.0")
@@ -55,6 +56,25 @@ def engine(model_dir: Path, config: KvConfig | None = CONFIG, **options: Any) ->
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+
+
+class Served:
+    """An engine of a tiny random checkpoint, asked for `num_tokens` at a time, and the model for the reference."""
+
+    def __init__(self, llm: Any, folder: Path, num_tokens: int) -> None:
+        self.llm, self.reference, self.num_tokens = llm, load_model(folder), num_tokens
+
+    def greedy(self, *prompt_ids: list[int], num_tokens: int | None = None, **extra: Any) -> list[Any]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0, max_tokens=num_tokens or self.num_tokens, ignore_eos=True, detokenize=False,
+            extra_args=extra or None,
+        )  # fmt: skip
+        return self.llm.generate([{"prompt_token_ids": p} for p in prompt_ids], params, use_tqdm=False)
+
+    def check(self, prompt: list[int], output: Any, config: KvConfig | None = CONFIG) -> None:
+        check_greedy(self.reference, prompt, list(output.outputs[0].token_ids), config, BLOCK_SIZE, num_variants=0)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from kvllm.cli.plan import local_blocks as planned_local_blocks
@@ -19,10 +18,10 @@ from kvllm.config import KvConfig
 from kvllm.engine.spec import KvSpec
 from kvllm.engine.stats import engine_stats
 from kvllm.layout import request_geometry
-from kvllm.reference import load_model
 from tests.conftest import group_resources
 from tests.engine.conftest import (
     BLOCK_SIZE,
+    Served,
     assert_pool_whole,
     compressors_of,
     engine,
@@ -30,7 +29,6 @@ from tests.engine.conftest import (
     watch_blocks,
 )
 from tests.engine.families import VOCAB_SIZE, Family, save_random
-from tests.near_ties import check_greedy
 
 MAX_MODEL_LEN = 512
 NUM_TOKENS = 424  # four windows and some
@@ -66,22 +64,6 @@ def words(num_tokens: int, seed: int = 0) -> list[int]:
     return torch.randint(10, VOCAB_SIZE, (num_tokens,), generator=generator).tolist()
 
 
-class Served:
-    """An engine of a tiny random checkpoint and the model for the reference."""
-
-    def __init__(self, llm: Any, folder: Path) -> None:
-        self.llm, self.reference = llm, load_model(folder)
-
-    def greedy(self, *prompt_ids: list[int], num_tokens: int = NUM_TOKENS, **extra: Any) -> list[Any]:
-        params = SamplingParams(
-            temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, extra_args=extra or None
-        )
-        return self.llm.generate([{"prompt_token_ids": p} for p in prompt_ids], params, use_tqdm=False)
-
-    def check(self, prompt: list[int], output: Any, config: KvConfig | None) -> None:
-        check_greedy(self.reference, prompt, list(output.outputs[0].token_ids), config, BLOCK_SIZE, num_variants=0)
-
-
 @pytest.fixture
 def served(name: str, tmp_path_factory: pytest.TempPathFactory) -> Served:
     folder = tmp_path_factory.getbasetemp() / f"budgets-{name}"
@@ -95,7 +77,7 @@ def served(name: str, tmp_path_factory: pytest.TempPathFactory) -> Served:
 
     llm = group_resources.get(f"budgets, {name}", start)
     llm.reset_prefix_cache()
-    return group_resources.get(f"budgets, {name}, served", lambda: nullcontext(Served(llm, folder)))
+    return group_resources.get(f"budgets, {name}, served", lambda: nullcontext(Served(llm, folder, NUM_TOKENS)))
 
 
 @each

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from kvllm.compression.footprint import footprint
 from kvllm.engine.stats import engine_stats
 from kvllm.layers import Local
-from kvllm.reference import load_model
 from tests.conftest import group_resources
 from tests.engine.conftest import (
     BLOCK_SIZE,
     CONFIG,
+    Served,
     assert_pool_whole,
     compressor_of,
     engine,
@@ -25,7 +23,6 @@ from tests.engine.conftest import (
     watch_blocks,
 )
 from tests.engine.families import FAMILIES, prompts, save_random
-from tests.near_ties import check_greedy
 
 MAX_MODEL_LEN = 512
 NUM_TOKENS = 330  # four windows and some
@@ -36,22 +33,6 @@ NUM_BLOCKS = {"gpt-oss": 16 + 2 * 7 - 1, "Llama 4": 16 + 3 * 6 - 1}
 
 pytestmark = pytest.mark.engine
 each = pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in LOCAL])
-
-
-class Served:
-    """An engine of a tiny random checkpoint and the model for the reference."""
-
-    def __init__(self, llm: Any, folder: Path) -> None:
-        self.llm, self.reference = llm, load_model(folder)
-
-    def greedy(self, *prompt_ids: list[int], num_tokens: int = NUM_TOKENS, **extra: Any) -> list[Any]:
-        params = SamplingParams(
-            temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, extra_args=extra or None
-        )
-        return self.llm.generate([{"prompt_token_ids": p} for p in prompt_ids], params, use_tqdm=False)
-
-    def check(self, prompt: list[int], output: Any, config: Any = CONFIG) -> None:
-        check_greedy(self.reference, prompt, list(output.outputs[0].token_ids), config, BLOCK_SIZE, num_variants=0)
 
 
 @pytest.fixture
@@ -67,7 +48,7 @@ def served(name: str, tmp_path_factory: pytest.TempPathFactory) -> Served:
 
     llm = group_resources.get(name, start)
     llm.reset_prefix_cache()
-    return group_resources.get(f"{name}, served", lambda: nullcontext(Served(llm, folder)))
+    return group_resources.get(f"{name}, served", lambda: nullcontext(Served(llm, folder, NUM_TOKENS)))
 
 
 @each

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.server import POOL, Server
+from tests.server import POOL, Server, metric
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
 
@@ -29,12 +28,6 @@ def base_url(server: Server) -> str:
 @pytest.fixture
 def client(base_url: str) -> Any:
     return openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", timeout=300)
-
-
-def metric(base_url: str, name: str) -> float:
-    with urllib.request.urlopen(f"{base_url}/metrics") as response:
-        lines = response.read().decode().splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
 
 
 def test_chat_completion_and_streaming(client: Any) -> None:

@@ -83,6 +83,18 @@ def test_a_front_end_without_our_checks_is_refused(model_dir: Path, monkeypatch:
         prepare(config)
 
 
+def gpu_config(model_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, **options: Any) -> Any:
+    """A configuration of vLLM's as on a GPU, not yet prepared."""
+    config = vllm_config(model_dir)
+    config.model_config.dtype = getattr(torch, dtype)
+    monkeypatch.setattr("vllm.platforms.current_platform.device_type", "cuda")
+    monkeypatch.setattr(config.device_config, "device_type", "cuda")
+    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
+    config.cache_config.user_specified_block_size = False
+    config.additional_config = {"kvllm": options}
+    return config
+
+
 @pytest.mark.parametrize(
     "bits, dtype, cache_dtype, message",
     [
@@ -95,14 +107,8 @@ def test_a_front_end_without_our_checks_is_refused(model_dir: Path, monkeypatch:
 def test_what_gpus_pack(
     bits: int, dtype: str, cache_dtype: str, message: str | None, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = vllm_config(model_dir)
-    config.model_config.dtype = getattr(torch, dtype)
-    monkeypatch.setattr("vllm.platforms.current_platform.device_type", "cuda")
-    monkeypatch.setattr(config.device_config, "device_type", "cuda")
-    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
+    config = gpu_config(model_dir, monkeypatch, dtype, survivor_bits=bits, retention_ratio=0.4375)
     config.cache_config.cache_dtype = cache_dtype
-    config.cache_config.user_specified_block_size = False
-    config.additional_config = {"kvllm": {"survivor_bits": bits, "retention_ratio": 0.4375}}
     if message is None:
         prepare(config)
         geometry = Geometries.of_engine(config).of(None)
@@ -115,14 +121,8 @@ def test_what_gpus_pack(
 
 
 def test_gpus_pack_nothing_beside_layer_budgets(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = vllm_config(model_dir)
-    config.model_config.dtype = torch.bfloat16
-    monkeypatch.setattr("vllm.platforms.current_platform.device_type", "cuda")
-    monkeypatch.setattr(config.device_config, "device_type", "cuda")
-    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
-    config.cache_config.user_specified_block_size = False
     table = {"0-14": 0.875, "15-29": 0.4375}
-    config.additional_config = {"kvllm": {"survivor_bits": 4, "retention_ratio": table}}
+    config = gpu_config(model_dir, monkeypatch, "bfloat16", survivor_bits=4, retention_ratio=table)
     with pytest.raises(UsageError, match="survivor_bits=4: on GPUs not with the layer budgets of retention_ratio="):
         prepare(config)
 

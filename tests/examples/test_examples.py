@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import kvllm.methods
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = {"window_size": 32, "buffer_size": 32, "retention_ratio": 0.5}
 
@@ -23,11 +21,9 @@ def texts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def beside_each_other(monkeypatch: pytest.MonkeyPatch, own_registry: None) -> None:
     """As where a script is started: its folder is on the path, and its method is known to it alone."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    kvllm.methods.methods()  # all of the package's own
-    monkeypatch.setattr(kvllm.methods, "_REGISTRY", dict(kvllm.methods._REGISTRY))
     monkeypatch.delitem(sys.modules, "new_method", raising=False)
 
 

@@ -89,6 +89,22 @@ def check(model: Any, prompt_ids: list[int], output: list[int], config: KvConfig
     return match
 
 
+def equals_the_reference(llm: LLM, model: Any, config: KvConfig = CONFIG) -> None:
+    """Chunked prefill, four windows and more of each request, preemption in a small pool, and a prefix-cache hit."""
+    prompts = [prompt(n, n) for n in (1, 16, 17, 300, 200, 100)]
+    outputs = greedy(llm, prompts, 400)
+    ties = sum(check(model, p, o, config).near_ties for p, o in zip(prompts, outputs, strict=True))
+    stats = engine_stats(llm)
+    print("near ties:", ties, stats)
+    assert stats["num_windows_compressed"] >= 4 * len(prompts) and stats["num_preemptions"] > 0
+    assert stats["free_kv_blocks"] == stats["num_kv_blocks"]
+    (first,), (again,) = greedy(llm, prompts[3:4], 8), greedy(llm, prompts[3:4], 400)
+    assert again[:8] == first
+    check(model, prompts[3], again, config)
+    (full,) = greedy(llm, prompts[4:5], 300, ratio=1.0)
+    check(model, prompts[4], full, None)
+
+
 def test_equals_reference(llm: LLM, reference_model: Any) -> None:
     prompts = [prompt(n, n) for n in (1, 15, 16, 17, 300)]
     outputs = greedy(llm, prompts, 400)

@@ -14,32 +14,25 @@ if not torch.cuda.is_available():
 
 from transformers import Exaone4Config
 
-from kvllm.config import KvConfig
 from kvllm.engine.stats import engine_stats
 from kvllm.layout import request_geometry
 from kvllm.reference import load_model
-from tests.gpu.test_engine_gpu import BLOCK_SIZE, CONFIG, check, greedy, model_dir, prompt, reference_model, start  # noqa: F401
+from tests.gpu.test_engine_gpu import (  # noqa: F401
+    BLOCK_SIZE,
+    CONFIG,
+    check,
+    equals_the_reference,
+    greedy,
+    model_dir,
+    prompt,
+    reference_model,
+    start,
+)
 from tests.models import save_random_model
 
 pytestmark = pytest.mark.engine
 
 TABLE = {"0-1": 0.75, "2-3": 0.3}
-
-
-def equals_the_reference(llm: Any, model: Any, config: KvConfig) -> None:
-    """Chunked prefill, six windows and more of each request, preemption in a small pool, and a prefix-cache hit."""
-    prompts = [prompt(n, n) for n in (1, 16, 17, 300, 200, 100)]
-    for p, output in zip(prompts, greedy(llm, prompts, 400), strict=True):
-        check(model, p, output, config)
-    stats = engine_stats(llm)
-    print(stats)
-    assert stats["num_windows_compressed"] >= 4 * len(prompts) and stats["num_preemptions"] > 0
-    assert stats["free_kv_blocks"] == stats["num_kv_blocks"]
-    first, again = greedy(llm, prompts[3:4], 8), greedy(llm, prompts[3:4], 400)
-    assert again[0][:8] == first[0]
-    check(model, prompts[3], again[0], config)
-    (full,) = greedy(llm, prompts[4:5], 300, ratio=1.0)
-    check(model, prompts[4], full, None)
 
 
 def test_equals_reference(model_dir: Path, reference_model: Any) -> None:  # noqa: F811

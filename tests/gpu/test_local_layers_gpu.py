@@ -13,9 +13,8 @@ if not torch.cuda.is_available():
 
 from transformers import Exaone4Config, Gemma3TextConfig
 
-from kvllm.engine.stats import engine_stats
 from kvllm.reference import load_model
-from tests.gpu.test_engine_gpu import check, greedy, prompt, start
+from tests.gpu.test_engine_gpu import equals_the_reference, start
 from tests.models import save_random_model
 
 pytestmark = pytest.mark.engine
@@ -29,16 +28,5 @@ def test_equals_reference(config_class: type, tmp_path: Path) -> None:
     folder = save_random_model(tmp_path, config_class, **MIXED)
     model = load_model(folder, device="cuda")
     llm = start(folder, max_model_len=1024, max_num_batched_tokens=128, num_gpu_blocks_override=181)
-    prompts = [prompt(n, n) for n in (1, 16, 17, 300, 200, 100)]
-    for p, output in zip(prompts, greedy(llm, prompts, 400), strict=True):
-        check(model, p, output)
-    stats = engine_stats(llm)
-    print(stats)
-    assert stats["num_windows_compressed"] >= 4 * len(prompts) and stats["num_preemptions"] > 0
-    assert stats["free_kv_blocks"] == stats["num_kv_blocks"]
-    first, again = greedy(llm, prompts[3:4], 8), greedy(llm, prompts[3:4], 400)
-    assert again[0][:8] == first[0]
-    check(model, prompts[3], again[0])
-    (full,) = greedy(llm, prompts[4:5], 300, ratio=1.0)
-    check(model, prompts[4], full, None)
+    equals_the_reference(llm, model)
     llm.llm_engine.engine_core.shutdown()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-import kvllm.methods
 from benchmarks import kara_study as study
 from kvllm.measure.eval.traces import Trace, write_traces
 from kvllm.methods import register
@@ -22,12 +20,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The method is known inside this test only: the documentation lists all that are registered."""
-    kvllm.methods.methods()  # all of the package's own
-    monkeypatch.setattr(kvllm.methods, "_REGISTRY", dict(kvllm.methods._REGISTRY))
+def registered(own_registry: None) -> None:
     register("study_kara")(study.StudyKara)
-    yield
 
 
 def window(num_tokens: int = 64) -> Window:

@@ -16,8 +16,8 @@ import pytest
 
 from tests.models import save_small_chat_model
 from tests.robustness import LONG
-from tests.robustness.test_soak import ask, gauge
-from tests.server import Server, kvllm_serve
+from tests.robustness.test_soak import ask
+from tests.server import Server, kvllm_serve, metric
 
 pytestmark = [
     pytest.mark.engine,
@@ -87,9 +87,8 @@ def interrupted(server: Server, act: Act) -> tuple[list[str | None], list[str | 
 def test_answers_go_on_as_if_nothing_had_happened(admin_server: Server, act: Act) -> None:
     alone, together = interrupted(admin_server, act)
     assert together == alone
-    with httpx.Client(base_url=admin_server.url, timeout=60) as client:
-        assert gauge(client, "vllm:num_requests_running") == 0
-        assert gauge(client, "vllm:kv_cache_usage_perc") == 0
+    assert metric(admin_server.url, "vllm:num_requests_running") == 0
+    assert metric(admin_server.url, "vllm:kv_cache_usage_perc") == 0
 
 
 def test_a_pause_that_aborts_ends_the_answers_and_frees_their_blocks(admin_server: Server) -> None:
@@ -108,8 +107,7 @@ def test_a_pause_that_aborts_ends_the_answers_and_frees_their_blocks(admin_serve
     for answer in asyncio.run(run()):
         assert answer["choices"][0]["finish_reason"] == "abort"
         assert answer["usage"]["completion_tokens"] < MAX_TOKENS
-    with httpx.Client(base_url=admin_server.url, timeout=60) as client:
-        assert gauge(client, "vllm:kv_cache_usage_perc") == 0
+    assert metric(admin_server.url, "vllm:kv_cache_usage_perc") == 0
 
 
 def test_sleep_and_wake(admin_server: Server) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.processes import descendants
+from tests.processes import descendants, left_after
 from tests.robustness import LONG
 from tests.server import Server, kvllm_serve
 
@@ -73,10 +73,7 @@ def test_a_killed_engine_core_is_an_error_to_clients_and_ends_the_server(model_d
             results = [future.result(timeout=60) for future in futures]
         assert all(error is not None and seen < MAX_TOKENS for seen, error in results), results
         server.process.wait(60)  # with status 0, as vLLM ends then
-        deadline = time.monotonic() + 30
-        while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()], "a process is left over"
+        assert not left_after(processes, seconds=30), "a process is left over"
     with kvllm_serve(model_dir, tmp_path / "log2") as server:  # a server started again is whole
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
         answer = client.completions.create(
@@ -97,7 +94,4 @@ def test_a_killed_api_server_ends_its_answers_with_an_error_and_the_server(model
         assert any(error is not None for _, error in results), results
         assert all(error is not None or seen == MAX_TOKENS for seen, error in results), results
         server.process.wait(60)
-        deadline = time.monotonic() + 30
-        while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()], "a process is left over"
+        assert not left_after(processes, seconds=30), "a process is left over"

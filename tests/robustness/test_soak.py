@@ -20,7 +20,7 @@ import pytest
 from tests.models import save_small_chat_model
 from tests.processes import descendants, resident_bytes
 from tests.robustness import LONG, examples
-from tests.server import Server, kvllm_serve
+from tests.server import Server, kvllm_serve, metric
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
 
@@ -83,11 +83,6 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any], cut_after: int | 
     raise AssertionError("the stream ended without [DONE]")
 
 
-def gauge(client: httpx.Client, name: str) -> float:
-    lines = client.get("/metrics").text.splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
-
-
 def test_soak(soaked: Server) -> None:
     bodies, draw, counts = kinds(), random.Random(11), Counter[str]()
     processes = descendants(soaked.process.pid) | {soaked.process.pid: "API server"}
@@ -117,13 +112,12 @@ def test_soak(soaked: Server) -> None:
             return sizes
 
     sizes = asyncio.run(run())
-    with httpx.Client(base_url=soaked.url, timeout=60) as client:
-        deadline = time.monotonic() + 30  # the last client that went away may not have been noticed yet
-        while gauge(client, "vllm:num_requests_running") and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert gauge(client, "vllm:kv_cache_usage_perc") == 0, "blocks are still held"
-        counts["preemptions"] = int(gauge(client, "vllm:num_preemptions_total"))
-        counts["windows"] = int(gauge(client, "kvllm:windows_compressed_total"))
+    deadline = time.monotonic() + 30  # the last client that went away may not have been noticed yet
+    while metric(soaked.url, "vllm:num_requests_running") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert metric(soaked.url, "vllm:kv_cache_usage_perc") == 0, "blocks are still held"
+    counts["preemptions"] = int(metric(soaked.url, "vllm:num_preemptions_total"))
+    counts["windows"] = int(metric(soaked.url, "kvllm:windows_compressed_total"))
     print(f"soak: {dict(counts)}")
     for pid, name in processes.items():
         print(f"soak: {name[:40]}: MiB after each tenth: {[each[pid] >> 20 for each in sizes]}")

@@ -13,6 +13,7 @@ from kvllm import support
 from kvllm.compression.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
 from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig, check_retention_ratio
+from kvllm.engine.compat import is_quantized_kv_cache
 from kvllm.errors import UsageError
 from kvllm.groups import Groups, full_layers, groups_of
 from kvllm.layers import LayerKind, local_layers
@@ -168,10 +169,10 @@ def _check_budgets(config: KvConfig, vllm_config: VllmConfig) -> None:
             f"retention_ratio={config.retention_ratio}: not with --disable-hybrid-kv-cache-manager: each ratio needs a "
             "KV cache group. Leave it out, or use one ratio for all layers."
         )
-    cache = vllm_config.cache_config
-    if config.budgets and cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if config.budgets and is_quantized_kv_cache(cache_dtype):
         raise UsageError(
-            f"retention_ratio={config.retention_ratio}: not with kv_cache_dtype={cache.cache_dtype}: the two were not "
+            f"retention_ratio={config.retention_ratio}: not with kv_cache_dtype={cache_dtype}: the two were not "
             "checked together. Leave it at auto, or use one ratio for all layers."
         )
     groups_of_engine(vllm_config)

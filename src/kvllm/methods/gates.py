@@ -17,13 +17,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu
 
 from kvllm.errors import UsageError
 from kvllm.methods.base import LayerShape, Method, Window
+from kvllm.methods.files import read_tensors
 
 OUT, HIDDEN = ("weight_out", "bias_out"), ("weight_in", "bias_in")
 WHAT = "a file of gate weights that was trained for the model that is served"
@@ -91,10 +90,7 @@ def shape_of(gates: dict[str, Tensor]) -> tuple[int, int, int]:
 @lru_cache(maxsize=8)
 def load_gates(path: str, device: torch.device) -> dict[str, Tensor]:
     """The tensors of a file of gates, in float32; UsageError where it is none."""
-    try:
-        tensors = load_file(path, device=str(device))
-    except SafetensorError as e:
-        raise UsageError(f"gates={path!r}: not a safetensors file ({e}).") from e
+    tensors = read_tensors("gates", path, device)
     names = OUT + (HIDDEN if tensors.keys() & set(HIDDEN) else ())
     if tensors.keys() != set(names):
         raise UsageError(

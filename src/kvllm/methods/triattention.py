@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kvllm.errors import UsageError
 from kvllm.methods import register
 from kvllm.methods.attention import text_positions
 from kvllm.methods.base import LayerShape, Method, Window
+from kvllm.methods.files import read_tensors
 from kvllm.options import strict_dataclass
 
 FORMAT = {  # tensors of a statistics file and their shapes
@@ -129,10 +129,7 @@ def save_statistics(path: str, queries: Tensor, frequencies: Tensor, scale: Tens
 @lru_cache(maxsize=8)
 def load_statistics(path: str, device: torch.device) -> dict[str, Tensor]:
     """The tensors of a statistics file; UsageError where it is none."""
-    try:
-        tensors = load_file(path, device=str(device))
-    except SafetensorError as e:
-        raise UsageError(f"statistics={path!r}: not a safetensors file ({e}).") from e
+    tensors = read_tensors("statistics", path, device)
     for name, shape in FORMAT.items():
         if name not in tensors:
             raise UsageError(f"statistics={path!r}: has no tensor {name!r} {shape}; take the statistics anew.")

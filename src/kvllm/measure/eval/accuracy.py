@@ -21,7 +21,7 @@ from kvllm.errors import UsageError
 from kvllm.measure.environment import environment
 from kvllm.measure.eval.engines import Endpoint, Engine, Question, Sampling, VllmEngine
 from kvllm.measure.eval.grade import GRADER, is_correct
-from kvllm.measure.eval.plots import Panel, plot_curves
+from kvllm.measure.eval.plots import Panel, panels_of, plot_curves
 from kvllm.measure.eval.problems import PROMPT_VERSION, Asked
 from kvllm.measure.eval.report import Progress, interval, markdown
 from kvllm.measure.eval.samples import Sample, read_samples, sample_key, write_sample
@@ -243,14 +243,7 @@ def table(summaries: Sequence[Summary]) -> str:
 def panels(summaries: Sequence[Summary]) -> list[Panel]:
     """Accuracy and length of the answers against the share kept."""
     full = next((s for s in summaries if s.name == FULL), None)
-    made = []
-    for title, name in (("accuracy", "accuracy"), ("mean tokens an answer", "mean_tokens")):
-        panel = Panel(title, getattr(full, name).value if full else None)
-        for s in summaries:
-            if s is not full and s.ratio is not None:
-                panel.add(s.name, s.ratio, getattr(s, name))
-        made.append(panel)
-    return made
+    return panels_of(summaries, full, {"accuracy": "accuracy", "mean tokens an answer": "mean_tokens"})
 
 
 def write_results(folder: Path, samples: Sequence[Sample], about: Mapping[str, Any]) -> str:

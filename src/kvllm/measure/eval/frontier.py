@@ -267,9 +267,9 @@ def kept_of(case: Case, block_size: int, head_dim: int) -> str:
 def table(rows: Sequence[tuple[Point, Held]], config: Any, block_size: int) -> str:
     """Markdown, smallest first."""
     full, head_dim = full_bytes(config), head_dim_of(config.get_text_config())
-    cells = []
+    points, cells = [point for point, _ in rows], []
     for point, size in rows:
-        case, random, recalled = point.case, random_like(point, [p for p, _ in rows]), point.recall()
+        case, random, recalled = point.case, random_like(point, points), point.recall()
         bits = str(case.config.survivor_bits) if case.config.enabled else ""
         cells.append(
             [
@@ -292,9 +292,9 @@ def table(rows: Sequence[tuple[Point, Held]], config: Any, block_size: int) -> s
 
 def report(rows: Sequence[tuple[Point, Held]], **about: Any) -> dict[str, Any]:
     """What is written as JSON."""
-    results = []
+    points, results = [point for point, _ in rows], []
     for point, size in rows:
-        random, recalled = random_like(point, [p for p, _ in rows]), point.recall()
+        random, recalled = random_like(point, points), point.recall()
         results.append(
             {
                 "name": point.case.name,

@@ -28,6 +28,21 @@ class Panel:
         self.curves.setdefault(name, []).append((ratio, estimate))
 
 
+def panels_of(rows: Sequence[Any], full: Any, figures: Mapping[str, str]) -> list[Panel]:
+    """A panel for each figure of rows that have a name and a ratio, and Estimates as attributes.
+
+    full: the row of the full cache, or None; figures: attributes by title
+    """
+    made = []
+    for title, attribute in figures.items():
+        panel = Panel(title, getattr(full, attribute).value if full else None)
+        for row in rows:
+            if row is not full and row.ratio is not None:
+                panel.add(row.name, row.ratio, getattr(row, attribute))
+        made.append(panel)
+    return made
+
+
 def plot_curves(panels: Sequence[Panel], path: Path) -> None:
     """The panels side by side."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False)

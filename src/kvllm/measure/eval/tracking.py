@@ -18,7 +18,7 @@ from kvllm.engine.arguments import check_plugin_is_loaded
 from kvllm.measure.environment import environment
 from kvllm.measure.eval.accuracy import LOG, RUN, check_run, plan, run, summarise
 from kvllm.measure.eval.engines import Engine, Sampling, VllmEngine
-from kvllm.measure.eval.plots import Panel, plot_curves
+from kvllm.measure.eval.plots import Panel, panels_of, plot_curves
 from kvllm.measure.eval.programs import (
     ANSWER_LINE,
     PROGRAMS_VERSION,
@@ -83,14 +83,7 @@ def table(made: Sequence[Row]) -> str:
 
 def panels(made: Sequence[Row]) -> list[Panel]:
     full = next((row for row in made if row.name == FULL), None)
-    drawn = []
-    for title, name in (("answers right", "answers"), ("values right", "values"), ("lines right", "lines")):
-        panel = Panel(title, getattr(full, name).value if full else None)
-        for row in made:
-            if row is not full and row.ratio is not None:
-                panel.add(row.name, row.ratio, getattr(row, name))
-        drawn.append(panel)
-    return drawn
+    return panels_of(made, full, {"answers right": "answers", "values right": "values", "lines right": "lines"})
 
 
 def write_results(folder: Path, samples: Sequence[Sample], asked: Sequence[Program], about: Mapping[str, Any]) -> str:
