@@ -343,8 +343,8 @@ def test_packed_blocks() -> None:
 @pytest.mark.parametrize(
     "ratio, message",
     [
-        (0.9, "packed blocks hold 56 tokens each, and window_size=256 fills 4 of them. Use at most 0.875"),
-        (0.2, "every window keeps at least one block, 56 tokens, which is 0.219 of window_size=256"),
+        (0.9, "packed blocks hold 56 tokens each, so window_size=256 fills at most 4 of them. Use at most 0.875"),
+        (0.2, "every window keeps at least one block of 56 tokens, which is 0.219 of window_size=256"),
     ],
 )
 def test_ratios_that_packed_blocks_cannot_keep(ratio: float, message: str) -> None:

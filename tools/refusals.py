@@ -134,7 +134,7 @@ REMEDIES: dict[tuple[str, str], str] = {
         "num_prompt_tokens",
     ): "Correct the trace: a prompt is at least one token, and shorter than its text.",
     ("reference/replay.py", "different texts"): "Compare replays of one trace only.",
-    ("reference/request.py", "context ends"): "Use shorter texts (--max-tokens), or a model with a longer context.",
+    ("reference/request.py", "context length"): "Use shorter texts (--max-tokens), or a model with a longer context.",
     ("reference/request.py", "no KV cache of its own"): STOCK,
     ("reference/rope.py", ""): "Set `--method-options '{\"lookahead\": 0}'`, or use another method.",
     ("support.py", "torchvision"): "Install the torchvision that belongs to this torch, from the same index.",

@@ -183,6 +183,6 @@ def test_queries_that_are_rotated_in_part_at_their_end_are_refused():
         first_k_dense_replace=1,
     )  # fmt: skip
     model = model_of(config)
-    with pytest.raises(ValueError, match="DeepseekV2ForCausalLM: how it rotates .* method_options lookahead=0"):
+    with pytest.raises(ValueError, match="DeepseekV2ForCausalLM: its rotary embedding .* method_options lookahead=0"):
         rope_of(model)
     assert not Kara(lookahead=0).uses_rope  # so that the advice helps
