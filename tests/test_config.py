@@ -342,7 +342,7 @@ def test_presets_store_a_window_so_many_times_smaller(name, blocks):
         ({"compression": 4}, "compression=4: use one of"),
         ({"compression": ["8x"]}, "use one of 4x, 8x, 16x"),
         ({"compression": "8x", "retention_ratio": 0.3}, "compression=8x: it sets retention_ratio=0.4375, and"),
-        ({"compression": "8x", "policy": "budget"}, "survivor_bits=4: not with policy=budget"),
+        ({"compression": "8x", "policy": "budget"}, "survivor_bits=4: cannot be combined with policy=budget"),
     ],
 )
 def test_presets_that_are_none_or_contradicted(options, message):

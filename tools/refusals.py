@@ -64,7 +64,7 @@ STOCK = "Serve this model with stock vLLM. [Compatibility](compatibility.md) lis
 BUG = "Please report this with the model and the vLLM release; until then serve the model with stock vLLM."
 REMEDIES: dict[tuple[str, str], str] = {
     ("budgets.py", "retention_ratio"): 'Write a table such as {"0-13": 0.4, "14-27": 0.2}: two to four groups of '
-    "equal size, each layer of full attention once, ratios between 0 and 1.",
+    "equal size, each full-attention layer once, ratios between 0 and 1.",
     ("budgets.py", "num_groups"): "Use a number that divides the layers, or one ratio for all of them.",
     (
         "cli/plan.py",
@@ -86,8 +86,11 @@ REMEDIES: dict[tuple[str, str], str] = {
     ): "Use a lower max_tokens, or a lower ratio if the server allows one; the message says which fit.",
     ("engine/rope.py", ""): "Set `--method-options '{\"lookahead\": 0}'`, or use another method.",
     ("engine/runner_v2.py", "block tables"): BUG,
-    ("engine/settings.py", "this platform is"): "Use an NVIDIA GPU or a CPU.",
-    ("engine/settings.py", "--language-model-only"): "Use another method, or --language-model-only to take no images.",
+    ("engine/settings.py", "supports the platforms"): "Use an NVIDIA GPU or a CPU.",
+    (
+        "engine/settings.py",
+        "--language-model-only",
+    ): "Use another method, or --language-model-only to accept no images.",
     ("measure/bench/cli.py", "holds all options"): "Put these options into the JSON of --spec.",
     ("measure/bench/cli.py", "neither a JSON object"): "Pass a JSON object, or the path of a file that holds one.",
     ("measure/bench/kernels.py", "CUDA device"): "Run it on a machine with an NVIDIA GPU.",

@@ -70,8 +70,8 @@ class KvConfig:
     history_size: int = Field(
         0,
         ge=0,
-        description="policy=window: maximum number of survivors of a request; once they reach it, they are compressed "
-        "again. 0 = no limit.",
+        description="policy=window: maximum number of survivors of a request, at which they are compressed again; "
+        "0 = no limit.",
     )
     survivor_bits: Annotated[Literal[16, 8, 4], NotAFloat] = Field(
         16,

@@ -236,7 +236,7 @@ def test_a_plugin_that_is_not_installed_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("kvllm.engine.arguments.entry_points", lambda **_: [])
-    assert "no plugin named 'kvllm'" in refused(capsys, "serve", "model")
+    assert "does not find the plugin 'kvllm'" in refused(capsys, "serve", "model")
 
 
 @pytest.mark.parametrize("plugins", [None, "kvllm", "other,kvllm"])
