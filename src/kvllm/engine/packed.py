@@ -102,7 +102,7 @@ class PackedSurvivors:
         self.programs.fill_(-1)
         self.resumed = True  # so that the run before a graph capture loads this kernel as well
 
-    def _beside(self) -> AbstractContextManager[Any]:
+    def _second_stream(self) -> AbstractContextManager[Any]:
         """A second stream: neither our kernels nor the backend's fill the GPU until they end, so they can overlap.
 
         Not used in prefill steps, which launch each kernel individually: synchronizing streams would cost more there.
@@ -123,7 +123,7 @@ class PackedSurvivors:
             batch = Batch(attn_metadata.query_start_loc, self.survivor_blocks, self.plan, self.programs)
             packed = (query[:num_tokens], self.cache.keys[index], self.cache.values[index], batch, scale)
             prefills = attn_metadata.max_query_len > 1
-            with nullcontext() if prefills else self._beside():
+            with nullcontext() if prefills else self._second_stream():
                 self.attention.attend(*packed)
             LOG_SUM_EXP.wanted = True
             try:

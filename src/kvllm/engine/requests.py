@@ -162,8 +162,8 @@ class RequestCheck:
     ) -> SamplingParams:
         """Cap or refuse a request that could not finish even if it had all `num_blocks` blocks of the pool."""
         max_model_len = self.vllm_config.model_config.max_model_len
-        room = max_model_len - num_prompt_tokens
-        max_tokens = min(params.max_tokens or room, room)
+        max_generated = max_model_len - num_prompt_tokens
+        max_tokens = min(params.max_tokens or max_generated, max_generated)
         needed = self._peak_blocks(geometry, num_prompt_tokens, max_tokens)
         if needed <= num_blocks:
             return params
@@ -179,7 +179,7 @@ class RequestCheck:
             )
         # vLLM has already filled in a max_tokens that was left out. So a client that asks for all that max_model_len
         # allows, or for exactly a default, cannot be told apart from one that left it out.
-        if max_tokens == room or max_tokens in self.default_max_tokens:
+        if max_tokens == max_generated or max_tokens in self.default_max_tokens:
             if params.min_tokens > most:
                 other = self._other_ratio(num_prompt_tokens, params.min_tokens, num_blocks)
                 raise VLLMValidationError(
