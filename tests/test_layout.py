@@ -242,7 +242,7 @@ def test_ratios_by_hand() -> None:
         ({"prompt_budget": 100}, r"prompt_budget=100: .*use 112"),
         ({"history_size": 64}, r"history_size=64: one window alone leaves 80 survivors"),
         ({"policy": "budget", "budget_size": 808}, r"budget_size=808: must be a multiple"),
-        ({"policy": "budget", "budget_size": 64, "budget_interval": 32}, r"window_size=256: .*use 96 or less"),
+        ({"policy": "budget", "budget_size": 64, "budget_interval": 32}, r"window_size=256: .*use at most 96"),
     ],
 )
 def test_refused_by_name(options: dict[str, Any], message: str) -> None:

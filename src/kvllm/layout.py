@@ -145,8 +145,8 @@ class Geometry(Fitting):
         most = config.budget_size + config.budget_interval
         if config.window_size > most:
             raise UsageError(
-                f"window_size={config.window_size}: with policy=budget this many tokens before the buffer are scored "
-                f"with, but only {most} are generated before the first cut; use at most {most}."
+                f"window_size={config.window_size}: with policy=budget, scoring uses the queries of this many tokens "
+                f"before the buffer, but only {most} are generated before the first cut; use at most {most}."
             )
         return cls(
             block_size=block_size,

@@ -85,7 +85,7 @@ def test_served(changes: dict[str, Any]) -> None:
         ({"kv_sharing_target_layer_name": "a"}, "kv_sharing_target_layer_name=a: every layer"),
         ({"attn_type": "encoder_only"}, "attn_type=encoder_only"),
         ({"use_mm_prefix": True}, "use_mm_prefix=True"),
-        ({"head_size_v": 16}, "head_size_v=16: .* keys have 32"),
+        ({"head_size_v": 16}, "head_size_v=16: .* keys is 32"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
