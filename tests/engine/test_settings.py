@@ -151,7 +151,7 @@ def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memor
     monkeypatch.setattr(settings, "gpu_memory", lambda: memory)
     monkeypatch.setattr(settings, "footprint", unknown)
     assert vllm_config(model_dir, {}).scheduler_config.max_num_seqs == default
-    assert f"max_num_seqs stays {default}" in vllm_log.text
+    assert f"max_num_seqs stays at vLLM's default of {default}" in vllm_log.text
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memor
         ({"retention_ratio": 0}, {}, r"retention_ratio=0: .*in \(0, 1\]"),
         ({"method": "kaar"}, {}, r"method='kaar': no such method; did you mean 'kara'"),
         ({"window_size": 80}, {"block_size": 64}, r"window_size=80: must be a multiple of the KV block size, 64"),
-        ({"retention_ratio": 0.05}, {}, r"retention_ratio=0.05: .*at least one block, 32 tokens.*at least 640"),
+        ({"retention_ratio": 0.05}, {}, r"retention_ratio=0.05: .*at least one block of 32 tokens.*at least 640"),
         ({"survivor_bits": 3}, {}, r"survivor_bits=3: must be one of 16, 8, 4"),
         (
             {"survivor_bits": 8, "window_size": 64},

@@ -82,7 +82,7 @@ def test_served(changes: dict[str, Any]) -> None:
     [
         ({"impl": {"alibi_slopes": torch.ones(4)}}, "alibi_slopes=4: ALiBi"),
         ({"impl": {"chunk_lookback": 0}}, "chunk_lookback=0"),
-        ({"kv_sharing_target_layer_name": "a"}, "kv_sharing_target_layer_name=a: every layer"),
+        ({"kv_sharing_target_layer_name": "a"}, "kv_sharing_target_layer_name=a: layers that share"),
         ({"attn_type": "encoder_only"}, "attn_type=encoder_only"),
         ({"use_mm_prefix": True}, "use_mm_prefix=True"),
         ({"head_size_v": 16}, "head_size_v=16: .* keys is 32"),
@@ -103,7 +103,7 @@ def test_every_other_class_of_vllm_with_a_cache_is_refused() -> None:
     assert len(others) > 5  # those that importing vLLM's layers brings: MLA, cross attention, static sinks and others
     for cls in others:
         (found,) = layer_reasons(object.__new__(cls), MAX_MODEL_LEN)
-        assert found.startswith(f"class={cls.__module__}.{cls.__qualname__}: layers must be")
+        assert found.startswith(f"class={cls.__module__}.{cls.__qualname__}: supported layers are")
 
 
 def test_a_cache_beside_attention_is_refused_and_a_layer_without_one_left_alone() -> None:
