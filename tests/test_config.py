@@ -131,11 +131,20 @@ def test_survivor_bits_are_16_or_8_or_4(value):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"policy": "budget"}, "cannot be combined with policy=budget, because .* again at each .*Use policy=window, or"),
+        (
+            {"policy": "budget"},
+            "cannot be combined with policy=budget, because .* again at each .*Use policy=window, or",
+        ),
         ({"history_size": 512}, "cannot be combined with history_size=512, because .* again .*Use history_size=0, or"),
         ({"prompt_budget": 96}, "cannot be combined with prompt_budget=96, .*Use prompt_budget=0, or survivor_bits=16"),
-        ({"retention_ratio": 1.0}, "has no effect, because nothing is compressed with retention_ratio=1.0.* Use a lower retention_ratio, or"),
-        ({"retention_ratio": 1.0, "request_ratios": "1.0"}, "has no effect, because nothing is compressed with retention_ratio=1.0"),
+        (
+            {"retention_ratio": 1.0},
+            "has no effect, because nothing is compressed with retention_ratio=1.0.* Use a lower retention_ratio, or",
+        ),
+        (
+            {"retention_ratio": 1.0, "request_ratios": "1.0"},
+            "has no effect, because nothing is compressed with retention_ratio=1.0",
+        ),
     ],
 )
 @pytest.mark.parametrize("bits", [8, 4])
