@@ -96,5 +96,5 @@ def test_a_transition_keeps_less_and_ages_what_is_before_it():
 
 
 def test_thresholds_in_the_wrong_order_are_refused():
-    with pytest.raises(ValueError, match="transition_above=0.2: must be execution_above=0.5 or more"):
+    with pytest.raises(ValueError, match="transition_above=0.2: must be at least execution_above=0.5"):
         make_method(KvConfig(method="thinkv", method_options={"transition_above": 0.2}))

@@ -65,7 +65,7 @@ def test_scores_equal_the_definition(name, statistics):
 
 
 def test_the_file_must_be_named_and_exist(tmp_path):
-    with pytest.raises(ValueError, match="statistics=.*: triattention needs the path"):
+    with pytest.raises(ValueError, match="statistics=.*: required; give the path"):
         make_method(KvConfig(method="triattention"))
     with pytest.raises(ValueError, match="statistics='/no/such/file': no such file"):
         make_method(KvConfig(method="triattention", method_options={"statistics": "/no/such/file"}))

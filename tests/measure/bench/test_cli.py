@@ -44,8 +44,8 @@ def test_flags_and_a_spec_say_the_same(measured: list[tuple[BenchSpec, Path | No
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["tiny", "--spec", "{}"], "--spec holds all options, so model cannot"),
-        (["--spec", "nowhere.json"], "--spec nowhere.json: neither a JSON object nor a file"),
+        (["tiny", "--spec", "{}"], "--spec replaces all other options, so model cannot"),
+        (["--spec", "nowhere.json"], "--spec nowhere.json: neither a JSON object nor an existing file"),
         (["--spec", '{"model": '], "not valid JSON"),
         (["--spec", '{"concurency": [4]}'], "no option 'concurency'"),
         (["tiny", "--engine-args", "{"], "--engine-args {: not valid JSON"),

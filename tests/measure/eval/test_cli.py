@@ -61,11 +61,11 @@ def test_a_dtype_that_torch_lacks_is_refused(dtype):
     if dtype == "float":  # torch's own name of float32
         assert cli.placement("cpu", dtype) == ("cpu", "float")
         return
-    with pytest.raises(UsageError, match=f"--dtype {dtype}: no dtype of torch"):
+    with pytest.raises(UsageError, match=f"--dtype {dtype}: not a torch dtype"):
         cli.placement("cpu", dtype)
 
 
 @pytest.mark.parametrize("name, option", [("calibrate-layers", "--out"), ("frontier", "--log"), ("frontier", "--json")])
 def test_a_file_in_no_folder_is_refused_before_work_starts(tmp_path, name, option):
-    with pytest.raises(UsageError, match=f"{option} .*/no/file: there is no folder .*/no; make it first"):
+    with pytest.raises(UsageError, match=f"{option} .*/no/file: the folder .*/no does not exist; create it first"):
         kvllm("eval", name, "--traces", __file__, "--model", "m", option, str(tmp_path / "no" / "file"))

@@ -88,7 +88,7 @@ def test_a_folder_or_a_model_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UsageError, match="/none: no model found there .*; give a model's folder"):
         kvllm(*options)
     for option in ("--json", "--save-traces"):
-        with pytest.raises(UsageError, match=f"{option} .*/no/out: there is no folder .*/no; make it first"):
+        with pytest.raises(UsageError, match=f"{option} .*/no/out: the folder .*/no does not exist; create it first"):
             kvllm(*options, option, str(tmp_path / "no" / "out"))
 
 
