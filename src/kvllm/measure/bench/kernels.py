@@ -178,7 +178,7 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
             )
         if refits(shape):
             runs: list[Callable[[], Any]] = [
-                # A very strong ridge: the cache stays the same although it is refitted repeatedly. The amount of work does not change.
+                # A very strong ridge: repeated refits leave the cache unchanged, at the same amount of work.
                 partial(refit, q, kept, blocks, cache, 1e9, 1e9)
                 for q, blocks in zip(queries, sets, strict=False)
             ]

@@ -39,8 +39,8 @@ def serve(job: Job, options: dict[str, Any] | None, report: Report) -> None:
     engine = Engine.start(job.spec(), job.model, options, Path("."))
 
     def add(number: int, max_tokens: int) -> None:
-        # Not greedy: the greedy answers of a small model end in a loop. No seed of their own: with one, vLLM 0.32 fails
-        # on a CPU where a prompt is computed in parts, as after a preemption.
+        # Not greedy: a small model's greedy answers end in loops. No per-request seed: on CPUs, vLLM 0.32 fails with
+        # one if a prefill is chunked, as after a preemption.
         params = SamplingParams(
             temperature=0.7, max_tokens=max_tokens, ignore_eos=True, detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,

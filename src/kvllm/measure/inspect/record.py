@@ -130,7 +130,7 @@ def heads_at(positions: Tensor, end: int) -> Span:
 
 
 def padded(span: Span, start: int) -> Span:
-    """The same from an earlier position, which no head holds."""
+    """The span extended to an earlier start; no head holds the added positions."""
     return Span(start, torch.nn.functional.pad(span.heads, (span.start - start, 0)))
 
 
