@@ -52,6 +52,7 @@ def settings(config: KvConfig = CONFIG) -> dict[str, Any]:
         "max_num_seqs": 32,
         "max_num_batched_tokens": 256,
         "gpu_memory_utilization": 0.3,
+        "kv_cache_memory_bytes": 2**31,  # vLLM's profiling fails where another process frees memory meanwhile
         "disable_log_stats": False,
         "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]},
         "additional_config": {"kvllm": config.to_dict()},
