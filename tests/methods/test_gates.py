@@ -106,9 +106,9 @@ def test_the_file_must_be_one_of_gates(tmp_path):
         ({"q_proj": torch.zeros(4, 4)}, "contains the tensors .*q_proj.*, but needs weight_out, bias_out"),
         (
             {"bias_in": torch.zeros(LAYERS, 2, 4)},
-            r"bias_in has the shape \[5, 2, 4\], but weight_in asks for \[5, 2, 3\]",
+            r"bias_in has shape \[5, 2, 4\], but weight_in implies \[5, 2, 3\]",
         ),
-        ({"weight_in": torch.zeros(3, 16)}, "has the shape .*, but weight_in asks for"),
+        ({"weight_in": torch.zeros(3, 16)}, "has shape .*, but weight_in implies"),
         ({"bias_out": torch.full((LAYERS, 2), torch.nan)}, "nan or infinite weights"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -90,5 +90,5 @@ def test_statistics_of_another_model_are_refused(statistics):
         LayerShape(LAYERS, HEADS, 2, 16),
         LayerShape(LAYERS + 1, HEADS, 2, DIM),
     ):
-        with pytest.raises(ValueError, match="a model with 5 layers with 6 heads of 8, but this one has"):
+        with pytest.raises(ValueError, match="a model with 5 layers, 6 heads and head_dim 8, but this one has"):
             method.check_layers(shape)

@@ -52,7 +52,7 @@ def test_without_the_extra_a_measurement_says_what_to_install(monkeypatch, comma
 def test_only_what_is_missing_is_named():
     assert importlib.util.find_spec("numpy")
     require("eval", "numpy")
-    with pytest.raises(UsageError, match="this needs no_such_module, not installed"):
+    with pytest.raises(UsageError, match="this needs no_such_module, which is not installed"):
         require("eval", "numpy", "no_such_module")
 
 

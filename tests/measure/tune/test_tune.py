@@ -65,7 +65,7 @@ def test_content_may_be_a_list_of_parts():
     ({"prompt": "a", "answer": 5}, "answer=5: must be a string"),
     ({"token_ids": 5, "num_prompt_tokens": 1}, "token_ids is not a list of integers; give traces"),
     ({"token_ids": [1, 2], "num_prompt_tokens": "1"}, "num_prompt_tokens is not an integer; give traces"),
-    ({"token_ids": [1, 2], "num_prompt_tokens": 2}, "trace 2: 2 tokens, 2 of the prompt"),
+    ({"token_ids": [1, 2], "num_prompt_tokens": 2}, "trace 2: has 2 tokens, but a prompt of 2"),
 ])  # fmt: skip
 def test_a_line_that_is_no_text_is_refused_with_its_number(tmp_path, row, message):
     path = tmp_path / "texts.jsonl"
