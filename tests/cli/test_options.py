@@ -24,8 +24,8 @@ def test_panels_group_the_options_of_all_commands_in_order():
 
 @pytest.mark.parametrize("app, everyday", [(bench.app, "concurrency"), (evaluation.app, "traces")])
 def test_everyday_options_of_measurements_are_apart_from_the_experts(app, everyday):
-    group = typer.main.get_command(app)
-    options = [p for c in group.commands.values() for p in c.params if isinstance(p, TyperOption)]
+    commands = typer.main.get_group(app).commands.values()
+    options = [p for command in commands for p in command.params if isinstance(p, TyperOption)]
     panels = {p.name: p.rich_help_panel for p in options}
     assert panels[everyday] is None
     assert {"Output", "For experts"} < set(panels.values())
