@@ -224,8 +224,8 @@ def page() -> str:
         "<!-- Written by `make reference` from the source. -->",
         "# Every refusal and its remedy",
         "",
-        "KvLLM refuses configurations that it is not known to serve correctly, with a one-line message. This page lists",
-        "all of these messages; `…` stands for inserted values. Search it for a few words of your message.",
+        "KvLLM refuses configurations that it is not known to serve correctly, with a one-line message. This page",
+        "lists all of these messages; `…` stands for inserted values. Search it for a few words of your message.",
         "For other problems see [Troubleshooting](troubleshooting.md).",
     ]
     found = refusals()
