@@ -1,4 +1,4 @@
-"""`kvllm doctor` finds what would keep an engine from starting, and says what to do about it."""
+"""`kvllm doctor` finds problems that would prevent an engine from starting, and gives remedies."""
 
 from __future__ import annotations
 
