@@ -14,7 +14,7 @@ def test_traces_come_back_as_they_were(tmp_path):
     traces = [Trace("math500:1", [1, 2, 3], 2), Trace("ü", [7, 8], 1)]
     write_traces(tmp_path / "t.jsonl", traces)
     assert read_traces(tmp_path / "t.jsonl") == traces
-    with pytest.raises(ValueError, match="trace x: 2 tokens, 2 of the prompt"):
+    with pytest.raises(ValueError, match="trace x: has 2 tokens, but a prompt of 2"):
         Trace("x", [1, 2], 2)
 
 
