@@ -1,4 +1,4 @@
-"""What else could make Kara lose less? KL to the full cache on replayed traces, and facts recalled, with transformers.
+"""Study ideas for improving Kara: KL from the full cache on replayed traces, and recall of facts, with transformers.
 
     python benchmarks/kara_study.py MODEL TRACES.jsonl OUT.json --half train --variants parts,refit,scores,queries
 
@@ -288,11 +288,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 
 
 def study_cases(variants: str, configs: list[str], ratio: float) -> list[Case]:
-    """The named variants, then entries of JSON, and random beside them."""
+    """The named variants, then the JSON entries, and random."""
     found: list[dict[str, Any]] = []
     for name in [v for v in variants.split(",") if v]:
         if name not in VARIANTS:
-            raise typer.BadParameter(f"{name!r}: variants are {', '.join(VARIANTS)}")
+            raise typer.BadParameter(f"{name!r}: no such variant; use {', '.join(VARIANTS)}")
         found += VARIANTS[name]
     found += [parse_json("--config", text) for text in configs]
     return cases(found, {"retention_ratio": ratio}, baselines=("random",))
@@ -300,18 +300,18 @@ def study_cases(variants: str, configs: list[str], ratio: float) -> list[Case]:
 
 def main(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
-    traces: Annotated[Path, typer.Argument(help="JSONL that `kvllm eval traces` wrote.")],
-    out: Annotated[Path, typer.Argument(help="Where to write figures for each configuration and trace, as JSON.")],
-    variants: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(VARIANTS)}; empty: none.")] = "parts",
+    traces: Annotated[Path, typer.Argument(help="JSONL file written by `kvllm eval traces`.")],
+    out: Annotated[Path, typer.Argument(help="JSON file to write, with results for each configuration and trace.")],
+    variants: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(VARIANTS)}; empty = none.")] = "parts",
     config: Annotated[list[str] | None, typer.Option(help="An entry of a sweep, as JSON (repeatable).")] = None,
-    half: Annotated[str, typer.Option(help="train: to choose by; test: to report.")] = "train",
-    limit: Annotated[int | None, typer.Option(help="Only the first traces of the half; 0: none.")] = None,
-    ratio: Annotated[float, typer.Option(help="Retention ratio of all.")] = 0.3,
-    facts: Annotated[int, typer.Option(help="Facts to recall at distances 512 and 1024; 0: none.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the facts; 0 is what `kvllm eval recall` asks.")] = 1,
-    seconds: Annotated[float, typer.Option(help="Begin no other trace after this time.")] = 3600.0,
+    half: Annotated[str, typer.Option(help="train: for choosing; test: for reporting.")] = "train",
+    limit: Annotated[int | None, typer.Option(help="Use only the first N traces of the half; 0 = none.")] = None,
+    ratio: Annotated[float, typer.Option(help="Retention ratio of all variants.")] = 0.3,
+    facts: Annotated[int, typer.Option(help="Number of facts to recall at distances 512 and 1024; 0 = none.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the facts; `kvllm eval recall` uses 0.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Do not start another trace after this time.")] = 3600.0,
     device: Annotated[str, typer.Option()] = "cuda",
-    dtype: Annotated[str, typer.Option(help="Of the model and its cache: bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Data type of model and cache: bfloat16 or float32.")] = "bfloat16",
 ) -> None:
     """Measure every variant on every trace, and print KL beside random's; then facts recalled."""
     register("study_kara")(StudyKara)

@@ -1,4 +1,4 @@
-"""`kvllm doctor` finds what would keep an engine from starting, and says what to do about it."""
+"""`kvllm doctor` finds problems that would prevent an engine from starting, and gives remedies."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--port", "80"], {}, "is served"),
         ([], {"window_size": 100}, "window_size=100"),
         (["--kv-cache-dtype", "fp8"], {}, "fp8"),
-        (["--no-such-flag"], {}, "refuses a flag"),
+        (["--no-such-flag"], {}, "rejects a flag"),
     ],
 )
 def test_a_model_is_checked_as_serve_would(

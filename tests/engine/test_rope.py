@@ -164,7 +164,7 @@ def test_what_is_not_known_is_refused():
     for attention in (ByItself(None), GivenAngles(None)):
         with pytest.raises(ValueError, match=remedy):
             measured(attention)
-    with pytest.raises(ValueError, match="pair the dimensions that they rotate in different ways"):
+    with pytest.raises(ValueError, match="pair the dimensions of their rotary embeddings differently"):
         halves = rotary_of(LlamaConfig(**WIDE)), rotary_of(LlamaConfig(**WIDE, rope_parameters=HALF))
         measured(*map(Attention, halves))
 

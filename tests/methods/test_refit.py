@@ -97,7 +97,7 @@ def test_refitted_values_bring_what_the_window_brought(shift):
 
 
 def test_each_request_is_refitted_by_itself():
-    """Bit for bit, or what a request keeps would depend on who shares its batch."""
+    """Bit for bit; otherwise a request's survivors would depend on the rest of its batch."""
     window = random_window()
     indices = kept_of(window)
     alone = replace(window, **{name: getattr(window, name)[:1] for name in ("queries", "keys", "values")})

@@ -1,4 +1,4 @@
-"""What measuring needs besides KvLLM's own dependencies."""
+"""Check for the optional dependencies of measurements."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ def require(extra: str, *modules: str) -> None:
     """Raise UsageError, naming the extra to install, unless all of the modules can be imported."""
     if missing := [name for name in modules if find_spec(name) is None]:
         raise UsageError(
-            f"this needs {', '.join(missing)}, not installed here; in the checkout: uv pip install '.[{extra}]'."
+            f"this needs {', '.join(missing)}, which is not installed; in the checkout: uv pip install '.[{extra}]'."
         )
