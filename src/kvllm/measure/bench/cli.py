@@ -78,7 +78,7 @@ def throughput(
 ) -> None:
     """Stock vLLM and KvLLM on the same requests, one engine process after the other."""
     if plot_file:
-        require("bench", "matplotlib")
+        require("matplotlib")
     from kvllm.measure.bench.throughput import bench_throughput
 
     if spec is not None:

@@ -141,7 +141,7 @@ def fidelity(
     ] = None,
 ) -> None:
     """Replay traces: KL, agreement and likelihood against the full cache; random and recent are always included."""
-    require("eval", "matplotlib", "scipy")
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.fidelity import run
     from kvllm.measure.eval.report import Outputs
 
@@ -169,7 +169,7 @@ def attention(
     ] = None,
 ) -> None:
     """Compare bidirectional and causal attention weights by what later queries look at."""
-    require("eval", "matplotlib", "scipy")
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.attention import run
     from kvllm.measure.eval.report import Outputs
     from kvllm.methods import checked_config
@@ -203,7 +203,7 @@ def recall(
     ] = None,
 ) -> None:
     """State a fact in the reasoning and ask for it later; the full cache, random and recent are always included."""
-    require("eval", "matplotlib", "scipy")
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.recall import run
     from kvllm.measure.eval.report import Outputs
 
@@ -250,7 +250,7 @@ def frontier(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw KL against bytes here (.svg, .png).")] = None,
 ) -> None:
     """Compare settings by what they lose for their bytes: KL and recall, with vLLM's own cache precisions."""
-    require("eval", "matplotlib", "scipy")
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.frontier import Plan, run
     from kvllm.measure.eval.report import Outputs
 
@@ -304,7 +304,7 @@ def accuracy(
     concurrency: Annotated[int, typer.Option(help="Maximum number of requests in flight to it.", min=1)] = 64,
 ) -> None:
     """Answer problems under compression and grade the answers; the full cache is always included."""
-    require("eval", "math_verify", "matplotlib", "openai", "scipy")
+    require("math_verify", "matplotlib", "openai", "scipy")
     from kvllm.measure.eval import accuracy as task_accuracy
     from kvllm.measure.eval.engines import Sampling
     from kvllm.measure.eval.problems import load_problems, spread
@@ -344,7 +344,7 @@ def tracking(
 
     The model is made by benchmarks/small_model/train.py of the repository.
     """
-    require("eval", "matplotlib", "scipy")
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.tracking import answer
 
     cases = _cases(configs, methods, ratios, common, baselines)
@@ -380,7 +380,7 @@ def chain(
     sampling_seed: SamplingSeed = None,
 ) -> None:
     """Solve many problems in one long answer, and repeat all results at its end; the full cache is always included."""
-    require("eval", "matplotlib", "scipy")
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.chain import answer
     from kvllm.measure.eval.chains import make_chains
     from kvllm.measure.eval.engines import Sampling
@@ -404,7 +404,7 @@ def grade(
     ],
 ) -> None:
     """Grade the log of `accuracy` again."""
-    require("eval", "math_verify", "matplotlib", "scipy")
+    require("math_verify", "matplotlib", "scipy")
     from kvllm.measure.eval.regrade import run
 
     run(log)
@@ -426,7 +426,7 @@ def calibrate(
     dtype: Dtype = "auto",
 ) -> None:
     """Compute the query statistics that the method triattention needs."""
-    require("eval", "scipy")
+    require("scipy")
     from kvllm.measure.eval.calibrate import run
 
     run(traces, model, out, half, limit, stride, *placement(device, dtype))
@@ -461,7 +461,7 @@ def calibrate_layers(
     dtype: Dtype = "auto",
 ) -> None:
     """Find layer budgets for a model: a table for --retention-ratio. Measure it with `fidelity` on other traces."""
-    require("eval", "scipy")
+    require("scipy")
     from kvllm.measure.eval.calibrate_layers import run
 
     options = {**parse_json("--common", common), "method": method, "retention_ratio": ratio}

@@ -47,7 +47,7 @@ def tune(
 
     Replays each text with about twenty settings, with transformers alone, and prints the command that serves the best.
     """
-    require("eval", "matplotlib", "scipy")
+    require("matplotlib", "scipy")
     from kvllm.measure.tune.run import run
 
     where = placement(device, dtype)
