@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "kvllm"
 PAGE = ROOT / "docs" / "refusals.md"
 ERRORS = {"UsageError", "VLLMValidationError"}
 # Functions that return the message of a refusal, which another module raises.
-RETURNING = {"packed_problem", "why_not_inspected", "no_such", "torchvision_problem", "_wrong_value"}
+RETURNING = {"packed_problem", "why_not_inspected", "no_such", "torchvision_problem", "_wrong_value", "why_missing"}
 VERBS = (
     "use|leave|install|unset|give|write|start|send|try|choose|run|set|swap|add|remove|serve|pass|put|did you mean|"
     "expected|must|name|make|create"
@@ -57,10 +57,11 @@ class Refusal:
 # Messages that only wrap another one, which is listed separately.
 CARRIERS = re.compile(
     r"KvLLM does not support (layer )?…( with …)?(: …)?\.|KvLLM does not support survivor_bits=… with …\.|"
-    r"request_ratios=…: …|the engine refused to start: …|…=…: …|…=…: …\.…|no such …; …s are …\."
+    r"request_ratios=…: …|the engine refused to start: …|…=…: …|…=…: …\.…|kvllm …: …\.|no such …; …s are …\."
 )
 # Remedies for messages without one, by file and a part of the message ("": any).
 STOCK = "Serve this model with stock vLLM. [Compatibility](compatibility.md) lists models that are served."
+PIP = "Run the pip command in the message."
 BUG = "Please report this with the model and the vLLM release; until then serve the model with stock vLLM."
 REMEDIES: dict[tuple[str, str], str] = {
     ("budgets.py", "retention_ratio"): 'Write a table such as {"0-13": 0.4, "14-27": 0.2}: two to four groups of '
@@ -70,6 +71,7 @@ REMEDIES: dict[tuple[str, str], str] = {
         "cli/plan.py",
         "leave nothing",
     ): "Plan for more --memory, a smaller --max-num-seqs or --reserve, or a smaller model.",
+    ("cli/measuring.py", "kvllm-measure"): PIP,
     ("engine/attention.py", "KV cache itself"): "Serve it without KvLLM.",
     ("engine/cache_groups.py", ""): BUG,
     (
@@ -87,7 +89,10 @@ REMEDIES: dict[tuple[str, str], str] = {
     ("engine/rope.py", ""): "Set `--method-options '{\"lookahead\": 0}'`, or use another method.",
     ("engine/runner_v2.py", "block tables"): BUG,
     ("engine/settings.py", "supports the platforms"): "Use an NVIDIA GPU or a CPU.",
-    ("engine/settings.py", "--language-model-only"): "Use another method, or --language-model-only to accept no images.",
+    (
+        "engine/settings.py",
+        "--language-model-only",
+    ): "Use another method, or --language-model-only to accept no images.",
     ("measure/bench/cli.py", "replaces all other options"): "Put these options into the JSON of --spec.",
     ("measure/bench/cli.py", "neither a JSON object"): "Pass a JSON object, or the path of a file that holds one.",
     ("measure/bench/kernels.py", "CUDA device"): "Run it on a machine with an NVIDIA GPU.",
@@ -111,7 +116,7 @@ REMEDIES: dict[tuple[str, str], str] = {
     ("measure/eval/problems.py", ": has no"): "Give each line of --data a `problem` and an `answer`.",
     ("measure/eval/recall.py", "needle alone"): "Use larger --distances.",
     ("measure/eval/traces.py", "trace …:"): "Write the file again with `kvllm eval traces`.",
-    ("measure/extras.py", ""): "Run the pip command in the message.",
+    ("measure/extras.py", "not installed"): PIP,
     ("measure/inspect/run.py", "--trace-id"): "Use one of the ids listed.",
     ("measure/inspect/run.py", "nothing is compressed"): "Use a --retention-ratio below 1.",
     ("measure/inspect/run.py", "has no traces"): "Write the file again with `kvllm eval traces`.",

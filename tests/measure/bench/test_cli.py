@@ -63,7 +63,7 @@ def test_a_plot_without_the_extra_is_refused_before_the_run(
     measured: list[tuple[BenchSpec, Path | None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvllm.measure.extras.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"matplotlib, which is not installed; in the checkout: uv pip"):
+    with pytest.raises(UsageError, match=r"matplotlib, which is not installed; install: uv pip"):
         kvllm("bench", "throughput", "tiny", "--plot", "out.png")
     assert not measured
     kvllm("bench", "throughput", "tiny")

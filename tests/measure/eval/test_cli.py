@@ -45,15 +45,15 @@ def test_every_measurement_shows_its_own_options(name):
 def test_without_the_extra_a_measurement_says_what_to_install(monkeypatch, command):
     """Before it reads or measures anything."""
     monkeypatch.setattr("kvllm.measure.extras.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"this needs .*scipy.*in the checkout: uv pip install '\.\[eval\]'"):
+    with pytest.raises(UsageError, match=r"this needs .*scipy.*in a checkout: uv pip install '\.\[measure\]'"):
         kvllm("eval", *command)
 
 
 def test_only_what_is_missing_is_named():
     assert importlib.util.find_spec("numpy")
-    require("eval", "numpy")
+    require("numpy")
     with pytest.raises(UsageError, match="this needs no_such_module, which is not installed"):
-        require("eval", "numpy", "no_such_module")
+        require("numpy", "no_such_module")
 
 
 @pytest.mark.parametrize("dtype", ["float", "floaty", "nn"])

@@ -85,7 +85,7 @@ def throughput(
 ) -> None:
     """Compare stock vLLM and KvLLM on the same requests, one engine process after another."""
     if plot_file:
-        require("bench", "matplotlib")
+        require("matplotlib")
     from kvllm.measure.bench.throughput import bench_throughput
 
     if spec is not None:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
+from kvllm.cli.measuring import INSTALL
 from kvllm.config import PRESET_KEY, with_preset
 from kvllm.engine.arguments import check_plugin_is_loaded
 from kvllm.errors import UsageError
@@ -69,9 +70,7 @@ def run(
     if draw(job, outcomes, picture):
         console.print(f"Picture: {picture}", highlight=False)
     else:
-        console.print(
-            "For a picture of the run, install matplotlib; in the checkout: uv pip install '.[bench]'.", highlight=False
-        )
+        console.print(f"For a picture of the run, install matplotlib: {INSTALL}.", highlight=False, markup=False)
     console.print(
         "\nNext:\n"
         f"  kvllm generate {model} --prompt 'Why is the sky blue?' --retention-ratio 0.3\n"

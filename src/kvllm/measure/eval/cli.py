@@ -153,7 +153,7 @@ def fidelity(
 
     The methods random and recent are always included.
     """
-    require("eval", "matplotlib", "scipy")
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.fidelity import run
     from kvllm.measure.eval.report import Outputs
 
@@ -184,7 +184,7 @@ def attention(
     ] = None,
 ) -> None:
     """Compare how well bidirectional and causal attention weights predict the attention of later queries."""
-    require("eval", "matplotlib", "scipy")
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.attention import run
     from kvllm.measure.eval.report import Outputs
     from kvllm.methods import checked_config
@@ -225,7 +225,7 @@ def recall(
 
     The full cache and the methods random and recent are always included.
     """
-    require("eval", "matplotlib", "scipy")
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.recall import run
     from kvllm.measure.eval.report import Outputs
 
@@ -281,7 +281,7 @@ def frontier(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Plot KL against bytes (.svg, .png).")] = None,
 ) -> None:
     """Compare settings by quality (KL, recall) against cache size, including vLLM's own cache precisions."""
-    require("eval", "matplotlib", "scipy")
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.frontier import Plan, run
     from kvllm.measure.eval.report import Outputs
 
@@ -338,7 +338,7 @@ def accuracy(
 
     The full cache is always included.
     """
-    require("eval", "math_verify", "matplotlib", "openai", "scipy")
+    require("math_verify", "matplotlib", "openai", "scipy")
     from kvllm.measure.eval import accuracy as task_accuracy
     from kvllm.measure.eval.engines import Sampling
     from kvllm.measure.eval.problems import load_problems, spread
@@ -378,7 +378,7 @@ def tracking(
 
     The full cache is always included. The repository's benchmarks/small_model/train.py trains the model.
     """
-    require("eval", "matplotlib", "scipy")
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.tracking import answer
 
     cases = _cases(configs, methods, ratios, common, baselines)
@@ -417,7 +417,7 @@ def chain(
 
     The full cache is always included.
     """
-    require("eval", "matplotlib", "scipy")
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.chain import answer
     from kvllm.measure.eval.chains import make_chains
     from kvllm.measure.eval.engines import Sampling
@@ -441,7 +441,7 @@ def grade(
     ],
 ) -> None:
     """Grade the answers of an `accuracy` run again."""
-    require("eval", "math_verify", "matplotlib", "scipy")
+    require("math_verify", "matplotlib", "scipy")
     from kvllm.measure.eval.regrade import run
 
     run(log)
@@ -463,7 +463,7 @@ def calibrate(
     dtype: Dtype = "auto",
 ) -> None:
     """Compute the query statistics that method triattention needs."""
-    require("eval", "scipy")
+    require("scipy")
     from kvllm.measure.eval.calibrate import run
 
     run(traces, model, out, half, limit, stride, *placement(device, dtype))
@@ -506,7 +506,7 @@ def calibrate_layers(
 
     Measure the table with `fidelity` on other traces.
     """
-    require("eval", "scipy")
+    require("scipy")
     from kvllm.measure.eval.calibrate_layers import run
 
     options = {**parse_json("--common", common), "method": method, "retention_ratio": ratio}

@@ -49,7 +49,7 @@ def tune(
     Replays each text with about twenty settings (with transformers, without vLLM), and prints the command that serves
     the model with the best.
     """
-    require("eval", "matplotlib", "scipy")
+    require("matplotlib", "scipy")
     from kvllm.measure.tune.run import run
 
     where = placement(device, dtype)
