@@ -32,9 +32,11 @@ AT_ONCE = 24  # above the server's 8 seats, so requests queue
 POOL_BLOCKS = 21  # of 32 tokens: the longest request needs 9 to 17 of them, by its ratio
 # oneDNN compiles a kernel for each number of tokens in a step and keeps the newest 1,024, so the worker grows for
 # thousands of requests, without compression as well: over 1,500 requests of this test from 989 to 1,213 MiB with stock
-# vLLM, from 972 to 1,193 MiB with KvLLM, and from 890 to 899 MiB with a cache of 32. So 32, and memory must be flat.
+# vLLM, from 972 to 1,193 MiB with KvLLM. With the newest 32 it grew from 890 to 899 MiB.
 KERNEL_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32"
-GROWTH = 16 * 2**20  # bytes that a process may grow by after the first tenth
+# Bytes that a process may grow by after the first tenth. Stock vLLM's worker grows by some 2 MiB in 1,000 requests, and
+# so did ours, by 16 in 9,000; another KiB a request would be too much.
+GROWTH = 24 * 2**20
 
 
 @pytest.fixture
