@@ -74,4 +74,4 @@ demo: $(INSTALLED) $(MODEL)/config.json
 	@.venv/bin/kvllm demo --model $(MODEL) --out build/demo
 
 clean:
-	rm -rf .venv build dist .site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf .venv build dist .site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info packages/*/build packages/*/*.egg-info

@@ -1,6 +1,6 @@
-"""What else could make Kara lose less? KL to the full cache on replayed traces, and facts recalled, with transformers.
+"""Study ideas for improving Kara: KL from the full cache on replayed traces, and recall of facts, with transformers.
 
-    python benchmarks/kara_study.py MODEL TRACES.jsonl OUT.json --half train --variants parts,refit,scores
+    python benchmarks/kara_study.py MODEL TRACES.jsonl OUT.json --half train --variants parts,refit,scores,queries
 
 Choose on one half of the traces and on the facts of one `--seed`, confirm on the others. `study_kara` without options
 is `kara`; each of its options is an idea that the method does not have.
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
 from pydantic import Field
+from scipy.linalg import hadamard
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -62,7 +64,17 @@ class StudyKara(Kara):
         "own", description="merged: values are fitted from the mean of each survivor and the tokens nearest to it."
     )
     steps: int = Field(4, ge=0, description="Of conjugate gradients.")
-    precondition: bool = Field(False, description="Divide each unknown by its diagonal first.")
+    precondition: bool = Field(True, description="Divide each unknown by its diagonal first, as Kara does.")
+    query_bits: Literal[4, 8] = Field(8, description="4: stored queries are rounded to 15 levels, one scale for each.")
+    rotate_queries: bool = Field(
+        False, description="Round them in a basis in which no channel stands out: random signs, then Hadamard's matrix."
+    )
+
+    def ahead(self, window: Window) -> Window:
+        """As Kara's, from queries of `query_bits`: the bank rounds them where they stand, before they are rotated."""
+        if self.query_bits == 4:
+            window = replace(window, queries=four_bits(window.queries, self.rotate_queries))
+        return super().ahead(window)
 
     def _score(self, window: Window) -> Tensor:
         logits = window.logits().flatten(2, 3)
@@ -143,27 +155,41 @@ class StudyKara(Kara):
         return Kept(kept, keys.transpose(1, 2).to(window.keys.dtype), values.transpose(1, 2).to(window.values.dtype))
 
     def solve(self, rows: Tensor, targets: Tensor, ridge: float) -> Tensor:
-        """As `ridge_solve`, with the diagonal divided out where `precondition` says so."""
-        if not self.precondition:
+        """As `ridge_solve`; without `precondition` by plain conjugate gradients."""
+        if self.precondition:
             return ridge_solve(rows, targets, ridge, self.steps)
         gram = rows.transpose(-1, -2) @ rows
-        diagonal = gram.diagonal(dim1=-2, dim2=-1)
-        strength = ridge * diagonal.mean(-1)[..., None, None]
-        scale = (diagonal[..., None] + strength).clamp(min=1e-30)
+        strength = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         residual = rows.transpose(-1, -2) @ targets
-        solution, direction = torch.zeros_like(residual), residual / scale
-        square = (residual * direction).sum(-2, keepdim=True)
+        solution, direction = torch.zeros_like(residual), residual
+        square = residual.square().sum(-2, keepdim=True)
         for _ in range(self.steps):
             image = gram @ direction + strength * direction
             length = ratio(square, (direction * image).sum(-2, keepdim=True))
             solution, residual = solution + length * direction, residual - length * image
-            before, square = square, (residual * residual / scale).sum(-2, keepdim=True)
-            direction = residual / scale + ratio(square, before) * direction
+            before, square = square, residual.square().sum(-2, keepdim=True)
+            direction = residual + ratio(square, before) * direction
         return solution
 
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b > 0, a / b, 0.0)
+
+
+def four_bits(vectors: Tensor, rotated: bool = False) -> Tensor:
+    """Vectors (the last axis) as they are after rounding to -7 to 7 times a scale for each, in float32.
+
+    Raises ValueError if vectors of a length that is no power of two are to be rotated.
+    """
+    size, levels = vectors.shape[-1], 7
+    if rotated and size & (size - 1):
+        raise ValueError(f"rotate_queries: heads have {size} dimensions, and the rotation needs a power of two.")
+    signs = torch.randint(2, (size,), generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(vectors.device)
+    rotation = torch.from_numpy(hadamard(size) / size**0.5).float().to(vectors.device) if rotated else None
+    vectors = vectors.float() if rotation is None else vectors.float() * signs @ rotation
+    scales = (vectors.abs().amax(-1, keepdim=True) / levels).clamp(min=1e-30)
+    vectors = (vectors / scales).round() * scales
+    return vectors if rotation is None else vectors @ rotation * signs  # the matrix is its own inverse
 
 
 def distinctness(window: Window) -> Tensor:
@@ -222,21 +248,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         entry("6 steps", steps=6),
         entry("8 steps", steps=8),
         entry("12 steps", steps=12),
-        entry("preconditioned, 4 steps", precondition=True),
-        entry("preconditioned, ridges 0.3", precondition=True, key_ridge=0.3, value_ridge=0.3),
-        entry("preconditioned, ridge 0.1 of values", precondition=True, value_ridge=0.1),
-        entry("preconditioned, ridge 0.1 of keys", precondition=True, key_ridge=0.1),
+        entry("refit not preconditioned", precondition=False),
+        entry("ridges 0.3", key_ridge=0.3, value_ridge=0.3),
+        entry("ridge 0.1 of values", value_ridge=0.1),
+        entry("ridge 0.1 of keys", key_ridge=0.1),
         entry("bias of clusters", token_bias="cluster"),
         entry("merged", start="merged"),
         entry("merged, bias of clusters", start="merged", token_bias="cluster"),
-        entry("preconditioned, 8 steps, ridges 0.3", precondition=True, steps=8, key_ridge=0.3, value_ridge=0.3),
-        entry(
-            "merged, bias of clusters, preconditioned, 8 steps",
-            start="merged",
-            token_bias="cluster",
-            precondition=True,
-            steps=8,
-        ),
+        entry("8 steps, ridges 0.3", steps=8, key_ridge=0.3, value_ridge=0.3),
+        entry("merged, bias of clusters, 8 steps", start="merged", token_bias="cluster", steps=8),
         entry("mass 0.5", mass_power=0.5),
         entry("mass 1", mass_power=1.0),
         entry("buffer weighs 2", buffer_weight=2.0),
@@ -258,17 +278,21 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         entry("floor 2", attention_floor=2.0),
         entry("lookahead 100", lookahead=100),
         entry("lookahead 600", lookahead=600),
+    ],
+    "queries": [
         entry("stride 4", query_stride=4),
+        entry("stride 4 + 4-bit queries", query_stride=4, query_bits=4),
+        entry("stride 4 + rotated 4-bit queries", query_stride=4, query_bits=4, rotate_queries=True),
     ],
 }
 
 
 def study_cases(variants: str, configs: list[str], ratio: float) -> list[Case]:
-    """The named variants, then entries of JSON, and random beside them."""
+    """The named variants, then the JSON entries, and random."""
     found: list[dict[str, Any]] = []
     for name in [v for v in variants.split(",") if v]:
         if name not in VARIANTS:
-            raise typer.BadParameter(f"{name!r}: variants are {', '.join(VARIANTS)}")
+            raise typer.BadParameter(f"{name!r}: no such variant; use {', '.join(VARIANTS)}")
         found += VARIANTS[name]
     found += [parse_json("--config", text) for text in configs]
     return cases(found, {"retention_ratio": ratio}, baselines=("random",))
@@ -276,18 +300,18 @@ def study_cases(variants: str, configs: list[str], ratio: float) -> list[Case]:
 
 def main(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
-    traces: Annotated[Path, typer.Argument(help="JSONL that `kvllm eval traces` wrote.")],
-    out: Annotated[Path, typer.Argument(help="Where to write figures for each configuration and trace, as JSON.")],
-    variants: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(VARIANTS)}; empty: none.")] = "parts",
+    traces: Annotated[Path, typer.Argument(help="JSONL file written by `kvllm eval traces`.")],
+    out: Annotated[Path, typer.Argument(help="JSON file to write, with results for each configuration and trace.")],
+    variants: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(VARIANTS)}; empty = none.")] = "parts",
     config: Annotated[list[str] | None, typer.Option(help="An entry of a sweep, as JSON (repeatable).")] = None,
-    half: Annotated[str, typer.Option(help="train: to choose by; test: to report.")] = "train",
-    limit: Annotated[int | None, typer.Option(help="Only the first traces of the half; 0: none.")] = None,
-    ratio: Annotated[float, typer.Option(help="Retention ratio of all.")] = 0.3,
-    facts: Annotated[int, typer.Option(help="Facts to recall at distances 512 and 1024; 0: none.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the facts; 0 is what `kvllm eval recall` asks.")] = 1,
-    seconds: Annotated[float, typer.Option(help="Begin no other trace after this time.")] = 3600.0,
+    half: Annotated[str, typer.Option(help="train: for choosing; test: for reporting.")] = "train",
+    limit: Annotated[int | None, typer.Option(help="Use only the first N traces of the half; 0 = none.")] = None,
+    ratio: Annotated[float, typer.Option(help="Retention ratio of all variants.")] = 0.3,
+    facts: Annotated[int, typer.Option(help="Number of facts to recall at distances 512 and 1024; 0 = none.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the facts; `kvllm eval recall` uses 0.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Do not start another trace after this time.")] = 3600.0,
     device: Annotated[str, typer.Option()] = "cuda",
-    dtype: Annotated[str, typer.Option(help="Of the model and its cache: bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Data type of model and cache: bfloat16 or float32.")] = "bfloat16",
 ) -> None:
     """Measure every variant on every trace, and print KL beside random's; then facts recalled."""
     register("study_kara")(StudyKara)

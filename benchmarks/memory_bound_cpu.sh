@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What compression buys where memory is short, and what it costs where memory is ample: SmolLM2-135M on a CPU.
+# Measure the gain of compression with little memory and its cost with ample memory: SmolLM2-135M on a CPU.
 # Usage: benchmarks/memory_bound_cpu.sh [short|ample|one|one-short] ; needs `make demo` or `python -m tools.fetch_model smollm2-135m` once.
 set -euo pipefail
 cd "$(dirname "$0")/.."

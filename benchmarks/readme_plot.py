@@ -1,4 +1,4 @@
-"""The plot of the README, from the table of settings in docs/choosing.md: what each setting gains, and what it loses.
+"""Draw the README's plot of gain and loss per setting, from the table in docs/choosing.md.
 
 python -m benchmarks.readme_plot      writes docs/images/gain-and-loss.svg
 """
@@ -18,9 +18,9 @@ OURS, RANDOM, STOCK = "#00796b", "#b0bec5", "#546e7a"
 class Setting:
     """One row of the table; None: not measured.
 
-    size:       bytes of an old window, as a share of stock's
-    throughput: by the heading of its column, tokens/s as a multiple of stock's
-    kl, random: KL divergence from the full cache in nats a token, with KvLLM's choice of tokens and a random one
+    size:       bytes of a compressed window relative to stock
+    throughput: tokens/s relative to stock, by column heading
+    kl, random: KL divergence from the full cache in nats per token, with KvLLM's and with random selection
     """
 
     name: str

@@ -1,10 +1,10 @@
-"""Which rounding of the survivors loses least? KL to the full cache on replayed traces, with transformers alone.
+"""Compare ways to quantise survivors: KL from the full cache on replayed traces, with transformers.
 
     python benchmarks/rounding_study.py MODEL TRACES.jsonl OUT.json --half train --variants rounding,sizes
 
 Every configuration continues from the full cache at its first compression (`measure/eval/forks.py`). With windows of
-256 tokens and `--block-size 8` the sizes of packed blocks of 16 are exact: 56 tokens in 4 bits take the bytes of 16
-tokens in 16 bits, so keeping 224, 112 or 56 of 256 tokens makes a window 4, 8 or 16 times smaller.
+256 tokens and `--block-size 8`, the sizes of packed blocks of 16 are exact: 56 tokens in 4 bits take as many bytes as
+16 tokens in 16 bits, so keeping 224, 112 or 56 of 256 tokens makes a window 4, 8 or 16 times smaller.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ NUM_FITS = 3  # rounds of least squares
 
 @strict_dataclass
 class RoundedKara(Kara):
-    """Kara's survivors, or random ones, rounded in every way that is compared; the compressor itself rounds nothing.
+    """Kara's survivors, or random ones, quantised in each of the compared ways; the compressor does not quantise.
 
-    16 bits: not rounded.
+    16 bits: not quantised.
     """
 
     scores: Literal["kara", "random"] = "kara"
@@ -74,7 +74,7 @@ class RoundedKara(Kara):
         else:
             keys = self.rounded_keys(keys)
             shift, values = self._refit_to(window, keys, values)
-            # The shift is one vector for all kept keys, so it goes into their lowest values.
+            # The shift is one vector for all kept keys, so it is added to their lowest values.
             keys, values = keys + shift, self.rounded_values(values)
         return Kept(kept, keys.transpose(1, 2), values.transpose(1, 2))
 
@@ -84,7 +84,7 @@ class RoundedKara(Kara):
         return scores.topk(num_kept).indices.sort().values.to(window.keys.device)
 
     def _refit_to(self, window: Window, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The shift of rounded keys and the values for them, as in `kvllm.methods.refit`, which sees exact keys.
+        """The shift of quantised keys and the refitted values, as in `kvllm.methods.refit` for exact keys.
 
         keys, values: [batch, num_kv_heads, num_kept, head_dim]
         """
@@ -133,7 +133,7 @@ def shrunk(low: Tensor, high: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 
 def best_of(x: Tensor, dim: int, candidates: Iterator[Rounded]) -> Rounded:
-    """For each scale the candidate with the least square error."""
+    """The candidate with the smallest squared error, for each scale."""
     best = next(candidates)
     least = (best.restore() - x).square().sum(dim, keepdim=True)
     for other in candidates:
@@ -145,7 +145,7 @@ def best_of(x: Tensor, dim: int, candidates: Iterator[Rounded]) -> Rounded:
 
 
 def least_squares(x: Tensor, dim: int, start: Rounded, bits: int) -> Iterator[Rounded]:
-    """`start`, then codes and scales fitted to each other in turn."""
+    """Codes and scales fitted alternately, beginning with `start`."""
     found = start
     yield found
     for _ in range(NUM_FITS):
@@ -167,9 +167,9 @@ PLAIN = {"key_bits": 16, "value_bits": 16}
 FOUR = [224, 112, 56]  # 4, 8 and 16 times smaller in 4 bits
 # Lists of entries as in `kvllm.measure.eval.sweep`.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    # Not rounded: the sizes of 4 bits in bf16, today's default, and the tokens that 4 bits keep, the best to hope for.
+    # Not quantised: as many tokens as fit in bf16 (today's default), and as many as in 4 bits (the upper bound).
     "plain": [entry([64, 32, 16, 80, *FOUR], **PLAIN), entry([64, 32, 16], **PLAIN, scores="random")],
-    # How to round what is kept.
+    # How to quantise the survivors.
     "rounding": [
         entry(FOUR),
         entry(FOUR, fit=["exact_scales", "shrink", "least_squares"]),
@@ -179,7 +179,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         entry(FOUR, value_bits=16),
         entry(FOUR, key_bits=16),
     ],
-    # When to refit, and how many.
+    # When to refit, and how many tokens.
     "refit": [
         entry([112, 56], refit=["none", "after"]),
         entry(224, refit=["before", "after"], most_refitted=256),
@@ -200,11 +200,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 
 
 def study_cases(variants: str, configs: list[str]) -> list[Case]:
-    """The named variants, then entries of JSON; no baselines are added."""
+    """The named variants, then the JSON entries; no baselines are added."""
     found: list[Case] = []
     for name in [v for v in variants.split(",") if v]:
         if name not in VARIANTS:
-            raise typer.BadParameter(f"{name!r}: variants are {', '.join(VARIANTS)}")
+            raise typer.BadParameter(f"{name!r}: no such variant; use {', '.join(VARIANTS)}")
         # Named here, since the options of a registered method say more than `name_of` shows of ratios.
         for each in VARIANTS[name]:
             for options in combinations(each):
@@ -217,17 +217,17 @@ def study_cases(variants: str, configs: list[str]) -> list[Case]:
 
 def main(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
-    traces: Annotated[Path, typer.Argument(help="JSONL that `kvllm eval traces` wrote.")],
-    out: Annotated[Path, typer.Argument(help="Where to write figures for each configuration and trace, as JSON.")],
-    variants: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(VARIANTS)}; empty: none.")] = "plain",
+    traces: Annotated[Path, typer.Argument(help="JSONL file written by `kvllm eval traces`.")],
+    out: Annotated[Path, typer.Argument(help="JSON file to write, with results for each configuration and trace.")],
+    variants: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(VARIANTS)}; empty = none.")] = "plain",
     config: Annotated[list[str] | None, typer.Option(help="An entry of a sweep, as JSON (repeatable).")] = None,
-    half: Annotated[str, typer.Option(help="train: to choose by; test: to report.")] = "train",
-    limit: Annotated[int | None, typer.Option(help="Only the first traces of the half.")] = None,
-    block_size: Annotated[int, typer.Option(help="Of the geometry; 8 makes the sizes of 4 bits exact.")] = 8,
+    half: Annotated[str, typer.Option(help="train: for choosing; test: for reporting.")] = "train",
+    limit: Annotated[int | None, typer.Option(help="Use only the first N traces of the half.")] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens per KV block; with 8, the sizes in 4 bits are exact.")] = 8,
     device: Annotated[str, typer.Option()] = "cuda",
-    dtype: Annotated[str, typer.Option(help="Of the model and its cache: bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Data type of model and cache: bfloat16 or float32.")] = "bfloat16",
 ) -> None:
-    """Measure every variant on every trace, and print KL and agreement beside today's default."""
+    """Measure every variant on every trace, and print KL and agreement relative to today's default."""
     register("rounded_kara")(RoundedKara)
     chosen = study_cases(variants, config or [])
     texts = half_of(read_traces(traces), half)[:limit]

@@ -1,8 +1,8 @@
-"""Which method loses least on your own texts: `python examples/compare_methods.py MODEL TEXTS.jsonl [METHOD ...]`.
+"""Compare methods on your own texts: `python examples/compare_methods.py MODEL TEXTS.jsonl [METHOD ...]`.
 
-Each line of the file is {"prompt": "...", "answer": "..."}, the answer best one that the model wrote itself. Every text
-is fed to the full cache and to compressed ones, and their next-token distributions are compared. Answers should have
-some 500 tokens or more: nothing is compressed before the first window and the buffer are full.
+Each line of the file is {"prompt": "...", "answer": "..."}, ideally with an answer that the model generated. Every text
+is replayed with the full cache and with compressed ones, and their next-token distributions are compared. Answers
+should have at least 500 tokens: nothing is compressed before the first window and the buffer are full.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BLOCK_SIZE = 16
 
 
 def read_texts(path: Path, tokenizer: Any) -> list[tuple[list[int], int]]:
-    """Token ids of prompt and answer together, and how many of them are the prompt's."""
+    """Token ids of prompt and answer, and the number of prompt tokens."""
     texts = []
     for line in path.read_text().splitlines():
         record = json.loads(line)
@@ -27,8 +27,9 @@ def read_texts(path: Path, tokenizer: Any) -> list[tuple[list[int], int]]:
 
 
 def compare(model: Any, texts: Sequence[tuple[list[int], int]], methods: Sequence[dict[str, Any]]) -> list[list[float]]:
-    """For each choice of options, means over all tokens from the first compression on: the KL divergence from the full
-    cache in nats, and the share of equal next tokens."""
+    """For each configuration: KL divergence from the full cache in nats, and share of equal next tokens.
+
+    Both are means over all tokens from the first compression on."""
     from kvllm.layout import Geometry
     from kvllm.methods import checked_config
     from kvllm.reference import compare, replay

@@ -1,7 +1,7 @@
-"""A method of your own, compared with others: `python examples/new_method.py MODEL TEXTS.jsonl`.
+"""Write your own method and compare it with others: `python examples/new_method.py MODEL TEXTS.jsonl`.
 
-A method scores the tokens of a window; the engine keeps the best of each head. Put into `src/kvllm/methods/` this class
-is a choice of `--method` everywhere (docs/methods.md says what else to look at); here it is registered by the script.
+A method scores the tokens of a window; the engine keeps the best of each head. Here the script registers the class. To
+make it available to all commands as `--method`, put it into `src/kvllm/methods/` (see docs/methods.md).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from kvllm.options import strict_dataclass
 @register("long_values")
 @strict_dataclass
 class LongValues(Method):
-    """Keep the tokens with the longest values, the newest ones favoured; looks at no query."""
+    """Keep the tokens with the largest value norm, favouring newer ones; uses no queries."""
 
     recency: float = Field(0.5, ge=0, description="What the newest token's score gains, as a share; 0 = nothing.")
 
     def score(self, window: Window) -> Tensor:
-        """[batch, num_kv_heads, num_tokens] in float32: the higher, the longer a token should live."""
+        """[batch, num_kv_heads, num_tokens] in float32: tokens with the highest scores are kept."""
         lengths = window.head_values.norm(dim=-1)
         age = (window.positions - window.positions[..., :1]) / window.num_tokens
         return lengths * (1 + self.recency * age)

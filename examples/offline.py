@@ -9,7 +9,7 @@ QUESTIONS = ["Explain how a computer adds two numbers.", "Why do we have seasons
 
 
 def answer(llm: Any, questions: list[str], max_tokens: int) -> list[str]:
-    """One answer each, and on standard output what compression did meanwhile."""
+    """One answer per prompt; prints the compression statistics."""
     from vllm import SamplingParams
 
     from kvllm.engine.stats import engine_stats
@@ -26,11 +26,11 @@ def answer(llm: Any, questions: list[str], max_tokens: int) -> list[str]:
 def main() -> None:
     from vllm import LLM
 
-    # The engine finds KvLLM by its entry point; this key turns it on.
+    # vLLM loads KvLLM through its entry point; this key enables it.
     llm = LLM(sys.argv[1], max_model_len=4096, additional_config={"kvllm": {"retention_ratio": 0.3}})
     for text in answer(llm, QUESTIONS, max_tokens=1024):
         print(text[:300], "...\n")
 
 
-if __name__ == "__main__":  # vLLM starts processes that import this file
+if __name__ == "__main__":  # vLLM's worker processes import this file
     main()

@@ -1,4 +1,4 @@
-"""Each request its own retention ratio, with the openai client.
+"""Set the retention ratio per request, with the openai client.
 
 kvllm serve MODEL --retention-ratio 0.3 --request-ratios 0.2-0.5,1.0
 python examples/request_ratios.py --base-url http://localhost:8000/v1
@@ -11,9 +11,9 @@ from typing import Any
 
 
 def ask(client: Any, model: str, question: str, ratio: float, max_tokens: int) -> dict[str, Any]:
-    """What the answer's KV cache held in the end: `kept_tokens`, `evicted_tokens` and `compressions`.
+    """The answer's final KV cache statistics: `kept_tokens`, `evicted_tokens` and `compressions`.
 
-    ratio: 1.0 is the full cache. A ratio that the server does not allow is refused with HTTP 400.
+    ratio: 1.0 is the full cache. The server rejects ratios that it does not allow with HTTP 400.
     """
     answer = client.chat.completions.create(
         model=model,

@@ -1,8 +1,8 @@
-"""Many samples of one prompt, as reinforcement learning draws them: `python examples/rollouts.py MODEL`.
+"""Draw many samples of one prompt, as in reinforcement learning: `python examples/rollouts.py MODEL`.
 
-The samples share the prompt's blocks, which compression does not touch. Each answer is compressed by itself, so more of
-them run at once in the same memory. The samples then come from the compressed model: take its log-probabilities, which
-this prints, for those of the behaviour policy.
+The samples share the blocks of the prompt, which is not compressed. Each answer is compressed separately, so more of
+them run at once in the same memory. The behaviour policy is then the compressed model: use its log-probabilities, which
+this script prints.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PROMPT = (
 
 
 def rollouts(llm: Any, prompt: str, num_samples: int, max_tokens: int) -> list[tuple[str, float]]:
-    """Each sample with the sum of its log-probabilities, as the compressed model drew it."""
+    """Each sample and the sum of its log-probabilities under the compressed model."""
     from vllm import SamplingParams
 
     params = SamplingParams(n=num_samples, temperature=1.0, seed=0, max_tokens=max_tokens, logprobs=0)
@@ -43,5 +43,5 @@ def main() -> None:
     print(f"mean reward {baseline:.2f}; at most {stats['peak_kv_blocks']} KV blocks in use")
 
 
-if __name__ == "__main__":  # vLLM starts processes that import this file
+if __name__ == "__main__":  # vLLM's worker processes import this file
     main()

@@ -105,7 +105,9 @@ def test_history_size_is_a_number_of_tokens_or_0():
 
 
 def test_prompt_budget_is_whole_blocks_or_0():
-    assert refusal({"prompt_budget": -16}).startswith("prompt_budget=-16: must be an integer >= 0. Tokens kept of ")
+    assert refusal({"prompt_budget": -16}).startswith(
+        "prompt_budget=-16: must be an integer >= 0. A longer prompt is cut to "
+    )
     for policy in ("window", "budget"):
         config = KvConfig(method="recent", policy=policy, prompt_budget=100)
         with pytest.raises(
@@ -129,11 +131,20 @@ def test_survivor_bits_are_16_or_8_or_4(value):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"policy": "budget"}, "not with policy=budget, where .* again each time .*Use policy=window, or"),
-        ({"history_size": 512}, "not with history_size=512, where .* again each time .*Use history_size=0, or"),
-        ({"prompt_budget": 96}, "not with prompt_budget=96: .*Use prompt_budget=0, or survivor_bits=16"),
-        ({"retention_ratio": 1.0}, "nothing is compressed with retention_ratio=1.0.* Use a lower retention_ratio, or"),
-        ({"retention_ratio": 1.0, "request_ratios": "1.0"}, "nothing is compressed with retention_ratio=1.0"),
+        (
+            {"policy": "budget"},
+            "cannot be combined with policy=budget, because .* again at each .*Use policy=window, or",
+        ),
+        ({"history_size": 512}, "cannot be combined with history_size=512, because .* again .*Use history_size=0, or"),
+        ({"prompt_budget": 96}, "cannot be combined with prompt_budget=96, .*Use prompt_budget=0, or survivor_bits=16"),
+        (
+            {"retention_ratio": 1.0},
+            "has no effect, because nothing is compressed with retention_ratio=1.0.* Use a lower retention_ratio, or",
+        ),
+        (
+            {"retention_ratio": 1.0, "request_ratios": "1.0"},
+            "has no effect, because nothing is compressed with retention_ratio=1.0",
+        ),
     ],
 )
 @pytest.mark.parametrize("bits", [8, 4])
@@ -339,8 +350,8 @@ def test_presets_store_a_window_so_many_times_smaller(name, blocks):
         ({"compression": "5x"}, "compression='5x': use one of 4x, 8x, 16x"),
         ({"compression": 4}, "compression=4: use one of"),
         ({"compression": ["8x"]}, "use one of 4x, 8x, 16x"),
-        ({"compression": "8x", "retention_ratio": 0.3}, "compression=8x: it sets retention_ratio=0.4375, and"),
-        ({"compression": "8x", "policy": "budget"}, "survivor_bits=4: not with policy=budget"),
+        ({"compression": "8x", "retention_ratio": 0.3}, "compression=8x: sets retention_ratio=0.4375, but"),
+        ({"compression": "8x", "policy": "budget"}, "survivor_bits=4: cannot be combined with policy=budget"),
     ],
 )
 def test_presets_that_are_none_or_contradicted(options, message):

@@ -75,6 +75,21 @@ def test_no_import_runs_upwards(module: str) -> None:
     assert not upwards, f"{module} imports {', '.join(upwards)}, which are not below {own}"
 
 
+def test_only_the_command_reaches_what_measures_and_only_when_it_runs() -> None:
+    """`kvllm.measure` is a package of its own, which servers do not have."""
+    others = [module for module in MODULES if part_of(module) != "kvllm.measure"]
+    importing = [module for module in others if any(part_of(other) == "kvllm.measure" for other in imports(module))]
+    assert importing == ["kvllm.__main__"]
+    for module in importing:  # none outside of a function
+        nodes: list[ast.AST] = [ast.parse(MODULES[module].read_text())]
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                continue
+            assert not (isinstance(node, ast.Import | ast.ImportFrom) and "kvllm.measure" in ast.unparse(node)), module
+            nodes += ast.iter_child_nodes(node)
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     """Annotations aside, which are not evaluated, and packages, whose faces collect what is in them."""
     edges = {module: {m for m in imports(module, type_checking=False) if m != module} for module in MODULES}

@@ -242,7 +242,7 @@ def test_ratios_by_hand() -> None:
         ({"prompt_budget": 100}, r"prompt_budget=100: .*use 112"),
         ({"history_size": 64}, r"history_size=64: one window alone leaves 80 survivors"),
         ({"policy": "budget", "budget_size": 808}, r"budget_size=808: must be a multiple"),
-        ({"policy": "budget", "budget_size": 64, "budget_interval": 32}, r"window_size=256: .*use 96 or less"),
+        ({"policy": "budget", "budget_size": 64, "budget_interval": 32}, r"window_size=256: .*use at most 96"),
     ],
 )
 def test_refused_by_name(options: dict[str, Any], message: str) -> None:
@@ -343,8 +343,8 @@ def test_packed_blocks() -> None:
 @pytest.mark.parametrize(
     "ratio, message",
     [
-        (0.9, "packed blocks hold 56 tokens each, and window_size=256 fills 4 of them. Use at most 0.875"),
-        (0.2, "every window keeps at least one block, 56 tokens, which is 0.219 of window_size=256"),
+        (0.9, "packed blocks hold 56 tokens each, so window_size=256 fills at most 4 of them. Use at most 0.875"),
+        (0.2, "every window keeps at least one block of 56 tokens, which is 0.219 of window_size=256"),
     ],
 )
 def test_ratios_that_packed_blocks_cannot_keep(ratio: float, message: str) -> None:

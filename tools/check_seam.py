@@ -1,10 +1,10 @@
-"""Check `kvllm.engine.seam` against our source and against a vLLM that need not be importable.
+"""Check `kvllm.engine.seam` against our source and a vLLM source tree, which need not be importable.
 
-    python -m tools.check_seam [FOLDER]    FOLDER contains vllm/; left out: the installed vLLM
+    python -m tools.check_seam [FOLDER]    FOLDER contains vllm/; default: the installed vLLM
 
-Names every declaration that this vLLM does not meet, every use of vLLM in our source that is not declared or that this
-vLLM does not allow, and every stale declaration. With FOLDER, also lists the functions that we depend on and whose text
-differs from the installed vLLM's: those are to be read again. Exit status 1 if anything is wrong.
+Reports every declaration that this vLLM does not satisfy, every use of vLLM in our source that is undeclared or
+incompatible with this vLLM, and every stale declaration. With FOLDER, also lists the functions that we depend on whose
+source differs from the installed vLLM's and must be reviewed. Exits with status 1 if there are problems.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvllm.engine.touch import RELEASES, Addition, Assignment, Import, Override,
 from tools.syntax_tree import Found, Function, Module, World, children, is_property, parameters, signature, targets
 
 ROOT = Path(__file__).parent.parent
-ENTRY_POINTS = "vllm.general_plugins"  # names no module
+ENTRY_POINTS = "vllm.general_plugins"  # not a module name
 Types = dict[str, Found | None]  # expression -> its class; None where it is not known
 
 
@@ -33,7 +33,7 @@ def installed(package: str = "vllm") -> Path:
     """The folder that contains an installed package."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"{package} is not installed; name a folder that contains vllm/.")
+        raise SystemExit(f"{package} is not installed; give a folder that contains vllm/.")
     return Path(spec.origin).parent.parent
 
 
@@ -45,17 +45,17 @@ def read_version(root: Path) -> str:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Assign) and "__version__" in map(ast.unparse, node.targets):
             return str(ast.literal_eval(node.value))
-    raise SystemExit(f"{path} states no version.")
+    raise SystemExit(f"{path} contains no version.")
 
 
 class Check:
-    """What is wrong with `seam`, for our package kvllm below `source` and the vLLM below `vllm`."""
+    """Find the problems of `seam`, for our package kvllm below `source` and the vLLM below `vllm`."""
 
     def __init__(
         self, vllm: Path, source: Path, seam: Sequence[Touch], objects: Mapping[str, Mapping[str, str]] | None = None
     ) -> None:
         major, minor, *_ = read_version(vllm).split(".")
-        # Of a release that is not supported yet, expect what the newest one has.
+        # For a release that is not supported yet, expect the same as for the newest supported one.
         self.release = f"{major}.{minor}" if f"{major}.{minor}" in RELEASES else RELEASES[-1]
         roots = {"vllm": vllm, "kvllm": source, "tests": ROOT, "tools": ROOT, "torch": installed("torch")}
         self.world = World(roots, (int(major), int(minor)))
@@ -63,7 +63,7 @@ class Check:
         self.objects = objects or {}
         self.problems: list[str] = []
         self.called: set[tuple[str, str]] = set()  # (module, path) of vLLM's functions
-        # Those that declare the seam do not count as users of it.
+        # The modules that declare the seam do not count as its users.
         self.modules = [m for m in self.world.modules("kvllm") if not re.search(r"engine\.(seam|touch)$", m.name)]
 
     def run(self) -> list[str]:
@@ -104,7 +104,7 @@ class Check:
                 self.problems.append(f"{name}: parameters changed from ({expected}) to ({actual})")
 
     def check_imports(self, module: Module) -> None:
-        """What a module imports of vLLM must exist, and where it is private, be declared with a reason."""
+        """Imports from vLLM must exist; private ones must be declared with a reason."""
         for source, name, line in imports_of(module, self.world):
             what = f"imports {source}:{name}" if name else f"imports {source}"
             if self.world.find(source, name) is None:
@@ -131,7 +131,7 @@ class Check:
         return found
 
     def is_declared(self, found: Found | None, name: str) -> bool:
-        """Whether the member is declared; where its class is not known, the name alone decides."""
+        """Whether the member is declared; if its class is unknown, by name only."""
         declared = self.declared_members.get(name, [])
         return bool(declared) if found is None else any(d is not None and d.node is found.node for _, d in declared)
 
@@ -271,7 +271,7 @@ class _Source:
     # ------------------------------------------------------------------ checks
 
     def check_class(self, cls: Found) -> Found | None:
-        """What a class of ours replaces or hides of its vLLM base, which is returned, must be declared."""
+        """Overridden or hidden members of a vLLM base class must be declared; returns the base."""
         assert isinstance(cls.node, ast.ClassDef)
         ours = f"{self.module.name}:{cls.node.name}"
         declared = self.world.declared_bases.get(ours, [])
@@ -415,7 +415,7 @@ def imports_of(module: Module, world: World) -> Iterator[Usage]:
 
 
 def call_problem(call: ast.Call, function: Function) -> str:
-    """Why a call does not fit a function's parameters; "" where it does, as far as can be seen."""
+    """Why a call does not match a function's parameters; "" if it does, as far as can be determined."""
     arguments = ast.parse(f"lambda {signature(function)}: 0", mode="eval")
     spec = arguments.body.args  # type: ignore[attr-defined]
     spec.defaults = [ast.Constant(None) for _ in spec.defaults]

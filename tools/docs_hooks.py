@@ -1,7 +1,7 @@
 """A hook for MkDocs: pages may link to files of the repository outside docs/, as on a code host.
 
-Such a file is copied into the site, under repository/, and the link is pointed at the copy. A link to what is no file
-stays as it is, and MkDocs reports it.
+Such a file is copied into the site, under repository/, and the link is changed to the copy. Links to missing files are
+left unchanged, so that MkDocs reports them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         path = outside_docs(match[2], page.file.src_uri)
         if path is None or not (ROOT / path).is_file():
             return match[0]
-        copy = f"{COPIES}/{path}{'.txt' if path.endswith('.md') else ''}"  # text as it is, not one more page
+        copy = f"{COPIES}/{path}{'.txt' if path.endswith('.md') else ''}"  # as plain text, not as a page
         if files.get_file_from_path(copy) is None:
             files.append(File.generated(config, copy, abs_src_path=str(ROOT / path)))
         return f"{match[1]}{posixpath.relpath(copy, posixpath.dirname(page.file.src_uri) or '.')}{match[3]}"

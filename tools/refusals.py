@@ -1,10 +1,10 @@
-"""Every refusal in the source with its remedy, as docs/refusals.md lists them.
+"""List every refusal in the source with its remedy, for docs/refusals.md.
 
     python -m tools.refusals      writes the page; `make reference` does
 
-A refusal is the message of a UsageError or of vLLM's VLLMValidationError, a reason that `kvllm.support` gives, or a
-problem that a function of ours returns. By our rules a message ends with what to do instead; where the source alone
-cannot say (no other setting would help), REMEDIES does. What has neither is an error: `tests/tools/test_reference.py`.
+A refusal is the message of a UsageError or of vLLM's VLLMValidationError, a reason in `kvllm.support`, or a problem
+that one of our functions returns. Messages should end with the remedy; REMEDIES supplies it for those that do not.
+`tests/tools/test_reference.py` fails for messages with neither.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "kvllm"
 PAGE = ROOT / "docs" / "refusals.md"
 ERRORS = {"UsageError", "VLLMValidationError"}
-# Functions that return the words of a refusal, which another module raises.
-RETURNING = {"packed_problem", "why_not_inspected", "no_such", "torchvision_problem", "_wrong_value"}
+# Functions that return the message of a refusal, which another module raises.
+RETURNING = {"packed_problem", "why_not_inspected", "no_such", "torchvision_problem", "_wrong_value", "why_missing"}
 VERBS = (
     "use|leave|install|unset|give|write|start|send|try|choose|run|set|swap|add|remove|serve|pass|put|did you mean|"
-    "expected|must|name|make"
+    "expected|must|name|make|create"
 )
 REMEDY = re.compile(rf"(?:^|[;:.,] |, or |\) )((?:{VERBS})\b.*)$", re.IGNORECASE)
 SECTIONS = (
@@ -40,9 +40,9 @@ SECTIONS = (
 
 @dataclass(frozen=True)
 class Refusal:
-    """One message of the source; "…" stands for what is filled in.
+    """One message in the source; "…" stands for inserted values.
 
-    path: of the file below src/kvllm; subject: what a reason in `support.py` is about, else empty
+    path: relative to src/kvllm; subject: the setting that a reason in `support.py` is about, else empty
     """
 
     path: str
@@ -54,22 +54,24 @@ class Refusal:
         return f"{self.subject}=…: {self.message}" if self.subject else self.message
 
 
-# Messages that only carry another one, which is listed by itself.
+# Messages that only wrap another one, which is listed separately.
 CARRIERS = re.compile(
     r"KvLLM does not support (layer )?…( with …)?(: …)?\.|KvLLM does not support survivor_bits=… with …\.|"
-    r"request_ratios=…: …|the engine refused to start: …|…=…: …|…=…: …\.…|no such …; …s are …\."
+    r"request_ratios=…: …|the engine refused to start: …|…=…: …|…=…: …\.…|kvllm …: …\.|no such …; …s are …\."
 )
-# What to do about a refusal whose message does not say, by its file and a part of its message ("": any).
+# Remedies for messages without one, by file and a part of the message ("": any).
 STOCK = "Serve this model with stock vLLM. [Compatibility](compatibility.md) lists models that are served."
+PIP = "Run the pip command in the message."
 BUG = "Please report this with the model and the vLLM release; until then serve the model with stock vLLM."
 REMEDIES: dict[tuple[str, str], str] = {
     ("budgets.py", "retention_ratio"): 'Write a table such as {"0-13": 0.4, "14-27": 0.2}: two to four groups of '
-    "equal size, each layer of full attention once, ratios between 0 and 1.",
+    "equal size, each full-attention layer once, ratios between 0 and 1.",
     ("budgets.py", "num_groups"): "Use a number that divides the layers, or one ratio for all of them.",
     (
         "cli/plan.py",
         "leave nothing",
     ): "Plan for more --memory, a smaller --max-num-seqs or --reserve, or a smaller model.",
+    ("cli/measuring.py", "kvllm-measure"): PIP,
     ("engine/attention.py", "KV cache itself"): "Serve it without KvLLM.",
     ("engine/cache_groups.py", ""): BUG,
     (
@@ -86,9 +88,12 @@ REMEDIES: dict[tuple[str, str], str] = {
     ): "Use a lower max_tokens, or a lower ratio if the server allows one; the message says which fit.",
     ("engine/rope.py", ""): "Set `--method-options '{\"lookahead\": 0}'`, or use another method.",
     ("engine/runner_v2.py", "block tables"): BUG,
-    ("engine/settings.py", "this platform is"): "Use an NVIDIA GPU or a CPU.",
-    ("engine/settings.py", "--language-model-only"): "Use another method, or --language-model-only to take no images.",
-    ("measure/bench/cli.py", "holds all options"): "Put these options into the JSON of --spec.",
+    ("engine/settings.py", "supports the platforms"): "Use an NVIDIA GPU or a CPU.",
+    (
+        "engine/settings.py",
+        "--language-model-only",
+    ): "Use another method, or --language-model-only to accept no images.",
+    ("measure/bench/cli.py", "replaces all other options"): "Put these options into the JSON of --spec.",
     ("measure/bench/cli.py", "neither a JSON object"): "Pass a JSON object, or the path of a file that holds one.",
     ("measure/bench/kernels.py", "CUDA device"): "Run it on a machine with an NVIDIA GPU.",
     ("measure/bench/profile.py", "profile more steps"): "Raise --profile-steps.",
@@ -101,27 +106,23 @@ REMEDIES: dict[tuple[str, str], str] = {
     ("measure/demo/process.py", ""): "Read the log that is named; `kvllm doctor MODEL` checks the installation.",
     ("measure/demo/run.py", "no model there"): "Run `make demo`, or `python -m tools.fetch_model smollm2-135m FOLDER`.",
     ("measure/eval/cache_formats.py", "power of two"): "Use another cache precision.",
-    ("measure/eval/cache_formats.py", "simulated are"): "Use one of those listed.",
     ("measure/eval/calibrate.py", ""): "Use another method than triattention for this model.",
     (
         "measure/eval/cli.py",
         "--endpoint:",
     ): "Leave out --methods, --configs and vLLM's flags, and set them on the server.",
-    ("measure/eval/chains.py", "problems a chain"): "Chain at most as many problems as there are.",
-    ("measure/eval/engines.py", "reports no usage"): "Use a server that reports `usage`, such as `kvllm serve`.",
+    ("measure/eval/engines.py", "does not report `usage`"): "Use a server that reports `usage`, such as `kvllm serve`.",
     ("measure/eval/engines.py", "stock vLLM"): "Leave --ratios out for this configuration.",
     ("measure/eval/problems.py", ": has no"): "Give each line of --data a `problem` and an `answer`.",
     ("measure/eval/recall.py", "needle alone"): "Use larger --distances.",
     ("measure/eval/traces.py", "trace …:"): "Write the file again with `kvllm eval traces`.",
-    ("measure/extras.py", ""): "Run the pip command in the message.",
+    ("measure/extras.py", "not installed"): PIP,
     ("measure/inspect/run.py", "--trace-id"): "Use one of the ids listed.",
     ("measure/inspect/run.py", "nothing is compressed"): "Use a --retention-ratio below 1.",
     ("measure/inspect/run.py", "has no traces"): "Write the file again with `kvllm eval traces`.",
     ("measure/tune/texts.py", ""): "Give a file with one text per line, in one of the forms listed.",
     ("methods/files.py", ""): "Pass a file of the kind that docs/methods.md describes for this option.",
-    ("methods/gates.py", ""): "Pass a safetensors file of gates that were trained for this model.",
-    ("methods/triattention.py", "taken from a model"): "Run `kvllm eval calibrate` with this model.",
-    ("methods/triattention.py", "has no tensor"): "Run `kvllm eval calibrate` with this model.",
+    ("methods/gates.py", ""): "Pass a safetensors file of gates trained for this model.",
     ("methods/triattention.py", ""): "Run `kvllm eval calibrate` and pass the file it writes.",
     ("options.py", "not valid JSON"): "Quote the JSON for your shell: `'{\"name\": 1}'`.",
     (
@@ -134,7 +135,7 @@ REMEDIES: dict[tuple[str, str], str] = {
         "num_prompt_tokens",
     ): "Correct the trace: a prompt is at least one token, and shorter than its text.",
     ("reference/replay.py", "different texts"): "Compare replays of one trace only.",
-    ("reference/request.py", "context ends"): "Use shorter texts (--max-tokens), or a model with a longer context.",
+    ("reference/request.py", "context length"): "Use shorter texts (--max-tokens), or a model with a longer context.",
     ("reference/request.py", "no KV cache of its own"): STOCK,
     ("reference/rope.py", ""): "Set `--method-options '{\"lookahead\": 0}'`, or use another method.",
     ("support.py", "torchvision"): "Install the torchvision that belongs to this torch, from the same index.",
@@ -143,7 +144,7 @@ REMEDIES: dict[tuple[str, str], str] = {
 
 
 def template(node: ast.AST) -> str | None:
-    """The text of a string expression, with "…" for what is filled in; None for any other expression."""
+    """The text of a string expression, with "…" for inserted values; None for any other expression."""
     match node:
         case ast.Constant(value=str(text)):
             return text
@@ -162,7 +163,7 @@ def called(node: ast.Call) -> str:
 
 
 def constants(tree: ast.Module) -> dict[str, str]:
-    """Names that the module binds to a text."""
+    """Module-level string constants by name."""
     return {
         node.targets[0].id: node.value.value
         for node in tree.body
@@ -198,13 +199,13 @@ def of_file(path: Path) -> Iterator[Refusal]:
 
 
 def refusals() -> list[Refusal]:
-    """All of them, each once, in the order of the source."""
+    """All distinct refusals, in source order."""
     found = dict.fromkeys(each for path in sorted(SOURCE.rglob("*.py")) for each in of_file(path))
     return [each for each in found if each.subject or not CARRIERS.fullmatch(each.message)]
 
 
 def remedy(refusal: Refusal) -> str | None:
-    """What to do: the end of the message, or what REMEDIES adds; None where there is neither."""
+    """The remedy: the end of the message, or an entry of REMEDIES; None if there is neither."""
     given = [key for key in REMEDIES if key[0] == refusal.path and key[1] in refusal.text]
     match = REMEDY.search(refusal.message)
     if any(part for _, part in given) or (given and not match):
@@ -228,9 +229,9 @@ def page() -> str:
         "<!-- Written by `make reference` from the source. -->",
         "# Every refusal and its remedy",
         "",
-        "KvLLM refuses what it is not known to serve correctly, in one line. This page lists every such line of the",
-        "source; `…` stands for what is filled in. Search it for a few words of the message you got.",
-        "[Troubleshooting](troubleshooting.md) is about everything else.",
+        "KvLLM refuses configurations that it is not known to serve correctly, with a one-line message. This page",
+        "lists all of these messages; `…` stands for inserted values. Search it for a few words of your message.",
+        "For other problems see [Troubleshooting](troubleshooting.md).",
     ]
     found = refusals()
     for title, about, _ in SECTIONS:

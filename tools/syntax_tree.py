@@ -1,4 +1,4 @@
-"""Reading source trees by `ast`, without importing them: what a name refers to, members and types of objects."""
+"""Analyse source trees with `ast`, without importing them: resolve names, members and types of objects."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Definition = Node | Imported
 
 @dataclass(eq=False)
 class Module:
-    """One parsed module, read as `release` of vLLM would run it."""
+    """One parsed module, as it would run with `release` of vLLM."""
 
     name: str
     path: Path
@@ -46,7 +46,7 @@ class Module:
 
     @cached_property
     def names(self) -> dict[str, Definition]:
-        """What the module's top level binds, also below `if` and `try`; of several definitions the last one."""
+        """Names bound at module level, including inside `if` and `try`; the last of several definitions."""
         return dict(self.bindings(self.body))
 
     @cached_property
@@ -56,7 +56,7 @@ class Module:
 
     @cached_property
     def stars(self) -> list[str]:
-        """Modules of which the module imports everything."""
+        """Modules that are imported with `from ... import *`."""
         found = [node for node in self.body.body if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"]
         return [self.absolute(node) for node in found]
 
@@ -270,7 +270,7 @@ def walk(node: ast.AST, release: Release) -> Iterator[ast.AST]:
 
 
 def targets(node: ast.stmt) -> list[ast.expr]:
-    """What an assignment sets, tuples taken apart; nothing for any other statement."""
+    """The targets of an assignment, with tuples unpacked; nothing for any other statement."""
     if not isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
         return []
     outer = node.targets if isinstance(node, ast.Assign) else [node.target]

@@ -1,4 +1,4 @@
-"""Programs and their executions as traces, which `kvllm eval fidelity` and `calibrate` replay.
+"""Write programs and their executions as traces for `kvllm eval fidelity` and `calibrate`.
 
 python benchmarks/small_model/traces.py programs.jsonl --count 16 --seed 78
 """

@@ -2,9 +2,9 @@
 
     python benchmarks/small_model/train.py OUT --minutes 6
 
-Programs are drawn as training goes, so none comes twice. The learning rate follows the clock, and so does the length of
-the programs: short ones first. OUT is a folder that transformers and vLLM load, as `kvllm eval tracking` takes it; it
-is written each minute.
+Programs are generated during training, so none repeats. The schedules of the learning rate and of the program length
+(short ones first) follow elapsed time. OUT is a model folder for transformers, vLLM and `kvllm eval tracking`; it is
+written every minute.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from kvllm.measure.eval.programs import (
 )
 
 NUM_ASKED = 4
-WARMUP = 0.03  # share of the time
-# From which share of the time on programs have which share of the lines.
+WARMUP = 0.03  # share of the training time
+# (share of the training time, share of the lines that programs have from then on)
 STAGES = ((0.0, 0.2), (0.25, 0.5), (0.45, 1.0))
 NUM_HELD_OUT = 64
 
@@ -55,7 +55,7 @@ def make_model(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: in
 
 
 class Schedule:
-    """What the clock says: how much of the time is over, which stage it is, and the learning rate."""
+    """The state of the schedules: elapsed share of the time, stage and learning rate."""
 
     def __init__(self, minutes: float, lr: float) -> None:
         self.seconds, self.lr, self.begin = 60 * minutes, lr, time.perf_counter()
@@ -78,7 +78,7 @@ class Schedule:
 
 
 def batches(seed: int, tokens: int, lengths: Sequence[int], schedule: Schedule) -> Iterator[tuple[int, Tensor, int]]:
-    """Endless (lines, ids [batch, length], prompt tokens), drawn by two threads ahead of their use."""
+    """Endless iterator of (lines, ids [batch, length], prompt tokens), generated in advance by two threads."""
     made: queue.Queue[tuple[int, Tensor, int]] = queue.Queue(maxsize=8)
 
     def draw(worker: int) -> None:
@@ -101,14 +101,14 @@ def whole(drawn: Programs) -> Tensor:
 
 
 def logits_of_answers(model: Any, ids: Tensor, prompt: int) -> Tensor:
-    """[batch, answer tokens, vocabulary] in float32: for each token of the answer, before it is read."""
+    """Logits that predict each token of the answer, [batch, answer tokens, vocabulary] in float32."""
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     return model.lm_head(hidden[:, prompt - 1 :]).float()
 
 
 @torch.no_grad()
 def teacher_forced(model: Any, drawn: Programs) -> dict[str, float]:
-    """Shares of what the model gets right after right text: parts of lines, values asked for, whole answers."""
+    """Accuracy with teacher forcing: shares of correct line parts, requested values and whole answers."""
     prompt, device = drawn.prompts.shape[1], model.device
     parts = whole(drawn).to(device).split(16)
     with torch.compiler.set_stance("force_eager"):
@@ -126,7 +126,7 @@ def teacher_forced(model: Any, drawn: Programs) -> dict[str, float]:
 
 @torch.no_grad()
 def greedy(model: Any, drawn: Programs) -> float:
-    """Share of answers that are right when the model writes all of them itself."""
+    """Share of correct answers in free generation."""
     prompts, right = (torch.from_numpy(ids).to(model.device) for ids in (drawn.prompts, drawn.answers))
     with torch.compiler.set_stance("force_eager"):
         out = model.generate(
@@ -138,7 +138,7 @@ def greedy(model: Any, drawn: Programs) -> float:
 
 
 def save(model: Any, out: Path) -> None:
-    """In bfloat16; a file at a time, so that a folder that was whole stays so."""
+    """Save in bfloat16, replacing one file at a time, so that a complete folder stays complete."""
     new = out.with_suffix(".new")
     rounded = Qwen3ForCausalLM(model.config).to(torch.bfloat16)
     rounded.load_state_dict(model.state_dict())
@@ -153,19 +153,19 @@ def save(model: Any, out: Path) -> None:
 def main(
     out: Path,
     minutes: float = 6.0,
-    lines: Annotated[int, typer.Option(help="Lines of a program; 13 tokens each.")] = 160,
+    lines: Annotated[int, typer.Option(help="Lines per program; 13 tokens each.")] = 160,
     hidden: int = 384,
     layers: int = 6,
     heads: int = 8,
     kv_heads: int = 2,
     head_dim: int = 64,
     mlp: int = 640,
-    tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 65536,
+    tokens: Annotated[int, typer.Option(help="Tokens per training step.")] = 65536,
     lr: float = 2e-3,
     seed: int = 0,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     compiled: Annotated[bool, typer.Option("--compile/--no-compile")] = torch.cuda.is_available(),
-    report: Annotated[float, typer.Option(help="Seconds between two reports.")] = 20.0,
+    report: Annotated[float, typer.Option(help="Seconds between reports.")] = 20.0,
 ) -> None:
     torch.manual_seed(seed)
     model = make_model(hidden, layers, heads, kv_heads, head_dim, mlp).to(device)

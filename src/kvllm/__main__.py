@@ -1,4 +1,4 @@
-"""The `kvllm` command, also as `python -m kvllm`: the commands that serve, and those that measure."""
+"""The `kvllm` command, also as `python -m kvllm`: the commands that serve, and those that measure where installed."""
 
 from __future__ import annotations
 
@@ -7,30 +7,22 @@ from collections.abc import Sequence
 
 import typer
 
-from kvllm.cli.app import MEASURE, SERVE
 from kvllm.cli.app import app as app
-from kvllm.cli.options import examples
+from kvllm.cli.measuring import add_stand_ins, why_missing
 from kvllm.errors import UsageError
-from kvllm.measure.bench.cli import app as bench_app
-from kvllm.measure.demo.cli import demo
-from kvllm.measure.eval.cli import app as eval_app
-from kvllm.measure.inspect.cli import inspect
-from kvllm.measure.tune.cli import tune
 
-app.add_typer(bench_app, name="bench", rich_help_panel=MEASURE)
-app.add_typer(eval_app, name="eval", rich_help_panel=MEASURE)
-app.command(
-    rich_help_panel=MEASURE,
-    epilog=examples(
-        "kvllm inspect MODEL --prompt 'Prove that 17 is prime.' --max-tokens 2048 -o page.html",
-        "kvllm inspect MODEL --trace traces.jsonl --trace-id 17 --retention-ratio 0.25",
-    ),
-)(inspect)
-app.command(
-    rich_help_panel=MEASURE,
-    epilog=examples("kvllm tune MODEL texts.jsonl --saving 2.5"),
-)(tune)
-app.command(rich_help_panel=SERVE, epilog=examples("kvllm demo --model MODEL"))(demo)
+
+def add_measuring() -> None:
+    """The one place that imports `kvllm.measure` from outside: it is a package of its own, kvllm-measure."""
+    if why := why_missing():
+        add_stand_ins(app, why)
+    else:
+        from kvllm.measure.commands import add_commands
+
+        add_commands(app)
+
+
+add_measuring()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

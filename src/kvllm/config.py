@@ -22,13 +22,13 @@ RetentionRatio = Annotated[
         description="Share of a window that is kept: to evict 30% use 0.7, to turn compression off use 1.0.",
     ),
 ]
-# Where a user of vLLM puts our options in `additional_config`, and a request its own ratio in `extra_args`.
+# Keys of our options in vLLM's `additional_config`, and of a request's own options in its `extra_args`.
 CONFIG_KEY = "kvllm"
 RATIO_KEY = "kv_retention_ratio"
-USAGE_KEY = "kv_usage"  # whether a response's usage says what was kept and evicted
+USAGE_KEY = "kv_usage"  # whether the response's usage reports what was kept and evicted
 
-# Settings under one name, for windows of 256 tokens: how many times smaller an old window is stored. docs/choosing.md
-# says what each costs.
+# Presets for windows of 256 tokens, named after how many times smaller a compressed window is. docs/choosing.md gives
+# the cost of each.
 PRESET_KEY = "compression"
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "4x": {"survivor_bits": 4, "retention_ratio": 0.875},
@@ -44,9 +44,9 @@ class KvConfig:
     """The one home of these defaults: every front end takes its options from here.
 
     Sizes are in tokens. A `retention_ratio` of 1.0 turns compression off; a table of ratios (`kvllm.budgets`) stands
-    for several configurations, one for each group of layers (`parts`). The block size is vLLM's and known only once an
-    engine exists, so what depends on it is checked by `kvllm.layout.Geometry`. The method and its options are checked
-    where the method is made: front ends use `kvllm.methods.checked_config`, which does both.
+    for several configurations, one for each group of layers (`parts`). vLLM's block size is known only once an engine
+    exists, so `kvllm.layout.Geometry` checks what depends on it. Creating the method checks its name and options: front
+    ends use `kvllm.methods.checked_config`, which does both.
     """
 
     method: str = Field("kara", description="Method that scores and selects; `kvllm methods` lists them.")
@@ -55,7 +55,8 @@ class KvConfig:
     )
     policy: Literal["window", "budget"] = Field(
         "window",
-        description="window: each window is compressed once; budget: cut to `budget_size`, again and again.",
+        description="window: each window is compressed once; budget: the generated tokens are cut to `budget_size` "
+        "at regular intervals.",
     )
     retention_ratio: RetentionRatio | Mapping[str, Any] = Field(
         0.3,
@@ -64,18 +65,18 @@ class KvConfig:
     )
     window_size: Count = Field(256, description="Tokens compressed at once; a multiple of vLLM's block size.")
     buffer_size: Count = Field(128, description="Newest tokens, never compressed.")
-    max_chunk_size: Count = Field(8, description="Longest chunk that Token2Chunk grows; 1 = none.")
+    max_chunk_size: Count = Field(8, description="Maximum chunk length of Token2Chunk; 1 = no chunks.")
     query_stride: Count = Field(8, description="Each head keeps the query of every n-th token for scoring.")
     history_size: int = Field(
         0,
         ge=0,
-        description="policy=window: maximum number of tokens kept of old windows, at which they are compressed "
-        "again; 0 = no limit.",
+        description="policy=window: maximum number of survivors of a request, at which they are compressed again; "
+        "0 = no limit.",
     )
     survivor_bits: Annotated[Literal[16, 8, 4], NotAFloat] = Field(
         16,
-        description="policy=window: bits of each number of the survivors' keys and values; 16 = the cache's own type, "
-        "whatever that is. Prompt, raw window and buffer are never rounded.",
+        description="policy=window: bits per element of the survivors' keys and values; 16 = the cache's own dtype, "
+        "even if it has fewer bits. The prompt and tokens that are not compressed yet are never rounded.",
     )
     request_ratios: str = Field(
         "",
@@ -91,10 +92,10 @@ class KvConfig:
     prompt_budget: int = Field(
         0,
         ge=0,
-        description="Tokens kept of a longer prompt, which is cut at the request's first compression; a multiple of "
+        description="A longer prompt is cut to this many tokens at the request's first compression; a multiple of "
         "vLLM's block size. 0 = prompts stay whole.",
     )
-    seed: int = Field(0, description="Seed of the methods that draw at random.")
+    seed: int = Field(0, description="Seed of methods that use random numbers.")
 
     def __post_init__(self) -> None:
         parse_ratios(self.request_ratios)
@@ -113,7 +114,7 @@ class KvConfig:
                 )
 
     def _check_table(self) -> None:
-        """Refuse a table of ratios where it would have no effect, or requests could leave it."""
+        """Refuse a table of ratios that would have no effect, or that a request's own ratio would override."""
         if not self.budgets:
             return
         table = f"retention_ratio={dict(self.retention_ratio)}"  # type: ignore[arg-type]
@@ -124,34 +125,33 @@ class KvConfig:
             )
         if others := [low for low, high in parse_ratios(self.request_ratios) if (low, high) != (1.0, 1.0)]:
             raise UsageError(
-                f"request_ratios={self.request_ratios!r}: {others[0]} would be a ratio for all layers, and {table} has "
-                "one for each group of them. Use request_ratios=1.0 (not compressed), or leave it out."
+                f"request_ratios={self.request_ratios!r}: a request's ratio applies to all layers, so {others[0]} "
+                f"contradicts {table}. Use request_ratios=1.0 (requests may turn compression off), or leave it out."
             )
 
     def _check_survivor_bits(self) -> None:
-        """Refuse what would round the same tokens again and again, and bits that are given where nothing is rounded."""
+        """Refuse to round the same tokens repeatedly, and a setting that would round nothing."""
         if self.survivor_bits == 16:
             return
-        again = "keys and values would be rounded again each time they are compressed"
+        again = "keys and values would be rounded again at each compression"
         for name, value, remedy in (
             ("policy", self.policy if self.policy != "window" else "", "policy=window"),
             ("history_size", self.history_size, "history_size=0"),
         ):
             if value:
                 raise UsageError(
-                    f"survivor_bits={self.survivor_bits}: not with {name}={value}, where {again}. Use {remedy}, or "
-                    "survivor_bits=16."
+                    f"survivor_bits={self.survivor_bits}: cannot be combined with {name}={value}, because {again}. Use "
+                    f"{remedy}, or survivor_bits=16."
                 )
         if self.prompt_budget:
             raise UsageError(
-                f"survivor_bits={self.survivor_bits}: not with prompt_budget={self.prompt_budget}: a prompt that is "
-                "cut is not rounded. Use prompt_budget=0, or survivor_bits=16."
+                f"survivor_bits={self.survivor_bits}: cannot be combined with prompt_budget={self.prompt_budget}, "
+                "because the kept tokens of a prompt are not rounded. Use prompt_budget=0, or survivor_bits=16."
             )
         if all(low >= 1.0 for low, _ in self.request_ratio_ranges):
             raise UsageError(
-                f"survivor_bits={self.survivor_bits}: nothing is compressed with "
-                f"retention_ratio={self.retention_ratio}, so nothing would be rounded. Use a lower retention_ratio, or "
-                "survivor_bits=16."
+                f"survivor_bits={self.survivor_bits}: has no effect, because nothing is compressed with "
+                f"retention_ratio={self.retention_ratio}. Use a lower retention_ratio, or survivor_bits=16."
             )
 
     def _aligned_to_stride(self) -> tuple[str, ...]:
@@ -161,24 +161,24 @@ class KvConfig:
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """The groups of layers that have ratios of their own; empty where all layers have the same."""
+        """The groups of layers that have ratios of their own; empty if all layers share one ratio."""
         return () if isinstance(self.retention_ratio, int | float) else parse_table(self.retention_ratio)
 
     @property
     def mean_ratio(self) -> float:
-        """Share of a window that survives on average over the layers; of one ratio for all layers, that."""
+        """Share of a window that survives, averaged over the layers."""
         return mean_ratio(self.budgets) if self.budgets else self.retention_ratio  # type: ignore[return-value]
 
     @property
     def parts(self) -> tuple[KvConfig, ...]:
-        """The configuration of each group of layers: the group's ratio for all its layers, all else the same."""
+        """The configuration of each group of layers: the same but for its own ratio."""
         if not self.budgets:
             return (self,)
         return tuple(replace(self, retention_ratio=budget.ratio) for budget in self.budgets)
 
     @property
     def enabled(self) -> bool:
-        """Whether requests are compressed unless they say otherwise."""
+        """Whether requests are compressed unless they choose a ratio of 1.0."""
         return self.mean_ratio < 1.0
 
     @property
@@ -192,7 +192,7 @@ class KvConfig:
 
     @property
     def all_ratios(self) -> list[float]:
-        """Every ratio that a request is served with, the engine's own first: of a range, its ends and hundredths."""
+        """Every ratio that a request can be served with, the engine's own first; a range counts in hundredths."""
         ratios: list[float] = []
         for low, high in self.request_ratio_ranges:
             hundredths = (n / 100 for n in range(ceil(100 * low), floor(100 * high) + 1))
@@ -200,9 +200,9 @@ class KvConfig:
         return list(dict.fromkeys(ratios))
 
     def nearest_ratio(self, ratio: float) -> float:
-        """The one of `all_ratios` that a request with this ratio is served with; all of them are compiled at start.
+        """The ratio in `all_ratios`, for which kernels are compiled at start-up, that is closest to this one.
 
-        A ratio that requests may not choose is returned as it is.
+        A ratio that requests may not choose is returned unchanged.
         """
         if not self.allows_ratio(ratio):
             return ratio
@@ -210,12 +210,12 @@ class KvConfig:
 
     @property
     def query_span(self) -> int:
-        """Newest tokens that queries are kept of: as many as a window and the buffer have."""
+        """Number of newest tokens whose queries are kept: a window plus the buffer."""
         return self.window_size + self.buffer_size
 
     @property
     def num_queries(self) -> int:
-        """Queries that each head keeps of a request: every `query_stride`-th of the span."""
+        """Queries kept per head and request: every `query_stride`-th of the span."""
         return self.query_span // self.query_stride
 
     @classmethod
@@ -240,7 +240,7 @@ class KvConfig:
 
 
 def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with those of the preset that they name; UsageError where there is none, or they contradict it."""
+    """Expand the preset that the options name, if any; UsageError if it is unknown or contradicts another option."""
     rest = dict(options)
     name = rest.pop(PRESET_KEY, None)
     if name is None:
@@ -251,8 +251,8 @@ def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
     for option, value in preset.items():
         if rest.get(option, value) != value:
             raise UsageError(
-                f"{PRESET_KEY}={name}: it sets {option}={value}, and {option}={rest[option]} is given besides. Leave "
-                "one of them out."
+                f"{PRESET_KEY}={name}: sets {option}={value}, but {option}={rest[option]} was given too. Leave one of "
+                "them out."
             )
     return {**rest, **preset}
 
@@ -276,8 +276,8 @@ def parse_ratios(text: str) -> tuple[tuple[float, float], ...]:
         match = _RATIO_OR_RANGE.fullmatch(item)
         if match is None:
             raise UsageError(
-                f"request_ratios={text!r}: {item!r} is neither a ratio nor a range LOW-HIGH; write for instance "
-                "'0.2-0.5,1.0', or '' to let requests choose nothing."
+                f"request_ratios={text!r}: {item!r} is neither a ratio nor a range LOW-HIGH; use for instance "
+                "'0.2-0.5,1.0', or '' to allow none."
             )
         low, high = (float(number) for number in (match[1], match[2] or match[1]))
         for end in (low, high):

@@ -1,8 +1,8 @@
-"""The KV cache groups that vLLM makes of a model's layers, and what a request holds in those that are not compressed.
+"""How vLLM divides a model's layers into KV cache groups, and what a request holds in the uncompressed ones.
 
-vLLM puts the layers into groups of equal size. Each has a block table of its own, and all take their blocks from one
-pool. `kvllm plan` and vLLM's front end count them before there is an engine, which compares the answer with the groups
-that vLLM has made.
+All groups have the same number of layers, each has its own block table, and all allocate from one pool. `kvllm plan`
+and vLLM's front end derive the groups from the config, before an engine exists; the engine compares them with the
+groups that vLLM made.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from kvllm.layers import Cacheless, LayerKind, Local, Recurrent
 
 Count = TypeVar("Count")
 
-# Blocks of a group of recurrent layers that a request holds: its state, that of the step before while it moves on to
-# the next block, and one that is kept for other requests with the same prompt.
+# Blocks that a request holds in a group of recurrent layers: its state, the previous step's state while it moves to the
+# next block, and one that is kept for other requests with the same prompt.
 STATE_BLOCKS = 3
 
 
 @dataclass(frozen=True)
 class Groups:
-    """`num_full` groups of layers of full attention and `num_local` of local or recurrent layers.
+    """`num_full` groups of full-attention layers and `num_local` groups of local or recurrent layers.
 
-    group_size: layers in each group: a block of the pool holds what so many layers store of `block_size` tokens
-    local:      how the local layers look back, or that they are recurrent; None where there are none
+    group_size: layers per group; a block of the pool holds `block_size` tokens of that many layers
+    local:      the kind of the local or recurrent layers; None if there are none
     """
 
     group_size: int
@@ -37,11 +37,11 @@ class Groups:
 
     @classmethod
     def of(cls, kinds_of_layers: Sequence[LayerKind], num_parts: int = 1) -> Groups:
-        """vLLM's grouping of layers of full attention (None) and of local or recurrent ones, all of one kind.
+        """How vLLM groups full-attention layers (None) and local or recurrent ones, all of the same kind.
 
-        A group has as many layers as there are of the rarer kind, or of the other where it has less than 1.5 times as
-        many. With layer budgets (`kvllm.budgets`) each of the `num_parts` parts of the full-attention layers, which are
-        of equal size, is a kind of its own.
+        The group size is the number of layers of the rarer kind, or of the other kind if that has less than 1.5 times
+        as many. With layer budgets (`kvllm.budgets`) each of the `num_parts` equal parts of the full-attention layers
+        counts as a kind.
         """
         layers = [kind for kind in kinds_of_layers if not isinstance(kind, Cacheless)]
         kinds = set(layers) - {None}
@@ -56,9 +56,9 @@ class Groups:
         return cls(size, num_parts * num_full, num_local, local)
 
     def local_blocks(self, num_tokens: int, block_size: int, in_flight: int) -> int:
-        """The most blocks of local groups that a request holds while it grows to `num_tokens`, as vLLM admits it.
+        """The most blocks that a request holds in local groups while it grows to `num_tokens`, as vLLM counts them.
 
-        in_flight: tokens that may be computed before the blocks behind them are freed
+        in_flight: tokens that may be computed before the blocks that the window has left are freed
         """
         if self.local is None:
             return 0
@@ -73,12 +73,12 @@ class Groups:
     def peak_local_blocks(
         self, num_prompt_tokens: int, num_tokens: int, block_size: int, prefill_in_flight: int, decode_in_flight: int
     ) -> int:
-        """The same over a request's life: while its prompt is computed, or later, with so many tokens in flight."""
+        """`local_blocks` over a request's lifetime: the maximum over its prefill and its decoding."""
         prefill = self.local_blocks(num_prompt_tokens, block_size, prefill_in_flight)
         return max(prefill, self.local_blocks(num_tokens, block_size, decode_in_flight))
 
     def local_blocks_held(self, num_computed_tokens: Count, block_size: int) -> Count:
-        """Blocks of local groups that a request holds once what its next token does not see is freed.
+        """Blocks that a request holds in local groups once those that its next token does not attend to are freed.
 
         num_computed_tokens: a number, or an array of them
         """
@@ -91,28 +91,28 @@ class Groups:
 
 
 def full_layers(layers: Sequence[LayerKind]) -> list[int]:
-    """The numbers of the layers of full attention."""
+    """The indices of the full-attention layers."""
     return [number for number, local in enumerate(layers) if local is None]
 
 
 def groups_of(layers: Sequence[LayerKind], budgets: Sequence[Budget]) -> Groups:
-    """`Groups.of` layers, which have these budgets; none: all layers of full attention are compressed alike.
+    """`Groups.of` these layers under these layer budgets; without budgets all full-attention layers share one ratio.
 
-    Raises UsageError where the budgets do not name these layers, or vLLM would divide the layers of one of them.
+    Raises UsageError if the budgets do not match the layers, or if vLLM would split one of their groups.
     """
     if not budgets:
         return Groups.of(layers)
     check_layers(budgets, full_layers(layers))
     if any(isinstance(kind, Recurrent) for kind in layers):
         raise UsageError(
-            f"retention_ratio={table_of(budgets)}: not beside recurrent layers, whose states make blocks of other "
-            "lengths. Use one ratio for all layers."
+            f"retention_ratio={table_of(budgets)}: layer budgets are not supported in models with recurrent layers, "
+            "whose states change the block size. Use one ratio for all layers."
         )
     groups = Groups.of(layers, len(budgets))
     if groups.num_full != len(budgets):
         raise UsageError(
-            f"retention_ratio={table_of(budgets)}: beside {len(layers) - len(full_layers(layers))} layers that look "
-            f"back less far, vLLM would make {groups.num_full} KV cache groups of these {len(budgets)}; use more "
-            "groups, or one ratio for all layers."
+            f"retention_ratio={table_of(budgets)}: because of the model's {len(layers) - len(full_layers(layers))} "
+            f"local layers, vLLM would split these {len(budgets)} groups into {groups.num_full} KV cache groups; use "
+            "more groups, or one ratio for all layers."
         )
     return groups

@@ -1,8 +1,8 @@
-"""Which layers of a model look back over the whole text, from the model's config alone.
+"""The kind of each layer of a model, from the model's config alone.
 
-Layers of full attention are compressed. *Local* layers look back over a window of tokens, or within their chunk of the
-text; they keep vLLM's own KV caches, whose blocks are freed once no token looks back to them. *Recurrent* layers
-(Mamba, linear attention) keep a state of fixed size in a block of vLLM's pool. Other layers keep nothing.
+Full-attention layers are compressed. *Local* layers attend within a sliding window, or within their chunk of the text;
+they keep vLLM's own KV caches, whose blocks are freed once no token attends to them. *Recurrent* layers (Mamba, linear
+attention) keep a state of fixed size in a block of vLLM's pool. Other layers cache nothing.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from typing import Any, TypeVar
 
 Position = TypeVar("Position")
 
-# Models whose windows are counted without the token that looks back, and so are one longer in vLLM.
+# Models whose configs count the window without the current token, so that vLLM's window is one token longer.
 WINDOWS_WITHOUT_SELF = {"cohere2", "cohere2_moe"}
 
 
 @dataclass(frozen=True)
 class Local:
-    """How far a local layer looks back.
+    """The attention range of a local layer.
 
-    size:    tokens of its window, the token that looks back included, or of a chunk
-    chunked: whether it looks back to the start of the token's chunk
+    size:    tokens in its window, including the current one, or in a chunk
+    chunked: whether a token attends back to the start of its chunk
     """
 
     size: int
     chunked: bool = False
 
     def first_seen(self, position: Position) -> Position:
-        """The first position that a token at this position, a number or an array of them, looks back to."""
+        """The first position that a token at `position` (a number or an array) attends to."""
         at: Any = position
         start = at // self.size * self.size if self.chunked else at - self.size + 1
         return start * (start > 0)
@@ -36,12 +36,12 @@ class Local:
 
 @dataclass(frozen=True)
 class Recurrent:
-    """A layer that keeps a state of fixed size, which sums up the text so far."""
+    """A layer that summarizes the text so far in a state of fixed size."""
 
 
 @dataclass(frozen=True)
 class Cacheless:
-    """A layer that keeps nothing of the text."""
+    """A layer that caches nothing."""
 
 
 LayerKind = Local | Recurrent | Cacheless | None  # None: full attention
@@ -51,10 +51,10 @@ CACHELESS = {"mlp", "moe"}
 
 
 def local_layers(text: Any, max_model_len: int | None) -> list[LayerKind]:
-    """How each layer of the model with this config looks back; None: over the whole text.
+    """The kind of each layer of the model with this config.
 
-    text:          a transformers config, of a multimodal model that of its language model
-    max_model_len: longest text, prompt included; a window that no text outgrows is full attention
+    text:          a transformers config; for a multimodal model, the config of its language model
+    max_model_len: maximum text length, prompt included; a window of at least that length counts as full attention
     """
     window, chunk = sliding_window(text), getattr(text, "attention_chunk_size", None)
     local: dict[str, LayerKind] = {"chunked_attention": Local(chunk, chunked=True) if chunk else None}
@@ -65,7 +65,7 @@ def local_layers(text: Any, max_model_len: int | None) -> list[LayerKind]:
 
 
 def layer_kinds(text: Any) -> list[str]:
-    """The kind of each layer, by the names of transformers; where a config has no list, all are of one kind."""
+    """The kind of each layer in transformers' names; in a config without a list, all layers have the same kind."""
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
     if kinds is not None:
         return list(kinds)
@@ -74,6 +74,6 @@ def layer_kinds(text: Any) -> list[str]:
 
 
 def sliding_window(text: Any) -> int | None:
-    """Tokens that a sliding layer sees, the token that looks back included; None where no layer slides."""
+    """Tokens that a sliding-window layer attends to, including the current one; None if no layer has a window."""
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     return int(window) + (text.model_type in WINDOWS_WITHOUT_SELF) if window else None

@@ -1,6 +1,6 @@
 """Where the tokens of a request are in the cache: the arithmetic of docs/design.md, section 3, and nothing else.
 
-Logical indices count the tokens of the text, physical indices what is left of them in the KV cache. Both follow from
+Logical indices count the tokens of the text, physical indices those that are still in the KV cache. Both follow from
 the prompt length and the number of computed tokens alone, so scheduler and worker never exchange a layout.
 """
 
@@ -30,7 +30,7 @@ def ceil_div(a: Int, b: int) -> Int:
 
 
 class Shape(NamedTuple):
-    """Tokens of one event: survivors of earlier ones and raw tokens that it reads, and those that it keeps."""
+    """Token counts of one event: the survivors and raw tokens that it reads, and the tokens that it keeps."""
 
     num_history: int
     num_raw: int
@@ -42,7 +42,7 @@ class Shape(NamedTuple):
 
 
 class Fitting(ABC):
-    """What follows from the blocks that a request holds at its peak."""
+    """How long a text fits into a pool, given the most blocks that a request ever holds."""
 
     @abstractmethod
     def peak_blocks(self, num_prompt_tokens: int, num_tokens: int) -> int:
@@ -55,10 +55,10 @@ class Fitting(ABC):
         beside: Callable[[int], int] = lambda num_tokens: 0,
         own: Callable[[int], int] | None = None,
     ) -> int:
-        """Longest text (prompt included) that one request may reach with `num_blocks` blocks; 0 if none.
+        """Maximum text length (prompt included) of a single request with `num_blocks` blocks; 0 if none fits.
 
-        beside: blocks that a text of so many tokens takes besides its own
-        own:    the most blocks that the request holds while it grows to so many tokens; default: `peak_blocks`
+        beside: further blocks that a text of the given length needs
+        own:    the most blocks that the request holds while it grows to the given length; default: `peak_blocks`
         """
 
         def needed(num_tokens: int) -> int:
@@ -71,7 +71,7 @@ class Fitting(ABC):
 
 @dataclass(frozen=True)
 class Geometry(Fitting):
-    """The sizes of one configuration, in tokens; all but the buffer are whole blocks.
+    """The sizes of one configuration, in tokens; all but the buffer are multiples of the block size.
 
     A request's cache has two segments: the prefix (the prompt, then all survivors) and the tail (the raw tokens):
 
@@ -79,18 +79,18 @@ class Geometry(Fitting):
         physical       [ prompt | survivors ][ newest ... ]
                          prefix segment        tail segment
 
-    A compression ("event") reads the first `interval` raw tokens, the very first one `first_extra` more, and keeps
-    `kept_blocks` of their blocks on average: each window's share is rounded so that the sum stays within half a block
-    of the exact one. Event k of a request happens at the first step that starts with
+    A compression ("event") reads the first `interval` raw tokens (event 0 reads `first_extra` more) and keeps
+    `kept_blocks` of their blocks on average: each window's count is rounded so that the sum stays within half a block
+    of the exact value. Event k of a request happens at the first step that starts with
     `protected_len + first_extra + (k + 1) * interval + buffer_size` computed tokens.
 
-    With a limit on the survivors, the event that would pass it (event `first_cut`, then every `cycle`-th) reads all
-    survivors as well and leaves `history_kept` of them. The budget policy is the case in which every event does so.
+    With a limit on the survivors, the event that would exceed it (event `first_cut`, then every `cycle`-th) also reads
+    all survivors, and keeps `history_kept` tokens in all. Under the budget policy every event does so.
 
     With a `prompt_budget`, event 0 also cuts a longer prompt to that many tokens.
 
-    Where survivors are packed, each of their blocks holds `packed_tokens` of them. Lengths then count such a block as
-    the `block_size` tokens whose space it takes; `Shape.num_kept` counts the survivors themselves.
+    If survivors are packed, each of their blocks holds `packed_tokens` of them. Lengths still count such a block as
+    `block_size` tokens, the space that it takes; `Shape.num_kept` counts the survivors themselves.
     """
 
     block_size: int
@@ -112,10 +112,10 @@ class Geometry(Fitting):
         retention_ratio: float | None = None,
         packed_tokens: int | None = None,
     ) -> Geometry | None:
-        """The geometry of `config`, or None where nothing is compressed (ratio 1.0).
+        """The geometry of `config`, or None if nothing is compressed (ratio 1.0).
 
-        packed_tokens: survivors that one block holds, where they are packed
-        Raises UsageError, naming option, value and remedy, where the sizes do not fit the block size.
+        packed_tokens: survivors per block, if they are packed
+        Raises UsageError, naming option, value and remedy, if the sizes do not fit the block size.
         """
         if retention_ratio is None and config.budgets:
             raise ValueError("a table of ratios stands for several geometries: use request_geometry")
@@ -145,8 +145,8 @@ class Geometry(Fitting):
         most = config.budget_size + config.budget_interval
         if config.window_size > most:
             raise UsageError(
-                f"window_size={config.window_size}: with policy=budget it is the number of tokens whose queries score, "
-                f"besides the buffer's, and only {most} others are generated before the first cut; use {most} or less."
+                f"window_size={config.window_size}: with policy=budget, scoring uses the queries of this many tokens "
+                f"before the buffer, but only {most} are generated before the first cut; use at most {most}."
             )
         return cls(
             block_size=block_size,
@@ -166,11 +166,11 @@ class Geometry(Fitting):
 
     @property
     def most_survivors(self) -> int:
-        """The largest number of survivors of a request whose survivors become candidates again."""
+        """The largest number of survivors that an event reads; 0 if survivors never become candidates again."""
         return max(shape.num_history for shape in self.shapes()) if self.tracks_survivors else 0
 
     def shape(self, event: int) -> Shape:
-        """What event number `event` does."""
+        """The shape of event number `event`."""
         history = self.survivors(event) - self.num_left_alone(event)
         raw = self._consumed(event + 1) - self._consumed(event)
         return Shape(history, raw, self._held(self.num_kept_blocks(event)))
@@ -180,13 +180,13 @@ class Geometry(Fitting):
         return (self.survivors(event + 1) - self.num_left_alone(event)) // self.block_size
 
     def _held(self, num_blocks: int) -> int:
-        """Survivors in so many of their blocks."""
+        """Survivors that `num_blocks` of their blocks hold."""
         return num_blocks * (self.packed_tokens or self.block_size)
 
     def shapes(self) -> dict[Shape, int]:
-        """Every shape that events have, with the first event of each: what has to be compiled before serving."""
+        """Every shape that an event can have, with its first event. All of them are compiled before serving."""
         events = []
-        if self.kept_blocks:  # the rounding repeats
+        if self.kept_blocks:  # the rounding is periodic
             windows = np.arange(min(self.kept_blocks.denominator, self.first_cut) + 1)
             events += np.unique(np.diff(self._rounded(windows)), return_index=True)[1].tolist()
         if self.tracks_survivors:
@@ -197,16 +197,16 @@ class Geometry(Fitting):
         return event >= self.first_cut and (event - self.first_cut) % self.cycle == 0
 
     def _rounded(self, num_windows: Int) -> Int:
-        """Tokens that so many windows keep: exact on average."""
+        """Tokens kept of `num_windows` windows: the exact share, rounded to whole blocks."""
         share, whole = self.kept_blocks.numerator, self.kept_blocks.denominator
         return (2 * num_windows * share + whole) // (2 * whole) * self.block_size
 
     def _consumed(self, num_events: Int) -> Int:
-        """Tokens behind the prompt that `num_events` events have read."""
+        """Raw tokens that the first `num_events` events read."""
         return (num_events > 0) * self.first_extra + num_events * self.interval
 
     def survivors(self, num_events: Int) -> Int:
-        """Tokens that survive `num_events` events."""
+        """Survivors after `num_events` events."""
         limited = num_events > self.first_cut
         since_cut = (num_events - self.first_cut - 1) % self.cycle
         return limited * (self.history_kept + self._rounded(since_cut)) + (1 - limited) * self._rounded(num_events)
@@ -216,15 +216,15 @@ class Geometry(Fitting):
         return ceil_div(num_prompt_tokens, self.block_size) * self.block_size
 
     def prompt_len(self, num_prompt_tokens: Int, num_events: Int) -> Int:
-        """Tokens of the prompt's blocks that are left after `num_events` events."""
+        """Tokens that remain in the prompt's blocks after `num_events` events."""
         protected = self.protected_len(num_prompt_tokens)
         excess = protected - self.prompt_budget
         return protected - excess * (excess > 0) * (num_events > 0) * (self.prompt_budget > 0)
 
     def prompt_shape(self, num_prompt_tokens: int) -> Shape | None:
-        """What event 0 does to the prompt, besides its own shape; None where the prompt stays whole.
+        """The shape of the prompt's cut, which is part of event 0; None if the prompt stays whole.
 
-        The candidates are all P' tokens: the last block of the prompt may end with generated ones.
+        The candidates are all P' tokens: the prompt's last block may end with generated ones.
         """
         protected = self.protected_len(num_prompt_tokens)
         return Shape(0, protected, self.prompt_budget) if 0 < self.prompt_budget < protected else None
@@ -246,17 +246,17 @@ class Geometry(Fitting):
         return self.num_removed(num_prompt_tokens, event + 1) - self.num_removed(num_prompt_tokens, event)
 
     def num_evicted(self, num_prompt_tokens: int, event: int) -> int:
-        """Tokens of the text that event number `event` evicts: what it frees, unless survivors are packed."""
+        """Tokens that event number `event` evicts; equal to `num_freed` unless survivors are packed."""
         shapes = [self.shape(event), self.prompt_shape(num_prompt_tokens) if event == 0 else None]
         return sum(shape.num_candidates - shape.num_kept for shape in shapes if shape is not None)
 
     def num_events(self, num_prompt_tokens: Int, num_computed_tokens: Int) -> Int:
-        """How many compressions a request has behind it once the step that starts with this many tokens has begun."""
+        """Events that have happened once a step that starts with this many computed tokens has begun."""
         grown = num_computed_tokens - self.protected_len(num_prompt_tokens)
         return self.events_in(grown)
 
     def events_in(self, grown: Int) -> Int:
-        """The same by the tokens that were computed behind the prompt's blocks."""
+        """The same, from the number of tokens computed after the prompt's blocks."""
         events = (grown - self.buffer_size - self.first_extra) // self.interval
         return events * (events > 0)
 
@@ -270,19 +270,19 @@ class Geometry(Fitting):
         return num_computed_tokens - self.num_removed(num_prompt_tokens, events)
 
     def max_chunk(self, num_prompt_tokens: Int, num_computed_tokens: Int) -> Int:
-        """The most tokens that the next step may compute: no step runs past an event.
+        """The most tokens that the next step may compute without running past an event.
 
-        So a request that is prefilled again sees what it saw the first time, and needs no more blocks than it did.
+        So a recomputed request attends to the same cache as the first time, and needs no more blocks.
         """
         events = self.num_events(num_prompt_tokens, num_computed_tokens)
         return self.event_at(num_prompt_tokens, events) - num_computed_tokens
 
     def num_left_alone(self, event: int) -> int:
-        """Survivors that event number `event` does not read; what it keeps comes right behind them."""
+        """Survivors that event number `event` does not read; the tokens that it keeps follow them."""
         return 0 if self._cuts_history(event) else self.survivors(event)
 
     def candidate_start(self, num_prompt_tokens: int, event: int) -> int:
-        """Tokens in front of the first candidate just before event number `event`: of the prompt, and survivors."""
+        """Tokens before the first candidate of event number `event`: the prompt and the survivors that it skips."""
         held = self._held(self.num_left_alone(event) // self.block_size)
         return self.prompt_len(num_prompt_tokens, event) + held
 
@@ -294,7 +294,7 @@ class Geometry(Fitting):
             return now
         last = events - 1
         fullest = {0, min(last, self.first_cut)}
-        if last > self.first_cut:  # just before a later cut, or as far as it got on the way there
+        if last > self.first_cut:  # just before a later cut, or at the last event before it
             fullest.add(min(last, self.first_cut + self.cycle))
         at = (self.event_at(num_prompt_tokens, e) - self.num_removed(num_prompt_tokens, e) for e in fullest)
         return max(now, *at)
@@ -304,7 +304,7 @@ class Geometry(Fitting):
         return ceil_div(self.peak_tokens(num_prompt_tokens, num_tokens), self.block_size)
 
     def blocks_held(self, num_prompt_tokens: Int, num_computed_tokens: Int) -> Int:
-        """Blocks that a request holds once so many tokens are computed."""
+        """Blocks that a request holds with this many computed tokens."""
         return ceil_div(self.physical_len(num_prompt_tokens, num_computed_tokens), self.block_size)
 
     def blocks_freed(self, num_prompt_tokens: Int, event: Int) -> Int:
@@ -313,16 +313,16 @@ class Geometry(Fitting):
 
     @property
     def groups(self) -> tuple[Geometry, ...]:
-        """That of each group of layers that is compressed: here there is one."""
+        """The geometry of each compressed group of layers; here there is only one."""
         return (self,)
 
 
 @dataclass(frozen=True)
 class GroupedGeometry(Fitting):
-    """The geometry of each group of layers, where groups have retention ratios of their own (`kvllm.budgets`).
+    """The geometry of a request whose groups of layers have different retention ratios (`kvllm.budgets`).
 
-    Groups are of equal size and differ only in what events keep: an event happens in all of them at once. Numbers of
-    blocks are those of all groups together, numbers of tokens the mean over the groups, rounded.
+    All groups have the same size and compress at the same time; only the number of kept tokens differs. Block counts
+    are sums over the groups, token counts are means over them, rounded.
     """
 
     groups: tuple[Geometry, ...]
@@ -349,7 +349,7 @@ class GroupedGeometry(Fitting):
         return self.groups[0].prompt_budget
 
     def shape(self, event: int) -> Shape:
-        """Of the group that reads most: what bounds the length of a text is the same in all."""
+        """The shape in the group that reads the most candidates."""
         return max((group.shape(event) for group in self.groups), key=lambda shape: shape.num_candidates)
 
     def prompt_shape(self, num_prompt_tokens: int) -> Shape | None:
@@ -382,9 +382,9 @@ class GroupedGeometry(Fitting):
         return freed
 
     def peak_blocks(self, num_prompt_tokens: int, num_tokens: int) -> int:
-        """The sum of what the groups hold at their peaks, which vLLM counts as well: it asks each group's manager.
+        """The sum of the groups' peaks. vLLM counts the same, by asking each group's manager.
 
-        Groups may have their peaks at different times, so this can be a few blocks more than a request ever holds.
+        Groups may peak at different times, so this can be a few blocks more than a request ever holds.
         """
         return sum(group.peak_blocks(num_prompt_tokens, num_tokens) for group in self.groups)
 
@@ -393,17 +393,17 @@ class GroupedGeometry(Fitting):
         return round(sum(evicted) / len(evicted))
 
 
-# That of a request: of one group of layers, or of several.
+# With one group of layers, or with several.
 RequestGeometry = Geometry | GroupedGeometry
 
 
 def request_geometry(
     config: KvConfig, block_size: int, retention_ratio: float | None = None, packed_tokens: int | None = None
 ) -> RequestGeometry | None:
-    """The geometry of a request under `config`; None where nothing is compressed (ratio 1.0).
+    """The geometry of a request under `config`; None if nothing is compressed (ratio 1.0).
 
-    retention_ratio: of all layers, in the place of the configuration's own; its mean stands for its own table
-    Otherwise as `Geometry.from_config`.
+    retention_ratio: replaces the configured ratio in all layers; the mean of a configured table selects that table
+    The other parameters and the errors are those of `Geometry.from_config`.
     """
     if not config.budgets or retention_ratio not in (None, config.mean_ratio):
         return Geometry.from_config(config, block_size, retention_ratio, packed_tokens)
@@ -415,7 +415,7 @@ def request_geometry(
 
 
 def most_that_fits(needed: Callable[[int], int], low: int, num_blocks: int) -> int:
-    """The largest number from `low`, which fits, that needs `num_blocks` blocks or fewer."""
+    """The largest n >= `low` with needed(n) <= num_blocks; `needed` must be non-decreasing, and `low` must fit."""
     high = low + 1
     while needed(high) <= num_blocks and high < 1 << 40:
         low, high = high, high * 2
@@ -426,34 +426,34 @@ def most_that_fits(needed: Callable[[int], int], low: int, num_blocks: int) -> i
 
 
 def _kept_blocks(retention_ratio: float, window_size: int, block_size: int, held: int) -> Fraction:
-    """Blocks that a window keeps on average, each of `held` tokens; UsageError where it would keep less than one."""
-    # Decimal fractions stay what they are, and so exact; the sums of `Geometry` stay within 64 bits.
+    """Blocks of `held` tokens that a window keeps on average; UsageError if it would keep less than one."""
+    # Exact for decimal fractions, and small enough that the sums of `Geometry` fit in 64 bits.
     ratio = max(Fraction(retention_ratio).limit_denominator(10_000), Fraction(1, 10_000))
     fitting = ceil_div(max(2 * block_size, ceil(held / ratio)), block_size) * block_size
     if window_size < 2 * block_size:
         raise UsageError(
-            f"window_size={window_size}: with blocks of {block_size} tokens nothing could be freed; "
+            f"window_size={window_size}: with blocks of {block_size} tokens no block could be freed; "
             f"use at least {fitting}, or a smaller --block-size."
         )
     kept = ratio * Fraction(window_size, held)
     if kept < 1:
         raise UsageError(
-            f"retention_ratio={retention_ratio}: every window keeps at least one block, {held} tokens, which is "
-            f"{held / window_size:.3g} of window_size={window_size}. Use that ratio or more, or a window_size of "
+            f"retention_ratio={retention_ratio}: every window keeps at least one block of {held} tokens, which is "
+            f"{held / window_size:.3g} of window_size={window_size}. Use at least that ratio, or a window_size of "
             f"at least {fitting}{_smaller_blocks(block_size, held)}."
         )
     most = window_size // held
     if kept > most and held > block_size:
         raise UsageError(
-            f"retention_ratio={retention_ratio}: packed blocks hold {held} tokens each, and window_size={window_size} "
-            f"fills {most} of them. Use at most {_rounded_down(most * held / window_size)}"
+            f"retention_ratio={retention_ratio}: packed blocks hold {held} tokens each, so window_size={window_size} "
+            f"fills at most {most} of them. Use at most {_rounded_down(most * held / window_size)}"
             f"{_smaller_blocks(block_size, held)}, or survivor_bits=16."
         )
     return kept
 
 
 def _smaller_blocks(block_size: int, held: int) -> str:
-    """The remedy where packed blocks are large because plain ones are."""
+    """A further remedy, if packed blocks are large because plain ones are."""
     return ", or --block-size 16" if held > block_size > 16 else ""
 
 
@@ -462,7 +462,7 @@ def _rounded_down(ratio: float) -> float:
 
 
 def _history_limit(history_size: int, kept_blocks: Fraction, block_size: int) -> dict[str, int]:
-    """The events at which survivors are compressed again, and what they leave: three quarters of the limit."""
+    """When survivors are compressed again, and how many are kept then: three quarters of the limit."""
     limit = history_size // block_size
 
     def windows_in(blocks: int) -> int:

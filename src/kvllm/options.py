@@ -23,7 +23,7 @@ from pydantic_core import PydanticKnownError
 
 from kvllm.errors import UsageError
 
-# No conversions ("0.5" and true are not numbers), but an int may stand for a float.
+# No conversions ("0.5" and true are not numbers), but an int is accepted as a float.
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 C = TypeVar("C")
@@ -43,7 +43,7 @@ def _odd(value: int) -> int:
 
 
 Count = Annotated[int, Field(ge=1)]
-# Beside a Literal of integers, which pydantic compares by value: 4.0 would be 4, even if strict.
+# For a Literal of integers, which pydantic compares by value: 4.0 would pass as 4, even in strict mode.
 NotAFloat = BeforeValidator(_not_a_float)
 Share = Annotated[float, Field(ge=0, le=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
@@ -52,7 +52,7 @@ KernelSize = Annotated[
 ]
 RopeTheta = Annotated[
     float | None,
-    Field(gt=1, description="The model's rope_theta, as in its config.json (such as 10000.0); null = not known."),
+    Field(gt=1, description="The model's rope_theta, as in its config.json (such as 10000.0); null = unknown."),
 ]
 BaseOptions = Annotated[Mapping[str, Any], Field(description="Options of the base method.")]
 
@@ -77,8 +77,8 @@ class Option:
 def strict_dataclass(cls: type[Any] | None = None, *, kw_only: bool = False) -> Any:
     """Class decorator: a frozen pydantic dataclass whose constructor raises UsageError for a wrong option.
 
-    Wrong are a value of another type, one outside the field's bounds, nan and infinity, and an unknown name. What
-    involves several fields belongs in `__post_init__`, as a UsageError.
+    It rejects values of another type or out of bounds, nan, infinity and unknown names. Checks that involve several
+    fields belong in `__post_init__`, and raise UsageError.
     """
     if cls is None:
         return functools.partial(strict_dataclass, kw_only=kw_only)
@@ -98,7 +98,7 @@ def strict_dataclass(cls: type[Any] | None = None, *, kw_only: bool = False) -> 
 
 @functools.cache
 def options_of(cls: Any) -> Mapping[str, Option]:
-    """The fields of a strict dataclass by name, in their order."""
+    """The fields of a strict dataclass by name, in the order of declaration."""
     schemas = TypeAdapter(cls).json_schema()["properties"]
     return {
         name: Option(
@@ -113,7 +113,7 @@ def options_of(cls: Any) -> Mapping[str, Option]:
 
 
 def check_value(adapter: TypeAdapter[C], name: str, value: object) -> C:
-    """`value` if the adapter's type accepts it; UsageError, under this name, if not."""
+    """`value`, if the adapter's type accepts it; otherwise a UsageError that calls it `name`."""
     try:
         return adapter.validate_python(value)
     except ValidationError as e:
@@ -138,7 +138,7 @@ def parse_numbers(option: str, text: str, kind: type[N], example: str) -> list[N
 
 
 def no_such(what: str, name: str, known: Collection[str]) -> str:
-    """Words for a name that is not among the known ones: the closest, or all of them."""
+    """Message for an unknown name: suggests the closest known one, or lists all."""
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"no such {what}; did you mean {close[0]!r}?"

@@ -1,14 +1,14 @@
-"""What KvLLM serves and what it refuses, with the reason: the one place that decides.
+"""Which models, layers and vLLM options are supported, and why others are refused; no other module decides this.
 
-Every function returns reasons, each "what=value: why, or the remedy"; an empty list means served. What is not known to
-be right is refused. Nothing here imports vLLM: `kvllm plan` and the reference ask before there is an engine, from the
-model's config alone. The engine asks again once the model is loaded, when each layer says what it really does.
+Every function returns reasons, each "what=value: why, or the remedy"; an empty list means supported. What is not known
+to work is refused. Nothing here imports vLLM: `kvllm plan` and the reference check the model's config before an engine
+exists. The engine checks again once the model is loaded, from what each layer really is.
 
-Compression moves the survivors of a text together, so the index of a token in the cache no longer says where it was in
-the text. An attention layer may know positions only from what is in the cache: keys that are rotated, or that come from
-hidden states with a position embedding, or from recurrent layers. A layer that computes anything from indices (ALiBi
-slopes, relative position bias, windows, chunks) would compute it from the wrong ones. So layers that look back over a
-window or a chunk are left to vLLM, as are recurrent ones, and those beside them, of full attention, are compressed.
+Compression moves survivors together, so a token's index in the cache no longer tells its position in the text. A
+compressed layer may get positions only from the cached keys: they are rotated, or computed from hidden states with
+position embeddings or from recurrent layers. A layer that computes anything from indices (ALiBi slopes, relative
+position bias, windows, chunks) would use the wrong ones. So layers with a window or a chunk are left to vLLM, as are
+recurrent ones, and the full-attention layers beside them are compressed.
 """
 
 from __future__ import annotations
@@ -25,24 +25,26 @@ CACHE_DTYPES = {
     "cpu": ("auto", "float16", "bfloat16"),
     "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
 }
-# vLLM's own defaults leave little to choose between: a window of 256 tokens must be many blocks.
+# A window of 256 tokens must be many blocks, since it keeps whole ones; vLLM's own defaults can be too large for that.
 DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "TRITON_ATTN")}
 
 PLAIN_BITS = 16  # of survivors that are not rounded
-PACKED_BITS = 4  # of those that GPUs pack
-FP8_PACKED_BLOCK_SIZE = 32  # an fp8 block holds half the bytes, and its scales take as much: of 16 tokens they take 1/4
-ALL_FULL = "all layers must be full attention"
+PACKED_BITS = 4  # of survivors that GPUs pack
+FP8_PACKED_BLOCK_SIZE = 32  # an fp8 block has half the bytes and scales as large: of 16 tokens it packs 24, of 32 56
+ALL_FULL = "all layers must use full attention"
+ALIBI = "ALiBi computes distances from indices in the cache, which compression changes"
+RELATIVE_BIAS = "the bias depends on indices in the cache, which compression changes"
 COUNTS_POSITIONS = (
-    "it computes the angles of keys from their indices in the text, and M-RoPE's positions behind an image are fewer; "
-    "use another method"
+    "it computes the keys' angles from their indices in the text, which M-RoPE's positions no longer equal after an "
+    "image; use another method"
 )
-# Names that configs have for layers of full attention, and for those that look back over a window or a chunk.
+# Names in configs for full-attention layers, and for layers that attend within a window or a chunk.
 FULL_ATTENTION = {"full_attention", "attention"}
 LOCAL_ATTENTION = {"sliding_attention", "chunked_attention"}
-NO_FULL = "no layer is full attention, so there is nothing to compress"
-SERVED_KINDS = "layers must be full, sliding or chunked attention, or recurrent (Mamba, linear attention)"
-# The classes of vLLM's attention layers that are served.
+NO_FULL = "no layer has full attention, so there is nothing to compress"
+SERVED_KINDS = "supported layers are full, sliding-window and chunked attention, Mamba and linear attention"
+# The supported classes of vLLM's layers, and of the V2 runner's model state.
 ATTENTION = ("vllm.model_executor.layers.attention.attention", "Attention")
 MAMBA = ("vllm.model_executor.layers.mamba.abstract", "MambaBase")
 MODEL_STATES = {
@@ -50,26 +52,26 @@ MODEL_STATES = {
     ("vllm.v1.worker.gpu.model_states.mamba_hybrid", "MambaHybridModelState"),
 }
 CHUNKED = ("vllm.model_executor.layers.attention.chunked_local_attention", "ChunkedLocalAttention")
-# Fields of a config that say how the model tells positions apart: by rotating queries and keys.
+# Fields of a config that show that the model uses RoPE.
 ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "rotary_pct", "rotary_emb_base")
-# Models that add a learned embedding of each position to the hidden states instead.
+# Models with learned position embeddings instead.
 LEARNED_POSITIONS = {"gpt2", "gpt_bigcode", "opt"}
-# Models whose configs have no field that says that they use ALiBi.
+# Models that use ALiBi without a field in their configs that says so.
 ALWAYS_ALIBI = {"bloom"}
-# Fields that say, where a config has no list of layer kinds, that some layers keep a state instead of a KV cache.
+# Fields that reveal recurrent layers in a config without a list of layer kinds.
 STATE_FIELDS = ("mamba_d_state", "ssm_state_size", "state_size", "linear_key_head_dim", "linear_attn_config")
 
 
 def reason(what: str, value: Any, why: str) -> str:
-    """One reason, as it stands in messages."""
+    """One reason, as messages show it."""
     return f"{what}={value}: {why}"
 
 
 def model_reasons(config: Any, max_model_len: int | None = None) -> list[str]:
     """Why the model with this config cannot be compressed.
 
-    config:        a transformers config, of a multimodal model the whole of it
-    max_model_len: longest text, prompt included; default: the config's max_position_embeddings
+    config:        a transformers config, not only the text config of a multimodal model
+    max_model_len: maximum text length, prompt included; default: the config's max_position_embeddings
     """
     text = config.get_text_config()
     if max_model_len is None:
@@ -81,23 +83,23 @@ def model_reasons(config: Any, max_model_len: int | None = None) -> list[str]:
             (
                 "kv_lora_rank",
                 getattr(text, "kv_lora_rank", None),
-                "multi-head latent attention keeps no KV heads to choose from",
+                "multi-head latent attention is not supported",
             ),
             (
                 "dual_chunk_attention_config",
                 getattr(text, "dual_chunk_attention_config", None),
-                "its keys are rotated anew for every chunk of the text",
+                "dual chunk attention rotates keys again for every chunk of the text",
             ),
             ("rswa_window", getattr(text, "rswa_window", None), ALL_FULL),
             (
                 "num_kv_shared_layers",
                 getattr(text, "num_kv_shared_layers", None),
-                "every layer must have a KV cache of its own",
+                "layers that share a KV cache are not supported",
             ),
             (
                 "use_bidirectional_attention",
                 getattr(text, "use_bidirectional_attention", None),
-                "all layers must be causal attention",
+                "all layers must use causal attention",
             ),
         )
         if value
@@ -128,13 +130,13 @@ def _layer_kind_reasons(text: Any, max_model_len: int | None) -> list[str]:
             return [reason("layer_types", ", ".join(sorted(set(layer_kinds(text)))), NO_FULL)]
         return [_all_local(text, next(iter(kinds)), max_model_len)]
     if len(kinds) > 1:
-        why = "only one of these may be beside full attention"
+        why = "only one of these kinds may be combined with full attention"
         beside = set(layer_kinds(text)) & (LOCAL_ATTENTION | RECURRENT)
         return [reason("layer_types", ", ".join(sorted(beside)), why)]
     if (groups := Groups.of(layers)).num_full > 1:
         others_count = sum(isinstance(layer, Local | Recurrent) for layer in layers)
-        counts = f"{layers.count(None)} of full attention, {others_count} others"
-        why = f"vLLM would make {groups.num_full} KV cache groups of those of full attention; compression needs one"
+        counts = f"{layers.count(None)} full attention, {others_count} other"
+        why = f"vLLM would split the full-attention layers into {groups.num_full} KV cache groups; they must form one"
         return [reason("layer_types", counts, why)]
     return []
 
@@ -147,7 +149,7 @@ def _all_local(text: Any, local: Local | Recurrent, max_model_len: int | None) -
     return reason(
         "sliding_window",
         window,
-        f"{NO_FULL} if max_model_len={longest}; use --max-model-len {window}, or --hf-overrides "
+        f"{NO_FULL} with max_model_len={longest}; use --max-model-len {window}, or --hf-overrides "
         "'{\"sliding_window\": null}' if the model allows it",
     )
 
@@ -158,22 +160,20 @@ def _position_reasons(text: Any) -> list[str]:
     embedding = str(getattr(text, "position_embedding_type", None) or "").lower()
     alibi = getattr(text, "alibi", False) or getattr(text, "use_alibi", False) or attention.get("alibi")
     if text.model_type in ALWAYS_ALIBI or alibi or "alibi" in embedding:
-        return [reason("model_type", text.model_type, "ALiBi takes distances from places in the cache")]
+        return [reason("model_type", text.model_type, ALIBI)]
     for field in ("relative_attention_num_buckets", "relative_attention"):
         if getattr(text, field, None):
-            return [reason(field, getattr(text, field), "the bias takes distances from places in the cache")]
+            return [reason(field, getattr(text, field), RELATIVE_BIAS)]
     if "relative" in embedding:
-        return [reason("position_embedding_type", embedding, "the bias takes distances from places in the cache")]
+        return [reason("position_embedding_type", embedding, RELATIVE_BIAS)]
     has_rope = any(getattr(text, field, None) is not None or field in attention for field in ROPE_FIELDS)
     if has_rope or text.model_type in LEARNED_POSITIONS or set(layer_kinds(text)) & RECURRENT:
         return []
-    return [
-        reason("model_type", text.model_type, "how it tells positions apart is not known; models with RoPE are served")
-    ]
+    return [reason("model_type", text.model_type, "its position encoding is not known; models with RoPE are supported")]
 
 
 def engine_reasons(vllm_config: Any, device: str) -> list[str]:
-    """Why an engine with this configuration of vLLM's cannot compress.
+    """Why an engine with this vLLM configuration cannot compress.
 
     device: "cpu" or "cuda"
     """
@@ -186,21 +186,21 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
         (model.runner_type != "generate", "runner", model.runner_type, "serve a model that generates text"),
     ]
     after_model: list[tuple[bool, str, Any, str]] = [
-        (model.use_mla, "model", model.model, "multi-head latent attention keeps no KV heads to choose from"),
+        (model.use_mla, "model", model.model, "multi-head latent attention is not supported"),
         (model.is_encoder_decoder, "model", model.model, "use a decoder-only model"),
         (model.is_attention_free, "model", model.model, NO_FULL),
-        (model.is_hybrid and device == "cpu", "device", device, "beside recurrent layers it was checked on GPUs only"),
+        (model.is_hybrid and device == "cpu", "device", device, "recurrent layers are supported on GPUs only"),
         (
             model.is_hybrid and cache.mamba_cache_mode == "all",
             "mamba_cache_mode",
             cache.mamba_cache_mode,
-            "use align, or none with prefix caching off",
+            "use align, or none without prefix caching",
         ),
         (
             model.is_hybrid and cache.prefix_match_unit is not None,
             "prefix_match_unit",
             cache.prefix_match_unit,
-            "requests would share parts of blocks; leave it out",
+            "requests would share parts of blocks; leave it unset",
         ),
         *(
             (model.is_hybrid and getattr(cache, name), name, True, "leave it off")
@@ -210,7 +210,7 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
             vllm_config.speculative_config is not None,
             "speculative_config",
             getattr(vllm_config.speculative_config, "method", None),
-            "leave speculative decoding off",
+            "speculative decoding is not supported; leave it off",
         ),
         (
             vllm_config.kv_transfer_config is not None,
@@ -222,7 +222,7 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
             one_group and any(local_layers(model.hf_config.get_text_config(), model.max_model_len)),
             "disable_hybrid_kv_cache_manager",
             True,
-            "layers with a window or a chunk need KV cache groups of their own; leave it out, and "
+            "sliding-window and chunked layers need KV cache groups of their own; leave it unset, and "
             "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE at 1",
         ),
         (cache.kv_sharing_fast_prefill, "kv_sharing_fast_prefill", True, "leave it off"),
@@ -230,7 +230,7 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
             bool(cache.kv_cache_dtype_skip_layers),
             "kv_cache_dtype_skip_layers",
             cache.kv_cache_dtype_skip_layers,
-            "vLLM would empty new blocks before a step's compressions read them; leave it out",
+            "vLLM would zero new blocks before a step's compressions read them; leave it unset",
         ),
         (
             cache.cache_dtype not in CACHE_DTYPES[device],
@@ -250,7 +250,7 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
             prefill_parallel,
             "use tensor or pipeline parallelism",
         ),
-        (parallel.enable_dbo, "enable_dbo", True, "leave dual batch overlap off"),
+        (parallel.enable_dbo, "enable_dbo", True, "dual batch overlap is not supported; leave it off"),
         (
             scheduler_cls is not None,
             "scheduler_cls",
@@ -267,7 +267,7 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
             device == "cuda" and not vllm_config.use_v2_model_runner,
             "VLLM_USE_V2_MODEL_RUNNER",
             0,
-            "on GPUs KvLLM works in the V2 model runner; unset it",
+            "on GPUs KvLLM needs the V2 model runner; unset it",
         ),
     ]
     return [
@@ -283,20 +283,20 @@ def torchvision_problem() -> str | None:
         import torchvision  # noqa: F401
     except ModuleNotFoundError:
         return "torchvision is not installed"
-    except Exception as e:  # whatever its compiled operators make of another torch
+    except Exception as e:  # its compiled operators may fail in any way with another torch
         return f"torchvision does not match torch ({e})"
     return None
 
 
 def model_state_reasons(cls: type) -> list[str]:
-    """Why the V2 runner's state of this model, a class, cannot be extended by compression."""
+    """Why compression cannot extend this class of the V2 runner's model state."""
     if (cls.__module__, cls.__qualname__) in MODEL_STATES:
         return []
     return [reason("model_state", cls.__name__, SERVED_KINDS)]
 
 
 def is_local_layer(layer: Any, max_model_len: int) -> bool:
-    """Whether a layer of vLLM looks back over a window or a chunk. It is left alone, with a KV cache of vLLM's own."""
+    """Whether a vLLM layer attends within a window or a chunk. Such a layer keeps vLLM's own KV cache."""
     if _class_of(layer) == CHUNKED:
         return True
     window = layer.sliding_window if _class_of(layer) == ATTENTION else None
@@ -304,7 +304,7 @@ def is_local_layer(layer: Any, max_model_len: int) -> bool:
 
 
 def is_recurrent_layer(layer: Any) -> bool:
-    """Whether a layer of vLLM keeps a state of fixed size. It is left alone."""
+    """Whether a vLLM layer keeps a state of fixed size. Such a layer is left to vLLM."""
     return any((cls.__module__, cls.__qualname__) == MAMBA for cls in type(layer).__mro__)
 
 
@@ -313,41 +313,41 @@ def _class_of(layer: Any) -> tuple[str, str]:
 
 
 def layer_reasons(layer: Any, max_model_len: int) -> list[str]:
-    """Why a layer of vLLM that keeps a KV cache cannot be served, from what the loaded layer itself says.
+    """Why a vLLM layer with a KV cache is not supported, judged from the loaded layer itself.
 
-    Soft-capped logits are served, since each depends on its own query and key alone, and so are attention sinks, which
-    are one more logit. Scaling queries by their position (Llama 4) happens before the layer.
+    Soft-capped logits are supported, since each depends on its own query and key alone, and so are attention sinks,
+    which add one logit. Queries that are scaled by their position (Llama 4) are scaled before the layer.
     """
     local = is_local_layer(layer, max_model_len)
     if not local and _class_of(layer) != ATTENTION:
         return [reason("class", ".".join(_class_of(layer)), SERVED_KINDS)]
     impl: Any = getattr(layer, "impl", None)
     checks: Iterable[tuple[bool, str, Any, str]] = (
-        (layer.attn_type != "decoder", "attn_type", layer.attn_type, "all layers must be causal attention"),
+        (layer.attn_type != "decoder", "attn_type", layer.attn_type, "all layers must use causal attention"),
         (
             not local and getattr(impl, "alibi_slopes", None) is not None,
             "alibi_slopes",
             len(impl.alibi_slopes) if getattr(impl, "alibi_slopes", None) is not None else None,
-            "ALiBi takes distances from places in the cache",
+            ALIBI,
         ),
         (
             not local and getattr(impl, "chunk_lookback", -1) > -1,
             "chunk_lookback",
             getattr(impl, "chunk_lookback", -1),
-            "a layer that looks back over chunks must have a window",
+            "a layer that attends to earlier chunks must have a window",
         ),
         (
             layer.kv_sharing_target_layer_name is not None,
             "kv_sharing_target_layer_name",
             layer.kv_sharing_target_layer_name,
-            "every layer must have a KV cache of its own",
+            "layers that share a KV cache are not supported",
         ),
-        (not local and layer.use_mm_prefix, "use_mm_prefix", True, "all layers must be causal attention"),
+        (not local and layer.use_mm_prefix, "use_mm_prefix", True, "all layers must use causal attention"),
         (
             not local and layer.head_size_v != layer.head_size,
             "head_size_v",
             layer.head_size_v,
-            f"keys and values must be equally wide, and keys have {layer.head_size} dimensions",
+            f"keys and values must have the same head size, and that of the keys is {layer.head_size}",
         ),
     )
     return [reason(what, value, why) for wrong, what, value, why in checks if wrong]
@@ -359,57 +359,56 @@ def is_fp8(cache_dtype: str) -> bool:
 
 
 def default_block_size(device: str, bits: int = PLAIN_BITS, cache_dtype: str = "auto") -> int:
-    """Tokens in a block of the KV cache where nobody says otherwise.
+    """The default block size of the KV cache, in tokens.
 
-    device: "cpu" or "cuda"; bits: of survivors; cache_dtype: vLLM's --kv-cache-dtype
+    device: "cpu" or "cuda"; bits: `survivor_bits`; cache_dtype: vLLM's --kv-cache-dtype
     """
     packed_in_fp8 = device == "cuda" and bits != PLAIN_BITS and is_fp8(cache_dtype)
     return FP8_PACKED_BLOCK_SIZE if packed_in_fp8 else DEFAULT_BLOCK_SIZE[device]
 
 
 def packed_problem(bits: int, dtype: str, table: Any = None) -> str | None:
-    """Why a GPU does not store survivors in so many bits, with the remedy; None where it does, or nothing is rounded.
+    """Why a GPU cannot store survivors in this many bits, with the remedy; None if it can, or if nothing is rounded.
 
-    dtype: the model's; table: of layer budgets, if there is one
+    dtype: the model's; table: the layer budgets, if any
     """
     if bits == PLAIN_BITS:
         return None
     if table:
         return (
-            f"survivor_bits={bits}: on GPUs not with the layer budgets of retention_ratio={table}: the two were not "
-            "checked together. Use one ratio, or survivor_bits=16."
+            f"survivor_bits={bits}: on GPUs it cannot be combined with the layer budgets retention_ratio={table}. Use "
+            "one ratio, or survivor_bits=16."
         )
     if bits != PACKED_BITS:
-        return f"survivor_bits={bits}: GPUs pack survivors in {PACKED_BITS} bits. Use {PACKED_BITS}, or 16."
+        return f"survivor_bits={bits}: not supported on GPUs. Use {PACKED_BITS} or 16."
     if dtype not in ("bfloat16", "float16"):
         return (
-            f"survivor_bits={bits}: GPUs compute attention over packed survivors in 16 bits, not in dtype={dtype}. Use "
+            f"survivor_bits={bits}: attention over packed survivors needs a model in 16 bits, not dtype={dtype}. Use "
             "--dtype bfloat16, or survivor_bits=16."
         )
     return None
 
 
 def packed_reasons(layer: Any) -> list[str]:
-    """Why attention over packed survivors cannot be merged into that of a layer, from the loaded layer itself.
+    """Why attention over packed survivors cannot be merged into this layer's, judged from the loaded layer itself.
 
-    Attention sinks are part of the softmax's denominator that FlashAttention 3 hands out; of other versions we do not
-    know it.
+    FlashAttention 3 includes attention sinks in the log-sum-exp that it returns; other versions were not checked.
     """
     backend, impl = layer.attn_backend.get_name(), layer.impl
     version = getattr(impl, "vllm_flash_attn_version", None)
     soft_cap = getattr(impl, "logits_soft_cap", None)
-    unknown = f"with FlashAttention {version} we have not checked it, only with 3; use survivor_bits=16"
+    unknown = f"only supported with FlashAttention 3, not with {version}; use survivor_bits=16"
     checks: Iterable[tuple[bool, str, Any, str]] = (
         (
             backend != "FLASH_ATTN",
             "attention_backend",
             backend,
-            "only FLASH_ATTN tells what merging needs; use it, or survivor_bits=16",
+            "packed survivors need the log-sum-exp, which only FLASH_ATTN returns; use it, or survivor_bits=16",
         ),
         (bool(soft_cap) and version != 3, "logits_soft_cap", soft_cap, unknown),
         (getattr(impl, "sinks", None) is not None and version != 3, "sinks", "learned", unknown),
         (is_fp8(layer.kv_cache_dtype) and version != 3, "kv_cache_dtype", layer.kv_cache_dtype, unknown),
-        (layer.head_size % 16 > 0, "head_size", layer.head_size, "use survivor_bits=16"),
+        (layer.head_size % 16 > 0, "head_size", layer.head_size, "not a multiple of 16; use survivor_bits=16"),
     )
     return [reason(what, value, why) for wrong, what, value, why in checks if wrong]
 
@@ -418,7 +417,7 @@ LAYER_SHAPE = ("num_heads", "num_kv_heads", "head_size", "kv_cache_dtype")
 
 
 def layers_reasons(layers: Mapping[str, Any]) -> list[str]:
-    """Why layers, by their names, that can be compressed one by one cannot be so together."""
+    """Why these layers (by name), each of which is supported, cannot be compressed together."""
     found: list[str] = []
     names = list(layers)
     for attribute in LAYER_SHAPE:
@@ -432,11 +431,11 @@ def layers_reasons(layers: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def finding_model(name: object) -> Iterator[None]:
-    """Turn what transformers raises for a model that it cannot find or read into a UsageError."""
+    """Turn transformers' errors for a model that it cannot find or read into a UsageError."""
     try:
         yield
     except (OSError, ValueError) as e:
-        # A folder without a config.json is a ValueError of these words; others are about the model itself.
+        # transformers raises a ValueError with these words for a folder without a config.json; others are real faults.
         if not isinstance(e, OSError) and not str(e).startswith("Unrecognized model"):
             raise
         why = str(e).strip().partition("\n")[0]

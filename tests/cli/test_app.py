@@ -166,7 +166,7 @@ def test_methods_shows_each_option_with_its_default_bounds_and_help(monkeypatch:
         (["--method-options", '{"alpha": 1}'], ["method_options of kara: alpha=1", "attention_floor"]),
         (["--memory", "80GX"], ["80GX", "80GiB"]),
         (["--compression", "3x"], ["compression='3x'", "4x, 8x, 16x"]),
-        (["--compression", "4x", "--survivor-bits", "16"], ["compression=4x", "survivor_bits=16 is given besides"]),
+        (["--compression", "4x", "--survivor-bits", "16"], ["compression=4x", "survivor_bits=16 was given too"]),
         (["--memory", "1MiB"], ["nothing for the KV cache"]),
         (["--max-num-seqs", "1000000"], ["nothing for the KV cache", "--max-num-seqs"]),
         (["--length", "100"], ["--length 100", "--prompt-tokens 256"]),
@@ -236,7 +236,7 @@ def test_a_plugin_that_is_not_installed_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("kvllm.engine.arguments.entry_points", lambda **_: [])
-    assert "no plugin named 'kvllm'" in refused(capsys, "serve", "model")
+    assert "does not find the plugin 'kvllm'" in refused(capsys, "serve", "model")
 
 
 @pytest.mark.parametrize("plugins", [None, "kvllm", "other,kvllm"])
@@ -295,7 +295,7 @@ def test_plan_refuses_what_serve_refuses(tmp_path: Path, capsys: pytest.CaptureF
     mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4096}
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | mistral | {"max_position_embeddings": 32768}))
     planned = ["plan", str(tmp_path), "--memory", "80GiB"]
-    assert "sliding_window=4096: no layer is full attention" in refused(capsys, *planned)
+    assert "sliding_window=4096: no layer has full attention" in refused(capsys, *planned)
     served = runner.invoke(cli.app, [*planned, "--max-model-len", "4096", "--length", "2048"], catch_exceptions=False)
     assert served.exit_code == 0 and "2048" in served.stdout
 

@@ -1,4 +1,4 @@
-"""`kvllm doctor` finds what would keep an engine from starting, and says what to do about it."""
+"""`kvllm doctor` finds problems that would prevent an engine from starting, and gives remedies."""
 
 from __future__ import annotations
 
@@ -93,24 +93,24 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, versions: Callable[..., None]) ->
 
 def test_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert only(doctor.check_compiler([]), "compiler").remedy == "install g++, or --enforce-eager"
+    assert only(doctor.check_compiler([]), "compiler").remedy == "install g++, or use --enforce-eager"
     assert [*doctor.check_compiler(["--enforce-eager"])] == []
 
 
 @pytest.mark.parametrize(
     "arguments, options, what",
     [
-        (["--port", "80"], {}, "is served"),
+        (["--port", "80"], {}, "can be served"),
         ([], {"window_size": 100}, "window_size=100"),
         (["--kv-cache-dtype", "fp8"], {}, "fp8"),
-        (["--no-such-flag"], {}, "refuses a flag"),
+        (["--no-such-flag"], {}, "rejects a flag"),
     ],
 )
 def test_a_model_is_checked_as_serve_would(
     model_dir: Path, arguments: list[str], options: dict[str, Any], what: str
 ) -> None:
     found = only(doctor.check_model(str(model_dir), arguments, {"query_stride": 4, **options}), "model")
-    assert what in found.what and (found.status == "ok") == (what == "is served")
+    assert what in found.what and (found.status == "ok") == (what == "can be served")
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,6 @@ def test_the_rounding_of_a_config():
 
 
 def test_blocks_too_small_to_pack_are_refused():
-    message = "survivor_bits=8: a block of 8 tokens, with heads of 64, would hold only 8 rounded .*--block-size"
+    message = "survivor_bits=8: a block of 8 tokens with head_dim=64 would hold only 8 rounded .*--block-size"
     with pytest.raises(UsageError, match=message):
         Rounding.from_config(KvConfig(survivor_bits=8), 8, 64)

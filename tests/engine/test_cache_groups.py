@@ -49,7 +49,7 @@ def cache_config(*specs: Any) -> KVCacheConfig:
 def test_the_compressed_group_is_the_only_one_of_its_kind() -> None:
     assert compressed_groups(cache_config(WINDOW, FULL, WINDOW), BLOCK_SIZE, 1) == [1]
     for specs, block_size in (((FULL, FULL), BLOCK_SIZE), ((WINDOW,), BLOCK_SIZE), ((FULL, WINDOW), 32)):
-        with pytest.raises(ValueError, match=f"one KV cache group with blocks of {block_size} tokens; vLLM made "):
+        with pytest.raises(ValueError, match=f"one KV cache group with blocks of {block_size} tokens, but vLLM made "):
             compressed_groups(cache_config(*specs), block_size, 1)
 
 
@@ -143,7 +143,9 @@ def test_groups_that_the_config_does_not_explain_are_refused() -> None:
     assert checked_groups(config, cache_config(WINDOW, FULL)) == Groups(2, 1, 1, Local(128))
     longer = SlidingWindowSpec(sliding_window=129, **SHAPE)
     for specs in ((FULL,), (FULL, longer), (FULL, WINDOW, WINDOW)):
-        with pytest.raises(ValueError, match=r"some/model: by its config, 1 KV cache groups .*Local\(size=128"):
+        with pytest.raises(
+            ValueError, match=r"some/model: according to its config, 1 KV cache groups .*Local\(size=128"
+        ):
             checked_groups(config, cache_config(*specs))
 
 

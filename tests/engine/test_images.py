@@ -90,6 +90,8 @@ def test_a_method_that_takes_angles_from_indices_is_refused(tmp_path: Path) -> N
     def start(**chosen: Any) -> Any:
         return EngineArgs(str(folder), dtype="float32", additional_config={"kvllm": options}, **chosen)
 
-    with pytest.raises(ValueError, match="method=triattention: it computes the angles.* or --language-model-only"):
+    with pytest.raises(
+        ValueError, match="method=triattention: it computes the keys' angles.* or --language-model-only"
+    ):
         start().create_engine_config()
     start(language_model_only=True).create_engine_config()

@@ -87,7 +87,7 @@ def test_what_all_groups_together_can_not_hold_is_refused(name: str, served: Ser
     prompt = [*prompts()[2], *prompts()[0]]
     needed = NUM_BLOCKS[name] + 1
     with pytest.raises(
-        VLLMValidationError, match=rf"needs {needed} KV blocks.*has {needed - 1}\. Use max_tokens of at"
+        VLLMValidationError, match=rf"needs {needed} KV blocks.*has {needed - 1}\. Use a max_tokens of at"
     ) as e:
         served.greedy(prompt, num_tokens=MAX_MODEL_LEN - len(prompt) - 1, kv_retention_ratio=1.0)
     most = int(str(e.value).partition("max_tokens of at most ")[2].partition(",")[0])

@@ -191,8 +191,8 @@ def test_a_request_that_does_not_fit_is_told_what_would(model_dir: Path) -> None
     arrive = arrival(vllm_config(model_dir, request_ratios="1.0"))
     parameter, message = refusal(arrive, 20, ratio=1.0, max_tokens=780)
     assert parameter == "max_tokens"
-    assert "needs 25 KV blocks at its peak and the pool has 22" in message
-    assert "Use max_tokens of at most 684, or kv_retention_ratio=0.5." in message
+    assert "needs 25 KV blocks at its peak, but the pool has 22" in message
+    assert "Use a max_tokens of at most 684, or kv_retention_ratio=0.5." in message
     assert arrive(20, ratio=1.0, max_tokens=684).max_tokens == 684 and arrive(20, ratio=0.5, max_tokens=780)
 
 
@@ -207,7 +207,7 @@ def test_a_streaming_input_session_is_refused_under_its_own_name(model_dir: Path
     arrive = arrival(vllm_config(model_dir, request_ratios=allowed))
     parameter, message = refusal(arrive, 10, max_tokens=5, resumable=True)
     assert parameter == "resumable" and "send the request with kv_retention_ratio=1.0" in message
-    assert ("operator must allow" in message) == (not allowed)
+    assert ("operator must first allow" in message) == (not allowed)
 
 
 def test_a_streaming_input_session_may_outgrow_its_first_prompt(model_dir: Path) -> None:

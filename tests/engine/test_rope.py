@@ -158,11 +158,13 @@ def test_layers_without_positions_have_none():
 
 
 def test_what_is_not_known_is_refused():
-    remedy = "how ModuleList rotates its queries is not known .*; use method_options lookahead=0, or another method"
+    remedy = (
+        "could not determine the rotary embedding of ModuleList .*; use method_options lookahead=0, or another method"
+    )
     for attention in (ByItself(None), GivenAngles(None)):
         with pytest.raises(ValueError, match=remedy):
             measured(attention)
-    with pytest.raises(ValueError, match="pair the dimensions that they rotate in different ways"):
+    with pytest.raises(ValueError, match="pair the dimensions of their rotary embeddings differently"):
         halves = rotary_of(LlamaConfig(**WIDE)), rotary_of(LlamaConfig(**WIDE, rope_parameters=HALF))
         measured(*map(Attention, halves))
 

@@ -72,14 +72,14 @@ def test_rounding_on_a_cpu_says_that_it_saves_no_memory(model_dir: Path, vllm_lo
     assert "survivor_bits" not in vllm_log.text
     vllm_config(model_dir, {"survivor_bits": 4})
     assert "survivor_bits=4: on a CPU, survivors are rounded in runs of 112 tokens but stored in the" in vllm_log.text
-    assert "rounding saves no memory" in vllm_log.text
+    assert "no memory is saved" in vllm_log.text
 
 
 def test_a_front_end_without_our_checks_is_refused(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = vllm_config(model_dir)
     config.additional_config = {"kvllm": {}}
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
-    with pytest.raises(UsageError, match="VLLM_USE_RUST_FRONTEND=1: requests would reach the engine unchecked"):
+    with pytest.raises(UsageError, match="VLLM_USE_RUST_FRONTEND=1, with which requests reach the engine unchecked"):
         prepare(config)
 
 
@@ -98,8 +98,8 @@ def gpu_config(model_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, **o
 @pytest.mark.parametrize(
     "bits, dtype, cache_dtype, message",
     [
-        (8, "bfloat16", "auto", "survivor_bits=8: GPUs pack survivors in 4 bits. Use 4, or 16"),
-        (4, "float32", "auto", "not in dtype=float32. Use --dtype bfloat16, or survivor_bits=16"),
+        (8, "bfloat16", "auto", "survivor_bits=8: not supported on GPUs. Use 4 or 16"),
+        (4, "float32", "auto", "not dtype=float32. Use --dtype bfloat16, or survivor_bits=16"),
         (4, "bfloat16", "fp8", None),
         (4, "bfloat16", "auto", None),
     ],
@@ -123,7 +123,9 @@ def test_what_gpus_pack(
 def test_gpus_pack_nothing_beside_layer_budgets(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = {"0-14": 0.875, "15-29": 0.4375}
     config = gpu_config(model_dir, monkeypatch, "bfloat16", survivor_bits=4, retention_ratio=table)
-    with pytest.raises(UsageError, match="survivor_bits=4: on GPUs not with the layer budgets of retention_ratio="):
+    with pytest.raises(
+        UsageError, match="survivor_bits=4: on GPUs it cannot be combined with the layer budgets retention_ratio="
+    ):
         prepare(config)
 
 
@@ -137,7 +139,7 @@ def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memor
     lowered = vllm_config(model_dir, {})
     assert lowered.scheduler_config.max_num_seqs == 16 < default
     assert lowered.scheduler_config.scheduler_cls == "kvllm.engine.scheduler.KvScheduler"
-    assert vllm_log.text.count(f"max_num_seqs=16, not vLLM's default of {default}") == 1
+    assert vllm_log.text.count(f"max_num_seqs=16 instead of vLLM's default of {default}") == 1
     assert vllm_config(model_dir, {}, max_num_seqs=100).scheduler_config.max_num_seqs == 100
     assert vllm_config(model_dir).scheduler_config.max_num_seqs == default
     monkeypatch.setattr(settings, "gpu_memory", lambda: 1 << 50)
@@ -149,7 +151,7 @@ def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memor
     monkeypatch.setattr(settings, "gpu_memory", lambda: memory)
     monkeypatch.setattr(settings, "footprint", unknown)
     assert vllm_config(model_dir, {}).scheduler_config.max_num_seqs == default
-    assert f"max_num_seqs stays {default}" in vllm_log.text
+    assert f"max_num_seqs stays at vLLM's default of {default}" in vllm_log.text
 
 
 @pytest.mark.parametrize(
@@ -159,12 +161,12 @@ def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memor
         ({"retention_ratio": 0}, {}, r"retention_ratio=0: .*in \(0, 1\]"),
         ({"method": "kaar"}, {}, r"method='kaar': no such method; did you mean 'kara'"),
         ({"window_size": 80}, {"block_size": 64}, r"window_size=80: must be a multiple of the KV block size, 64"),
-        ({"retention_ratio": 0.05}, {}, r"retention_ratio=0.05: .*at least one block, 32 tokens.*at least 640"),
+        ({"retention_ratio": 0.05}, {}, r"retention_ratio=0.05: .*at least one block of 32 tokens.*at least 640"),
         ({"survivor_bits": 3}, {}, r"survivor_bits=3: must be one of 16, 8, 4"),
         (
             {"survivor_bits": 8, "window_size": 64},
             {"block_size": 8},
-            r"survivor_bits=8: a block of 8 tokens, with heads of 64, would hold only 8 rounded .*--block-size",
+            r"survivor_bits=8: a block of 8 tokens with head_dim=64 would hold only 8 rounded .*--block-size",
         ),
         ({"prompt_budget": 100}, {}, r"prompt_budget=100: must be a multiple of the KV block size, 32 .*use 128"),
         (
@@ -211,7 +213,7 @@ def test_sliding_window_models_are_refused(model_dir: Path, tmp_path: Path) -> N
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((model_dir / name).read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"sliding_window=128: no layer is full attention"):
+    with pytest.raises(ValueError, match=r"sliding_window=128: no layer has full attention"):
         vllm_config(tmp_path, {})
 
 
@@ -228,7 +230,7 @@ def test_a_sliding_window_as_long_as_the_longest_text_is_served(model_dir: Path,
 def test_layers_with_a_window_or_chunk_need_groups_of_their_own(kind: str, architecture: str, tmp_path: Path) -> None:
     AutoConfig.for_model(kind, num_hidden_layers=4, architectures=[architecture]).save_pretrained(tmp_path)
     vllm_config(tmp_path, {}, skip_tokenizer_init=True)
-    with pytest.raises(ValueError, match="disable_hybrid_kv_cache_manager=True: layers with .* leave it out"):
+    with pytest.raises(ValueError, match="disable_hybrid_kv_cache_manager=True: sliding-window .* leave it unset"):
         vllm_config(tmp_path, {}, skip_tokenizer_init=True, disable_hybrid_kv_cache_manager=True)
 
 
@@ -244,11 +246,13 @@ def test_layer_budgets_are_refused_where_they_do_not_fit(model_dir: Path) -> Non
     config = vllm_config(model_dir, {"retention_ratio": table})
     config.parallel_config.pipeline_parallel_size = 2
     config.scheduler_config.scheduler_cls = None
-    with pytest.raises(UsageError, match="not with pipeline_parallel_size=2: a stage has only some of the groups"):
+    with pytest.raises(
+        UsageError, match="combined with pipeline_parallel_size=2, since a stage has only some of the groups"
+    ):
         prepare(config)
     with pytest.raises(UsageError, match="layers 15-29: retention_ratio=0.05: every window keeps at least one block"):
         vllm_config(model_dir, {"retention_ratio": table | {"15-29": 0.05}})
-    with pytest.raises(UsageError, match="layers 2-29 have no ratio; the model's layers of full attention are 0-29"):
+    with pytest.raises(UsageError, match="layers 2-29 have no ratio; the model's full-attention layers are 0-29"):
         vllm_config(model_dir, {"retention_ratio": {"0": 0.5, "1": 0.25}})
 
 

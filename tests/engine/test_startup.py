@@ -47,9 +47,9 @@ def test_how_many_fit_and_what_the_bank_takes(vllm_config: Any, monkeypatch: pyt
     "options, said",
     [
         ({}, "kara keeps 30% of every 256 generated tokens; the newest 128 are never compressed. Prompts: they stay"),
-        ({"history_size": 512}, "of old windows at most 512 tokens"),
+        ({"history_size": 512}, "at most 512 tokens of compressed windows"),
         ({"prompt_budget": 512}, "longer ones are cut to 512 tokens"),
-        ({"policy": "budget"}, "policy budget, method kara: every 128 generated tokens they are cut to 2048"),
+        ({"policy": "budget"}, "policy budget, method kara: every 128 tokens the generated text is cut to 2048"),
         ({"survivor_bits": 4}, "rounded to 4 bits"),
         ({"retention_ratio": 1.0, "request_ratios": "0.5"}, "compression is off"),
     ],
@@ -59,7 +59,7 @@ def test_what_is_on(options: dict[str, Any], said: str) -> None:
 
 
 def test_what_requests_may_ask() -> None:
-    assert "not choose another" in startup.what_requests_may_ask(KvConfig())
+    assert "not choose a kv_retention_ratio other" in startup.what_requests_may_ask(KvConfig())
     text = startup.what_requests_may_ask(KvConfig(request_ratios="0.2-0.5,1.0"))
     assert "0.2-0.5, 1.0 in vllm_xargs; the default is 0.3" in text
 

@@ -82,10 +82,10 @@ def test_served(changes: dict[str, Any]) -> None:
     [
         ({"impl": {"alibi_slopes": torch.ones(4)}}, "alibi_slopes=4: ALiBi"),
         ({"impl": {"chunk_lookback": 0}}, "chunk_lookback=0"),
-        ({"kv_sharing_target_layer_name": "a"}, "kv_sharing_target_layer_name=a: every layer"),
+        ({"kv_sharing_target_layer_name": "a"}, "kv_sharing_target_layer_name=a: layers that share"),
         ({"attn_type": "encoder_only"}, "attn_type=encoder_only"),
         ({"use_mm_prefix": True}, "use_mm_prefix=True"),
-        ({"head_size_v": 16}, "head_size_v=16: .* keys have 32"),
+        ({"head_size_v": 16}, "head_size_v=16: .* keys is 32"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -103,12 +103,12 @@ def test_every_other_class_of_vllm_with_a_cache_is_refused() -> None:
     assert len(others) > 5  # those that importing vLLM's layers brings: MLA, cross attention, static sinks and others
     for cls in others:
         (found,) = layer_reasons(object.__new__(cls), MAX_MODEL_LEN)
-        assert found.startswith(f"class={cls.__module__}.{cls.__qualname__}: layers must be")
+        assert found.startswith(f"class={cls.__module__}.{cls.__qualname__}: supported layers are")
 
 
 def test_a_cache_beside_attention_is_refused_and_a_layer_without_one_left_alone() -> None:
     assert list(compressed_layers(config_of(a=layer(), b=Cache(None)))) == ["a"]
-    with pytest.raises(ValueError, match=r"layer model.indexer with class=.*Cache: layers must be full, sliding or"):
+    with pytest.raises(ValueError, match=r"layer model.indexer with class=.*Cache: supported layers are full,"):
         compressed_layers(config_of(a=layer(), **{"model.indexer": Cache(SPEC)}))
 
 
@@ -126,7 +126,7 @@ def test_layers_that_look_back_less_far_are_left_alone() -> None:
     assert window.sliding_window == MAX_MODEL_LEN - 1
     with pytest.raises(ValueError, match="layer a with kv_sharing_target_layer_name=b"):
         compressed_layers(config_of(a=layer(sliding_window=64, kv_sharing_target_layer_name="b"), b=layer()))
-    with pytest.raises(ValueError, match="does not support some/model: no layer is full attention"):
+    with pytest.raises(ValueError, match="does not support some/model: no layer has full attention"):
         compressed_layers(config_of(a=window, c=chunked))
 
 
@@ -135,7 +135,7 @@ def test_only_full_attention_gets_our_spec() -> None:
     window = SlidingWindowSpec(sliding_window=64, **shape)
     assert compressed_spec("a", window, KvConfig()) is window and compressed_spec("a", None, KvConfig()) is None
     assert type(compressed_spec("a", SPEC, KvConfig())) is KvSpec
-    with pytest.raises(ValueError, match="layer a with ChunkedLocalAttentionSpec: layers must be full, sliding or"):
+    with pytest.raises(ValueError, match="layer a with ChunkedLocalAttentionSpec: supported layers are full,"):
         compressed_spec("a", ChunkedLocalAttentionSpec(attention_chunk_size=64, **shape), KvConfig())
 
 

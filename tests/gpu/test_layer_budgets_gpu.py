@@ -69,5 +69,5 @@ def test_without_kernels_of_its_own(model_dir: Path, reference_model: Any) -> No
 
 def test_survivors_in_four_bits_are_refused(model_dir: Path) -> None:  # noqa: F811
     config = replace(CONFIG, retention_ratio={"0-1": 0.875, "2-3": 0.4375}, survivor_bits=4)
-    with pytest.raises(ValueError, match="survivor_bits=4: on GPUs not with the layer budgets"):
+    with pytest.raises(ValueError, match="survivor_bits=4: on GPUs it cannot be combined with the layer budgets"):
         start(model_dir, config)

@@ -132,6 +132,12 @@ def test_soft_caps_and_sinks(
     mixed = {"sliding_window": 64, "layer_types": LAYERS, "max_position_embeddings": 2048}
     folder = save_random_model(tmp_path, config_class, **mixed, **options)
     model = load_model(folder, device="cuda")
+    if (
+        config_class is Gemma2Config
+    ):  # else its residual stream is the token itself, which it repeats whatever is capped
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight.data.fill_(30.0)
+        model.save_pretrained(folder)
     if config_class is GptOssConfig:  # sinks that weigh as much as some hundred tokens; new ones are near 0
         for layer in model.model.layers:
             sinks = layer.self_attn.sinks.data

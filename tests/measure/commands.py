@@ -6,5 +6,5 @@ from kvllm.__main__ import app
 
 
 def kvllm(*arguments: str) -> None:
-    """Run the command; what it refuses is raised."""
+    """Run the command; its UsageErrors are raised."""
     app(list(arguments), standalone_mode=False)

@@ -108,7 +108,7 @@ def test_the_command_shows_a_trace(model_dir: Path, tmp_path: Path) -> None:
     for uneven in (["--retention-ratio", '{"0-14": 0.6, "15-29": 0.5}'], ["--method", "pyramidkv"]):
         with pytest.raises(UsageError, match="groups of layers keep different numbers of tokens, .* Use one ratio"):
             CliRunner().invoke(app, [*command, *uneven, "--block-size", "4"], catch_exceptions=False)
-    with pytest.raises(UsageError, match="give one of --prompt"):
+    with pytest.raises(UsageError, match="give exactly one of --prompt"):
         CliRunner().invoke(app, [*command, "--prompt", "Hello"], catch_exceptions=False)
 
 

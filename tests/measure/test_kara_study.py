@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -50,7 +51,32 @@ def output_error(**options: Any) -> float:
 def test_more_steps_fit_the_stored_queries_better_and_a_diagonal_sooner():
     errors = [output_error(steps=steps, value_ridge=0.01) for steps in (1, 4, 12)]
     assert errors[0] > errors[1] > errors[2]
-    assert output_error(steps=2, value_ridge=0.01, precondition=True) < output_error(steps=2, value_ridge=0.01)
+    assert output_error(steps=2, value_ridge=0.01) < output_error(steps=2, value_ridge=0.01, precondition=False)
+
+
+def test_four_bits_round_to_fifteen_levels_and_better_where_no_channel_stands_out():
+    vectors = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
+    plain, rotated = study.four_bits(vectors), study.four_bits(vectors, rotated=True)
+    steps = plain / (vectors.abs().amax(-1, keepdim=True) / 7)
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+    assert steps.abs().amax() < 7.001 and len(steps.round().unique()) == 15
+    assert float((plain - vectors).norm() / vectors.norm()) < 0.15
+    vectors[:, 5] = 20.0
+    plain, rotated = study.four_bits(vectors), study.four_bits(vectors, rotated=True)
+    others = torch.arange(64) != 5
+    assert (rotated - vectors)[:, others].norm() < 0.6 * (plain - vectors)[:, others].norm()
+    with pytest.raises(ValueError, match="48 dimensions"):
+        study.four_bits(vectors[:, :48], rotated=True)
+
+
+def test_scores_and_refit_see_the_rounded_queries():
+    seen = window()
+    rounded = dataclasses.replace(seen, queries=study.four_bits(seen.queries, rotated=True))
+    found = study.StudyKara(query_bits=4, rotate_queries=True).compress(seen, 24)
+    expected, unrounded = (study.StudyKara().compress(w, 24) for w in (rounded, seen))
+    assert torch.equal(found.indices, expected.indices)
+    assert found.values is not None and expected.values is not None and unrounded.values is not None
+    assert torch.equal(found.values, expected.values) and not torch.equal(found.values, unrounded.values)
 
 
 def test_protected_tokens_are_kept_whatever_their_attention():

@@ -49,6 +49,6 @@ def per_head(window: Window, score: Callable[[int, int], Tensor]) -> Tensor:
 
 
 def pooled(x: list[float], kernel_size: int) -> list[float]:
-    """Mean with the neighbours, what lies outside counting zero."""
+    """Mean with the neighbours, padded with zeros."""
     half = kernel_size // 2
     return [sum(x[max(0, t - half) : t + half + 1]) / kernel_size for t in range(len(x))]

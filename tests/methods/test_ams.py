@@ -94,7 +94,7 @@ def test_mass_is_the_pooled_attention_of_the_buffers_queries(name):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="max_segment=8: must be min_segment=32 or more"):
+    with pytest.raises(ValueError, match="max_segment=8: must be at least min_segment=32"):
         AMS(max_segment=8)
     with pytest.raises(ValueError, match=r"segment_mass=2: must be a number in \[0, 1\]"):
         AMS(segment_mass=2)

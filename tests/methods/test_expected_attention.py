@@ -80,7 +80,7 @@ def test_a_head_s_queries_stand_at_its_own_tokens():
 
 
 def test_with_rope_theta_only_the_place_before_rope_counts():
-    """Queries that are one vector before RoPE, wherever they stand: the future's rotation of it, without variance."""
+    """Queries that are the same vector before RoPE at every position: rotated to future positions, without variance."""
     window = WINDOWS["window"]
     last = torch.full_like(window.query_positions, int(window.query_positions.max()))
     method = ExpectedAttention(rope_theta=100.0, num_future_tokens=4)

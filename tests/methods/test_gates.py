@@ -91,7 +91,7 @@ def test_retention_decays_with_age(tmp_path):
 
 @pytest.mark.parametrize("name", ["trimkv", "dms"])
 def test_the_file_must_be_named_and_exist(name):
-    with pytest.raises(ValueError, match="gates='': needs the path of a file of gate weights"):
+    with pytest.raises(ValueError, match="gates='': required; give the path of a file of gate weights"):
         make_method(KvConfig(method=name))
     with pytest.raises(ValueError, match="gates='/no/such': no such file"):
         make_method(KvConfig(method=name, method_options={"gates": "/no/such"}))
@@ -103,13 +103,13 @@ def test_the_file_must_be_one_of_gates(tmp_path):
         DMS(gates=str(tmp_path / "text"))
     good = random_gates(LAYERS, 2, DIM, hidden=3)
     for change, message in (
-        ({"q_proj": torch.zeros(4, 4)}, "has the tensors .*q_proj.*, but needs weight_out, bias_out"),
+        ({"q_proj": torch.zeros(4, 4)}, "contains the tensors .*q_proj.*, but needs weight_out, bias_out"),
         (
             {"bias_in": torch.zeros(LAYERS, 2, 4)},
-            r"bias_in has the shape \[5, 2, 4\], but weight_in asks for \[5, 2, 3\]",
+            r"bias_in has shape \[5, 2, 4\], but weight_in implies \[5, 2, 3\]",
         ),
-        ({"weight_in": torch.zeros(3, 16)}, "has the shape .*, but weight_in asks for"),
-        ({"bias_out": torch.full((LAYERS, 2), torch.nan)}, "numbers that are not finite"),
+        ({"weight_in": torch.zeros(3, 16)}, "has shape .*, but weight_in implies"),
+        ({"bias_out": torch.full((LAYERS, 2), torch.nan)}, "nan or infinite weights"),
     ):
         with pytest.raises(ValueError, match=message):
             DMS(gates=saved(tmp_path / str(len(message)), good | change))
@@ -121,5 +121,5 @@ def test_the_file_must_be_one_of_gates(tmp_path):
 def test_gates_of_another_model_are_refused(tmp_path, shape):
     method = TrimKV(gates=saved(tmp_path, random_gates(LAYERS, 2, DIM, hidden=None)))
     method.check_layers(LayerShape(5, 6, 2, DIM))
-    with pytest.raises(ValueError, match=r"made for a model of 5 layers with 2 KV heads of 8, but this one has"):
+    with pytest.raises(ValueError, match="trained for a model with 5 layers, 2 KV heads and head_dim 8, but"):
         method.check_layers(shape)

@@ -28,7 +28,7 @@ def test_scores_equal_the_definition(name, average):
 def test_a_query_before_the_window_sees_nothing():
     window = WINDOWS["some queries before the window"]
     total = H2O().score(window).sum(dim=-1)
-    torch.testing.assert_close(total, torch.full_like(total, 3.0))  # five queries, of which two stand before it
+    torch.testing.assert_close(total, torch.full_like(total, 3.0))  # five queries, two of them before it
 
 
 def test_average_must_be_a_flag():

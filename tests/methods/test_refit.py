@@ -47,6 +47,16 @@ def test_every_step_comes_nearer():
     assert all((after < before).all() for before, after in zip(reached, reached[1:], strict=False))
 
 
+def test_few_queries_are_fitted_by_a_weak_ridge_however_uneven_their_weights():
+    """A step more than there are queries must not undo the fit: only rounding errors are left to follow."""
+    g = torch.Generator().manual_seed(0)
+    rows = (2 * torch.randn(200, 3, 6, generator=g)).softmax(dim=-1)
+    rows = rows[torch.linalg.svdvals(rows)[:, -1] > 0.1]  # that tell the columns apart
+    targets = torch.randn(len(rows), 3, 4, generator=g)
+    assert len(rows) > 150
+    torch.testing.assert_close(rows @ ridge_solve(rows, targets, 1e-6), targets, rtol=0, atol=1e-3)
+
+
 def test_each_column_is_solved_by_itself():
     rows, targets = random_problem()
     alone = [ridge_solve(rows, targets[..., i : i + 1], 0.3) for i in range(3)]
@@ -87,7 +97,7 @@ def test_refitted_values_bring_what_the_window_brought(shift):
 
 
 def test_each_request_is_refitted_by_itself():
-    """Bit for bit, or what a request keeps would depend on who shares its batch."""
+    """Bit for bit; otherwise a request's survivors would depend on the rest of its batch."""
     window = random_window()
     indices = kept_of(window)
     alone = replace(window, **{name: getattr(window, name)[:1] for name in ("queries", "keys", "values")})

@@ -33,7 +33,7 @@ def test_it_undoes_the_rotation_of_transformers():
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("num_pairs, head_dim", [(4, 8), (2, 8), (1, 6), (40, 80)])
 def test_rotations_equal_complex_numbers(num_pairs, head_dim, interleaved):
-    """Each pair is a complex number that a token rotates by its frequency; what is past the pairs stays."""
+    """Each pair is a complex number, rotated by its frequency per token; dimensions beyond the pairs are unchanged."""
     generator = torch.Generator().manual_seed(0)
     rope = Rope(torch.rand(num_pairs, generator=generator, dtype=torch.float64), interleaved)
     distances = torch.tensor([[0, 1, -3], [17, 4000, 100_001]])

@@ -76,7 +76,7 @@ def test_what_stays_equals_the_definition(name):
 
 
 def of_three_stretches():
-    """24 tokens whose middle third is a transition: each query looks at one of its tokens only."""
+    """24 tokens whose middle third is a transition: each query attends to only one of its tokens."""
     window = random_window(batch=1, num_kv_heads=1, group_size=1)
     window.queries[...] = torch.eye(8)[0]
     window.query_positions.copy_(torch.arange(24, 29))
@@ -96,5 +96,5 @@ def test_a_transition_keeps_less_and_ages_what_is_before_it():
 
 
 def test_thresholds_in_the_wrong_order_are_refused():
-    with pytest.raises(ValueError, match="transition_above=0.2: must be execution_above=0.5 or more"):
+    with pytest.raises(ValueError, match="transition_above=0.2: must be at least execution_above=0.5"):
         make_method(KvConfig(method="thinkv", method_options={"transition_above": 0.2}))

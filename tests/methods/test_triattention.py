@@ -65,7 +65,7 @@ def test_scores_equal_the_definition(name, statistics):
 
 
 def test_the_file_must_be_named_and_exist(tmp_path):
-    with pytest.raises(ValueError, match="statistics=.*: triattention needs the path"):
+    with pytest.raises(ValueError, match="statistics=.*: required; give the path"):
         make_method(KvConfig(method="triattention"))
     with pytest.raises(ValueError, match="statistics='/no/such/file': no such file"):
         make_method(KvConfig(method="triattention", method_options={"statistics": "/no/such/file"}))
@@ -90,5 +90,5 @@ def test_statistics_of_another_model_are_refused(statistics):
         LayerShape(LAYERS, HEADS, 2, 16),
         LayerShape(LAYERS + 1, HEADS, 2, DIM),
     ):
-        with pytest.raises(ValueError, match="a model with 5 layers with 6 heads of 8, but this one has"):
+        with pytest.raises(ValueError, match="a model with 5 layers, 6 heads and head_dim 8, but this one has"):
             method.check_layers(shape)

@@ -38,7 +38,7 @@ def test_what_cannot_be_forked_is_refused():
     with pytest.raises(ValueError, match="keeps 16 queries, not 44"):
         Request.fork(request, CONFIG)
     feed(request, token_ids, end=80)
-    with pytest.raises(ValueError, match="80 tokens are computed: past the first event"):
+    with pytest.raises(ValueError, match="80 computed tokens: past the first event"):
         Request.fork(request, CONFIG)
     with pytest.raises(ValueError, match="nothing to replay: the request is at token 80"):
         feed(request, token_ids, end=80)

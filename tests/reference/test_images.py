@@ -74,11 +74,11 @@ def test_images_belong_to_the_prompt_s_one_step() -> None:
     model = random_vision_model("qwen2_5_vl")
     ids, images = prompt(model)
     request = Request(model, len(ids))
-    with pytest.raises(ValueError, match="must be the prompt, before its first step"):
+    with pytest.raises(ValueError, match="must be the whole prompt, before the first step"):
         request.show(ids[:-1], images)
     request.show(ids, images)
     assert request.max_step() == len(ids)
-    with pytest.raises(ValueError, match=f"the prompt's {len(ids)} are the first step"):
+    with pytest.raises(ValueError, match=f"first step must be the prompt's {len(ids)}"):
         request.step(ids[:10])
 
 
@@ -92,5 +92,5 @@ def test_a_method_that_takes_angles_from_indices_is_refused(tmp_path: Any) -> No
         KvConfig(method="cask", method_options={"base": "triattention", "base_options": {"statistics": file}}),
     ):
         request = Request(model, len(ids), config)
-        with pytest.raises(UsageError, match=f"method={config.method}: it computes the angles of keys.*another method"):
+        with pytest.raises(UsageError, match=f"method={config.method}: it computes the keys' angles .*another method"):
             request.show(ids, images)

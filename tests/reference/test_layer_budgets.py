@@ -52,7 +52,7 @@ def test_prompts_are_cut_and_histories_limited_in_every_group() -> None:
 
 
 def test_a_table_for_other_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="layers 2-3 are none of the model's layers of full attention, which are 0-1"):
+    with pytest.raises(ValueError, match="layers 2-3 are not among the model's full-attention layers, which are 0-1"):
         Request(tiny_model("llama"), 10, replace(CONFIG, retention_ratio={"0-1": 0.5, "2-3": 0.4}))
 
 

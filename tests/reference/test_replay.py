@@ -83,7 +83,9 @@ def test_more_is_lost_where_less_is_kept():
 def test_bad_arguments_are_refused():
     model = tiny_model("llama")
     for num_prompt_tokens in (0, 10):
-        with pytest.raises(ValueError, match=f"num_prompt_tokens={num_prompt_tokens}: a text of 10 tokens"):
+        with pytest.raises(
+            ValueError, match=f"num_prompt_tokens={num_prompt_tokens}: must be 1 to 9 for a text of 10 tokens"
+        ):
             replay(model, text(10), num_prompt_tokens)
     short, long = (replay(model, text(n), 4, keep_full=True) for n in (10, 12))
     with pytest.raises(ValueError, match="first=9: the replay has rows 0 to 8"):

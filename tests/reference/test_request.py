@@ -195,21 +195,21 @@ def test_a_step_may_not_run_past_an_event():
 def test_bad_lengths_are_refused():
     with pytest.raises(ValueError, match="num_prompt_tokens=0"):
         Request(tiny_model("llama"), 0)
-    with pytest.raises(ValueError, match="513 tokens: the model's context ends at 512"):
+    with pytest.raises(ValueError, match="513 tokens: the model's context length is 512"):
         Request(tiny_model("llama"), 10).step(text(513))
     few = KvConfig(policy="budget", budget_size=16, budget_interval=16, window_size=64, buffer_size=8, query_stride=8)
-    with pytest.raises(ValueError, match="window_size=64: .*only 32 others are generated before the first cut"):
+    with pytest.raises(ValueError, match="window_size=64: .*only 32 are generated before the first cut"):
         Request(tiny_model("llama"), 10, few)
 
 
 def test_models_with_other_layers_are_refused():
     qwen = tiny_config("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=0)
-    with pytest.raises(ValueError, match="Qwen2ForCausalLM with sliding_window=16: no layer is full attention"):
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM with sliding_window=16: no layer has full attention"):
         Request(type(tiny_model("qwen2"))(qwen), 4)
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     mistral = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=16))
-    with pytest.raises(ValueError, match="MistralForCausalLM with sliding_window=16: no layer is full attention"):
+    with pytest.raises(ValueError, match="MistralForCausalLM with sliding_window=16: no layer has full attention"):
         check_model(mistral)
     check_model(MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=None)))
     with pytest.raises(ValueError, match="BloomForCausalLM with model_type=bloom: ALiBi"):
@@ -250,7 +250,7 @@ def test_a_layer_that_bypasses_the_cache_is_noticed():
     """A hybrid whose config does not say so: its second layer never calls the attention function."""
     model = type(tiny_model("llama"))(tiny_config("llama")).eval()
     model.model.layers[1].forward = lambda hidden_states, **kwargs: hidden_states
-    with pytest.raises(ValueError, match="layer 1 of LlamaForCausalLM keeps no KV cache of its own"):
+    with pytest.raises(ValueError, match="layer 1 of LlamaForCausalLM has no KV cache of its own"):
         Request(model, 4).step(text(4))
 
 

@@ -169,7 +169,7 @@ def test_a_base_that_is_not_the_model_s_is_refused(method):
         CohereConfig(**SIZES),
         SmolLM3Config(**(SIZES | {"num_hidden_layers": 2}), no_rope_layers=[1, 0]),
     ):
-        with pytest.raises(ValueError, match="rope_theta=10000.0: the model's rotary embedding is another one"):
+        with pytest.raises(ValueError, match="rope_theta=10000.0: the model's rotary embedding differs"):
             start(config, 1e4)
     with pytest.raises(ValueError, match="rope_theta=10000.0: the model has no rotary embedding"):
         start(GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2), 1e4)
@@ -183,6 +183,6 @@ def test_queries_that_are_rotated_in_part_at_their_end_are_refused():
         first_k_dense_replace=1,
     )  # fmt: skip
     model = model_of(config)
-    with pytest.raises(ValueError, match="DeepseekV2ForCausalLM: how it rotates .* method_options lookahead=0"):
+    with pytest.raises(ValueError, match="DeepseekV2ForCausalLM: its rotary embedding .* method_options lookahead=0"):
         rope_of(model)
     assert not Kara(lookahead=0).uses_rope  # so that the advice helps

@@ -62,7 +62,7 @@ def test_a_wrong_download_is_refused_and_leaves_nothing(tmp_path: Path, monkeypa
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="empty folder"):
+    with pytest.raises(ValueError, match="an empty or a new folder"):
         fetch("smollm2-135m", tmp_path)
 
 

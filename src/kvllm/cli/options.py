@@ -1,44 +1,65 @@
-"""KvConfig on the command line: one flag a field, with the defaults and the help that the field itself has."""
+"""KvConfig on the command line: one flag per field, with the field's default and help; panels of `--help`."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from kvllm.config import PRESET_KEY, PRESETS, KvConfig
 from kvllm.errors import UsageError
 from kvllm.options import Option, options_of, parse_json
 
-# What typer does not know goes to vLLM, which has its own parser and its own messages.
+# Unknown arguments are passed on to vLLM's own parser.
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
-# In help the options that most users need stand apart from the others; a new field is among the others.
+# Panels of --help. A new field is shown among the experts' options unless EVERYDAY lists it.
 PANEL, EXPERT_PANEL = "Compression", "Compression, for experts"
 EVERYDAY = ("method", "retention_ratio", "survivor_bits", "request_ratios")
 TYPES = {"string": str, "integer": int, "number": float}  # all others are JSON
-# vLLM has flags of these names, and they mean something else.
+# vLLM uses these flag names for something else.
 PREFIXED = ("seed",)
 
 
 def in_a_folder(param: typer.CallbackParam, path: Path | None) -> Path | None:
-    """For options that name a file to write: refuse, before work starts, one whose folder is missing."""
+    """Callback for output files: raise UsageError, before any work starts, if the folder does not exist."""
     if path is not None and not path.parent.is_dir():
-        raise UsageError(f"{param.opts[0]} {path}: there is no folder {path.parent}; make it first.")
+        raise UsageError(f"{param.opts[0]} {path}: the folder {path.parent} does not exist; create it first.")
     return path
 
 
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="Also write the result to this file, as JSON.", callback=in_a_folder)
+    Path | None, typer.Option("--json", help="Also write the result to this file as JSON.", callback=in_a_folder)
 ]
 
 
+def set_panels(app: typer.Typer, panels: Mapping[str, Collection[str]]) -> None:
+    """Group the options of all of the app's commands in `--help`; call it after the commands are declared.
+
+    panels: parameter names under each panel's title, in display order; all other options stay under "Options", first
+    """
+    panel_of = {name: panel for panel, names in panels.items() for name in names}
+    order = list(panels)
+
+    class Grouped(TyperCommand):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            for parameter in self.params:
+                if isinstance(parameter, TyperOption) and parameter.name in panel_of:
+                    parameter.rich_help_panel = panel_of[parameter.name]
+            self.params.sort(key=lambda p: order.index(panel_of[p.name]) if p.name in panel_of else -1)
+
+    for command in app.registered_commands:
+        command.cls = Grouped
+
+
 def examples(*commands: str) -> str:
-    """The epilog of a command's help: command lines that work as printed. Empty lines part them, as typer wants it."""
+    """Epilog of a command's help: command lines that work as printed, separated by blank lines as typer requires."""
     return "\n\n".join(["Examples:", *(command.replace("[", "\\[") for command in commands)])
 
 
@@ -50,12 +71,11 @@ def flag(field_name: str) -> str:
 def with_config(command: Callable[..., None]) -> Callable[..., None]:
     """Give a typer command a flag for every KvConfig field.
 
-    The command takes an argument `options`, a dict of the fields that were set and no others, so that it can tell
-    the user's choice from a default. Its annotations must be evaluated: no `from __future__ import annotations` names
-    that its module does not hold.
+    The command's argument `options` gets a dict of only those fields that the user set. The command's annotations are
+    evaluated, so its module must import every name that they use.
     """
     signature = inspect.signature(command, eval_str=True)
-    # typer hands out its context under one name only.
+    # typer passes its context to one parameter only.
     takes_context = [p.name for p in signature.parameters.values() if p.annotation is typer.Context]
     context_name = takes_context[0] if takes_context else "kvllm_context"
 
@@ -77,13 +97,13 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _was_given(context: typer.Context, name: str) -> bool:
-    """Whether the user set this parameter; a default must not override what --additional-config says."""
+    """Whether the user set this parameter. Defaults must not override --additional-config."""
     source = context.get_parameter_source(name)
     return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
 
 
 def parse(given: Mapping[str, Any]) -> dict[str, Any]:
-    """KvConfig fields from the flags' values: JSON where a field is neither text nor a number."""
+    """Convert flag values to KvConfig fields: JSON for fields that are neither strings nor numbers."""
     options = options_of(KvConfig)
     return {
         name: value if name == PRESET_KEY or options[name].type in TYPES else _parsed(options[name], value)
@@ -92,17 +112,17 @@ def parse(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(option: Option, text: str) -> Any:
-    """A JSON text, or where the option may be a number too (it has no one type) any that Python reads."""
+    """Parse JSON; a union type (no single JSON type) also accepts any number that Python's float() does."""
     if not option.type and not text.lstrip().startswith("{"):
         try:
             return float(text)
         except ValueError:
-            return text  # which the option refuses by name
+            return text  # KvConfig raises the error
     return parse_json(flag(option.name), text)
 
 
 def shown(default: Any) -> str:
-    """A default as the user would write it."""
+    """A default value as the user would write it."""
     return default if isinstance(default, str) else json.dumps(default)
 
 
@@ -111,7 +131,7 @@ def _preset_parameter() -> inspect.Parameter:
         f"{name} = " + " ".join(f"{flag(option)} {value}" for option, value in preset.items())
         for name, preset in PRESETS.items()
     )
-    help = f"How many times smaller old windows are stored; needs a GPU to save memory. {means}."
+    help = f"Preset: how many times smaller compressed windows are; saves memory on GPUs only. {means}."
     declared = typer.Option(
         flag(PRESET_KEY),
         help=help,

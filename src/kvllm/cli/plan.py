@@ -16,17 +16,16 @@ from kvllm.layers import Recurrent
 from kvllm.layout import RequestGeometry, ceil_div
 from kvllm.options import parse_numbers
 
-# Not pydantic.ByteSize, which ignores what follows the first number and unit: it reads 1.2.3G as 1.2 bytes.
+# Not pydantic.ByteSize, which ignores trailing text: it parses 1.2.3G as 1.2 bytes.
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-# What blocks behind a local layer's view wait for: asynchronous scheduling has two steps in flight, and on a large GPU
-# vLLM's server computes so many tokens of prompts in one.
+# Blocks outside a sliding window are freed only after the steps in flight: asynchronous scheduling has two, and on a
+# large GPU, vLLM's server prefills up to this many tokens per step.
 STEPS_IN_FLIGHT, PREFILL_TOKENS = 2, 8192
 
 
 @dataclass(frozen=True)
 class Row:
-    """Requests that grow to `length` tokens, prompt included: blocks each holds at its peak in all groups, and how many
-    requests fit."""
+    """For requests of `length` tokens, prompt included: peak blocks per request in all groups, and how many fit."""
 
     length: int
     stock_blocks: int
@@ -57,14 +56,14 @@ def plan(
     num_prompt_tokens: int,
     lengths: Sequence[int],
 ) -> Plan:
-    """How many requests fit, each counted at its peak; geometry None: no compression.
+    """Compute how many requests fit, each counted at its peak; geometry None: no compression.
 
-    pool_bytes: KvLLM's; stock vLLM's pool has the query bank's bytes too
+    pool_bytes: KvLLM's pool; stock vLLM's is larger by the query bank
     """
     if isinstance(footprint.groups.local, Recurrent):
         raise UsageError(
-            "kvllm plan does not count the states of recurrent layers. Start the engine (kvllm serve): its log says "
-            "how many requests fit."
+            "kvllm plan does not support recurrent layers. Start the engine (kvllm serve); its log says how many "
+            "requests fit."
         )
     block_bytes = footprint.kv_per_token * block_size
     num_blocks, stock_num_blocks = pool_bytes // block_bytes, (pool_bytes + footprint.query_bank) // block_bytes
@@ -79,19 +78,19 @@ def plan(
         ours = geometry.peak_blocks(num_prompt_tokens, length) if geometry else stock
         local = local_blocks(footprint.groups, block_size, num_prompt_tokens, length)
         stock, ours = stock + local, ours + local
-        # vLLM keeps one block, the null block.
+        # - 1: vLLM's null block.
         rows.append(Row(length, stock, (stock_num_blocks - 1) // stock, ours, (num_blocks - 1) // ours))
     return Plan(pool_bytes, num_blocks, stock_num_blocks, block_size, num_prompt_tokens, footprint, rows)
 
 
 def local_blocks(groups: Groups, block_size: int, num_prompt_tokens: int, length: int) -> int:
-    """Blocks of local groups that a request holds at most: while its prompt is computed, or later."""
+    """Peak number of blocks of local groups that a request holds, during prefill or later."""
     in_flight = STEPS_IN_FLIGHT * PREFILL_TOKENS
     return groups.peak_local_blocks(num_prompt_tokens, length, block_size, in_flight, STEPS_IN_FLIGHT)
 
 
 def pool_bytes(memory: int, utilization: float, reserve: int, footprint: Footprint) -> int:
-    """What is left for KvLLM's KV cache, as vLLM reckons: a share of the memory, less all that comes before it."""
+    """Bytes left for KvLLM's KV cache, as in vLLM: a share of the memory, minus weights, query bank and reserve."""
     left = int(memory * utilization) - reserve - footprint.weights - footprint.query_bank
     if left <= 0:
         raise UsageError(
@@ -103,13 +102,13 @@ def pool_bytes(memory: int, utilization: float, reserve: int, footprint: Footpri
 
 
 def summary(plan: Plan) -> str:
-    """Where the memory goes, in one line."""
+    """Memory use in one line."""
     gib, groups = 2**30, plan.footprint.groups
     num_groups = groups.num_full + groups.num_local
     return (
         f"weights {plan.footprint.weights / gib:.2f} GiB, query bank {plan.footprint.query_bank / gib:.2f} GiB, "
         f"KV pool {plan.pool_bytes / gib:.2f} GiB = {plan.num_blocks} blocks of {plan.block_size} tokens "
-        f"(stock: {plan.stock_num_blocks}), {plan.footprint.kv_per_token / 2**10:.1f} KiB a token"
+        f"(stock: {plan.stock_num_blocks}), {plan.footprint.kv_per_token / 2**10:.1f} KiB per token"
         + (f" and KV cache group, of which {_of(groups.num_full, num_groups)} compressed" if num_groups > 1 else "")
     )
 
@@ -121,7 +120,7 @@ def _of(num_compressed: int, num_groups: int) -> str:
 
 
 def table(plan: Plan) -> Table:
-    """One line a length."""
+    """One row per length."""
     made = Table(title=f"requests that fit at once, prompts of {plan.num_prompt_tokens} tokens")
     for name in ("total length", "blocks, stock", "blocks, KvLLM", "requests, stock", "requests, KvLLM", "gain"):
         made.add_column(name, justify="right")
@@ -133,7 +132,7 @@ def table(plan: Plan) -> Table:
 
 
 def parse_bytes(text: str, option: str = "--memory") -> int:
-    """A number of bytes, such as 80GiB, 24G or 512MB."""
+    """Parse a size such as 80GiB, 24G or 512MB to bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if not match or match[2] not in UNITS:
         raise UsageError(f"{option} {text}: expected a size such as 80GiB, 24GB or 512MiB.")
@@ -141,5 +140,5 @@ def parse_bytes(text: str, option: str = "--memory") -> int:
 
 
 def parse_lengths(text: str) -> list[int]:
-    """Total lengths, such as 2048,8192."""
+    """Parse request lengths such as 2048,8192."""
     return parse_numbers("--length", text, int, "2048,8192")

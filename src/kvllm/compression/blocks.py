@@ -1,9 +1,10 @@
-"""A request's list of blocks across its compressions, where the allocator's block may hold several kernel blocks.
+"""How compressions edit a request's list of blocks, where an allocator block may consist of several kernel blocks.
 
-vLLM gives the layers of a hybrid model one page size, so an attention layer's block may hold hundreds of tokens, which
-its kernels see as many blocks of 16. Entry i of the list covers the logical tokens [i * A, (i + 1) * A). The prefix
-segment lies in the first entries, the tail segment where its logical indices say, and null entries fill the gap between
-them, so that the list keeps its length and vLLM's arithmetic stays true.
+All layers of a hybrid model have one page size in vLLM, so an attention layer's block may hold hundreds of tokens,
+which its kernels see as many blocks of 16. Entry i of the list covers the logical tokens [i * A, (i + 1) * A), with A
+the allocator's block size. The prefix segment is in the first entries, the tail segment in those of its logical
+indices, and null blocks fill the gap between them, so that the list keeps its length and vLLM's arithmetic stays
+correct.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ Block = TypeVar("Block")
 
 
 def num_spares(geometry: Geometry, allocator_block_size: int) -> int:
-    """Emptied blocks that a request holds back, so that the survivors of its next events have somewhere to go.
+    """Empty blocks that a request keeps for the survivors of its next events.
 
-    None where allocator and kernel blocks are the same: every event empties its own window's. None either where each
-    window empties at least as many blocks as its survivors can need. Otherwise one is enough: with
-    T = tail_start // A and N = ceil(prefix_len / A), T - N falls by at most one from its maximum, since the tail moves
-    on by at least as many tokens as the prefix grows.
+    0 if allocator and kernel blocks have the same size, since every event empties blocks of its own window, and 0 if
+    each window empties at least as many blocks as its survivors can need. Otherwise one is enough: with
+    T = tail_start // A and N = ceil(prefix_len / A), T - N falls by at most one from its maximum, since tail_start
+    grows by at least as many tokens as the prefix.
     """
     size = allocator_block_size
     most_kept = ceil(geometry.kept_blocks) * geometry.block_size
@@ -34,11 +35,12 @@ def num_spares(geometry: Geometry, allocator_block_size: int) -> int:
 def peak_allocator_blocks(
     geometry: Geometry, num_prompt_tokens: int, num_tokens: int, allocator_block_size: int, num_late: int = 0
 ) -> int:
-    """The most allocator blocks that a request holds while it grows to `num_tokens`; exact for kernel-sized blocks.
+    """The most allocator blocks that a request holds while it grows to `num_tokens`.
 
-    Otherwise an upper bound: both segments may end inside a block, and the tail may start inside one.
+    Exact if allocator and kernel blocks have the same size, otherwise an upper bound: both segments may end inside a
+    block, and the tail may start inside one.
 
-    num_late: events whose blocks are not yet freed when the next ones are due
+    num_late: events whose blocks are not yet freed when the next event is due
     """
     uncompressed = ceil_div(num_tokens, allocator_block_size)
     tokens = geometry.peak_tokens(num_prompt_tokens, num_tokens) + num_late * geometry.interval
@@ -50,7 +52,7 @@ def peak_allocator_blocks(
 def blocks_held(
     geometry: Geometry, num_prompt_tokens: IntArray, num_computed_tokens: IntArray, allocator_block_size: int
 ) -> IntArray:
-    """Allocator blocks that requests hold, arrays that broadcast; `close_gap` in closed form."""
+    """Allocator blocks that requests hold: `close_gap` in closed form. The arrays must broadcast."""
     size = allocator_block_size
     events = geometry.num_events(num_prompt_tokens, num_computed_tokens)
     prefix = ceil_div(geometry.prefix_len(num_prompt_tokens, events), size) + num_spares(geometry, size)
@@ -59,10 +61,10 @@ def blocks_held(
 
 
 class BlockNames:
-    """Which block each entry of a request's list holds, by the number under which the block was allocated.
+    """Which block each entry of a request's list holds, named by the index at which the block was allocated.
 
-    A worker's table keeps every block where it was when it was allocated. The edits of `close_gap` follow from the
-    geometry alone, so the worker repeats them on these numbers.
+    The worker's block table never moves a block from the index at which it was allocated. The edits of `close_gap`
+    follow from the geometry alone, so the worker repeats them on these names.
     """
 
     def __init__(self, geometry: Geometry, num_prompt_tokens: int, allocator_block_size: int) -> None:
@@ -72,7 +74,7 @@ class BlockNames:
         self.names: list[int | None] = []
 
     def close_gap(self, event: int) -> list[int]:
-        """Edit the list for event number `event`: where its survivors go, as numbers of kernel blocks in the table."""
+        """Edit the list for event number `event`; returns the kernel-block columns of the table for its survivors."""
         geometry, prompt = self.geometry, self.num_prompt_tokens
         prefix, tail = geometry.prefix_len(prompt, event + 1), geometry.tail_start(prompt, event + 1)
         self.names += range(len(self.names), max(ceil_div(prefix, self.size), tail // self.size))
@@ -92,16 +94,16 @@ def close_gap(
 ) -> list[Block]:
     """Edit a request's list of blocks for event number `event`; returns the blocks to be freed, in text order.
 
-    The blocks that the event's survivors are written to move behind the prefix, in their order; where allocator and
-    kernel blocks are the same these are the first of the candidates. The other blocks that hold no token any longer are
-    replaced by `null` and returned, except for `num_spares`, which stay right behind the prefix.
+    The blocks of the event's survivors move to the end of the prefix, in order; if allocator and kernel blocks have the
+    same size, these are the first blocks of the candidates. The other blocks that no longer hold a token are replaced
+    by `null` and returned, except for `num_spares`, which follow the prefix.
     """
     size, done = allocator_block_size, event + 1
     first = ceil_div(geometry.prompt_len(num_prompt_tokens, done) + geometry.num_left_alone(event), size)
     prefix_end = ceil_div(geometry.prefix_len(num_prompt_tokens, done), size)
     tail = geometry.tail_start(num_prompt_tokens, done) // size
     in_order = [*range(first, tail)]
-    if event == 0:  # what a prompt gives up comes last: the survivors are written to the window's own blocks
+    if event == 0:  # the blocks of a cut prompt come last: the survivors are written to the window's own blocks
         candidates = max(first, min(tail, geometry.tail_start(num_prompt_tokens, 0) // size))
         in_order = [*range(candidates, tail), *range(first, candidates)]
     emptied = [blocks[i] for i in in_order if blocks[i] is not null]

@@ -1,4 +1,4 @@
-"""One compression, from what is due to what is written: the same for both of vLLM's runners and the reference."""
+"""Compression events, from reading candidates to writing survivors; shared by vLLM's two runners and the reference."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from kvllm.methods.base import Kept, Method, Window
 from kvllm.methods.rope import Rope
 from kvllm.support import PLAIN_BITS
 
-CPU_WEIGHTS = 2**20  # of the attention of a window's queries that are worked on at once, 4 bytes each
+CPU_WEIGHTS = 2**20  # attention weights (4 bytes each) computed at once on a CPU
 
-# Kernels that do what a method does, without copies of the candidates: (candidates of the store, number kept).
+# Kernels that do a method's work in place, without copying candidates. Arguments: the store's candidates, num_kept.
 Fused = Callable[[Any, int], None]
-# Rounds the first candidates of each event, as many as are kept, and packs them where they are.
+# Rounds the first num_kept candidates of each event, and packs them in place. Same arguments.
 Pack = Callable[[Any, int], None]
 
 
 class Compressor:
     """Runs a method over the candidates of due events.
 
-    layers:    [num_layers], the model's number of each layer of the store (int64)
-    shifts:    [group_size], of `kvllm.compression.query_ring.query_shifts`
-    positions: where survivors become candidates again, their positions in the text,
-               [max_num_reqs, num_layers, num_kv_heads, most survivors]; None: not needed, or the kernels need none
-    fused:     used instead of the method, if there is one
-    rounding:  of the survivors that are written; None: they keep the cache's precision (survivor_bits=16)
-    pack:      does the rounding once the survivors are written, where they are stored in fewer bits
-    observe:   called with each event's `Kept` and whether it is the prompt's; not by `fused`
+    layers:    [num_layers] int64, the index in the model of each layer of the store
+    shifts:    [group_size], from `kvllm.compression.query_ring.query_shifts`
+    positions: [max_num_reqs, num_layers, num_kv_heads, most survivors], the survivors' positions in the text;
+               None if survivors never become candidates again, or if the kernels do not need positions
+    fused:     kernels that replace the method
+    rounding:  how survivors are rounded before they are written; None: not at all (survivor_bits=16)
+    pack:      rounds and packs the survivors after they are written, in place of `rounding`
+    observe:   called with the `Kept` of each event and whether it is the prompt's; not called with `fused`
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Compressor:
         self.pack = pack
 
     def compress(self, due: Sequence[Due]) -> None:
-        """Compress what is due; events of one geometry and shape together."""
+        """Compress all due events; those of the same geometry and shape in one batch."""
         batches: dict[tuple[Geometry, Shape], list[Due]] = {}
         for each in due:
             batches.setdefault((each.geometry, each.geometry.shape(each.event)), []).append(each)
@@ -84,18 +84,18 @@ class Compressor:
                 self._compress_prompt(each, cut)
 
     def compress_batch(self, batch: Sequence[Due], shape: Shape, candidates: Any) -> None:
-        """Events of one geometry and shape, whose candidates are these."""
+        """Compress events of the same geometry and shape, given their candidates."""
         self._move_survivors(batch, shape, candidates)
         if self.pack is not None:
             self.pack(candidates, shape.num_kept)
 
     def _move_survivors(self, batch: Sequence[Due], shape: Shape, candidates: Any) -> None:
-        """Leave what survives in the first candidates."""
+        """Write the survivors over the first candidates."""
         if self.fused is not None:
             if shape.num_kept < shape.num_candidates:
                 self.fused(candidates, shape.num_kept)
             return
-        # The survivors and a window are as many tokens as many windows.
+        # An event that also reads the history has the memory of several windows.
         size = max(1, self.store.max_batch * batch[0].geometry.interval // shape.num_candidates)
         for start in range(0, len(batch), size):
             part = slice(start, start + size)
@@ -109,11 +109,11 @@ class Compressor:
             for layers in self._layers_at_once(shape)
         ]
         if self.observe is not None:
-            assert len(part) == 1 or len(kept) == 1  # layers of several events lie side by side
+            assert len(part) == 1 or len(kept) == 1  # one event, or all layers at once: else the order would be mixed
             self.observe(Kept(torch.cat([each.indices for each in kept])), False)
 
     def _layers_at_once(self, shape: Shape) -> list[slice]:
-        """On a CPU so few layers that what is worked out of them stays in a core's cache."""
+        """The layers in parts; on a CPU small ones, whose intermediate results stay in a core's cache."""
         if not self.layers.is_cpu:
             return [ALL_LAYERS]
         num_layers, num_heads = self.store.num_layers, self.store.num_kv_heads * len(self.shifts)
@@ -125,7 +125,7 @@ class Compressor:
     ) -> Kept:
         members = torch.arange(self.store.num_layers, device=positions.device)[layers].repeat(len(part))
         window = self._window(candidates, layers, where, positions, members)
-        all_stay = shape.num_kept == shape.num_candidates  # now and then, at ratios near 1
+        all_stay = shape.num_kept == shape.num_candidates  # happens at ratios near 1
         if all_stay:
             kept = Kept(torch.arange(shape.num_candidates, device=positions.device).expand_as(positions))
         else:
@@ -142,7 +142,7 @@ class Compressor:
         return kept
 
     def _compress_prompt(self, due: Due, cut: Shape) -> None:
-        """Cut one prompt, some layers at a time: a long one is as many tokens as many windows."""
+        """Cut one prompt, a few layers at a time: a long prompt has the memory of many windows."""
         candidates = self.store.prompt(due)
         where = torch.from_numpy(prompt_query_positions(self.config, due.geometry, due.num_prompt_tokens))
         num_layers = self.store.num_layers
@@ -160,10 +160,10 @@ class Compressor:
     def _window(
         self, candidates: Any, layers: slice, query_positions: Tensor, positions: Tensor | None, members: Tensor
     ) -> Window:
-        """What the method sees.
+        """The method's input.
 
-        positions: None: the candidates are the first tokens of the text
-        members:   [batch], which of the store's layers each member of the batch is
+        positions: None if the candidates are the first tokens of the text
+        members:   [batch], the index in the store of each batch member's layer
         """
         keys, values = self.store.read(candidates, layers)
         if positions is None:
@@ -180,7 +180,7 @@ class Compressor:
         )
 
     def _candidate_positions(self, due: Due) -> Tensor:
-        """[num_layers, num_kv_heads, num_candidates] (int64): the position of each candidate in the text."""
+        """Position in the text of each candidate, [num_layers, num_kv_heads, num_candidates] int64."""
         shape, end = due.geometry.shape(due.event), due.geometry.tail_start(due.num_prompt_tokens, due.event + 1)
         raw = torch.arange(end - shape.num_raw, end, device=self.layers.device)
         raw = raw.expand(self.store.num_layers, self.store.num_kv_heads, -1)
@@ -193,12 +193,12 @@ class Compressor:
 
 
 def most_survivors(config: KvConfig) -> int:
-    """Survivors of a request that may become candidates again, at most, whatever its ratio."""
+    """The most survivors of a request that may become candidates again, for any ratio."""
     return config.budget_size if config.policy == "budget" else config.history_size
 
 
 def paired(window: Window, kept: Kept) -> Kept:
-    """`kept` with new keys and new values, or with neither."""
+    """`kept` with both new keys and new values, or with neither."""
     if kept.keys is None and kept.values is None:
         return kept
     return kept.gathered(window.keys, window.values)

@@ -1,4 +1,4 @@
-"""What a model takes of a device, from its config alone."""
+"""How much device memory a model needs, from its config alone."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from kvllm.support import check_model, is_fp8
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 QUANTIZED_BITS = {"fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4}
-# Of what the weights leave of a GPU, the share that the query bank may take where nobody says otherwise.
+# Default share, for the query bank, of the GPU memory that the weights leave free.
 BANK_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model takes of a device, in bytes.
+    """The device memory that a model needs, in bytes.
 
-    kv_per_token: of the layers of one KV cache group, so of the slots that one token takes in one block
-    query_bank:   KvLLM's only
-    groups:       of its layers; by default all are in one group, which is compressed
+    kv_per_token: KV of one token in the layers of one KV cache group
+    query_bank:   the queries that KvLLM stores
+    groups:       the model's KV cache groups; by default all layers are in one group, which is compressed
     """
 
     weights: int
@@ -41,12 +41,13 @@ def footprint(
     weights: int | None = None,
     max_model_len: int | None = None,
 ) -> Footprint:
-    """Bytes of the weights (counted unless given), of one token's KV and of the query bank, and the KV cache groups.
+    """The footprint of the model with this config.
 
-    compression:   with the budgets of the method, if it makes some (`kvllm.methods.with_budgets`)
     config:        a transformers config
-    max_model_len: longest text, prompt included; default: the config's
-    Raises ValueError for a model that KvLLM does not serve.
+    compression:   with the layer budgets of the method, if it makes any (`kvllm.methods.with_budgets`)
+    weights:       bytes; default: counted
+    max_model_len: maximum text length, prompt included; default: the config's
+    Raises UsageError for a model that KvLLM does not support.
     """
     import torch
 
@@ -78,23 +79,24 @@ def dtype_of(config: Any) -> str:
 
 
 def head_dim_of(config: Any) -> int:
-    """config: a transformers config, of a multimodal model that of its language model"""
+    """config: a transformers config; for a multimodal model, the config of its language model"""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def default_max_num_seqs(memory: int, utilization: float, one: Footprint) -> int:
-    """What `vllm serve` takes on a GPU of this size (but for the A100 of 80 GB, where it takes 256), or fewer that fit.
+    """`vllm serve`'s default on a GPU of this size, or fewer if the bank is large. Ignores that it is 256 on an A100.
 
-    one: of the model, with the bank of one request
+    memory: bytes; utilization: vLLM's --gpu-memory-utilization; one: the footprint with the query bank of one request
     """
     return min(1024 if memory >= 70 * 2**30 else 256, fitting_max_num_seqs(memory, utilization, one))
 
 
 def fitting_max_num_seqs(memory: int, utilization: float, one: Footprint, num_shards: int = 1) -> int:
-    """Requests whose query banks take at most BANK_SHARE of what the weights leave of a device; a multiple of 8.
+    """Requests whose query banks take at most BANK_SHARE of the memory that the weights leave free; a multiple of 8.
 
-    one:        of the model, with the bank of one request
-    num_shards: devices that share the weights and the heads between them
+    memory:     of one device, in bytes
+    one:        the footprint with the query bank of one request
+    num_shards: devices over which weights and heads are sharded
     """
     left = memory * utilization - one.weights / num_shards
     return max(int(BANK_SHARE * left * num_shards / one.query_bank) // 8 * 8, 8)
@@ -113,21 +115,21 @@ def weight_bytes(config: Any, dtype_bytes: int) -> int:
         model = AutoModelForCausalLM.from_config(config)
     dense = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
     total = 0
-    for parameter in model.parameters():  # tied weights come once
+    for parameter in model.parameters():  # yields tied weights once
         linear = parameter.dim() > 1 and id(parameter) not in dense
         total += parameter.numel() * (bits if bits and linear else 8 * dtype_bytes) // 8
     return total
 
 
 def quantized_bits(quantization: Any) -> int | None:
-    """Bits of a quantized linear weight, or None where nothing is quantized."""
+    """Bits per element of quantized linear weights; None if the model is not quantized."""
     if not quantization:
         return None
     options = quantization if isinstance(quantization, dict) else quantization.to_dict()
     bits = options.get("bits") or QUANTIZED_BITS.get(str(options.get("quant_method")))
     if bits is None:
         raise UsageError(
-            f"quantization {options.get('quant_method')!r}: its size does not follow from the config; "
-            "pass the weights' size with --weights, such as --weights 8GiB."
+            f"quantization {options.get('quant_method')!r}: the size of the weights does not follow from the config; "
+            "pass it with --weights, such as --weights 8GiB."
         )
     return int(bits)

@@ -1,4 +1,4 @@
-"""Where the candidates of running requests lie in a paged cache."""
+"""Locates the candidates and survivors of running requests in a paged cache."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class PagedCandidates:
 
 
 class PagedStore(ABC):
-    """Finds candidates in vLLM's block table, and remembers which blocks the survivors of each request lie in.
+    """Finds candidates in vLLM's block table, and tracks which blocks hold the survivors of each request.
 
-    vLLM's table keeps an entry for every logical block of a request, so survivors, which move behind the prompt, have a
-    table of their own, and the two are joined for attention (`kvllm.kernels.block_tables`).
+    vLLM's table has an entry for every logical block of a request. Survivors, which move to the end of the prefix, have
+    a table of their own, and the two are joined for attention (`kvllm.kernels.block_tables`).
 
-    Where the allocator's blocks are larger than the kernels', an event's blocks are not free for its survivors alone:
-    they move to where `kvllm.compression.blocks` says, once all events of the step are done (`settle`).
+    If allocator blocks are larger than kernel blocks, an event's blocks may hold other tokens too. Its survivors then
+    move to the blocks that `kvllm.compression.blocks` chooses, once all events of the step are done (`settle`).
 
-    survivor_blocks: [max_num_reqs, max_blocks] int32, block ids by physical index; means nothing in front of the
-                     prefix segment's survivors and behind them
-    to_device:       a tensor (int64) of a list of numbers, on the cache's device
+    survivor_blocks: [max_num_reqs, max_blocks] int32, block ids by physical index; only the entries of the prefix
+                     segment's survivors are valid
+    to_device:       makes an int64 tensor of a list of numbers, on the cache's device
     """
 
     max_batch = 1
@@ -67,11 +67,13 @@ class PagedStore(ABC):
         self._moves: list[tuple[Tensor, Tensor]] = []
 
     def begin_step(self, block_table: Tensor) -> None:
-        """block_table: [num_reqs, any] int32, logical, of the step's batch"""
+        """block_table: [num_reqs, any] int32, vLLM's block table of the step's batch, by logical index"""
         self.block_table = block_table
 
     def candidates(self, due: Sequence[Due]) -> PagedCandidates:
-        """The survivors among them lie in front of the raw ones. Until `settle` the first blocks hold the survivors."""
+        """The candidates, survivors before raw tokens. After the event the first blocks hold its survivors, until
+        `settle` moves them.
+        """
         assert self.block_table is not None
         table, width, own_width = self.block_table, self.block_table.stride(0), self.survivor_blocks.stride(0)
         shape = due[0].geometry.shape(due[0].event)
@@ -108,13 +110,13 @@ class PagedStore(ABC):
         return PagedCandidates(blocks, ring_starts)
 
     def _columns_after(self, due: Due) -> list[int]:
-        """Columns of the block table whose blocks hold what the event keeps, from now on."""
+        """Columns of the block table whose blocks hold the event's survivors after `settle`."""
         if due.event == 0:
             self._names[due.row] = BlockNames(due.geometry, due.num_prompt_tokens, self.allocator_block_size)
         return self._names[due.row].close_gap(due.event)
 
     def settle(self) -> None:
-        """Move the survivors of the step's events out of the blocks that will be freed."""
+        """Move the survivors of the step's events out of blocks that will be freed."""
         for written, homes in self._moves:
             self.move(written, homes)
         self._moves.clear()
@@ -142,12 +144,15 @@ class PagedStore(ABC):
 
     @abstractmethod
     def move(self, written: Tensor, homes: Tensor) -> None:
-        """Copy whole blocks of all layers, as if all were read before any is written. [num_blocks] ids each"""
+        """Copy whole blocks of all layers from `written` to `homes`, as if all were read before any is written.
+
+        written, homes: [num_blocks] int64, block ids
+        """
 
     def _ring_start(self, due: Due) -> int:
         return self.bank.ring_start(due.row, oldest_entry(self.config, due.geometry, due.event))
 
 
 def _flat(table: Tensor) -> Tensor:
-    """The table as one row, whose entry (i, j) is number i * stride + j; rows may be longer than what is in use."""
+    """A 1-d view of the table: entry (i, j) is at i * stride + j; the stride may exceed the number of columns."""
     return table.as_strided(((len(table) - 1) * table.stride(0) + table.shape[1],), (1,))

@@ -1,4 +1,4 @@
-"""The queries that the engines keep for scoring: a ring for each request and layer, eight bits a number.
+"""The queries that the engines keep for scoring: a ring buffer for each request and layer, in int8.
 
 The queries of a token take more memory than its KV pairs (four times as many heads as KV heads, at 8B scale), so the
 bank holds every `query_stride`-th query of a head (`kvllm.compression.query_ring`) in int8, with one scale for each
@@ -19,13 +19,13 @@ from kvllm.compression.query_ring import entry_of, query_shifts
 from kvllm.layout import IntArray
 
 LEVELS = 127
-SMALLEST = 1e-30  # so that a query of zeros has a scale to divide by
+SMALLEST = 1e-30  # avoids division by zero for a query of zeros
 
 
 @dataclass(frozen=True)
 class QueryBank:
-    """queries: [num_layers, max_num_reqs, num_queries, num_heads, head_dim] int8, or float32, after RoPE
-    scales:  [num_layers, max_num_reqs, num_queries, num_heads] float32; a query is its numbers times its scale
+    """queries: [num_layers, max_num_reqs, num_queries, num_heads, head_dim] int8 or float32, after RoPE
+    scales:  [num_layers, max_num_reqs, num_queries, num_heads] float32; a query is its codes times its scale
     """
 
     queries: Tensor
@@ -64,7 +64,7 @@ class QueryBank:
 
     @cached_property
     def period(self) -> int:
-        """Tokens from one use of an entry to the next."""
+        """Tokens after which the ring wraps around."""
         return self.num_queries * self.query_stride
 
     @property
@@ -72,17 +72,17 @@ class QueryBank:
         return self.queries.nbytes + self.scales.nbytes
 
     def codes(self, rows: IntArray | int, offsets: IntArray) -> IntArray:
-        """What `store` is told of a token: its request's row in the bank, and where in the ring's period it falls.
+        """One integer per token for `store`: its request's row in the bank, and its offset within the ring's period.
 
-        offsets: tokens after the protected prompt, not negative
+        rows, offsets: integers that broadcast; offsets count tokens after the protected prompt, from 0
         """
         return rows * self.period + offsets % self.period
 
     def targets(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Which queries of a step are kept and where, the same in every layer: what `put` takes.
+        """Which queries of a step are kept and where, the same in every layer: the argument of `put`.
 
-        codes:  [num_tokens], of `codes`, or -1: nothing is stored; no two tokens of a row a whole period apart
-        returns token, member of the group, row and entry of the ring of each query that is kept, of each KV head
+        codes:  [num_tokens] int64, from `codes`, or -1 to store nothing; no two tokens of a row may share a ring entry
+        returns four [num_targets] tensors: token, head within its query group, row, and ring entry of each kept query
         """
         # Both [num_tokens, group_size].
         stored, entries = entry_of(codes[:, None] % self.period, self.shifts, self.query_stride, self.num_queries)
@@ -90,19 +90,19 @@ class QueryBank:
         return token, member, codes[token] // self.period, entries[token, member]
 
     def store(self, layer: int, query: Tensor, codes: Tensor) -> None:
-        """Keep the queries of those heads whose turn it is.
+        """Store the queries of a step's tokens in one layer.
 
-        query: [num_tokens, num_heads, head_dim], after RoPE; codes: as of `targets`
+        query: [num_tokens, num_heads, head_dim], after RoPE; codes: as in `targets`
         """
         targets = self.targets(codes)
         self.put(query[None, targets[0]], targets, slice(layer, layer + 1))
 
     def put(self, queries: Tensor, targets: tuple[Tensor, Tensor, Tensor, Tensor], layers: slice = slice(None)) -> None:
-        """Keep the queries that `targets` chose.
+        """Store the queries that `targets` chose.
 
-        queries: [num_layers, num_targets, num_heads, head_dim], all heads of the targets' tokens
+        queries: [num_layers, num_targets, num_heads, head_dim], all heads of the targets' tokens, after RoPE
 
-        All layers at once: one by one they would take longer than a small model's attention.
+        Takes all layers at once: one call per layer would take longer than a small model's attention.
         """
         _, member, row, entry = targets
         shape = (self.num_kv_heads, self.group_size)
@@ -112,18 +112,18 @@ class QueryBank:
         self.scales[layers].unflatten(3, shape)[:, row, entry, :, member] = scales
 
     def ring_start(self, row: Any, oldest_entry: Any) -> Any:
-        """What a reader is told of a request: its row in the bank, and the entry at which its ring starts.
+        """One integer per request for readers: its row in the bank, and its ring's oldest entry.
 
-        Numbers, arrays or tensors, whose shapes broadcast.
+        Takes integers, arrays or tensors that broadcast.
         """
         return row * self.num_queries + oldest_entry
 
     def row_of(self, ring_start: Any) -> Any:
-        """The row in what `ring_start` made."""
+        """The row that `ring_start` encodes."""
         return ring_start // self.num_queries
 
     def of(self, ring_starts: Tensor | int, layers: slice = slice(None)) -> Tensor:
-        """[num_layers, *ring_starts, num_queries, num_heads, head_dim] in float32, oldest first."""
+        """The stored queries in float32, oldest first: [num_layers, *ring_starts, num_queries, num_heads, head_dim]."""
         starts = torch.as_tensor(ring_starts, device=self.queries.device)[..., None]
         entries = (starts + torch.arange(self.num_queries, device=starts.device)) % self.num_queries
         rows = self.row_of(starts)
@@ -131,11 +131,11 @@ class QueryBank:
 
 
 def quantize(vectors: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """Numbers of the same shape in `dtype`, int8 or float32, and a float32 scale for each vector (the last axis)."""
+    """Codes of the same shape in `dtype` (int8 or float32), and a float32 scale for each vector (the last axis)."""
     vectors = vectors.float()
     if dtype == torch.float32:
         return vectors, torch.ones_like(vectors[..., 0])
-    # Not divided by LEVELS: on a GPU PyTorch would multiply by the reciprocal, on a CPU not.
+    # Multiplied by the reciprocal, as PyTorch does on GPUs: dividing would give other scales on CPUs.
     scales = vectors.abs().amax(dim=-1).clamp(min=SMALLEST) * (1 / LEVELS)
     return (vectors / scales.unsqueeze(-1)).round().to(torch.int8), scales
 

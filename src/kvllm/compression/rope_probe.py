@@ -1,8 +1,8 @@
-"""Which rotary embedding each layer's queries have, measured: one token is asked at several positions.
+"""Measures which rotary embedding each layer applies to its queries.
 
-A model's modules tell which rotary embeddings there are, and not reliably which of them a layer applies: layers may
-skip it (SmolLM3), choose among several (Gemma 3), or get it as an argument. So every attention layer is given the same
-hidden state at several positions. Its queries then differ by exactly the rotation that it applies, if any.
+A model's modules show which rotary embeddings exist, but not reliably which of them a layer applies: layers may skip it
+(SmolLM3), choose among several (Gemma 3), or get it as an argument. So every attention layer gets the same hidden state
+at several positions, and its queries then differ by exactly the rotation that it applies, if any.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from kvllm.methods.rope import Rope
 
 REMEDY = "use method_options lookahead=0, or another method"
-# Spread so that slow pairs of dimensions show as well as fast ones; below the length from which Llama 4 and others
-# scale their queries by position.
+# Spread to show both slow and fast pairs of dimensions; below the length from which Llama 4 and others scale queries by
+# position.
 _PROBED = (0, 1, 2, 5, 17, 61, 257, 1023, 4095)
-# Largest difference of queries, relative to their length, that counts as rounding: of sines at thousands of radians in
-# float32, of sines and queries in bfloat16. A wrong embedding is off by 0.1 and more.
+# Largest relative difference of queries that counts as rounding: in float32 from sines of thousands of radians, in
+# bfloat16 from sines and queries. A wrong embedding is off by at least 0.1.
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
 _HALF_TOLERANCE = 3e-2
 
 
 def probe_positions(max_len: int, device: torch.device | str) -> Tensor:
-    """[num_positions] int64, ascending from 0: where queries are measured, in a text of `max_len` tokens at most."""
+    """The positions at which queries are measured, below `max_len`: [num_positions] int64, ascending from 0."""
     return torch.tensor([p for p in _PROBED if p < max(max_len, 2)], device=device)
 
 
@@ -38,10 +38,11 @@ def probe_hidden_states(num_positions: int, hidden_size: int, dtype: torch.dtype
 
 
 def matching_rope(queries: Tensor, positions: Tensor, candidates: Sequence[Rope]) -> Rope | None:
-    """The candidate that rotated the queries, or None where they are not rotated.
+    """The candidate that rotated the queries, or None if they are not rotated.
 
-    queries:   [num_positions, num_heads, head_dim], of one token at each of the positions, the first of which is 0
-    Raises ValueError where the queries depend on the position in another way.
+    queries:   [num_positions, num_heads, head_dim], of the same hidden state at each position
+    positions: [num_positions], the first of which is 0
+    Raises ValueError if no candidate explains how the queries depend on the position.
     """
     tolerance = _TOLERANCE.get(queries.dtype, _HALF_TOLERANCE)
     queries = queries.double()
@@ -60,15 +61,15 @@ def matching_rope(queries: Tensor, positions: Tensor, candidates: Sequence[Rope]
     }
     best = min(errors, key=lambda i: errors[i], default=None)
     if best is None or not errors[best] <= tolerance:
-        raise ValueError("none of the model's rotary embeddings explains how queries depend on their position")
+        raise ValueError("none of the model's rotary embeddings explains how its queries depend on the position")
     return candidates[best]
 
 
 def transformers_candidates(decoder: nn.Module, longest: int) -> list[Rope]:
-    """The rotary embeddings that a decoder of transformers may apply: all its frequencies, paired in either way.
+    """The rotary embeddings that a transformers decoder may apply: each frequency table, interleaved or not.
 
-    longest: tokens of the longest text
-    Raises ValueError where frequencies change within that length.
+    longest: maximum text length in tokens
+    Raises ValueError if frequencies change within that length.
     """
     tables: list[Tensor] = []
     for module in decoder.modules():
@@ -82,7 +83,7 @@ def transformers_candidates(decoder: nn.Module, longest: int) -> list[Rope]:
 
 
 def _check_constant(module: nn.Module, layer_type: str, longest: int) -> None:
-    """Raise ValueError where `dynamic_rope_update` of transformers replaces the frequencies in texts of that length."""
+    """Raise ValueError if transformers' `dynamic_rope_update` replaces the frequencies in texts of that length."""
     rope_type: Any = getattr(module, "rope_type", "default")
     parameters: Any = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
     if isinstance(rope_type, dict):
@@ -96,15 +97,15 @@ def _check_constant(module: nn.Module, layer_type: str, longest: int) -> None:
     if longest > limit:
         raise ValueError(
             f"rope_type={rope_type!r} changes its frequencies in texts of more than {limit} tokens, "
-            f"and these may have {longest}"
+            f"but the maximum length is {longest}"
         )
 
 
 @contextmanager
 def same_hidden_states(attentions: Iterable[nn.Module]) -> Iterator[None]:
-    """While this is open, attention modules of transformers see the first token's hidden state at every position.
+    """Within this context, transformers attention modules see the first token's hidden state at every position.
 
-    So what positions do to the hidden states before them, as learned embeddings of positions do, does not count.
+    So hidden states that depend on the position, as with learned position embeddings, have no effect.
     """
     hooks = [module.register_forward_pre_hook(_repeat_first, with_kwargs=True) for module in attentions]
     try:
@@ -123,8 +124,8 @@ def _repeat_first(
 
 
 def run_decoder(decoder: nn.Module, positions: Tensor, hidden_size: int, dtype: torch.dtype) -> None:
-    """One forward pass of a decoder of transformers over one token at each of the positions."""
+    """Run a transformers decoder once, over one token at each position."""
     states = probe_hidden_states(len(positions), hidden_size, dtype, positions.device)
     with torch.no_grad():
-        # Not called: vLLM makes the call compile.
+        # `forward` rather than a call, which vLLM wraps with compilation.
         decoder.forward(inputs_embeds=states[None], position_ids=positions[None], use_cache=False)

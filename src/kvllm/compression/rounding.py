@@ -1,14 +1,13 @@
-"""Survivors in few bits: rounded once, when their window is compressed.
+"""Survivors in few bits: they are rounded once, when their window is compressed.
 
-A packed block takes the bytes of a plain block of the KV cache and holds several times as many tokens. For each KV
-head:
+A packed block has the bytes of a plain block of the KV cache and holds several times as many tokens. For each KV head:
 
     keys    codes [num_tokens, head_dim]; for each channel, a scale and a lowest value over the block's tokens
     values  codes [num_tokens, head_dim]; for each token, a scale and a lowest value over its channels
 
-and each number is lowest + code * scale. Keys are rounded by channel because some channels of a model's keys are far
-larger than the others (KIVI, arXiv:2402.02750): a scale shared with such a channel would round the others to nothing.
-Prompt, raw window and buffer, which get most of the attention, are not rounded.
+and each element is lowest + code * scale. Keys are rounded per channel because some channels of a model's keys are far
+larger than the others (KIVI, arXiv:2402.02750): a scale shared with such a channel would round the others to zero.
+The prompt and raw tokens, which get most of the attention, are not rounded.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ class Rounded(NamedTuple):
     lowest: Tensor
 
     def restore(self) -> Tensor:
-        """The numbers that the codes stand for, in float32."""
+        """Dequantize, to float32."""
         return self.codes * self.scale.float() + self.lowest.float()
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How survivors are rounded: `bits` for each number, in blocks of `block_tokens` tokens."""
+    """How survivors are rounded: to `bits` bits per element, in blocks of `block_tokens` tokens."""
 
     bits: int
     block_tokens: int
@@ -52,24 +51,24 @@ class Rounding:
     def from_config(
         cls, config: KvConfig, block_size: int, head_dim: int, cache_dtype: str = "auto"
     ) -> Rounding | None:
-        """The rounding of `config`; None where survivors keep the cache's own precision.
+        """The rounding of `config`; None if survivors keep the cache's own precision.
 
         cache_dtype: as in `packed_block_tokens`
-        Raises UsageError where a packed block would hold no more tokens than a plain one.
+        Raises UsageError if a packed block would hold no more tokens than a plain one.
         """
         if config.survivor_bits == PLAIN_BITS:
             return None
         num_tokens = packed_block_tokens(block_size, head_dim, config.survivor_bits, cache_dtype)
         if num_tokens <= block_size:
             raise UsageError(
-                f"survivor_bits={config.survivor_bits}: a block of {block_size} tokens, with heads of {head_dim}, "
-                f"would hold only {num_tokens} rounded tokens with their scales. Use a larger --block-size, or "
+                f"survivor_bits={config.survivor_bits}: a block of {block_size} tokens with head_dim={head_dim} would "
+                f"hold only {num_tokens} rounded tokens and their scales. Use a larger --block-size, or "
                 "survivor_bits=16."
             )
         return cls(config.survivor_bits, num_tokens)
 
     def round(self, keys: Tensor, values: Tensor) -> tuple[list[Rounded], Rounded]:
-        """The codes of some survivors: of the keys for each packed block, of the values for all tokens together.
+        """Round survivors; returns the keys of each packed block, and the values of all tokens together.
 
         keys, values: [batch, num_tokens, num_kv_heads, head_dim], in text order
         """
@@ -85,7 +84,7 @@ class Rounding:
 def packed_block_tokens(block_size: int, head_dim: int, bits: int, cache_dtype: str = "auto") -> int:
     """The number of tokens that a packed block holds in the bytes of a plain one of `block_size` tokens.
 
-    cache_dtype: vLLM's --kv-cache-dtype; plain blocks hold 8 bits a number if it is fp8, else 16
+    cache_dtype: vLLM's --kv-cache-dtype; elements of plain blocks have 8 bits if it is fp8, else 16
     """
     plain = 2 * block_size * head_dim * (8 if is_fp8(cache_dtype) else PLAIN_BITS) // 8
     per_token = 2 * head_dim * bits // 8 + SCALE_BYTES
@@ -93,7 +92,7 @@ def packed_block_tokens(block_size: int, head_dim: int, bits: int, cache_dtype: 
 
 
 def round_along(x: Tensor, dim: int, bits: int) -> Rounded:
-    """Round to 2**bits levels, evenly spaced between the smallest and the largest number along one dimension.
+    """Round to 2**bits levels, evenly spaced between the smallest and the largest element along one dimension.
 
     x: any shape, finite
     """
@@ -102,15 +101,15 @@ def round_along(x: Tensor, dim: int, bits: int) -> Rounded:
 
 
 def encode(x: Tensor, lowest: Tensor, highest: Tensor, bits: int) -> Rounded:
-    """Round to 2**bits levels, evenly spaced between two bounds; numbers outside are clipped.
+    """Round to 2**bits levels, evenly spaced between two bounds; elements outside are clipped.
 
     x: float32; lowest, highest: float32, in shapes that broadcast to it
     """
     levels = 2**bits - 1
-    # Scales are rounded to bfloat16 before the codes are chosen, so that the codes fit what is stored.
+    # Scales are rounded to bfloat16 before the codes are chosen, so that the codes match the stored scales.
     stored = lowest.bfloat16()
-    # Multiplied, since PyTorch does not divide by a number in the same way on every device.
+    # Multiplied by the reciprocal, since division by a number is not the same on every device in PyTorch.
     scale = ((highest - stored.float()).clamp(min=0) * (1 / levels)).bfloat16()
-    # A channel that is constant has a scale of 0, or one that bfloat16 cannot hold: any code gives its lowest value.
+    # The scale of a constant channel is 0, or underflows in bfloat16: every code then gives its lowest value.
     steps = (x - stored.float()) / scale.float().clamp(min=torch.finfo(torch.float32).tiny)
     return Rounded(steps.round().clamp(0, levels).to(torch.uint8), scale, stored)

@@ -1,4 +1,4 @@
-"""What compression knows of the requests that run: one row each, in plain numbers."""
+"""The compression state of running requests: integers, one row per request."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ NUM_PLANNED = 3
 class Due(NamedTuple):
     """A compression that is due."""
 
-    batch_index: int  # of the request in the step's batch
-    row: int  # of the request in everything that is kept by request: the query bank, positions, block ids
+    batch_index: int  # the request's index in the step's batch
+    row: int  # the request's row in all per-request state: the query bank, positions, block ids
     geometry: Geometry
     num_prompt_tokens: int
     event: int
@@ -28,10 +28,13 @@ class Due(NamedTuple):
 class RequestRows:
     """The request in each row: its geometry, and where its two segments are.
 
-    columns: [6, max_num_reqs]: blocks of the PROMPT that are left; blocks of the PREFIX segment; logical index, in
-             blocks, of the TAIL segment; EVENTS done (all four 0 before the first event); START, the computed tokens
-             from which on queries are kept, past every length where nothing is compressed; tokens REMOVED so far
-             from what the attention backend reads: packed survivors, which it does not read, included
+    columns: [6, max_num_reqs] int64:
+             PROMPT   blocks of the prompt that remain; 0 before the first event
+             PREFIX   blocks of the prefix segment; 0 before the first event
+             TAIL     logical index of the tail segment, in blocks; 0 before the first event
+             EVENTS   events done
+             START    number of computed tokens from which queries are stored; unreachable if nothing is compressed
+             REMOVED  tokens that the attention backend no longer reads: evicted ones and packed survivors
     """
 
     def __init__(self, config: KvConfig, max_num_reqs: int) -> None:
@@ -45,7 +48,7 @@ class RequestRows:
         self._waiting = config.buffer_size + (config.budget_size if budget else 0)
 
     def set(self, row: int, geometry: Geometry | None, num_prompt_tokens: int) -> None:
-        """A request that starts, or starts again, takes a row."""
+        """Reset a row for a request that starts, or restarts after preemption."""
         self.geometries[row], self.num_prompt_tokens[row] = geometry, num_prompt_tokens
         column = self.columns[:, row]
         column[:] = 0
@@ -54,10 +57,10 @@ class RequestRows:
             column[START] = geometry.protected_len(num_prompt_tokens)
 
     def begin_step(self, rows: IntArray, num_computed_tokens: IntArray, names: Sequence[str]) -> list[Due]:
-        """The compressions that a step of these requests begins with. They count as done from here on.
+        """The compressions that are due at the start of a step of these requests. From now on they count as done.
 
-        rows, num_computed_tokens: [num_reqs]; names: what an error calls them
-        Raises RuntimeError where a request went past a compression, or back before one.
+        rows, num_computed_tokens: [num_reqs]; names: request ids, for the error message
+        Raises RuntimeError if a request skipped a compression, or went back before one.
         """
         grown = num_computed_tokens - self.columns[START, rows]
         events = np.maximum((grown - self._waiting) // self._interval, 0)
@@ -67,8 +70,8 @@ class RequestRows:
         if (wrong := (behind < 0) | (behind > 1)).any():
             counts = {names[i]: (int(events[i] - behind[i]), int(events[i])) for i in np.nonzero(wrong)[0]}
             raise RuntimeError(
-                f"KvLLM: compressions done, and compressions due by length, of each request: {counts}. They may differ "
-                "by one at most. This is a bug in KvLLM; please report it."
+                f"KvLLM: the numbers of compressions done and due may differ by at most one, but are (done, due): "
+                f"{counts}. This is a bug in KvLLM; please report it."
             )
         return [self._advance(int(i), int(rows[i])) for i in np.nonzero(behind)[0]]
 
@@ -88,17 +91,18 @@ class RequestRows:
     def query_codes(
         self, rows: IntArray, num_computed_tokens: IntArray, counts: IntArray, period: int, total: int
     ) -> IntArray:
-        """What the query bank is told of each token of a step (`QueryBank.codes`); -1: its queries are not kept.
+        """`QueryBank.codes` of each token of a step, [total] int64; -1 if its queries are not stored.
 
         rows, num_computed_tokens, counts: [num_reqs]; counts: tokens of each request in this step
-        period: of the query ring; total: entries to return, those past the step's tokens are -1
+        period: the period of the query ring, in tokens
+        total:  length of the result; entries past the step's tokens are -1
         """
         offsets = num_computed_tokens - self.columns[START, rows]
         oldest: IntArray | int = 0
         if (num_tokens := int(counts.sum())) > len(rows):
             request = np.repeat(np.arange(len(rows)), counts)
             within = np.arange(num_tokens) - np.repeat(np.cumsum(counts) - counts, counts)
-            # A chunk may be longer than the ring: of tokens for one entry only the newest counts.
+            # A chunk may be longer than the ring: only the newest token of an entry is stored.
             oldest = np.maximum(offsets + counts - period, 0)[request]
             offsets, rows = offsets[request] + within, rows[request]
         codes = np.full(total, -1, np.int64)
@@ -107,14 +111,14 @@ class RequestRows:
 
 
 class RunningRequests:
-    """The rows of the requests that the scheduler has running, by id, where a runner has no rows of its own.
+    """Rows of the running requests by id, for a runner that has no such rows of its own.
 
-    A request runs from the first step that schedules it until the scheduler reports it preempted or finished. Steps
-    that leave it out change nothing: it keeps its KV blocks and continues where it was, so it needs its queries. A
-    preempted request is computed again from its first token, so nothing of it is kept.
+    A request runs from the first step that schedules it until the scheduler reports it preempted or finished. A step
+    that does not schedule it changes nothing: it keeps its KV blocks and continues later, so its queries are needed. A
+    preempted request is recomputed from its first token, so nothing is kept.
 
-    So there is always a free row: at most `max_num_seqs` requests run at once, and the step that first schedules a
-    request also reports every one that has left since the step before, which must be released first.
+    There is always a free row: at most `max_num_seqs` requests run at once, and the step that first schedules a request
+    also reports all requests that have left since the previous step, which must be released first.
     """
 
     def __init__(self, max_num_seqs: int) -> None:
@@ -135,7 +139,7 @@ class RunningRequests:
         return self._rows[req_id]
 
     def admit(self, req_id: str) -> int:
-        """Give the request a row, which it must not have yet. RuntimeError if `max_num_seqs` others hold one."""
+        """Give a row to a request that has none. Raises RuntimeError if `max_num_seqs` others hold one."""
         if not self._free_rows:
             raise RuntimeError(
                 f"KvLLM: request {req_id} is scheduled while max_num_seqs={self.max_num_seqs} others are running: "
@@ -146,7 +150,7 @@ class RunningRequests:
         return row
 
     def release(self, req_ids: Iterable[str]) -> None:
-        """Forget requests that were preempted or have finished. Ids of others, never admitted, are ignored."""
+        """Free the rows of preempted or finished requests; unknown ids are ignored."""
         for req_id in req_ids:
             if (row := self._rows.pop(req_id, None)) is not None:
                 self._free_rows.append(row)

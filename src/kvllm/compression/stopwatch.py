@@ -1,4 +1,4 @@
-"""How long compressions take on the device that runs them."""
+"""Measures how long compressions take on their device."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 
 class Stopwatch:
-    """Adds up seconds: on a GPU between two events of its stream, which are read once they have passed.
+    """Accumulates seconds. On a GPU it uses CUDA events, which it reads once they have completed.
 
-    So nothing waits for the device, and the seconds of the newest compressions may be missing from `take`.
+    So it never waits for the device, and `take` may not include the newest compressions.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -24,7 +24,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count what happens while this is open."""
+        """Measure the time within this context."""
         if not self.on_gpu:
             start = time.perf_counter()
             yield
@@ -37,14 +37,14 @@ class Stopwatch:
         self._pending.append(pair)
 
     def collect(self) -> None:
-        """Read the events that have passed: what is never read piles up."""
+        """Read the completed events; call this regularly, or they accumulate."""
         while self._pending and self._pending[0][1].query():
             pair = self._pending.popleft()
             self.seconds += pair[0].elapsed_time(pair[1]) / 1000
             self._unused.append(pair)
 
     def take(self) -> float:
-        """The seconds since the last call, as far as they are known."""
+        """Seconds measured since the last call, without events that have not completed."""
         self.collect()
         taken, self.seconds = self.seconds, 0.0
         return taken

@@ -1,4 +1,4 @@
-"""What a compressor needs of a KV cache: read the candidates of an event, write what survives."""
+"""What a compressor needs of a KV cache: reading an event's candidates and writing its survivors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ALL_LAYERS = slice(None)
 
 
 class Store(Protocol):
-    """The cache of the running requests, and the queries that are kept of them.
+    """The cache of the running requests, and their stored queries.
 
-    Where the candidates of some events lie is the store's own matter: `candidates` and `prompt` return whatever the
-    other functions need to find them. A batch is (event, layer), the layers of one event side by side.
+    `candidates` and `prompt` return handles that only the store's other functions interpret. The batch dimension is
+    (event, layer), flattened, so the layers of one event are adjacent.
     """
 
     max_batch: int  # events whose candidates are copied at once
@@ -29,10 +29,10 @@ class Store(Protocol):
     def num_kv_heads(self) -> int: ...
 
     def candidates(self, due: Sequence[Due]) -> Any:
-        """Where the candidates of events of one geometry and shape lie."""
+        """A handle to the candidates of events of the same geometry and shape."""
 
     def prompt(self, due: Due) -> Any:
-        """Where the prompt of an event 0 lies that cuts it."""
+        """A handle to the prompt that this event 0 cuts."""
 
     def part(self, candidates: Any, events: slice) -> Any:
         """The candidates of some of the events."""
@@ -44,7 +44,7 @@ class Store(Protocol):
         """Keys and values, [batch, num_candidates, num_kv_heads, head_dim] each."""
 
     def write(self, candidates: Any, kept: Kept, layers: slice = ALL_LAYERS) -> None:
-        """The survivors overwrite the first of the candidates.
+        """Overwrite the first candidates with the survivors.
 
-        kept: with new keys and new values, or with neither: then the survivors' own are moved bit for bit
+        kept: with both new keys and new values, or with neither; the candidates' own are copied bit for bit
         """

@@ -1,4 +1,4 @@
-"""All that compression keeps beside a model in a worker, and what it does at the start of a step. Needs no vLLM."""
+"""The state that compression keeps in a worker, and its work at the start of a step. Does not import vLLM."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ PLAN_ROWS = NUM_PLANNED + 1
 
 @dataclass(frozen=True)
 class Layers:
-    """The attention layers that are compressed: all of one shape.
+    """The compressed attention layers, which all have the same shape.
 
-    numbers: the model's number of each
+    numbers: their indices in the model
     dtype:   the model's
     """
 
@@ -42,10 +42,10 @@ class Layers:
 
 
 class WorkerState:
-    """Stored queries, what is known of each running request, and the compressor over their cache.
+    """The stored queries, the rows of the running requests, and the compressor of their cache.
 
-    Allocated with the model, so before vLLM profiles its memory and sizes the KV pool; `attach` follows once the cache
-    exists.
+    Created with the model, so that vLLM's memory profiling counts it before sizing the KV pool. `attach` follows once
+    the cache exists.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class WorkerState:
         stopwatch: Stopwatch | None = None,
     ) -> None:
         """
-        fused:       whether `attach` will bring kernels that need no positions of survivors
-        packed_rows: more rows of the plan, for the kernels that attend to packed survivors
-        stopwatch:   of another state, whose seconds count together with this one's
+        fused:       whether `attach` will get fused kernels, which do not need the survivors' positions
+        packed_rows: further rows of the plan, for the kernels that attend to packed survivors
+        stopwatch:   shared with another state, to add up the seconds of both
         """
         self.config = config
         self.method = make_method(config)
@@ -81,10 +81,11 @@ class WorkerState:
         self.positions: Tensor | None = None
         if (most := most_survivors(config)) and not fused:
             shape = (max_num_reqs, len(layers.numbers), layers.num_kv_heads, most)
-            self.positions = torch.zeros(shape, dtype=torch.int32, device=device)  # no text is longer
+            self.positions = torch.zeros(shape, dtype=torch.int32, device=device)
         self.store: PagedStore | None = None
         self.compressor: Compressor | None = None
-        # What a step tells the device: the plan of `join_segments` and the bank's codes, side by side for one copy.
+        # The step's input on the device: the plan of `join_segments` and the bank's codes, adjacent so that one copy
+        # sends both.
         self.plan_stride = ceil_div(max_num_reqs, 4) * 4  # every row starts at a multiple of 16 bytes
         self.plan_rows = PLAN_ROWS + packed_rows
         self.plan_size = self.plan_rows * self.plan_stride
@@ -96,7 +97,10 @@ class WorkerState:
     def attach(
         self, store: PagedStore, fused: Fused | None = None, pack: Pack | None = None, cache_dtype: str = "auto"
     ) -> None:
-        """Compress in this store from now on; cache_dtype: vLLM's --kv-cache-dtype"""
+        """Compress in this store from now on.
+
+        cache_dtype: vLLM's --kv-cache-dtype
+        """
         self.store = store
         numbers = torch.tensor(self.layers.numbers, device=self.bank.queries.device)
         self.compressor = Compressor(
@@ -105,7 +109,7 @@ class WorkerState:
         )  # fmt: skip
 
     def warm_up(self, geometries: Iterable[Geometry]) -> None:
-        """Compile the kernels of every shape that an event can have now, not in the step that first needs them."""
+        """Compile the kernels for every shape that an event can have, so that no step has to."""
         assert self.store is not None and self.compressor is not None
         done: set[Shape] = set()
         for geometry in geometries:
@@ -113,7 +117,7 @@ class WorkerState:
                 if shape in done:
                     continue
                 done.add(shape)
-                # All candidates in the null block, which nobody reads.
+                # All candidates are in the null block, which is never read.
                 num_blocks = shape.num_candidates // geometry.block_size
                 blocks = torch.zeros(1, num_blocks, dtype=torch.int32, device=self.step.device)
                 candidates = PagedCandidates(blocks, self.store.to_device([0]))
@@ -122,9 +126,9 @@ class WorkerState:
     def begin_step(
         self, rows: IntArray, num_computed_tokens: IntArray, names: Sequence[str], block_table: Tensor
     ) -> IntArray:
-        """Compress what is due before the step; returns the tokens that each request has lost so far, [num_reqs].
+        """Compress what is due before the step; returns the REMOVED column of `RequestRows`, [num_reqs] int64.
 
-        rows, num_computed_tokens: [num_reqs]; block_table: [num_reqs, any], logical
+        rows, num_computed_tokens: [num_reqs]; names: request ids; block_table: [num_reqs, any], by logical index
         """
         assert self.store is not None and self.compressor is not None
         if due := self.rows.begin_step(rows, num_computed_tokens, names):
@@ -141,13 +145,15 @@ class WorkerState:
         num_computed_tokens: IntArray,
         counts: IntArray,
     ) -> npt.NDArray[np.int32]:
-        """What the device has to know of the step, for `step`; after `begin_step`. Returns the plan, a part of `host`.
+        """Write the step's plan and codes into `host`, to be copied to `step`; call it after `begin_step`.
 
-        host: [plan_size + tokens of the step, padding included], written
+        host:   [plan_size + the step's tokens, padding included]
+        counts: [num_reqs], tokens of each request in this step
+        returns the plan, [plan_rows, plan_stride], a view of `host`
         """
         plan, codes = host[: self.plan_size].reshape(self.plan_rows, -1), host[self.plan_size :]
         plan[:NUM_PLANNED, : len(rows)] = self.rows.columns[:NUM_PLANNED, rows]
         plan[NUM_PLANNED, : len(rows)] = rows
-        plan[TAIL, len(rows) :] = 0  # of a request without events nothing else is read
+        plan[TAIL, len(rows) :] = 0  # 0: no events, so the kernels read no other column
         codes[:] = self.rows.query_codes(rows, num_computed_tokens, counts, self.bank.period, len(codes))
         return plan

@@ -1,1 +1,1 @@
-"""Everything that knows vLLM. Nothing here is imported by `import kvllm`."""
+"""The seam into vLLM: all code that depends on it. `import kvllm` imports nothing from here."""

@@ -1,8 +1,9 @@
-"""How many free blocks admission leaves to the requests that run.
+"""How many free blocks admission reserves for the running requests.
 
-Compressed requests hold less after an event and more before the next. Requests that started together have their
-events together, and admitting others into the trough would preempt them at the crest: each preemption computes a whole
-answer again. So a request is admitted only into what the running ones leave free over the next interval.
+A compressed request holds the fewest blocks right after an event and the most right before the next one, and requests
+that started together have their events together. If their free blocks went to new requests after an event, the pool
+would run out before the next one, and each preemption recomputes a whole answer. So admission leaves free what the
+running requests will need over the next interval.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import numpy as np
 
 from kvllm.layout import IntArray
 
-NUM_TIMES = 16  # at which `most_ahead` looks
+NUM_TIMES = 16  # points in time that `most_ahead` samples
 
 
 def most_ahead(held: Callable[[IntArray], IntArray], to_end: IntArray, lookahead: int) -> int:
-    """Most blocks that requests will hold beyond today's, at any time in the next `lookahead` steps.
+    """The most blocks that requests will hold beyond the current ones, at any time in the next `lookahead` steps.
 
-    held:   the blocks that each holds after so many steps, [any, num_reqs] of both
+    held:   maps steps from now to the blocks that each request holds then, both [any, num_reqs]
     to_end: [num_reqs], steps until the request must end
     """
     steps = np.linspace(0, lookahead, NUM_TIMES + 1, dtype=np.int64)[:, None]
@@ -37,13 +38,15 @@ def blocks_ahead(
     local_blocks: Callable[[IntArray], IntArray] | None = None,
     num_groups: int = 1,
 ) -> int:
-    """Most blocks that requests will hold beyond today's, at any time in the next `interval` steps.
+    """The most blocks that requests will hold beyond the current ones, at any time in the next `interval` steps.
 
-    held:         [num_reqs], blocks held now of the groups that are compressed
-    to_event:     [num_reqs], steps to the next event; to_end: steps until the request must end
-    freed:        [num_reqs], blocks that an event frees
-    local_blocks: blocks of all other groups that the requests hold after so many steps, [any, num_reqs] of both
-    num_groups:   groups that are compressed: each takes a block where one is full
+    held:         [num_reqs], blocks held now in the compressed groups
+    to_event:     [num_reqs], steps to the next event
+    to_end:       [num_reqs], steps until the request must end
+    freed:        [num_reqs], blocks that the next event frees
+    local_blocks: maps steps from now to the blocks that each request holds then in all other groups, both
+                  [any, num_reqs]
+    num_groups:   compressed groups, each of which allocates a block when its last one is full
     """
     steps = np.arange(block_size, interval + 1, block_size)[:, None]  # [num_times, 1]
     lasting = np.minimum(steps, to_end)

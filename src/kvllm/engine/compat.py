@@ -1,4 +1,4 @@
-"""What supported releases of vLLM do differently, so that the rest of the code need not know which one is installed."""
+"""Differences between the supported vLLM releases, hidden from the rest of the code."""
 
 from __future__ import annotations
 

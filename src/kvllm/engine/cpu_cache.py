@@ -1,7 +1,7 @@
-"""Reading and writing vLLM's CPU cache, whose keys are packed for the instruction set.
+"""Reads and writes vLLM's CPU cache, whose keys are packed for the instruction set.
 
-How an instruction set orders a block is nowhere documented, so it is measured: vLLM's own writer stores numbered
-elements into a scratch block, and where each number lands is the order to read by.
+The order of elements within a block is not documented, so it is measured: vLLM's own writer stores numbered elements
+into a scratch block, and where each number ends up gives the order for reading.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
-_DIGIT = 256  # whole numbers up to here are exact in bfloat16 and float16
+_DIGIT = 256  # integers up to here are exact in bfloat16 and float16
 
 
 def split(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Key and value parts of a layer's cache, as vLLM's CPU backend splits it.
+    """The key and value parts of a layer's cache, split as in vLLM's CPU backend.
 
     kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_dim]
     returns   two views [num_blocks, num_kv_heads, block_size, head_dim], keys packed
@@ -39,7 +39,7 @@ class PackedReader:
     """Reads whole blocks of a layer's cache back into text order."""
 
     def __init__(self, kv_cache: Tensor, isa: str) -> None:
-        """Measure the packing of caches shaped like `kv_cache`; RuntimeError if it is no permutation."""
+        """Measure the packing of caches shaped like `kv_cache`; RuntimeError if it is not a permutation."""
         _, num_kv_heads, block_size, double = kv_cache.shape
         self.block_size, self.head_dim = block_size, double // 2
         size = block_size * self.head_dim
@@ -54,18 +54,18 @@ class PackedReader:
             found_keys += keys[0, 0].reshape(-1).to(torch.int64) * weight
             found_values += values[0, 0].reshape(-1).to(torch.int64) * weight
         if not (torch.equal(found_keys.sort().values, numbers) and torch.equal(found_values.sort().values, numbers)):
-            raise RuntimeError(f"KvLLM cannot read the CPU cache of instruction set {isa!r} with {kv_cache.dtype}.")
+            raise RuntimeError(f"KvLLM cannot read vLLM's CPU cache for instruction set {isa!r} and {kv_cache.dtype}.")
         self._key_order, self._value_order = found_keys.argsort(), found_values.argsort()
 
     def read(self, kv_caches: Sequence[Tensor], block_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of whole blocks of each layer, in text order.
 
         block_ids: [num_blocks] int64, the same in all layers
-        returns    two tensors [num_layers, num_blocks * block_size, num_kv_heads, head_dim], each head's side by side
+        returns    two tensors [num_layers, num_blocks * block_size, num_kv_heads, head_dim], strided: heads come first
         """
         num_kv_heads, size = kv_caches[0].shape[1], len(self._key_order)
         heads = torch.arange(num_kv_heads)[:, None] + block_ids * num_kv_heads
-        first = (2 * size * heads).unsqueeze(-1)  # of each head's keys in each block; the values follow them
+        first = (2 * size * heads).unsqueeze(-1)  # offset of each head's keys in each block; the values follow them
         shape = (len(kv_caches), num_kv_heads, len(block_ids) * self.block_size, self.head_dim)
         read = []
         for places in (first + self._key_order, first + size + self._value_order):

@@ -1,4 +1,4 @@
-"""What vLLM's attention backend knows and does not hand out: the logarithm of its softmax's denominator."""
+"""Gets the log-sum-exp (the logarithm of the softmax's denominator), which vLLM's attention backend does not return."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class LogSumExp:
-    """Of the last call of `flash_attn_varlen_func` that was made while it was `wanted`."""
+    """The log-sum-exp of the last call of `flash_attn_varlen_func` made while `wanted` was set."""
 
     wanted = False
     value: Tensor | None = None
@@ -41,7 +41,7 @@ def with_log_sum_exp(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     "vllm.v1.attention.backends.flash_attn",
     "flash_attn_varlen_func(*args, **kwargs)",
-    "the log-sum-exp of attention over prompt and tail, into which that over packed survivors is merged",
-    "vLLM's backends hand out the log-sum-exp",
+    "attention over packed survivors is merged with the backend's output by its log-sum-exp",
+    "vLLM's backends return the log-sum-exp",
     wrap=with_log_sum_exp,
 )

@@ -1,8 +1,8 @@
-"""Compression on vLLM's own /metrics, in its style: prefix `kvllm:`, labels model_name and engine.
+"""Compression metrics on vLLM's /metrics, in its style: prefix `kvllm:`, labels model_name and engine.
 
-A scheduler sends what has been counted since its last report with vLLM's statistics of a step, at most ten times a
-second. They go to one of the API servers. That one adds them to its counters, and Prometheus's multiprocess mode adds
-up those of all API servers.
+A scheduler sends the counts since its last report with vLLM's statistics of a step, at most ten times a second. They go
+to one of the API servers, which adds them to its counters, and Prometheus's multiprocess mode adds up those of all API
+servers.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ REPORT_KEY = "kvllm"  # in the field of SchedulerStats that carries our report
 # Prometheus scrapes once in many seconds.
 REPORT_INTERVAL = 0.1
 
-# What an engine has counted since it started. prometheus_client appends _total to each name.
+# Counted since the engine started. prometheus_client appends _total to each name.
 COUNTERS = {
     "windows_compressed": "Compressions of a request: each reads one window of its generated tokens.",
     "kv_tokens_kept": "Tokens whose KV pairs a compression read and kept.",
     "kv_tokens_evicted": "Tokens whose KV pairs a compression evicted.",
     "kv_blocks_returned": "KV blocks that compressions returned to the pool.",
     "prompts_cut": "Prompts that were cut to the prompt budget.",
-    "requests_held_back": "Waiting requests for which blocks were free, but which were not admitted yet because the "
-    "running ones will need these blocks. Most would have caused a preemption.",
-    "compression_seconds": "Seconds of device time that compressions took, on one of the devices that share them.",
+    "requests_held_back": "Waiting requests that were not admitted although blocks were free, because running requests "
+    "will need these blocks. Most would have caused a preemption.",
+    "compression_seconds": "Seconds that compressions took on the device; with several devices, on one of them.",
 }
-# What is true now.
+# Current values.
 GAUGES = {
     "kv_tokens_logical": "Tokens of the running requests that have been computed, prompts included.",
     "kv_tokens_physical": "Of these, the tokens that are in the KV cache.",
@@ -51,7 +51,7 @@ _registered: list[Counter | Gauge] = []
 
 
 class Report:
-    """What a scheduler reports: gauges as they are, counters as what was added since the last report."""
+    """Makes a scheduler's reports: current gauges, and the increments of counters since the last report."""
 
     def __init__(self) -> None:
         self._sent: dict[str, float] = dict.fromkeys(COUNTERS, 0)
@@ -66,16 +66,16 @@ class Report:
         return True
 
     def next(self, now: Mapping[str, float]) -> dict[str, float]:
-        """now: every counter since the start, and every gauge"""
+        """now: the totals of all counters, and all gauges"""
         added = {name: now[name] - sent for name, sent in self._sent.items() if now[name] != sent}
         self._sent.update((name, now[name]) for name in added)
         return added | {name: now[name] for name in GAUGES}
 
 
 def metric_values(stats: EngineStats, num_rows: int) -> dict[str, float]:
-    """Every counter and gauge by name.
+    """All counters and gauges by name.
 
-    num_rows: of the query bank; each running request holds one
+    num_rows: rows of the query bank; each running request holds one
     """
     logical, physical = stats["num_logical_tokens"], stats["num_physical_tokens"]
     return {
@@ -95,12 +95,12 @@ def metric_values(stats: EngineStats, num_rows: int) -> dict[str, float]:
 
 
 def add_report(stats: SchedulerStats, report: Mapping[str, float]) -> None:
-    """Put our report where it reaches the front end unchanged."""
+    """Add our report to a field that reaches the front end unchanged."""
     stats.ec_connector_stats = {**(stats.ec_connector_stats or {}), REPORT_KEY: dict(report)}
 
 
 def take_report(stats: SchedulerStats) -> Mapping[str, float] | None:
-    """Take it out again, before vLLM's own loggers see a field that belongs to its encoder cache connectors."""
+    """Remove our report from the field again, before vLLM's loggers read it: it belongs to encoder cache connectors."""
     if not stats.ec_connector_stats or REPORT_KEY not in stats.ec_connector_stats:
         return None
     others = dict(stats.ec_connector_stats)
@@ -110,10 +110,10 @@ def take_report(stats: SchedulerStats) -> Mapping[str, float] | None:
 
 
 class KvStatLogger(AggregateStatLoggerBase):
-    """Records the reports of all engines that a front end manages. Must come before vLLM's own loggers."""
+    """Records the reports of all engines of a front end. Must come before vLLM's own loggers."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
-        while _registered:  # of an engine that this process had before
+        while _registered:  # by an earlier engine of this process
             REGISTRY.unregister(_registered.pop())
         labels = ["model_name", "engine"]
         model_name = vllm_config.model_config.served_model_name
@@ -142,4 +142,4 @@ class KvStatLogger(AggregateStatLoggerBase):
                 self.gauges[name][engine_idx].set(value)
 
     def log_engine_initialized(self) -> None:
-        """Nothing: start-up is logged where an engine is made."""
+        """Does nothing: the scheduler logs our start-up summary."""

@@ -1,6 +1,6 @@
-"""Packed survivors on GPUs: attention over them, merged into what each layer's backend computes over prompt and tail.
+"""Packed survivors on GPUs: attention over them, merged with the backend's attention over prompt and tail.
 
-The backend sees prompt and tail alone, and hands out the logarithm of its softmax's denominator besides its output.
+The backend sees prompt and tail only. The two outputs are merged by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from kvllm.layout import IntArray, ceil_div
 
 
 class PackedSurvivors:
-    """Merges attention over packed survivors into that of the layers, and packs what events keep.
+    """Merges attention over packed survivors into the layers' attention, and packs the survivors of events.
 
     dtype: the model's
-    Raises UsageError for layers whose attention cannot be merged.
+    Raises UsageError if a layer's attention cannot be merged.
     """
 
     def __init__(self, layers: list[Any], rounding: Rounding, dtype: torch.dtype) -> None:
@@ -43,14 +43,14 @@ class PackedSurvivors:
         self.rounding = rounding
         self.dtype = dtype
         self.attention: PackedAttention | None = None
-        # Whether the step computes several tokens of a request that has packed survivors, or stands for steps that do.
+        # Whether the step computes several tokens of a request with packed survivors. True in dummy runs, too.
         self.resumed = False
         PATCH.apply()
         for index, layer in enumerate(layers):
             layer.impl.forward = self._merging(layer.impl.forward, index)
 
     def attach(self, cache: PagedCache, survivor_blocks: Tensor, plan: Tensor) -> None:
-        """Read packed survivors of this cache from now on; `survivor_blocks` and `plan` as of `Batch`."""
+        """Read packed survivors from this cache from now on; `survivor_blocks` and `plan` as in `Batch`."""
         first = self.layers[0]
         self.cache, self.survivor_blocks, self.plan = cache, survivor_blocks, plan
         self.programs = plan[PLAN_ROWS + 1 :].view(-1)
@@ -63,7 +63,7 @@ class PackedSurvivors:
             getattr(first.impl, "logits_soft_cap", None) or 0.0,
         )
         self.stream = torch.cuda.Stream(plan.device)
-        # Compiled now: the first request that is resumed should not wait for it.
+        # Compile now, so that the first resumed request does not wait for it.
         nothing = torch.zeros(1, first.num_heads, first.head_size, dtype=self.dtype, device=plan.device)
         quantized = cache.dtype.itemsize == 1 and first.impl.supports_quant_query_input
         query = nothing.to(cache.dtype) if quantized else nothing
@@ -76,14 +76,17 @@ class PackedSurvivors:
 
     @staticmethod
     def plan_rows(max_num_reqs: int, num_kv_heads: int) -> int:
-        """Rows that `write_plan` adds to a step's plan: one of requests, and as many as the parts fill."""
+        """Rows that `write_plan` adds to a step's plan: one of per-request entries, and those of the parts."""
         return 1 + ceil_div(max_parts(max_num_reqs, num_kv_heads), max_num_reqs)
 
     def pack(self, candidates: PagedCandidates, num_kept: int) -> None:
         pack(candidates.blocks, num_kept, self.cache, self.rounding)
 
     def write_plan(self, plan: npt.NDArray[np.int32], counts: IntArray) -> None:
-        """Complete the plan of a step on the host; counts: [num_reqs], tokens of each request."""
+        """Complete the plan of a step on the host.
+
+        counts: [num_reqs], tokens of each request in this step
+        """
         num_reqs = len(counts)
         num_blocks = plan[PREFIX, :num_reqs].astype(np.int64) - plan[PROMPT, :num_reqs]
         self.resumed = bool((num_blocks[counts > 1] > 0).any())
@@ -94,15 +97,15 @@ class PackedSurvivors:
         order_parts(num_blocks, ends, plan[PLAN_ROWS + 1 :].reshape(-1))
 
     def idle(self) -> None:
-        """Prepare a step that is not a real batch."""
+        """Prepare a dummy run."""
         self.plan.zero_()
         self.programs.fill_(-1)
-        self.resumed = True  # before vLLM captures a graph, it runs the same step once so that all kernels are loaded
+        self.resumed = True  # so that the run before a graph capture loads this kernel as well
 
-    def _beside(self) -> AbstractContextManager[Any]:
-        """Beside the backend's kernels, of which neither these nor ours fill the GPU to its end.
+    def _second_stream(self) -> AbstractContextManager[Any]:
+        """A second stream: neither our kernels nor the backend's fill the GPU until they end, so they can overlap.
 
-        Not in steps that prefill: they launch every kernel by itself, and waiting for streams costs the host more.
+        Not used in prefill steps, which launch each kernel individually: synchronizing streams would cost more there.
         """
         self.stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.stream)
@@ -120,7 +123,7 @@ class PackedSurvivors:
             batch = Batch(attn_metadata.query_start_loc, self.survivor_blocks, self.plan, self.programs)
             packed = (query[:num_tokens], self.cache.keys[index], self.cache.values[index], batch, scale)
             prefills = attn_metadata.max_query_len > 1
-            with nullcontext() if prefills else self._beside():
+            with nullcontext() if prefills else self._second_stream():
                 self.attention.attend(*packed)
             LOG_SUM_EXP.wanted = True
             try:

@@ -1,4 +1,4 @@
-"""What KvLLM's patches do: each wrapper takes a function of vLLM and returns its replacement. `seam.py` lists them."""
+"""The wrappers of KvLLM's patches: each takes a vLLM function and returns its replacement. `seam.py` lists them."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def with_released_requests(original: Callable[..., Any]) -> Callable[..., Any]:
 def with_zeroed_kernel_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
     def _zero_block_ids(self: Any, block_ids: Any) -> None:
         if (compressor := getattr(self, "kv_compressor", None)) is not None:
-            # The ids are the allocator's, and index caches in the kernels' blocks.
+            # vLLM passes ids of allocator blocks, but the caches are indexed by kernel block.
             count = compressor.blocks_per_block
             block_ids = [i * count + part for i in block_ids for part in range(count)]
         original(self, block_ids)
@@ -128,7 +128,7 @@ def with_compression_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
         compressor = getattr(self, "kv_compressor", None)
         if compressor is not None:
-            # Only real batches say how many tokens each request has; a dummy run compresses nothing.
+            # Only real batches have num_scheduled_tokens; a dummy run compresses nothing.
             scheduled = kwargs.get("num_scheduled_tokens")
             compressor.begin_step(scheduled) if scheduled is not None else compressor.skip_step()
         return original(self, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""vLLM calls `register` in each of its processes, by the entry point group `vllm.general_plugins`."""
+"""The plugin: vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvllm.errors import UsageError
 
 
 def register() -> None:
-    """Install the patches. Without `additional_config["kvllm"]` they change nothing. Can run twice."""
+    """Install the patches, which change nothing without `additional_config["kvllm"]`. Can run twice."""
     from vllm.version import __version__ as version
 
     if not is_supported(version):
@@ -23,12 +23,12 @@ def register() -> None:
     from kvllm.engine.stats import core_stats
 
     apply_patches()
-    # A new utility method, callable from the process that holds the client.
+    # A utility method that the client's process can call.
     EngineCore.kvllm_stats = core_stats  # type: ignore[attr-defined]
 
 
 def is_supported(version: str) -> bool:
-    """Whether `version`, such as 0.33.0+cpu, is of a release that KvLLM was checked with."""
+    """Whether `version`, such as 0.33.0+cpu, belongs to a supported release."""
     return ".".join(version.split(".")[:2]) in RELEASES
 
 
@@ -44,7 +44,7 @@ def _refuse_when_configured(version: str) -> None:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if CONFIG_KEY in (self.additional_config or {}):
             raise UsageError(
-                f"vllm=={version}: this KvLLM works with vLLM {' and '.join(RELEASES)}; install one of these "
+                f"vllm=={version}: this version of KvLLM supports vLLM {' and '.join(RELEASES)}; install one of these "
                 f"releases, or remove {CONFIG_KEY!r} from additional_config."
             )
         return original(self, *args, **kwargs)

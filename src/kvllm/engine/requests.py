@@ -1,4 +1,4 @@
-"""Checking requests on arrival: what cannot be served is refused before it is queued, with HTTP 400 over HTTP."""
+"""Checks requests on arrival: one that cannot be served is refused before it is queued (with HTTP 400 by servers)."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _SMALLEST_POOL = "kvllm_smallest_pool"  # attribute of vLLM's CacheConfig
 
 
 def check_engine_request(processor: InputProcessor, request: EngineCoreRequest) -> None:
-    """Check a request that `processor` has just built, and cap its `max_tokens` where the client left it out.
+    """Check a request that `processor` has just built, and cap its `max_tokens` if the client left it out.
 
-    Raises VLLMValidationError for a request that compression cannot serve, naming the parameter at fault.
+    Raises VLLMValidationError, with the parameter at fault, for a request that cannot be served.
     """
     params = request.sampling_params
     if params is None or kv_config(processor.vllm_config) is None:
@@ -47,13 +47,13 @@ def check_engine_request(processor: InputProcessor, request: EngineCoreRequest) 
 
 
 def note_front_end(engine: AsyncLLM) -> None:
-    """Give the output processor of a server what `watch_request` needs: its check, and whether to log requests."""
+    """Give a server's output processor what `watch_request` needs: the request check, and whether to log requests."""
     if (check := vars(engine.input_processor).get("kvllm_check")) is not None:
         vars(engine.output_processor)["kvllm_front_end"] = (check, engine.log_requests)
 
 
 def watch_request(processor: OutputProcessor, request: EngineCoreRequest, queue: RequestOutputCollector) -> None:
-    """Note what a server must know of a request when it ends."""
+    """Record what the server needs when the request ends, to count what was kept."""
     params, front_end = request.sampling_params, vars(processor).get("kvllm_front_end")
     if params is not None and front_end is not None:
         check, log = front_end
@@ -62,11 +62,11 @@ def watch_request(processor: OutputProcessor, request: EngineCoreRequest, queue:
 
 
 def note_beam_search(vllm_config: VllmConfig, params: object) -> None:
-    """Say once that beam search is not compressed."""
+    """Warn, once, that beam search is not compressed."""
     if isinstance(params, BeamSearchParams) and kv_config(vllm_config) is not None:
         logger.warning_once(
-            "KvLLM: beam search is not compressed: vLLM runs each of its steps as a new request for one token, whose "
-            "prompt is all the text so far. Sampling (n > 1) is compressed."
+            "KvLLM: beam search is not compressed, because vLLM runs each of its steps as a new request for one token "
+            "with the whole text as its prompt. Sampling (n > 1) is compressed."
         )
 
 
@@ -77,8 +77,8 @@ def note_pool(cache_config: CacheConfig, num_blocks: int) -> None:
 
 
 def usable_blocks(cache_config: CacheConfig) -> int:
-    """Blocks that one request can have on any engine: the pool less its null block; 0 where it is not known here."""
-    # An engine in this process reports nothing: `num_gpu_blocks` is then its own.
+    """Blocks that one request can have on any engine: the pool without its null block; 0 if the pool is not known."""
+    # An engine in this process does not report its pool; `num_gpu_blocks` is then its own.
     num_blocks = getattr(cache_config, _SMALLEST_POOL, None) or cache_config.num_gpu_blocks or 0
     return max(num_blocks - 1, 0)
 
@@ -94,8 +94,8 @@ class RequestCheck:
         self.block_size = vllm_config.cache_config.block_size
         self.geometries = Geometries.of_engine(vllm_config)
         self.groups = groups_of_engine(vllm_config)
-        # What vLLM puts in place of a max_tokens that was left out: the model's own default, or that of SamplingParams
-        # and /v1/completions. (Elsewhere it is what max_model_len leaves.)
+        # vLLM's defaults for a max_tokens that was left out: the model's, or that of SamplingParams and
+        # /v1/completions. (Elsewhere it is all that max_model_len allows.)
         self.default_max_tokens = {
             SamplingParams().max_tokens, vllm_config.model_config.get_diff_sampling_param().get("max_tokens"),
         }  # fmt: skip
@@ -114,7 +114,7 @@ class RequestCheck:
 
     @staticmethod
     def _check_names(params: SamplingParams) -> None:
-        """Names close to ours are misspelt: what nobody reads would have no effect."""
+        """Refuse misspelt names of our parameters, which would have no effect."""
         extra = params.extra_args or {}
         for name in extra:
             if name not in PARAMETERS and (meant := difflib.get_close_matches(str(name), PARAMETERS, 1, 0.8)):
@@ -127,7 +127,7 @@ class RequestCheck:
             ratio = request_ratio(self.config, params)
             if not self.config.allows_ratio(ratio):
                 raise UsageError(
-                    f"{RATIO_KEY}={ratio}: this server allows {self._allowed()}. Leave {RATIO_KEY} out for the "
+                    f"{RATIO_KEY}={ratio}: this server allows {self._allowed()}. Leave {RATIO_KEY} out to use the "
                     "server's own ratio; its operator can allow others with --request-ratios."
                 )
             return self.geometries.of_ratio(ratio)
@@ -141,69 +141,69 @@ class RequestCheck:
         return ", ".join([f"{own}", *(str(low) if low == high else f"{low}-{high}" for low, high in others)])
 
     def _check_resumable(self, geometry: RequestGeometry | None, num_blocks: int) -> None:
-        """A streaming input session has no prompt whose length is known when it starts."""
+        """Check a streaming input session, whose prompt length is not known when it starts."""
         if geometry is not None:
             remedy = f"send the request with {RATIO_KEY}=1.0"
             if not self.config.allows_ratio(1.0):
-                remedy += ", which the server's operator must allow first, with --request-ratios 1.0"
+                remedy += ", which the server's operator must first allow with --request-ratios 1.0"
             raise VLLMValidationError(f"streaming input sessions cannot be compressed; {remedy}", parameter="resumable")
         max_model_len = self.vllm_config.model_config.max_model_len
         if num_blocks and self._peak_blocks(None, 0, max_model_len) > num_blocks:
             most = self._max_tokens_that_fit(None, 0, num_blocks)
             raise VLLMValidationError(
-                f"a streaming input session may grow to max_model_len={max_model_len} tokens and is not compressed, "
-                f"and the KV cache holds {most}; start the server with a --max-model-len of at most {most}, or with a "
-                "larger KV cache",
+                f"a streaming input session is not compressed and may grow to max_model_len={max_model_len} tokens, "
+                f"but the KV cache holds only {most}; start the server with a --max-model-len of at most {most}, or "
+                "with a larger KV cache",
                 parameter="resumable",
             )
 
     def _fit(
         self, params: SamplingParams, geometry: RequestGeometry | None, num_prompt_tokens: int, num_blocks: int
     ) -> SamplingParams:
-        """Cap or refuse a request that cannot run to its end alone in a pool of `num_blocks` blocks."""
+        """Cap or refuse a request that could not finish even if it had all `num_blocks` blocks of the pool."""
         max_model_len = self.vllm_config.model_config.max_model_len
-        room = max_model_len - num_prompt_tokens
-        max_tokens = min(params.max_tokens or room, room)
+        max_generated = max_model_len - num_prompt_tokens
+        max_tokens = min(params.max_tokens or max_generated, max_generated)
         needed = self._peak_blocks(geometry, num_prompt_tokens, max_tokens)
         if needed <= num_blocks:
             return params
         most = self._max_tokens_that_fit(geometry, num_prompt_tokens, num_blocks)
         if most < 1:
-            # Before the first token nothing has been compressed, whatever the ratio.
+            # Nothing is compressed before the first token, whatever the ratio.
             capacity = self._max_tokens_that_fit(None, 0, num_blocks)
             raise VLLMValidationError(
                 f"a prompt of {num_prompt_tokens} tokens does not fit: prompt and first generated token must fit in "
                 f"the KV cache, which holds {capacity} tokens; use a prompt of at most {capacity - 1} tokens, or start "
                 "the server with a larger KV cache (--gpu-memory-utilization, --kv-cache-memory-bytes)",
-                parameter="input_tokens",  # vLLM's name for it, in its refusal of prompts beyond max_model_len
+                parameter="input_tokens",  # as vLLM calls it when it refuses prompts beyond max_model_len
             )
-        # vLLM fills in a max_tokens that was left out before the request gets here. A client that asks for as much as
-        # max_model_len allows, or for exactly a default, cannot be told from one that asks for nothing.
-        if max_tokens == room or max_tokens in self.default_max_tokens:
+        # vLLM has already filled in a max_tokens that was left out. So a client that asks for all that max_model_len
+        # allows, or for exactly a default, cannot be told apart from one that left it out.
+        if max_tokens == max_generated or max_tokens in self.default_max_tokens:
             if params.min_tokens > most:
                 other = self._other_ratio(num_prompt_tokens, params.min_tokens, num_blocks)
                 raise VLLMValidationError(
                     f"min_tokens={params.min_tokens}: with a prompt of {num_prompt_tokens} tokens at most {most} more "
-                    f"fit in the KV cache; use min_tokens of at most {most}{other}",
+                    f"fit in the KV cache; use a min_tokens of at most {most}{other}",
                     parameter="min_tokens",
                 )
-            capped = copy.copy(params)  # the caller may use its own for other prompts
+            capped = copy.copy(params)  # the caller may reuse the original for other prompts
             capped.max_tokens = most
             return capped
-        remedy = f"Use max_tokens of at most {most}{self._other_ratio(num_prompt_tokens, max_tokens, num_blocks)}."
+        remedy = f"Use a max_tokens of at most {most}{self._other_ratio(num_prompt_tokens, max_tokens, num_blocks)}."
         if geometry is not None and geometry.prompt_shape(num_prompt_tokens):
             due = geometry.event_at(num_prompt_tokens, 0)
             if num_prompt_tokens + most < due:
                 raise VLLMValidationError(
                     f"prefix_budget_exhausted: a prompt of {num_prompt_tokens} tokens is cut to "
-                    f"prompt_budget={geometry.prompt_budget} once {due - num_prompt_tokens} tokens are generated, and "
-                    f"takes {self._peak_blocks(None, 0, due)} KV blocks until then; the pool has {num_blocks}. "
-                    f"{remedy} A shorter prompt helps too.",
+                    f"prompt_budget={geometry.prompt_budget} after {due - num_prompt_tokens} generated tokens, and "
+                    f"until then the request needs {self._peak_blocks(None, 0, due)} KV blocks, but the pool has "
+                    f"{num_blocks}. {remedy} A shorter prompt helps too.",
                     parameter="max_tokens",
                 )
         raise VLLMValidationError(
             f"max_tokens={max_tokens}: with a prompt of {num_prompt_tokens} tokens this request needs {needed} KV "
-            f"blocks at its peak and the pool has {num_blocks}. {remedy}",
+            f"blocks at its peak, but the pool has {num_blocks}. {remedy}",
             parameter="max_tokens",
         )
 
@@ -213,7 +213,7 @@ class RequestCheck:
         return self._own_blocks(geometry, num_prompt_tokens, total) + self._local_blocks(total)
 
     def _own_blocks(self, geometry: RequestGeometry | None, num_prompt_tokens: int, num_tokens: int) -> int:
-        """Of the groups that are compressed."""
+        """`_peak_blocks` of the compressed groups."""
         if geometry is None:
             return self.groups.num_full * ceil_div(num_tokens, self.block_size)
         late = num_late_events(self.vllm_config)
@@ -228,7 +228,7 @@ class RequestCheck:
         return self.groups.local_blocks(num_tokens, self.block_size, self.vllm_config.max_in_flight_tokens)
 
     def _max_tokens_that_fit(self, geometry: RequestGeometry | None, num_prompt_tokens: int, num_blocks: int) -> int:
-        """Most tokens that the request can generate; 0 or less where not even one."""
+        """The most tokens that the request can generate; 0 or less if not even one."""
         if geometry is not None:
             fitting = geometry.max_tokens_that_fit(
                 num_prompt_tokens, num_blocks, self._local_blocks,
@@ -240,7 +240,7 @@ class RequestCheck:
         return whole * self.block_size - num_prompt_tokens
 
     def _other_ratio(self, num_prompt_tokens: int, num_generated: int, num_blocks: int) -> str:
-        """The highest allowed ratio with which the request would fit, as another remedy; "" if there is none."""
+        """A further remedy: the highest allowed ratio with which the request would fit; "" if there is none."""
         for ratio in sorted(self.config.all_ratios, reverse=True):
             geometry = self.geometries.of_ratio(ratio)
             if self._peak_blocks(geometry, num_prompt_tokens, num_generated) <= num_blocks:

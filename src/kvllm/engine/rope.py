@@ -1,4 +1,4 @@
-"""The rotary embedding of each compressed layer of a model inside vLLM, as the methods need to know it."""
+"""Finds the rotary embedding of each compressed layer of a model in vLLM."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _HIDDEN_STATES = "hidden_states"
 
 
 def rope_of(model: nn.Module, layers: Sequence[Any], config: Any, device: torch.device | str) -> Rope | None:
-    """The rotary embedding of these attention layers, in this order; None where no layer has one.
+    """The rotary embedding of these attention layers, in this order; None if no layer has one.
 
-    layers: vLLM's `Attention` layers of `model`, those that are compressed; config: vLLM's `ModelConfig`
-    Raises UsageError where a layer's rotary embedding is not known. Runs each layer's projection of the queries once.
+    layers: the compressed `Attention` layers of `model`; config: vLLM's `ModelConfig`
+    Runs each layer's query projection once. Raises UsageError if it cannot determine a layer's rotary embedding.
     """
     try:
         positions = probe_positions(config.max_model_len, device)
@@ -51,9 +51,10 @@ def rope_of(model: nn.Module, layers: Sequence[Any], config: Any, device: torch.
                 states = probe_hidden_states(len(positions), config.get_hidden_size(), config.dtype, device)
                 queries = [_layer_queries(*pair, positions, states) for pair in zip(parents, layers, strict=True)]
             return Rope.of_layers([matching_rope(q, positions, candidates) for q in queries])
-    except Exception as e:  # whatever a model's own code makes of being asked
+    except Exception as e:  # a model's own code may fail in any way
         raise UsageError(
-            f"KvLLM: how {type(model).__name__} rotates its queries is not known ({type(e).__name__}: {e}); {REMEDY}."
+            f"KvLLM could not determine the rotary embedding of {type(model).__name__} ({type(e).__name__}: {e}); "
+            f"{REMEDY}."
         ) from e
 
 
@@ -61,11 +62,11 @@ def _parent_of(layer: nn.Module, model: nn.Module) -> nn.Module:
     for module in model.modules():
         if any(child is layer for child in module.children()):
             return module
-    raise ValueError(f"no module of the model holds the layer {getattr(layer, 'layer_name', '')}")
+    raise ValueError(f"no module of the model contains the layer {getattr(layer, 'layer_name', '')}")
 
 
 def _layer_queries(parent: nn.Module, layer: Any, positions: Tensor, states: Tensor) -> Tensor:
-    """[num_positions, num_heads, head_dim]: what an attention module of vLLM hands its attention layer."""
+    """The queries that a vLLM attention module passes to its attention layer, [num_positions, num_heads, head_dim]."""
     arguments: dict[str, Tensor] = {}
     for name, parameter in inspect.signature(parent.forward).parameters.items():
         if name in _POSITIONS:
@@ -74,7 +75,7 @@ def _layer_queries(parent: nn.Module, layer: Any, positions: Tensor, states: Ten
             arguments[name] = states
         elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
             if not arguments.keys() & set(_POSITIONS):
-                arguments[_POSITIONS[0]] = positions  # for a module that takes what it gets; others do not look at it
+                arguments[_POSITIONS[0]] = positions  # modules that do not use it ignore it
         else:
             raise ValueError(f"{type(parent).__name__}.forward takes {name}")
     taken: list[Tensor] = []
@@ -92,7 +93,7 @@ def _layer_queries(parent: nn.Module, layer: Any, positions: Tensor, states: Ten
 
 
 class _Taken(Exception):
-    """The queries are there; what comes after them is not computed."""
+    """Raised once the queries are known, to skip the rest of the forward pass."""
 
 
 def _decoder_queries(
@@ -103,9 +104,9 @@ def _decoder_queries(
     positions: Tensor,
     config: Any,
 ) -> list[Tensor]:
-    """The same for each layer of the Transformers backend, whose layers get their rotation from the decoder.
+    """`_layer_queries` for the Transformers backend, whose layers get their rotation from the decoder.
 
-    The other layers of attention run as well, and compute none either.
+    The other attention layers run as well, but with zeros as their attention output, too.
     """
     every = [*layers, *(other for other in others if not any(other is layer for layer in layers))]
     taken: list[list[Tensor]] = [[] for _ in every]
@@ -130,8 +131,8 @@ def _by_head(taken: list[Tensor], layer: Any) -> Tensor:
 
 @contextmanager
 def _replaced(owners: Sequence[Any], name: str, values: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
-    """While this is open, these objects have their own value of an attribute of their class."""
-    # Not a hook: the Transformers backend calls its layers' `forward` itself.
+    """Within this context, override an attribute of the class on each of these objects."""
+    # Not a hook, since the Transformers backend calls its layers' `forward` directly.
     for owner, value in zip(owners, values, strict=True):
         assert name not in vars(owner)
         setattr(owner, name, value)
@@ -144,23 +145,23 @@ def _replaced(owners: Sequence[Any], name: str, values: Sequence[Callable[..., T
 
 @contextmanager
 def _without_lora(model: nn.Module) -> Iterator[None]:
-    """While this is open LoRA adds nothing: which adapter a token has is said only once a batch is there."""
+    """Within this context LoRA adds nothing: without a batch, no adapter is chosen for the tokens."""
     adapted = [module for module in model.modules() if isinstance(module, BaseLinearLayerWithLoRA)]
     with _replaced(adapted, "_apply_lora_to_output", [lambda x, output: output] * len(adapted)):
         yield
 
 
 def _candidates(model: nn.Module) -> list[Rope]:
-    """What the rotary modules of vLLM in the model do, those of other parts of it included: a match decides."""
+    """The rotary embeddings of all vLLM rotary modules in the model, including parts other than the decoder."""
     ropes = (_rope(module) for module in model.modules())
     return [rope for rope in ropes if rope is not None]
 
 
 def _rope(module: nn.Module) -> Rope | None:
-    # Computed anew, since the module's own table is rounded to the model's dtype. It holds cosines and sines, as the
-    # module's scaling has them; the angle between the first two positions is what one token rotates.
+    # Recomputed, since the module's own table is rounded to the model's dtype. The table holds scaled cosines and
+    # sines; the angle between the first two positions is the rotation per token.
     if isinstance(module, Phi3LongRoPEScaledRotaryEmbedding):
-        # vLLM chooses by max_model_len, once for all texts.
+        # vLLM chooses once, by max_model_len.
         factors = module.long_factor if module.use_long_rope else module.short_factor
         table, neox = module._compute_cos_sin_cache(2, factors, 1.0), True
     elif isinstance(module, RotaryEmbeddingBase):

@@ -1,4 +1,4 @@
-"""Compression beside vLLM's V1 model runner, which the CPU platform uses."""
+"""Compression for vLLM's V1 model runner, which the CPU platform uses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
 
 def compressor_v1(runner: Any) -> CompressorV1 | CompressorsV1:
-    """What compresses the layers of vLLM's V1 runner, whose model is loaded."""
+    """The compressor, or compressors, of vLLM's V1 runner, whose model must be loaded."""
     config = kv_config(runner.vllm_config)
     assert config is not None
     made = [CompressorV1(runner, config)]
@@ -53,7 +53,7 @@ class CompressorsV1:
 
     def __init__(self, parts: list[CompressorV1]) -> None:
         self.parts = parts
-        self.state = parts[0].state  # whose stopwatch counts for all
+        self.state = parts[0].state  # its stopwatch is shared by all
 
     def release(self, scheduler_output: SchedulerOutput) -> None:
         for part in self.parts:
@@ -69,10 +69,10 @@ class CompressorsV1:
 
 
 class CompressorV1:
-    """Compresses due windows before a step's attention, and joins the two segments of what the attention reads.
+    """Compresses due windows before a step's attention, and joins the two segments that attention reads.
 
-    Of all compressed layers, or of one group of them. `runner` is vLLM's V1 runner with its model loaded. Requests are
-    known by their ids: the runner moves their rows.
+    For all compressed layers, or for one part of them. `runner` is vLLM's V1 runner with its model loaded. Requests are
+    identified by id, since the runner moves its rows.
     """
 
     part = 0
@@ -99,10 +99,10 @@ class CompressorV1:
             CpuStore(config, self.state.bank, self.geometries.block_size, runner.max_model_len, layers=self.layers)
         )
         self.running = RunningRequests(runner.max_num_reqs)
-        # What the current step stores, and what its attention leaves out; None where it is nothing.
+        # Of the current step: the queries to store, and the tokens that attention skips; None if there are none.
         self.targets: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.captured: Tensor | None = None  # [num_layers, num_targets, num_heads, head_dim]
-        self.num_captured = 0  # layers whose queries are in it; with the last of them all are stored
+        self.num_captured = 0  # layers captured so far; after the last one, all are stored
         self.num_removed: IntArray | None = None
         capture_queries(self.layers, self._capture, "cpu")
         for each in self.layers:
@@ -112,15 +112,15 @@ class CompressorV1:
         logger.info("KvLLM: %s, query bank of %.0f MiB", config, self.state.bank.num_bytes / 2**20)
 
     def release(self, scheduler_output: SchedulerOutput) -> None:
-        """Forget the requests that no longer run: called in every step, before the runner updates its own states.
+        """Release the rows of requests that no longer run: called in every step, before the runner updates its state.
 
-        A preempted request may be resumed, and the id of a finished one used again, in the same step.
+        In the same step a preempted request may resume, and the id of a finished one may be reused.
         """
         self.running.release(scheduler_output.finished_req_ids)
         self.running.release(scheduler_output.preempted_req_ids or ())
 
     def skip_step(self) -> None:
-        """Prepare a step that is not a real batch."""
+        """Prepare a dummy run."""
         self.captured = self.targets = self.num_removed = None
 
     def begin_step(self, num_scheduled_tokens: dict[str, int]) -> None:
@@ -144,13 +144,13 @@ class CompressorV1:
 
     @cached_property
     def group(self) -> int:
-        """The KV cache group that is compressed; known once vLLM has made its groups."""
+        """The index of the compressed KV cache group; known once vLLM has made its groups."""
         groups = compressed_groups(self.runner.kv_cache_config, self.geometries.block_size, self.num_parts)
         return groups[self.part]
 
     @cached_property
     def blocks_per_block(self) -> int:
-        """Kernel blocks in a block of the allocator."""
+        """Kernel blocks per allocator block."""
         assert self.state.store is not None
         block_size = self.geometries.block_size
         size = compressed_block_size(self.runner.kv_cache_config, block_size, self.num_parts)
@@ -178,12 +178,12 @@ class CompressorV1:
             return
         torch.index_select(query, 0, self.targets[0], out=self.captured[layer])
         self.num_captured += 1
-        if self.num_captured == len(self.captured):  # in this step, so that no dummy run comes between
+        if self.num_captured == len(self.captured):  # stored within the step, before any dummy run
             self.state.bank.put(self.captured, self.targets)
             self.captured = self.targets = None
 
     def _shorten(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """`metadata` as the physical cache has it; slot mapping and positions stay logical."""
+        """`metadata` with physical lengths and block table; slot mapping and positions stay logical."""
         if self.num_removed is None:
             return metadata
         num_reqs, store = len(self.num_removed), self.state.store

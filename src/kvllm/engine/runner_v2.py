@@ -1,7 +1,8 @@
-"""Compression inside vLLM's V2 model runner, the default on GPUs, under full CUDA graphs.
+"""Compression in vLLM's V2 model runner, the default on GPUs, under full CUDA graphs.
 
-Whatever a captured graph reads keeps its address: the query bank, the codes that say where each token's queries go, the
-physical sequence lengths, and vLLM's own gathered block tables, which are refilled every step and joined in place.
+All that a captured graph reads keeps its address: the query bank, the codes that say where each token's queries are
+stored, the physical sequence lengths, and vLLM's gathered block tables, which are refilled every step and joined in
+place.
 """
 
 from __future__ import annotations
@@ -52,32 +53,32 @@ from kvllm.support import model_state_reasons
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
-_LARGE_BANK = 0.05  # share of the device's memory from which on a max_num_seqs that was asked for is worth a thought
+_LARGE_BANK = 0.05  # share of the device's memory above which a warning suggests a lower max_num_seqs
 
 
 @cache
 def compressing(cls: type) -> type:
-    """`cls` with compression; UsageError for a model state of which we do not know what it does."""
+    """`cls` with compression; UsageError for a model state that is not supported."""
     for reason in model_state_reasons(cls):
         raise UsageError(f"KvLLM does not support {reason}.")
     return KvModelState if cls is DefaultModelState else KvHybridModelState
 
 
-# For the type checker a model state; at run time the classes below put one behind the mixin.
+# A model state for the type checker; at run time the classes below combine the mixin with one.
 Base: Any = DefaultModelState if TYPE_CHECKING else object
 
 
 class Part:
-    """Layers that are compressed alike, which are one KV cache group.
+    """The compressed layers of one KV cache group, which have the same retention ratio (`KvConfig.parts`).
 
-    group: the number of that group, once vLLM has made its groups
+    group: the index of that group, once vLLM has made its groups
     """
 
     packed: PackedSurvivors | None = None
 
     group = 0
-    blocks_per_block = 1  # kernel blocks in a block of the allocator
-    kernel_table: Tensor | None = None  # where they are not the same: [max_num_reqs, most kernel blocks]
+    blocks_per_block = 1  # kernel blocks per allocator block
+    kernel_table: Tensor | None = None  # [max_num_reqs, most kernel blocks], if the two block sizes differ
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class Part:
         rope: Rope | None,
         stopwatch: Stopwatch | None = None,
     ) -> None:
-        """config: of these layers, by name, which all have its ratio; rope: theirs; stopwatch: as of `WorkerState`"""
+        """config, rope: of these layers; layers: by name; stopwatch: as in `WorkerState`"""
         self.config = config
         self.device, self.dtype = state.device, state.dtype
         self.layers = list(layers.values())
@@ -110,14 +111,17 @@ class Part:
             for each in self.layers:
                 each.attn_backend = kernel_block_backend(each.attn_backend, block_size)
         if is_quantized_kv_cache(layer.kv_cache_dtype):
-            capture_queries(self.layers, self._store, "cuda")  # what is quantised, vLLM writes itself
+            capture_queries(self.layers, self._store, "cuda")  # vLLM itself quantises and writes keys and values
         else:
             store_with_queries(self.layers, self._store, "cuda")
-        # Around the above: attention over packed survivors needs nothing of what a layer stores, and starts beside it.
+        # Wraps the above: attention over packed survivors does not depend on what a layer stores, so it starts first.
         self.packed = PackedSurvivors(self.layers, rounding, self.dtype) if rounding is not None else None
 
     def set_group(self, group: int, allocator_block_size: int, block_table: Tensor) -> None:
-        """Take a KV cache group; block_table: [max_num_reqs, any], vLLM's own of that group"""
+        """Set the KV cache group.
+
+        block_table: [max_num_reqs, any], vLLM's block table of that group
+        """
         self.group = group
         self.blocks_per_block = allocator_block_size // self.geometries.block_size
         if self.blocks_per_block > 1:
@@ -126,11 +130,11 @@ class Part:
             self.kernel_table = torch.zeros(shape, dtype=torch.int32, device=self.device)
 
     def paged_cache(self) -> PagedCache:
-        """The layers' KV caches, which vLLM has allocated."""
+        """The layers' KV caches, once vLLM has allocated them."""
         pairs = [layer.kv_cache.transpose(1, 2).split(layer.head_size, dim=-1) for layer in self.layers]
         scales: tuple[Tensor | None, Tensor | None] = (None, None)
         if pairs[0][0].dtype.itemsize == 1:
-            # Queries reach the backend quantised too: their scale goes into the logits with the keys'.
+            # Queries reach the backend quantised, too: their scale multiplies the logits, as the keys' does.
             k_scale = [layer._k_scale_float * self._query_scale(layer) for layer in self.layers]
             v_scale = [layer._v_scale_float for layer in self.layers]
             scales = (torch.tensor(k_scale, device=self.device), torch.tensor(v_scale, device=self.device))
@@ -159,7 +163,7 @@ class Part:
         return float(layer._q_scale_float) if layer.impl.supports_quant_query_input else 1.0
 
     def _store(self, layer: int, query: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor | None = None) -> None:
-        if self.cache is None:  # a run that only measures memory
+        if self.cache is None:  # vLLM's memory profiling run
             return
         state = self.compression
         assert query.shape[0] <= len(state.codes)
@@ -168,15 +172,15 @@ class Part:
         store_tokens(queries, state.bank, layer, state.codes, pairs)
 
     def begin_step(self, input_batch: InputBatch, block_table: Tensor) -> None:
-        """Compress what is due, then join the segments of the step's block table and lengths.
+        """Compress what is due, then join the two segments in the step's block table and sequence lengths.
 
-        block_table: [num_reqs, any], of the group; joined in place, or in `kernel_table`
+        block_table: [num_reqs, any], the group's; joined in place, or in `kernel_table`
         """
         num_reqs, state = input_batch.num_reqs, self.compression
         table = in_kernel_blocks(block_table, self.blocks_per_block, self.kernel_table)
         rows, computed = input_batch.idx_mapping_np[:num_reqs], input_batch.num_computed_tokens_np[:num_reqs]
         self.num_removed = state.begin_step(rows, computed, input_batch.req_ids, table)
-        # Staged where the GPU can read it, which it may do after this step.
+        # A new pinned tensor for every step, since the GPU may read it after the step.
         size = state.plan_size + input_batch.num_tokens_after_padding
         staged = torch.empty(size, dtype=torch.int32, pin_memory=is_pin_memory_available())
         counts = input_batch.num_scheduled_tokens[:num_reqs]
@@ -192,7 +196,7 @@ class Part:
         )  # fmt: skip
 
     def lengths(self, input_batch: InputBatch, is_real: bool) -> tuple[Tensor, Tensor]:
-        """What attention gets as `seq_lens` and `seq_lens_cpu_upper_bound`; in a dummy run the batch's own."""
+        """Attention's `seq_lens` and `seq_lens_cpu_upper_bound`: the physical ones; in a dummy run the batch's own."""
         seq_lens = self.seq_lens[: input_batch.seq_lens.shape[0]]
         upper_bound = input_batch.seq_lens_cpu_upper_bound.clone()
         if is_real:
@@ -205,21 +209,21 @@ class Part:
         return seq_lens, upper_bound
 
     def tables(self, block_tables: tuple[Tensor, ...], attn_groups: list[Any]) -> tuple[Tensor, ...]:
-        """The block tables of a step with kernel blocks for these attention groups, which are the part's own."""
+        """A step's block tables, in kernel blocks for the part's own attention groups `attn_groups`."""
         if self.kernel_table is None:
             return block_tables
         tables = list(block_tables)
         tables[self.group] = self.kernel_table[: len(block_tables[self.group])]
         for attn_group in attn_groups:
-            attn_group.kernel_block_size = None  # the table has kernel blocks already
+            attn_group.kernel_block_size = None  # the table is in kernel blocks already
         return tuple(tables)
 
 
 class StateMixin(Base):
-    """What compression adds to a model state: due windows are compressed before a step, and what its attention reads is
-    joined.
+    """Adds compression to a model state: due windows are compressed before a step, and the segments that its attention
+    reads are joined.
 
-    parts: what is compressed alike, in most cases all layers of full attention (`KvConfig.parts`)
+    parts: one for each ratio (`KvConfig.parts`); in most cases one, with all full-attention layers
     """
 
     parts: list[Part]
@@ -237,12 +241,12 @@ class StateMixin(Base):
             rope = rope_of(model, list(layers.values()), vllm_config.model_config, device) if uses_rope else None
             stopwatch = self.compression.stopwatch if self.parts else None
             self.parts.append(Part(self, part_config, layers, rope, stopwatch))
-        self.prepared: InputBatch | None = None  # the real batch that preprocess_state has planned
+        self.prepared: InputBatch | None = None  # the real batch for which preprocess_state was called
         self._log_bank_size(torch.cuda.get_device_properties(device).total_memory)
 
     @property
     def compression(self) -> WorkerState:
-        """Of the first part, whose stopwatch counts for all."""
+        """The first part's state, whose stopwatch all parts share."""
         return self.parts[0].compression
 
     def _log_bank_size(self, total: int) -> None:
@@ -250,7 +254,7 @@ class StateMixin(Base):
         logger.info("KvLLM: %s, query bank of %.2f GiB for max_num_seqs=%d", self.config, size / 2**30, seqs)
         if size > _LARGE_BANK * total:
             logger.warning(
-                "KvLLM: the query bank takes %.0f%% of the GPU's memory; a max_num_seqs below %d leaves more of it to "
+                "KvLLM: the query bank takes %.0f%% of the GPU's memory; use a max_num_seqs below %d to leave more to "
                 "the KV cache.",
                 100 * size / total,
                 seqs,
@@ -271,7 +275,7 @@ class StateMixin(Base):
         for part, group in zip(self.parts, groups, strict=True):
             if block_tables.block_sizes[group] != allocator_block_size:
                 raise UsageError(
-                    f"KvLLM needs block tables with blocks of {allocator_block_size} tokens; vLLM made "
+                    f"KvLLM needs block tables with blocks of {allocator_block_size} tokens, but vLLM made blocks of "
                     f"{block_tables.block_sizes[group]}."
                 )
             part.set_group(group, allocator_block_size, block_tables.input_block_tables[group])
@@ -284,11 +288,11 @@ class StateMixin(Base):
         kv_cache_config: Any,
         num_computed_tokens: Tensor,
     ) -> None:
-        """Compress what is due, then join the segments of the step's block tables and lengths. Real batches only."""
+        """Compress what is due, then join the segments in block tables and lengths. Called for real batches only."""
         for part in self.parts:
             part.begin_step(input_batch, block_tables[part.group])
         self.prepared = input_batch
-        # Behind the events: it may write to blocks that they have emptied.
+        # After the events, since it may write to blocks that they have emptied.
         super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
 
     def prepare_attn(
@@ -301,9 +305,9 @@ class StateMixin(Base):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Attention metadata over the physical lengths; in dummy runs, which hold nothing, over the given ones.
+        """Attention metadata with the physical lengths; in dummy runs with the batch's own.
 
-        Each part gets it from a call of its own, and all other groups from one, with the lengths of the text.
+        Calls vLLM's `prepare_attn` once for each part, and once, with the logical lengths, for all other groups.
         """
 
         def prepare(wanted: Collection[int], tables: tuple[Tensor, ...]) -> dict[str, Any]:
@@ -323,18 +327,18 @@ class StateMixin(Base):
 
 
 class KvModelState(StateMixin, DefaultModelState):
-    """The state of a model with layers of attention alone."""
+    """The state of a model that has attention layers only."""
 
 
 class KvHybridModelState(StateMixin, MambaHybridModelState):
-    """The state of a model that has recurrent layers as well, which are left to vLLM."""
+    """The state of a model that also has recurrent layers, which are left to vLLM."""
 
 
 @contextmanager
 def physical_lengths(input_batch: Any, seq_lens: Tensor, upper_bound: Tensor) -> Iterator[None]:
-    """While this is open the batch has these lengths; then its own again, since sampling counts the text's tokens.
+    """Within this context the batch has these lengths. Afterwards it has its own again, which sampling needs.
 
-    In place: a copy of the batch would take ten times as long.
+    In place, since copying the batch would take ten times as long.
     """
     logical = input_batch.seq_lens, input_batch.seq_lens_cpu_upper_bound
     input_batch.seq_lens, input_batch.seq_lens_cpu_upper_bound = seq_lens, upper_bound

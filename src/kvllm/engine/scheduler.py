@@ -1,4 +1,4 @@
-"""vLLM's schedulers, told what each request's geometry is and where a resumed one must pause."""
+"""vLLM's schedulers with compression: they know each request's geometry, and end prefill chunks at its events."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
-# For the type checker a scheduler; at run time the classes below put one behind the mixin.
+# A scheduler for the type checker; at run time the classes below combine the mixin with one.
 Base: Any = Scheduler if TYPE_CHECKING else object
-# Requests by the id of their geometry: prompt, computed tokens and the most that each may generate.
+# Requests by the id() of their geometry: prompt length, computed tokens and max_tokens of each.
 ByGeometry = dict[int, tuple["RequestGeometry", list[tuple[int, int, int]]]]
 
 
 class CompressionMixin(Base):
-    """What compression adds to a scheduler: the layout itself follows from what vLLM already knows."""
+    """Adds compression to a scheduler."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = kv_config(self.vllm_config)
-        assert config is not None, "the KvLLM scheduler runs only where KvLLM is configured"
+        assert config is not None, "the KvLLM scheduler runs only if KvLLM is configured"
         coordinator = self.kv_cache_manager.coordinator
         self.groups = checked_groups(self.vllm_config, self.kv_cache_config)
         self.geometries = Geometries.of_engine(self.vllm_config)
-        # Of the group that is compressed; vLLM's `block_size` is a multiple, where states have blocks of other lengths.
+        # The compressed groups' block size; with recurrent layers vLLM's own `block_size` can be a multiple of it.
         self.kv_block_size = compressed_block_size(self.kv_cache_config, self.geometries.block_size, len(config.parts))
         self.num_late = num_late_events(self.vllm_config)
         self.kv_managers = [m for m in coordinator.single_type_managers if isinstance(m, KvManager)]
         for manager in self.kv_managers:
             manager.bind(self._compressed, self.num_late)
         if self.groups.local is not None:
-            # Managers of other groups do not know that generated tokens of compressed requests have no hashes.
+            # The other groups' managers do not know that generated tokens of compressed requests have no hashes.
             coordinator.cache_blocks = only_hashed(coordinator.cache_blocks, self.hash_block_size)
         self.peak_used_blocks = 0
         self.num_preemptions = 0
@@ -66,8 +66,8 @@ class CompressionMixin(Base):
         geometry = self.geometries.of_ratio(config.mean_ratio)
         logger.info("%s", summary(self.vllm_config, config, geometry, num_blocks, pages, self.kv_block_size))
         self.own_watermark_blocks = self.kv_cache_manager.watermark_blocks
-        # Route every chunk through `_mamba_block_aligned_split`, where upstream itself clips prefills, resumed ones
-        # included, at the boundaries where it keeps recurrent states.
+        # Makes vLLM call `_mamba_block_aligned_split` for every chunk. vLLM uses it to end prefill chunks, including
+        # those of resumed requests, where it keeps recurrent states.
         self.aligns_states = bool(vars(self)["need_mamba_block_aligned_split"])
         self.need_mamba_block_aligned_split = True
 
@@ -81,11 +81,11 @@ class CompressionMixin(Base):
     def add_request(self, request: Request) -> None:
         geometry = self.geometries.of(request.sampling_params)
         if geometry is not None:
-            # Hashed so far: the prompt. Without hashes of generated tokens such a request neither offers blocks
-            # that it will overwrite nor, when it is resumed, finds another request's and overwrites those.
+            # Only the prompt has been hashed so far. Without hashes of generated tokens the request neither shares
+            # blocks that it will overwrite, nor finds, when it resumes, another request's blocks and overwrites them.
             request._block_hasher = None
             if will_cut_prompt(geometry, request):
-                request.skip_reading_prefix_cache = True  # the blocks that it will overwrite are its own
+                request.skip_reading_prefix_cache = True  # it will overwrite prompt blocks, so it must not share any
         super().add_request(request)
 
     def _mamba_block_aligned_split(
@@ -95,12 +95,12 @@ class CompressionMixin(Base):
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
-        """Clip a chunk at the next event, so that a resumed request sees what it saw the first time."""
+        """End a chunk at the next event, so that a resumed request attends to the same cache as the first time."""
         if self.aligns_states:
             num_new_tokens = super()._mamba_block_aligned_split(
                 request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
             )
-        if num_new_tokens <= 1:  # a step of decoding: no event is nearer than one token
+        if num_new_tokens <= 1:  # decoding: the next event is at least one token away
             return num_new_tokens
         geometry = self.geometries.of(request.sampling_params)
         if geometry is None:
@@ -114,7 +114,7 @@ class CompressionMixin(Base):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         may_admit = self.waiting and len(self.running) < self.max_num_active_reqs
         if may_admit:
-            # vLLM's own headroom for admissions: blocks left free unless nothing else runs.
+            # vLLM's own watermark for admission: blocks that stay free unless nothing else runs.
             self.kv_cache_manager.watermark_blocks = max(self.own_watermark_blocks, self._blocks_ahead())
             self._take_last_admission()
         output = super().schedule(*args, **kwargs)
@@ -124,12 +124,12 @@ class CompressionMixin(Base):
         return output
 
     def _take_last_admission(self) -> tuple[str, int]:
-        """The waiting request that last asked for its blocks, and how many of all compressed groups; else ("", 0)."""
+        """The last waiting request that asked for blocks, and how many in all compressed groups; else ("", 0)."""
         taken = [manager.take_last_admission() for manager in self.kv_managers]
         return taken[0][0], sum(num_blocks for _, num_blocks in taken)
 
     def _count_held_back(self) -> None:
-        """Count the request that vLLM alone would have admitted in this step, once each time that it comes up."""
+        """Count the waiting request, once, if stock vLLM would have admitted it in this step."""
         asked, num_blocks = self._take_last_admission()
         request = self.requests.get(asked)
         if asked == self.last_held_back or request is None or request.status == RequestStatus.RUNNING:
@@ -140,7 +140,7 @@ class CompressionMixin(Base):
 
     def _blocks_ahead(self) -> int:
         """Blocks that running requests will need over the next interval."""
-        by_geometry: ByGeometry = {}  # of each there is one object
+        by_geometry: ByGeometry = {}  # equal geometries are the same object
         for request in self.running:
             if (geometry := self.geometries.of(request.sampling_params)) is not None:
                 _, lengths = by_geometry.setdefault(id(geometry), (geometry, []))
@@ -166,13 +166,13 @@ class CompressionMixin(Base):
         return blocks_ahead(held, to_event, to_end, freed, widest, self.kv_block_size, others, self.groups.num_full)
 
     def _blocks_ahead_of_states(self, by_geometry: ByGeometry) -> int:
-        """The same where the allocator's blocks are larger than windows; the blocks of states do not grow."""
+        """`_blocks_ahead` for models with recurrent layers, whose states do not need more blocks as a text grows."""
         made = [(geometry.groups[0], np.array(lengths, np.int64).T) for geometry, lengths in by_geometry.values()]
         to_end = np.concatenate([prompt + most - computed for _, (prompt, computed, most) in made])
         widest = max(geometry.interval for geometry, _ in made)
 
         def held(steps: IntArray) -> IntArray:
-            """[any, num_reqs]; steps alike"""
+            """steps, and the result: [any, num_reqs]"""
             parts, first = [], 0
             for geometry, (prompt, computed, _) in made:
                 own = steps[:, first : first + len(prompt)]
@@ -187,7 +187,7 @@ class CompressionMixin(Base):
         return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is the null block
 
     def engine_stats(self, reset_peak: bool = False) -> EngineStats:
-        """Figures since the engine started; `reset_peak` starts a new peak."""
+        """Statistics since the engine started; `reset_peak` restarts the peak."""
         pool, managers = self.kv_cache_manager.block_pool, self.kv_managers
         num_logical_tokens = sum(request.num_computed_tokens for request in self.running)
         stats = EngineStats(
@@ -195,7 +195,7 @@ class CompressionMixin(Base):
             num_kv_blocks=pool.num_gpu_blocks - 1,
             free_kv_blocks=pool.get_num_free_blocks(),
             peak_kv_blocks=self.peak_used_blocks,
-            # An event happens in all groups of layers; of tokens, which may differ from group to group, the mean.
+            # Events happen in all groups of layers at once; token counts can differ, so they are means over the groups.
             num_windows_compressed=managers[0].total_events,
             num_blocks_freed=sum(m.total_blocks_freed for m in managers),
             num_prompts_cut=managers[0].total_prompts_cut,
@@ -229,10 +229,10 @@ class CompressionMixin(Base):
 
 
 def chunk_of_states(start: int, num_new_tokens: int, block_size: int) -> int:
-    """A chunk of at most so many tokens that ends where vLLM may keep a recurrent state, or in the block it starts in.
+    """The length of a chunk of at most `num_new_tokens` that ends at a block boundary, or in the block it starts in.
 
-    The state at the end of a chunk is kept for the block that it ends in, so no chunk may pass a boundary and end
-    behind it.
+    vLLM keeps the state at the end of a chunk for the block in which it ends, so a chunk may not cross a boundary and
+    end inside the next block.
     """
     end = start + num_new_tokens
     if start % block_size:

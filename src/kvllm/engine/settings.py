@@ -1,4 +1,4 @@
-"""Reading our options from vLLM's configuration, and refusing by name what we cannot serve."""
+"""Reads our options from vLLM's configuration, and refuses by name what is not supported."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
 
 def kv_config(vllm_config: VllmConfig) -> KvConfig | None:
-    """Our options in `additional_config`, or None where KvLLM is not asked for; UsageError if they are wrong.
+    """Our options in `additional_config`, or None if it has none; UsageError if they are invalid.
 
-    With the layer budgets that the method makes of one ratio (`kvllm.methods.with_budgets`).
+    Includes the layer budgets that the method derives from one ratio (`kvllm.methods.with_budgets`).
     """
     additional = vllm_config.additional_config
     if not isinstance(additional, dict) or CONFIG_KEY not in additional:
@@ -42,8 +42,7 @@ def kv_config(vllm_config: VllmConfig) -> KvConfig | None:
 def request_ratio(config: KvConfig, params: SamplingParams | None) -> float:
     """The retention ratio of one request: its own `kv_retention_ratio`, or the engine's.
 
-    Raises UsageError unless it is a number in (0, 1]. Whether a request may choose it is checked on arrival
-    (`engine/requests.py`).
+    Raises UsageError unless it is a number in (0, 1]. `engine/requests.py` checks on arrival whether it is allowed.
     """
     extra = (params.extra_args or {}) if params is not None else {}
     if RATIO_KEY not in extra:
@@ -52,10 +51,10 @@ def request_ratio(config: KvConfig, params: SamplingParams | None) -> float:
 
 
 def kernel_block_size(vllm_config: VllmConfig) -> int:
-    """Tokens in a block of the attention kernels, b of docs/design.md.
+    """Block size of the attention kernels in tokens, b of docs/design.md.
 
-    It is the allocator's but for models with recurrent layers: once such a model is loaded, vLLM makes the allocator's
-    large enough for a state.
+    It is also the allocator's, except for models with recurrent layers: once such a model is loaded, vLLM enlarges the
+    allocator's blocks until a state fits in one.
     """
     if vllm_config.model_config.is_hybrid:
         return DEFAULT_BLOCK_SIZE[vllm_config.device_config.device_type]
@@ -63,15 +62,15 @@ def kernel_block_size(vllm_config: VllmConfig) -> int:
 
 
 def num_late_events(vllm_config: VllmConfig) -> int:
-    """Events whose blocks are freed only after later ones are due: none, but for models with recurrent layers.
+    """Events whose blocks are not yet freed when later ones are due: 0, except for models with recurrent layers.
 
-    Their new blocks are zeroed before a step's events, so no block is freed before the steps that read it are done.
+    vLLM zeroes their new blocks before a step's events, so a block is freed only once all steps that read it are done.
     """
     return vllm_config.max_concurrent_batches if vllm_config.model_config.is_hybrid else 0
 
 
 def packed_tokens(vllm_config: VllmConfig) -> int | None:
-    """Survivors that one packed block holds; None where they are not packed, as on a CPU."""
+    """Survivors per packed block; None if survivors are not packed, as on CPUs."""
     config = kv_config(vllm_config)
     if config is None or config.survivor_bits == PLAIN_BITS or vllm_config.device_config.device_type == "cpu":
         return None
@@ -80,19 +79,19 @@ def packed_tokens(vllm_config: VllmConfig) -> int | None:
 
 
 class Geometries:
-    """The geometry of each request, by its ratio; the same in the client, the scheduler and the worker."""
+    """The geometry of each request, by its ratio. Client, scheduler and worker compute the same ones."""
 
     def __init__(self, config: KvConfig, block_size: int, packed_tokens: int | None = None) -> None:
         self.config = config
         self.block_size = block_size
         self.packed_tokens = packed_tokens
-        # The scheduler asks for every running request in every step. One object for each of `all_ratios`.
+        # Cached, since the scheduler looks it up for every running request in every step.
         self._own = config.mean_ratio
         self._made: dict[float, RequestGeometry | None] = {}
         self.of_ratio = functools.lru_cache(maxsize=1024)(self._of_ratio)
 
     def of(self, params: SamplingParams | None) -> RequestGeometry | None:
-        """None where the request is not compressed; UsageError if its ratio does not fit the sizes."""
+        """The request's geometry; None if it is not compressed. UsageError if its ratio does not fit the sizes."""
         extra = params.extra_args if params is not None else None
         return self.of_ratio(request_ratio(self.config, params) if extra else self._own)
 
@@ -110,15 +109,15 @@ class Geometries:
 
 
 def allowed_geometries(config: KvConfig, block_size: int, packed_tokens: int | None = None) -> list[Geometry]:
-    """Every geometry that a compressed request can have, each once; config: of layers that all have the same ratio."""
+    """Every distinct geometry that a compressed request can have; `config` must not have layer budgets."""
     made = (Geometry.from_config(config, block_size, ratio, packed_tokens) for ratio in config.all_ratios)
     return list(dict.fromkeys(geometry for geometry in made if geometry is not None))
 
 
 def prepare(vllm_config: VllmConfig) -> KvConfig | None:
-    """Check a new engine's configuration and fit it to compression; a no-op where KvLLM is not asked for.
+    """Check a new engine's configuration and adapt it to compression; a no-op if KvLLM is not configured.
 
-    Raises UsageError, naming the option, its value and the remedy, for what cannot be served.
+    Raises UsageError, with the option, its value and the remedy, for what is not supported.
     """
     config = kv_config(vllm_config)
     if config is None:
@@ -127,7 +126,7 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
 
     device = current_platform.device_type
     if device not in DEFAULT_BLOCK_SIZE:
-        raise UsageError(f"KvLLM runs on {', '.join(DEFAULT_BLOCK_SIZE)}; this platform is {device!r}.")
+        raise UsageError(f"KvLLM supports the platforms {' and '.join(DEFAULT_BLOCK_SIZE)}; this one is {device!r}.")
     cache = vllm_config.cache_config
     if not cache.user_specified_block_size:
         cache.block_size = support.default_block_size(device, config.survivor_bits, cache.cache_dtype)
@@ -139,11 +138,11 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
         raise UsageError(f"KvLLM does not support {found}.")
     if envs.VLLM_USE_RUST_FRONTEND:
         raise UsageError(
-            "KvLLM does not support VLLM_USE_RUST_FRONTEND=1: requests would reach the engine unchecked. Unset it."
+            "KvLLM does not support VLLM_USE_RUST_FRONTEND=1, with which requests reach the engine unchecked. Unset it."
         )
     _check_positions(config, vllm_config.model_config)
     _check_budgets(config, vllm_config)
-    # Cascade attention reads the prefix of the unshortened tables.
+    # Cascade attention reads the common prefix from the block tables before they are shortened.
     vllm_config.model_config.disable_cascade_attn = True
     scheduler = "KvAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "KvScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"kvllm.engine.scheduler.{scheduler}"
@@ -151,84 +150,86 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
 
 
 def groups_of_engine(vllm_config: VllmConfig) -> Groups:
-    """The KV cache groups that vLLM is to make of the model's layers; UsageError where budgets do not fit them."""
+    """The KV cache groups that vLLM should make of the model's layers; UsageError if layer budgets do not fit them."""
     config = kv_config(vllm_config)
     return groups_of(local_layers_of(vllm_config), config.budgets if config else ())
 
 
 def _check_budgets(config: KvConfig, vllm_config: VllmConfig) -> None:
-    """Raise UsageError unless the groups of layers that have ratios of their own can be KV cache groups here."""
+    """Raise UsageError if layer budgets are not supported with this configuration."""
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if config.budgets and stages > 1:
         raise UsageError(
-            f"retention_ratio={config.retention_ratio}: not with pipeline_parallel_size={stages}: a stage has only "
-            "some of the groups of layers. Use tensor parallelism, or one ratio for all layers."
+            f"retention_ratio={config.retention_ratio}: cannot be combined with pipeline_parallel_size={stages}, since "
+            "a stage has only some of the groups of layers. Use tensor parallelism, or one ratio for all layers."
         )
     if config.budgets and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise UsageError(
-            f"retention_ratio={config.retention_ratio}: not with --disable-hybrid-kv-cache-manager: each ratio needs a "
-            "KV cache group. Leave it out, or use one ratio for all layers."
+            f"retention_ratio={config.retention_ratio}: cannot be combined with --disable-hybrid-kv-cache-manager, "
+            "since each ratio needs a KV cache group. Leave it out, or use one ratio for all layers."
         )
     cache_dtype = vllm_config.cache_config.cache_dtype
     if config.budgets and is_quantized_kv_cache(cache_dtype):
         raise UsageError(
-            f"retention_ratio={config.retention_ratio}: not with kv_cache_dtype={cache_dtype}: the two were not "
-            "checked together. Leave it at auto, or use one ratio for all layers."
+            f"retention_ratio={config.retention_ratio}: cannot be combined with kv_cache_dtype={cache_dtype}. Leave it "
+            "at auto, or use one ratio for all layers."
         )
     groups_of_engine(vllm_config)
 
 
 def local_layers_of(vllm_config: VllmConfig) -> list[LayerKind]:
-    """How each layer of the engine's model looks back; None: over the whole text."""
+    """The kind of each layer of the engine's model; None: full attention."""
     model = vllm_config.model_config
     return local_layers(model.hf_config.get_text_config(), model.max_model_len)
 
 
 def _check_positions(config: KvConfig, model_config: Any) -> None:
-    """Refuse a method that takes indices for rotary positions where images may come between them."""
+    """Refuse a method that uses indices as rotary positions, if images may make them differ."""
     multimodal = model_config.multimodal_config
     if multimodal is None or multimodal.language_model_only or not model_config.uses_mrope:
         return
     if make_method(config).counts_positions:
         found = support.reason("method", config.method, support.COUNTS_POSITIONS)
-        raise UsageError(f"KvLLM does not support {found}, or --language-model-only to take no images.")
+        raise UsageError(f"KvLLM does not support {found}, or --language-model-only to accept no images.")
 
 
 def why_not_inspected(engine_args: Any, error: ValueError) -> str | None:
-    """What to tell the user where vLLM could not import a model's code for want of torchvision; None for other errors.
+    """An error message if vLLM could not import a model's code because torchvision is missing; None for other errors.
 
-    vLLM only says that the architectures "failed to be inspected", with the reason in the log of another process.
+    vLLM itself only reports that the architectures "failed to be inspected", with the reason in another process's log.
     """
     if CONFIG_KEY not in (engine_args.additional_config or {}) or "failed to be inspected" not in str(error):
         return None
     problem = support.torchvision_problem()
     return problem and (
-        f"KvLLM cannot start {engine_args.model}: vLLM could not load its code, and {problem}. Models with images need "
-        "the torchvision that matches torch, from the index that torch came from: uv pip install torchvision "
+        f"KvLLM cannot start {engine_args.model}: vLLM could not load its code, and {problem}. Models that accept "
+        "images need the torchvision that matches torch, from the same index: uv pip install torchvision "
         "--torch-backend cpu (or auto, on a GPU)."
     )
 
 
 def fewer_seqs(vllm_config: VllmConfig) -> int | None:
-    """A max_num_seqs below vLLM's default, whose query bank leaves a GPU to the KV cache; None where none is needed."""
+    """A max_num_seqs below vLLM's default, to limit the query bank on a GPU; None if the default is small enough."""
     config, memory = kv_config(vllm_config), gpu_memory()
     if config is None or memory is None:
         return None
     parallel, default = vllm_config.parallel_config, vllm_config.scheduler_config.max_num_seqs
     model = copy.copy(vllm_config.model_config.hf_text_config)
-    model.dtype = vllm_config.model_config.dtype  # the engine's, whatever the checkpoint's
+    model.dtype = vllm_config.model_config.dtype  # the engine's, which may differ from the checkpoint's
     try:
         one = footprint(model, config, 1, max_model_len=vllm_config.model_config.max_model_len)
-    except Exception as e:  # whatever transformers makes of a model that only vLLM knows
-        logger.warning("KvLLM: max_num_seqs stays %d, since what the weights take is not known (%s)", default, e)
+    except Exception as e:  # transformers may fail in any way for a model that only vLLM knows
+        logger.warning(
+            "KvLLM: max_num_seqs stays at vLLM's default of %d, since the weights' size is unknown (%s)", default, e
+        )
         return None
     num_shards = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     fitting = fitting_max_num_seqs(memory, vllm_config.cache_config.gpu_memory_utilization, one, num_shards)
     if fitting >= default:
         return None
     logger.info(
-        "KvLLM: max_num_seqs=%d, not vLLM's default of %d: each takes %.1f MiB for its queries, and more would take "
-        "over %.0f%% of what the weights leave. Pass --max-num-seqs for another.",
+        "KvLLM: max_num_seqs=%d instead of vLLM's default of %d: the queries of each take %.1f MiB, and those of more "
+        "would take over %.0f%% of the memory that the weights leave free. Set --max-num-seqs to choose another.",
         fitting,
         default,
         one.query_bank / num_shards / 2**20,
@@ -238,25 +239,25 @@ def fewer_seqs(vllm_config: VllmConfig) -> int | None:
 
 
 def gpu_memory() -> int | None:
-    """Bytes of this process's GPU; None on a CPU, where the KV cache is given its memory apart from all else."""
+    """Bytes of this process's GPU; None on a CPU, where the KV cache's memory is configured separately."""
     from vllm.platforms import current_platform
 
     return current_platform.get_device_total_memory() if current_platform.is_cuda() else None
 
 
 def _check_survivor_bits(config: KvConfig, device: str, cache: CacheConfig, model_config: ModelConfig) -> None:
-    """Raise UsageError where survivors cannot be rounded; on a CPU, log that rounding saves no memory there."""
+    """Raise UsageError if survivors cannot be rounded; on a CPU, log that rounding saves no memory."""
     bits = config.survivor_bits
     if bits == PLAIN_BITS:
         return
     if model_config.is_hybrid:
-        raise UsageError(f"survivor_bits={bits}: not with recurrent layers. Use survivor_bits=16.")
+        raise UsageError(f"survivor_bits={bits}: not supported for models with recurrent layers. Use survivor_bits=16.")
     rounding = Rounding.from_config(config, cache.block_size, model_config.get_head_size(), cache.cache_dtype)
     assert rounding is not None
     if device == "cpu":
         logger.info(
             "KvLLM: survivor_bits=%d: on a CPU, survivors are rounded in runs of %d tokens but stored in the cache's "
-            "own type. Outputs are those of packed storage, but rounding saves no memory.",
+            "own dtype: outputs are the same as with packed storage, but no memory is saved.",
             bits,
             rounding.block_tokens,
         )
@@ -264,15 +265,15 @@ def _check_survivor_bits(config: KvConfig, device: str, cache: CacheConfig, mode
     dtype = str(model_config.dtype).removeprefix("torch.")
     if envs.VLLM_BATCH_INVARIANT:
         raise UsageError(
-            f"survivor_bits={bits}: not with VLLM_BATCH_INVARIANT, since how a request's packed survivors are divided "
-            "depends on the batch. Unset it, or use survivor_bits=16."
+            f"survivor_bits={bits}: cannot be combined with VLLM_BATCH_INVARIANT, since the order of sums over packed "
+            "survivors depends on the batch. Unset it, or use survivor_bits=16."
         )
     if problem := support.packed_problem(bits, dtype, config.retention_ratio if config.budgets else None):
         raise UsageError(problem)
 
 
 def _check_geometry(config: KvConfig, block_size: int, max_model_len: int, packed: int | None) -> None:
-    """Raise UsageError for sizes that do not fit the block size, or a prompt budget that leaves no room to decode."""
+    """Raise UsageError for sizes that do not fit the block size, or a prompt budget that could never take effect."""
     geometry = request_geometry(config, block_size, packed_tokens=packed)
     try:
         for part in config.parts:
@@ -281,13 +282,13 @@ def _check_geometry(config: KvConfig, block_size: int, max_model_len: int, packe
         raise UsageError(f"request_ratios={config.request_ratios!r}: {e}") from e
     if geometry is None or not geometry.prompt_budget:
         return
-    # The shortest prompt that is cut takes one block more than the budget, and is cut in a step that starts at event 0.
+    # The shortest prompt that is cut has one block more than the budget, and the step that starts at event 0 cuts it.
     first = geometry.shape(0).num_candidates
     most = max_model_len - 1 - block_size - first - geometry.buffer_size
     if geometry.prompt_budget > most:
         raise UsageError(
-            f"prefix_budget_exhausted: prompt_budget={config.prompt_budget}: with a longer prompt, the first "
-            f"compression's {first} tokens and the buffer's {config.buffer_size} do not fit "
-            f"max_model_len={max_model_len}, so no prompt would ever be cut. Use a prompt_budget of at most "
+            f"prefix_budget_exhausted: prompt_budget={config.prompt_budget}: a longer prompt, the {first} tokens of "
+            f"the first compression and the buffer of {config.buffer_size} exceed max_model_len={max_model_len}, so no "
+            "prompt would ever be cut. Use a prompt_budget of at most "
             f"{max(most, 0) // block_size * block_size} (0: prompts stay whole), or a larger --max-model-len."
         )

@@ -1,4 +1,4 @@
-"""Block accounting: vLLM's full-attention cache, with the middle of a request freed once it is compressed."""
+"""Block accounting: vLLM's full-attention cache, in which compression frees the middle of a request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
-# Geometry, prompt length and computed tokens of a request; None where it is not compressed or gone.
+# The geometry and vLLM's object of a request, by its id; None if it is not compressed, or gone.
 RequestLookup = Callable[[str], "tuple[RequestGeometry, Request] | None"]
 
 
@@ -27,14 +27,14 @@ RequestLookup = Callable[[str], "tuple[RequestGeometry, Request] | None"]
 class KvSpec(FullAttentionSpec):
     """Full attention over a cache whose generated part is compressed.
 
-    part: of the groups of layers that have ratios of their own (`KvConfig.parts`), the one that the layer is in
+    part: the part that the layer belongs to (`KvConfig.parts`)
     """
 
     part: int = 0
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """Layers of one part share a KV cache group, of different parts never."""
+        """Merge the specs of one part's layers; layers of different parts never share a KV cache group."""
         parts = {getattr(spec, "part", None) for spec in specs}
         assert len(parts) == 1, "layers of different parts are compressed differently"
         return replace(super().merge(specs), part=specs[0].part)
@@ -44,9 +44,9 @@ class KvSpec(FullAttentionSpec):
         return uniform and all(getattr(spec, "part", None) == self.part for spec in kv_cache_specs.values())
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes of the longest request, taken with a prompt of one token: start-up refuses a smaller pool.
+        """Bytes of the longest request with a prompt of one token; vLLM refuses to start with a smaller pool.
 
-        A request that is not compressed, or has a long prompt, can need more: it is refused when it arrives.
+        A request that is not compressed, or has a long prompt, can need more, and is refused on arrival.
         """
         geometry = None
         if (config := kv_config(vllm_config)) is not None:
@@ -59,24 +59,24 @@ class KvSpec(FullAttentionSpec):
 
 
 def will_cut_prompt(geometry: RequestGeometry, request: Request) -> bool:
-    """Whether the request's prompt is cut, unless it ends early: it must then share no block of it."""
+    """Whether the request's prompt is cut if the request reaches max_tokens: then it must not share prompt blocks."""
     prompt = request.num_prompt_tokens
     return geometry.prompt_shape(prompt) is not None and geometry.num_events(prompt, prompt + request.max_tokens) > 0
 
 
 @dataclass
 class Progress:
-    """A compressed request, from when it first asks for blocks until it gives them back.
+    """The state of a compressed request from its first allocation until its blocks are freed.
 
-    Every step reads it for every request, so it holds what a step without an event needs to compare.
+    Precomputed, since every step checks every request for events.
     """
 
     geometry: Geometry
     request: Request
     next_event: int  # computed tokens at which the next event is due
-    num_shared_blocks: int  # of the prompt, that others may find
+    num_shared_blocks: int  # prompt blocks that enter the prefix cache
     num_events: int = 0  # events whose blocks are freed
-    num_evicted: int = 0  # tokens that these evicted
+    num_evicted: int = 0  # tokens that these events evicted
 
     @classmethod
     def start(cls, geometry: Geometry, request: Request, block_size: int) -> Progress:
@@ -87,10 +87,10 @@ class Progress:
 
 
 class KvManager(FullAttentionManager):
-    """Frees what an event emptied, and keeps generated tokens of compressed requests out of the prefix cache.
+    """Frees the blocks that events emptied, and keeps generated tokens of compressed requests out of the prefix cache.
 
-    The table keeps one entry per logical block: the prefix segment's first, then null blocks for what is gone, then the
-    tail segment's, so slot mappings and allocation stay vLLM's own.
+    A request's list of blocks keeps one entry per logical block: first the prefix segment's blocks, then null blocks in
+    place of freed ones, then the tail segment's. So slot mappings and allocation stay vLLM's own.
     """
 
     def __init__(self, kv_cache_spec: KvSpec, **kwargs: Any) -> None:
@@ -98,7 +98,7 @@ class KvManager(FullAttentionManager):
         self.part = kv_cache_spec.part
         self._lookup: RequestLookup = lambda request_id: None
         self._num_late = 0
-        self._progress: dict[str, Progress | None] = {}  # by request id; None where it is not compressed
+        self._progress: dict[str, Progress | None] = {}  # by request id; None if it is not compressed
         self.total_events = 0
         self.total_blocks_freed = 0
         self.total_prompts_cut = 0
@@ -108,7 +108,7 @@ class KvManager(FullAttentionManager):
         self._last_admission = ("", 0)
 
     def bind(self, lookup: RequestLookup, num_late: int) -> None:
-        """Let the manager ask the scheduler for a request's geometry; num_late: of `num_late_events`"""
+        """Give the manager the scheduler's lookup of geometries; num_late: from `num_late_events`"""
         self._lookup, self._num_late = lookup, num_late
 
     def _find(self, request_id: str) -> Progress | None:
@@ -126,11 +126,11 @@ class KvManager(FullAttentionManager):
     ) -> None:
         """Free the blocks of every event up to the one that the step being scheduled begins with.
 
-        The worker compacts before that step's forward pass, and runs steps in order: whoever gets these blocks, in
-        this step or a later one, writes them after the event, even if earlier steps are still in flight. A request
-        whose blocks do not suffice all the same is preempted, so it never misses an event that freed its blocks.
-        (Upstream waits for processed tokens because of KV connectors, which are refused here, and because new blocks
-        may be zeroed before a step's events. Where they are, beside recurrent layers, so do we.)
+        The worker compacts before that step's forward pass, and runs steps in order: whichever request gets these
+        blocks, in this step or a later one, writes them after the event, even if earlier steps are still in flight. A
+        request that still lacks blocks is preempted, so it never misses an event that freed its blocks.
+        (vLLM waits for processed tokens because of KV connectors, which are refused here, and because new blocks may be
+        zeroed before a step's events. In models with recurrent layers they are, so there we wait as well.)
         """
         if (progress := self._find(request_id)) is not None:
             late = self._num_late > 0
@@ -176,7 +176,7 @@ class KvManager(FullAttentionManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Admission asks for the compressed size of the whole (resumed) text, never for its length."""
+        """Admission counts the compressed size of a text, also of one that is resumed, not its length."""
         if apply_admission_cap and (progress := self._find(request_id)) is not None:
             prompt = progress.request.num_prompt_tokens
             peak = peak_allocator_blocks(progress.geometry, prompt, num_tokens, self.block_size, self._num_late)
@@ -196,16 +196,16 @@ class KvManager(FullAttentionManager):
         return num_blocks
 
     def take_last_admission(self) -> tuple[str, int]:
-        """The waiting request that last asked for its blocks since this was called, and how many; else ("", 0)."""
+        """The last waiting request that asked for blocks since the previous call, and how many; else ("", 0)."""
         taken, self._last_admission = self._last_admission, ("", 0)
         return taken
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Only blocks full of a prompt that stays whole may be found by others: survivors will overwrite the rest."""
+        """Cache only full prompt blocks, and only if the prompt stays whole: survivors will overwrite the others."""
         if (progress := self._find(request.request_id)) is not None:
             num_blocks = progress.num_shared_blocks
             if self.num_cached_block.get(request.request_id, 0) >= num_blocks:
-                return  # as in every step of decoding
+                return  # the case in every decoding step
             num_tokens = min(num_tokens, num_blocks * self.block_size)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 

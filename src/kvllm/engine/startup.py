@@ -1,4 +1,4 @@
-"""What an engine says of itself once it knows its KV cache: what is on, how much fits, and what requests may ask."""
+"""The start-up summary that an engine logs once its KV cache is sized: settings, capacity, what requests may choose."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PROMPT = 256  # tokens, as in `kvllm plan`
 GIB = 2**30
-IN_FLIGHT = 2  # steps that are scheduled before what they no longer see is freed
+IN_FLIGHT = 2  # steps scheduled before the blocks that they no longer need are freed
 
 
 def summary(
@@ -29,10 +29,11 @@ def summary(
     page_bytes: int,
     block_size: int,
 ) -> str:
-    """One block of lines for the log of one engine.
+    """The summary of one engine, in several lines.
 
-    geometry:   of a request that chooses no ratio; None: it is not compressed
-    num_blocks: of the pool, without the null block; page_bytes: of one block, in one layer of one device
+    geometry:   of a request without a ratio of its own; None: it is not compressed
+    num_blocks: blocks in the pool, without the null block
+    page_bytes: bytes of a block in one layer on one device
     """
     scheduler, length = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
     bank = bank_bytes(vllm_config, config)
@@ -55,21 +56,21 @@ def summary(
     ours, stock = num_blocks // needed, (num_blocks + more) // (local + whole)
     most = f"; max_num_seqs lets {scheduler.max_num_seqs} run" if ours > scheduler.max_num_seqs else ""
     lines.append(
-        f"Requests of max_model_len={length} tokens, {prompt} of them prompt, that fit at once: {ours}; without "
-        f"compression, and with the query bank's memory for the KV cache: {stock}{most}."
+        f"Requests of max_model_len={length} tokens ({prompt} of them prompt) that fit at once: {ours}; without "
+        f"compression, and with the query bank's memory added to the KV cache: {stock}{most}."
     )
     lines.append(what_requests_may_ask(config))
     return "\n  ".join(lines)
 
 
 def what_is_on(config: KvConfig) -> str:
-    """The operator's choice in a sentence."""
+    """The compression settings in one or two sentences."""
     if not config.enabled:
         return f"compression is off (retention_ratio={config.mean_ratio}) unless a request asks for it."
     if config.policy == "budget":
         kept = (
-            f"policy budget, method {config.method}: every {config.budget_interval} generated tokens they are cut to "
-            f"{config.budget_size}"
+            f"policy budget, method {config.method}: every {config.budget_interval} tokens the generated text is cut "
+            f"to {config.budget_size} tokens"
         )
     else:
         share = f"{100 * config.mean_ratio:g}%"
@@ -78,7 +79,7 @@ def what_is_on(config: KvConfig) -> str:
             groups = "; ".join(f"layers {budget.key}: {100 * budget.ratio:g}%" for budget in config.budgets)
             kept += f" on average ({groups})"
         if config.history_size:
-            kept += f", of old windows at most {config.history_size} tokens"
+            kept += f", at most {config.history_size} tokens of compressed windows"
     bits = f" Survivors are rounded to {config.survivor_bits} bits." if config.survivor_bits < 16 else ""
     prompts = f"longer ones are cut to {config.prompt_budget} tokens" if config.prompt_budget else "they stay whole"
     return f"{kept}; the newest {config.buffer_size} are never compressed. Prompts: {prompts}.{bits}"
@@ -87,13 +88,13 @@ def what_is_on(config: KvConfig) -> str:
 def what_requests_may_ask(config: KvConfig) -> str:
     (own, _), *others = config.request_ratio_ranges
     if not others:
-        return f"Requests may not choose another {RATIO_KEY} than {own} (--request-ratios allows it)."
+        return f"Requests may not choose a {RATIO_KEY} other than {own} (--request-ratios would allow it)."
     allowed = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in others)
     return f"Requests may choose {RATIO_KEY} {allowed} in vllm_xargs; the default is {own}."
 
 
 def stage_layers(vllm_config: VllmConfig) -> list[LayerKind]:
-    """How the layers of one device look back, as `local_layers`."""
+    """The kinds of the layers on one device, as in `local_layers`."""
     start, end = vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config)
     return local_layers_of(vllm_config)[start:end]
 

@@ -1,4 +1,4 @@
-"""What an engine can tell about its blocks and its compressions, from whatever process it runs in."""
+"""Statistics of an engine's blocks and compressions, available in the client's process."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
 
 class EngineStats(TypedDict):
-    """Counts since the engine started. Blocks are vLLM's KV blocks of `block_size` tokens, of all KV cache groups.
+    """Counts since the engine started. Blocks are KV blocks of `block_size` tokens, in all KV cache groups.
 
-    What a preempted request repeats counts again.
+    What a preempted request recomputes counts again.
     """
 
     block_size: int
@@ -23,7 +23,7 @@ class EngineStats(TypedDict):
     num_prompts_cut: int  # to their `prompt_budget`
     num_tokens_kept: int  # that compressions read and kept
     num_tokens_evicted: int
-    num_held_back: int  # requests not admitted into blocks that running ones will need
+    num_held_back: int  # requests not admitted because running ones will need the free blocks
     num_preemptions: int
     num_running: int
     num_logical_tokens: int  # computed tokens of the running requests
@@ -32,14 +32,14 @@ class EngineStats(TypedDict):
 
 
 def core_stats(engine_core: Any, reset_peak: bool = False) -> EngineStats:
-    """`EngineStats` of an engine core; it becomes one of the core's utility methods."""
+    """`EngineStats` of an engine core; becomes a utility method of the core."""
     return engine_core.scheduler.engine_stats(reset_peak)
 
 
 def engine_stats(llm: LLM, reset_peak: bool = False) -> EngineStats:
-    """`EngineStats` of an `LLM` with KvLLM configured, in process or not.
+    """`EngineStats` of an `LLM` with KvLLM configured, whether its engine core runs in this process or not.
 
-    reset_peak: start a new `peak_kv_blocks` after this reading.
+    reset_peak: restart `peak_kv_blocks` after this reading
     """
     client = llm.llm_engine.engine_core
     if hasattr(client, "call_utility"):
@@ -48,7 +48,7 @@ def engine_stats(llm: LLM, reset_peak: bool = False) -> EngineStats:
 
 
 def add_seconds(worker: Any, output: Any) -> None:
-    """Send the seconds that a worker's compressions took with the output of its step."""
+    """Attach the seconds that a worker's compressions took to the output of its step."""
     from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
     runner = worker.model_runner
@@ -57,12 +57,12 @@ def add_seconds(worker: Any, output: Any) -> None:
         state = getattr(getattr(runner, "model_state", None), "compression", None)  # the V2 runner's
     if state is None:
         return
-    if output is None or output is EMPTY_MODEL_RUNNER_OUTPUT:  # which all steps share
-        state.stopwatch.collect()  # of a pipeline stage that never has an output
+    if output is None or output is EMPTY_MODEL_RUNNER_OUTPUT:  # the latter is shared by all steps
+        state.stopwatch.collect()  # so that a pipeline stage without outputs does not accumulate events
         return
     if not (seconds := state.stopwatch.take()):
         return
-    for name in ("model_runner_output", "_model_runner_output"):  # where the output is copied to the host later
+    for name in ("model_runner_output", "_model_runner_output"):  # the wrapped output, if it is copied asynchronously
         output = getattr(output, name, output)
     output.kvllm_seconds = seconds
 

@@ -16,7 +16,7 @@ from kvllm.methods.base import Kept
 
 
 class GpuStore(PagedStore):
-    """dtype: the model's, in which methods see keys and values"""
+    """dtype: the model's, in which methods get keys and values"""
 
     max_batch = 4  # dense copies of all layers are large
 
@@ -28,7 +28,7 @@ class GpuStore(PagedStore):
     def read(self, candidates: PagedCandidates, layers: slice = ALL_LAYERS) -> tuple[Tensor, Tensor]:
         if layers == ALL_LAYERS:
             return gather_window(candidates.blocks, self.cache, self.dtype)
-        # Of a prompt: not the kernel, which would be compiled again for every length of one.
+        # A prompt: no kernel, since it would be recompiled for every prompt length.
         return gather_window_ref(candidates.blocks, self.cache.part(layers), self.dtype)
 
     def move(self, written: Tensor, homes: Tensor) -> None:

@@ -19,8 +19,8 @@ class Touch:
     """Names of a vLLM module or class that KvLLM depends on.
 
     owner:     module, or module:Class
-    names:     names in it, separated by white space. A function that we replace or rely on is given with its
-               parameters, as source text without annotations. An attribute that a function sets on an object is
+    names:     names in it, separated by whitespace. A function that we replace or rely on has its parameters, as
+               source text without annotations. An attribute that a function sets on an object is written
                `function.attribute`.
     why:       what KvLLM needs them for
     drop_when: what would make the dependency unnecessary
@@ -43,7 +43,7 @@ class Touch:
 
     @property
     def paths(self) -> dict[str, str | None]:
-        """Dotted name in the module -> parameters of a function; None where none are given."""
+        """Dotted name in the module -> parameters of a function; None if none are given."""
         prefix = f"{self.owner.partition(':')[2]}.".lstrip(".")
         found = re.findall(r"([\w.]+)(\((?:[^()]|\(\))*\))?", self.names)
         return {prefix + name: " ".join(rest[1:-1].split()) if rest else None for name, rest in found}
@@ -76,7 +76,7 @@ class Read(Touch):
 
 
 class Reliance(Touch):
-    """Functions that we neither call nor replace, but whose behaviour we rely on: a new release is read here first."""
+    """Functions that we neither call nor replace, but whose behaviour we rely on: read these first in a new release."""
 
 
 @dataclass(frozen=True, kw_only=True)

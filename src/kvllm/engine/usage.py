@@ -1,6 +1,6 @@
-"""What compression did to one request: in the `usage` of its response when asked, and in the log on demand.
+"""What was kept and evicted of one request: in the `usage` of its response, if asked for, and in the request log.
 
-Both follow from the layout, the prompt and the tokens of the answer, so the front end works them out by itself.
+Both follow from the layout and the lengths of prompt and answer, so the front end computes them by itself.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
 @dataclass
 class KvUsage:
-    """Of all sequences of a response. The last token of each is never computed, so it counts nowhere.
+    """Sums over all sequences of a response. A sequence's last token has no KV pair, so it is not counted.
 
-    kept_tokens:    in the KV cache when the sequence ended, its prompt included
-    evicted_tokens: computed, and no longer there
+    kept_tokens:    tokens in the KV cache when the sequence ended, prompt included
+    evicted_tokens: tokens that compressions evicted
     compressions:   windows compressed
     """
 
@@ -37,7 +37,10 @@ class KvUsage:
     compressions: int = 0
 
     def add(self, geometry: RequestGeometry | None, num_prompt_tokens: int, num_generated_tokens: int) -> KvUsage:
-        """Count one sequence; geometry None: it was not compressed. Returns what this one added."""
+        """Add one sequence, and return its own counts.
+
+        geometry: None: it was not compressed
+        """
         computed = num_prompt_tokens + max(num_generated_tokens - 1, 0)
         events = evicted = 0
         if geometry is not None and num_generated_tokens:
@@ -49,12 +52,13 @@ class KvUsage:
         return KvUsage(computed - evicted, evicted, events)
 
 
-# The response that asked, while its requests are made: prompts of one HTTP request become requests in tasks of it.
+# The usage of the response in progress. An HTTP request with several prompts makes its requests in tasks of its own,
+# which inherit this.
 _asking: ContextVar[KvUsage | None] = ContextVar("kvllm_asking", default=None)
 
 
 class Watch:
-    """Of one request, from when it is queued; hangs on the queue that its sequences share."""
+    """Counts one request; an attribute of the output queue that its sequences share."""
 
     def __init__(self, geometry: RequestGeometry | None, ratio: float, log: bool) -> None:
         self.geometry = geometry
@@ -79,7 +83,7 @@ class Watch:
 
 
 def check_body(request: Any) -> None:
-    """Raise VLLMValidationError where our parameters have no effect: outside `vllm_xargs`, or with beam search."""
+    """Raise VLLMValidationError if our parameters would have no effect: outside `vllm_xargs`, or with beam search."""
     for key in (RATIO_KEY, USAGE_KEY):
         if key in (request.model_extra or {}):
             raise VLLMValidationError(
@@ -87,7 +91,7 @@ def check_body(request: Any) -> None:
             )
     if asks(request) and request.use_beam_search:
         raise VLLMValidationError(
-            f"{USAGE_KEY}: beam search is not compressed, and its requests are for one token each; leave it out.",
+            f"{USAGE_KEY}: not available with beam search, which is not compressed; leave it out.",
             parameter=USAGE_KEY,
         )
 
@@ -109,7 +113,7 @@ async def respond(create: Callable[[], Awaitable[Any]]) -> Any:
 
 
 async def _in_stream(chunks: AsyncGenerator[str, None], usage: KvUsage) -> AsyncGenerator[str, None]:
-    """Server-sent events; the one that has no choices has the usage of the whole response."""
+    """Server-sent events; the one without choices has the usage of the whole response."""
     _asking.set(usage)  # the stream runs in another task
     async for chunk in chunks:
         if '"choices":[]' in chunk and '"usage":{' in chunk:

@@ -1,4 +1,4 @@
-"""Block tables and lengths as attention must see them: the prefix segment, then the tail segment."""
+"""Physical block tables and sequence lengths for attention: the prefix segment, then the tail segment."""
 
 # mypy: disallow-untyped-defs=False
 
@@ -13,17 +13,17 @@ def join_segments_ref(
     block_table: Tensor, seq_lens: Tensor, seq_lens_out: Tensor, survivor_blocks: Tensor, plan: Tensor, block_size: int,
     packed: bool = False,
 ) -> None:  # fmt: skip
-    """Leave out the blocks between the segments, and put the survivors' blocks behind the prompt's; in place.
+    """Remove the blocks between the two segments, and put the survivors' blocks after the prompt's; in place.
 
-    block_table:     [num_reqs, max_blocks] int32, rows of logical blocks, which become physical ones; entries past
-                     a request's physical length stay as they are
-    seq_lens:        [num_reqs] int32, logical, the tokens of this step included
-    seq_lens_out:    [num_reqs] int32, written: the physical length; may be `seq_lens` itself
-    survivor_blocks: [max_num_reqs, max_blocks] int32, by physical index, of `kvllm.compression.paged_store`
+    block_table:     [num_reqs, max_blocks] int32, block ids by logical index; afterwards by physical index. Entries
+                     past a request's physical length do not change
+    seq_lens:        [num_reqs] int32, logical lengths, including this step's tokens
+    seq_lens_out:    [num_reqs] int32, output: physical lengths; may be `seq_lens` itself
+    survivor_blocks: [max_num_reqs, max_blocks] int32, by physical index, from `kvllm.compression.paged_store`
     plan:            [4, at least num_reqs] int32: blocks of the prompt, blocks of the prefix segment, the logical block
-                     at which the tail segment starts (`kvllm.compression.rows`; 0 leaves the request alone), and the
-                     request's row of `survivor_blocks`
-    packed:          survivors are read by a kernel of their own (`kvllm.kernels.packed`), and left out here
+                     at which the tail segment starts (`kvllm.compression.rows`; 0: the request does not change), and
+                     the request's row in `survivor_blocks`
+    packed:          omit the survivors, which another kernel reads (`kvllm.kernels.packed`)
     """
     for i in range(len(seq_lens)):
         prompt, prefix, tail, row = plan[:, i].tolist()
@@ -83,8 +83,8 @@ def _join_kernel(
             valid = physical < num_blocks
             raw = tl.load(table + physical + tail - prefix, mask=valid & (physical >= prefix), other=0)
             kept = tl.load(survivors + physical, mask=valid & (physical < prefix), other=0)
-            # A tile reads behind what it writes, so no tile reads what an earlier one wrote: in place needs order only
-            # between the reads and the writes of one tile.
+            # A tile reads at or after the entries that it writes, so no tile reads what an earlier one wrote. Working
+            # in place needs this barrier only, between the reads and the writes of one tile.
             tl.debug_barrier()
             tl.store(table + physical, tl.where(physical < prefix, kept, raw), mask=valid)
             start += TILE

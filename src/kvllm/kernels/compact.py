@@ -1,4 +1,4 @@
-"""Move the survivors of a window to the first blocks of its own space, in place."""
+"""Moves the survivors of an event to the first candidates, in place."""
 
 # mypy: disallow-untyped-defs=False
 
@@ -15,10 +15,10 @@ _TILE_TOKENS = 64
 
 
 def compact_ref(kept: Tensor, candidate_blocks: Tensor, cache: PagedCache) -> None:
-    """Candidate j := candidate kept[j], for every head its own; bit for bit.
+    """Candidate j := candidate kept[j], for each head; bit for bit.
 
-    kept:             [num_due, num_layers, num_kv_heads, num_kept], ascending
-    candidate_blocks: [num_due, num_candidates / block_size], block ids; no block twice
+    kept:             [num_due, num_layers, num_kv_heads, num_kept] int32, ascending
+    candidate_blocks: [num_due, num_candidates / block_size], block ids, all distinct
     """
     block_size = cache.block_size
     indices = torch.arange(kept.shape[-1], device=kept.device)
@@ -81,9 +81,9 @@ def _compact_kernel(
         source, target = source[:, None] + dims[None, :], target[:, None] + dims[None, :]
         k = tl.load(keys + source, mask=mask)
         v = tl.load(values + source, mask=mask)
-        # kept is ascending, so kept[j] >= j: a tile that writes tokens [a, b) reads from a on, and later tiles read
-        # from b on. So no tile reads what an earlier one wrote, and this barrier, between the reads and the writes of
-        # one tile, is all the order that moving in place needs.
+        # kept is ascending, so kept[j] >= j: a tile that writes tokens [a, b) reads tokens >= a, and later tiles read
+        # tokens >= b. So no tile reads what an earlier one wrote, and working in place needs this barrier only, between
+        # the reads and the writes of one tile.
         tl.debug_barrier()
         tl.store(keys + target, k, mask=mask)
         tl.store(values + target, v, mask=mask)

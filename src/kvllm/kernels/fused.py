@@ -1,7 +1,6 @@
-"""Methods that have kernels of their own, which compress without dense copies of the candidates.
+"""Looks up a method's fused kernels, which compress without dense copies of the candidates.
 
-A module of this package registers its kernels (`kvllm.kernels.registry`); an engine asks `fused_kernels`, whatever its
-method is.
+Modules of this package register them (`kvllm.kernels.registry`).
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from kvllm.methods.rope import Rope
 
 
 def _find(method: Method) -> tuple[Covers, Build] | None:
-    from kvllm.kernels import kara  # noqa: F401  (registers itself; here, since importing it loads Triton's kernels)
+    from kvllm.kernels import kara  # noqa: F401  (registers itself; imported here because it imports Triton)
 
     return FUSED.get(type(method))
 
 
 def has_fused_kernels(method: Method, head_dim: int) -> bool:
-    """Whether `fused_kernels` will find some: known before there is a cache."""
+    """Whether `fused_kernels` will find kernels; known before the cache exists."""
     found = _find(method)
     return found is not None and found[0](method, head_dim)
 
@@ -30,7 +29,7 @@ def has_fused_kernels(method: Method, head_dim: int) -> bool:
 def fused_kernels(
     method: Method, config: KvConfig, bank: QueryBank, cache: PagedCache, rope: Rope | None
 ) -> Fused | None:
-    """Kernels that do exactly what the method does, or None."""
+    """Kernels that do exactly what the method does; None if there are none."""
     found = _find(method)
     if found is None or not found[0](method, cache.head_dim):
         return None

@@ -1,4 +1,4 @@
-"""Kara in three or four launches: scores, selection, then compaction or refits."""
+"""Kara in three or four launches: scores, selection, then compaction or refitting."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kvllm.methods.rope import Rope, Rotation
 
 
 def covers(method: Method, head_dim: int) -> bool:
-    """Whether the kernels do exactly what the method does on heads of this size."""
+    """Whether the kernels do exactly what the method does, for this head_dim."""
     assert isinstance(method, Kara)
     return method.fused and (head_dim <= MOST_DIMS or not method.refits(num_kept=1))
 
@@ -45,10 +45,10 @@ def kara_kernels(method: Method, config: KvConfig, bank: QueryBank, cache: Paged
 
 
 def _rotation(method: Kara, config: KvConfig, bank: QueryBank, cache: PagedCache, rope: Rope | None) -> Rotation | None:
-    """Of the stored queries, oldest first: their distances from the newest one are the same at every event."""
+    """The rotation of the stored queries, oldest first; the same at every event, since their spacing is."""
     if rope is None:
         return None
     positions = torch.arange(config.num_queries, device=bank.queries.device) * config.query_stride
-    # Tables as exact as the products: the kernel reads them for every head of every layer.
+    # No more precise than the products, since the kernel reads the tables for every head of every layer.
     dtype = torch.float32 if cache.dtype == torch.float32 else torch.bfloat16
     return method.rotation(rope, positions, bank.shifts, cache.head_dim, dtype)

@@ -1,4 +1,4 @@
-"""Every layer's part of vLLM's paged KV cache in a form that one kernel launch can read."""
+"""The paged KV caches of all layers, in a form that a single kernel launch can read."""
 
 # mypy: disallow-untyped-defs=False
 # (kernel arguments are Triton values, which have no static type)
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Whether Triton runs kernels in its interpreter, on the CPU: it reads the same variable when a kernel is defined.
+# Whether Triton runs kernels in its interpreter, on the CPU. Triton reads the same variable when a kernel is defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 TL_DTYPES = {
@@ -30,7 +30,7 @@ _RAW_DTYPES = {1: (torch.uint8, tl.uint8), 2: (torch.int16, tl.int16), 4: (torch
 
 
 def next_power_of_2(n: int) -> int:
-    """Of positive numbers. `triton.next_power_of_2` takes the way of a kernel's constants, 20 times as long."""
+    """For n >= 1. `triton.next_power_of_2` is a constexpr function, which takes 20 times as long."""
     return 1 << (n - 1).bit_length()
 
 
@@ -38,9 +38,10 @@ def next_power_of_2(n: int) -> int:
 class PagedCache:
     """The layers' caches, and their addresses on the device. Build it with `from_layers`.
 
-    keys, values:         a tensor a layer, [num_blocks, block_size, num_kv_heads, head_dim], all with the same strides
-    key_ptrs, value_ptrs: [num_layers] int64, addresses of the above
-    k_scale, v_scale:     [num_layers] float32: stored value * scale = value; None where the cache is not quantised
+    keys, values:         one tensor per layer, [num_blocks, block_size, num_kv_heads, head_dim], all with the same
+                          strides
+    key_ptrs, value_ptrs: [num_layers] int64, addresses of these tensors
+    k_scale, v_scale:     [num_layers] float32: stored value * scale = value; None if the cache is not quantised
     """
 
     keys: tuple[Tensor, ...]
@@ -49,7 +50,7 @@ class PagedCache:
     value_ptrs: Tensor
     k_scale: Tensor | None
     v_scale: Tensor | None
-    alignment: int  # bytes, at most 16: what a kernel may assume of every address
+    alignment: int  # of every address, in bytes, at most 16
 
     @classmethod
     def from_layers(
@@ -59,7 +60,7 @@ class PagedCache:
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
     ) -> PagedCache:
-        """From the tensors that vLLM's backends see: `kv_cache.transpose(1, 2).split(head_dim, dim=-1)` a layer.
+        """From the tensors that vLLM's backends see: `kv_cache.transpose(1, 2).split(head_dim, dim=-1)` per layer.
 
         uint8 caches are read as float8_e4m3fn, as vLLM does.
         """
@@ -68,15 +69,15 @@ class PagedCache:
         for t in (*keys, *values):
             if (t.shape, t.stride(), t.dtype) != (first.shape, first.stride(), first.dtype):
                 raise ValueError(
-                    f"the layers' caches differ: {tuple(t.shape)}, strides {t.stride()}, {t.dtype} against "
-                    f"{tuple(first.shape)}, strides {first.stride()}, {first.dtype}; one launch needs one layout."
+                    f"the layers' caches must have the same layout, but differ: {tuple(t.shape)}, strides "
+                    f"{t.stride()}, {t.dtype} and {tuple(first.shape)}, strides {first.stride()}, {first.dtype}."
                 )
         if first.dtype not in TL_DTYPES:
-            raise ValueError(f"KV cache of {first.dtype}: the kernels read {', '.join(map(str, TL_DTYPES))}.")
+            raise ValueError(f"KV cache of {first.dtype}: the kernels support {', '.join(map(str, TL_DTYPES))}.")
         if first.stride(-1) != 1:
             raise ValueError(f"KV cache with strides {first.stride()}: the head dimension must be contiguous.")
         if (first.dtype == torch.float8_e4m3fn) != (k_scale is not None and v_scale is not None):
-            raise ValueError("k_scale and v_scale belong to an fp8 cache, and only to one.")
+            raise ValueError("k_scale and v_scale must be given for an fp8 cache, and only for one.")
         addresses = [[t.data_ptr() for t in layers] for layers in (keys, values)]
         key_ptrs, value_ptrs = torch.tensor(addresses, dtype=torch.int64, device=first.device)
         alignment = math.gcd(16, *addresses[0], *addresses[1])
@@ -104,7 +105,7 @@ class PagedCache:
 
     @cached_property
     def strides(self) -> tuple[int, int, int]:
-        """Elements from one block, token and head to the next."""
+        """Strides of blocks, tokens and heads, in elements."""
         block, token, head, _ = self.keys[0].stride()
         return block, token, head
 
@@ -114,19 +115,19 @@ class PagedCache:
 
     @cached_property
     def dot_dtype(self) -> torch.dtype:
-        """What kernels multiply its numbers in."""
-        if self.dtype == torch.float32 or INTERPRETED:  # the interpreter's dot takes the bits of bf16 for integers
+        """The dtype of the operands in kernels' matrix products."""
+        if self.dtype == torch.float32 or INTERPRETED:  # the interpreter's dot treats bf16 values as integers
             return torch.float32
         return torch.float16 if self.dtype == torch.float16 else torch.bfloat16
 
     def arguments(self, candidate_blocks: Tensor) -> tuple[Any, ...]:
-        """What a kernel needs to find candidates, from `candidate_blocks` to `stride_kv_head`."""
+        """The kernel arguments that locate candidates, from `candidate_blocks` to `stride_kv_head`."""
         addresses = (candidate_blocks, self.key_ptrs, self.value_ptrs, self.k_scale, self.v_scale)
         return (*addresses, candidate_blocks.stride(0), *self.strides)
 
     @cached_property
     def sizes(self) -> dict[str, Any]:
-        """The constants that go with `arguments`."""
+        """The kernel constants that go with `arguments`."""
         return dict(
             NUM_LAYERS=self.num_layers,
             NUM_KV_HEADS=self.num_kv_heads,
@@ -139,7 +140,7 @@ class PagedCache:
 
     @property
     def raw_tl_dtype(self) -> tl.dtype:
-        """The integer of the same width: moves bits and never rounds or quiets a NaN."""
+        """The integer type of the same width, which moves bits unchanged (a float may quiet a NaN)."""
         return _RAW_DTYPES[self.dtype.itemsize][1]
 
     def part(self, layers: slice) -> PagedCache:
@@ -172,6 +173,6 @@ def layer_ptr(ptrs, layer, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
 
 @triton.jit
 def token_offsets(block_row, tokens, mask, stride_block, stride_token, BLOCK_SIZE: tl.constexpr):
-    """Elements from a layer's start to the candidates `tokens`, head 0, in int64; block_row: their block ids."""
+    """Offsets (int64, in elements) of the candidates `tokens` in a layer's cache, head 0; block_row: block ids."""
     blocks = tl.load(block_row + tokens // BLOCK_SIZE, mask=mask, other=0).to(tl.int64)
     return blocks * stride_block + (tokens % BLOCK_SIZE) * stride_token

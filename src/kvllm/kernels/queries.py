@@ -1,4 +1,4 @@
-"""What kernels share that look at stored queries: how they find and rotate them, and load tiles of the paged cache."""
+"""Shared by the kernels that read stored queries: finding and rotating them, and loading tiles of the paged cache."""
 
 # mypy: disallow-untyped-defs=False
 
@@ -19,11 +19,11 @@ from kvllm.methods.rope import Rotation
 
 @dataclass(frozen=True)
 class DueQueries:
-    """The stored queries of the requests that are due, and how they are rotated ahead.
+    """The stored queries of the requests that are due, and their rotation to later positions.
 
-    ring_starts: [num_due], `QueryBank.ring_start` of each
-    rotation:    of distances [num_queries, 1, group_size], oldest first, for all layers or each its own; None: the
-                 queries stay as they are
+    ring_starts: [num_due] int32, `QueryBank.ring_start` of each
+    rotation:    by distances [num_queries, 1, group_size], oldest first, for all layers or per layer; None: the queries
+                 are not rotated
     """
 
     bank: QueryBank
@@ -35,7 +35,7 @@ class DueQueries:
 
     @property
     def num_rows(self) -> int:
-        """Queries that one KV head is asked by."""
+        """Stored queries per KV head: those of all heads of its query group."""
         return self.bank.num_queries * self.bank.group_size
 
     def split(self, size: int) -> list[DueQueries]:
@@ -51,13 +51,13 @@ class DueQueries:
         return self.rotation.apply(grouped.unflatten(0, (len(self), -1))).flatten(0, 1)
 
     def arguments(self) -> tuple[Any, ...]:
-        """What `load_queries` needs to find them, from `numbers` to `max_num_reqs`."""
+        """The kernel arguments for `load_queries`, from `numbers` to `max_num_reqs`."""
         given = self.rotation
         rotations = (None, None, None, None) if given is None else (given.cos, given.sin, given.first, given.second)
         return (self.bank.queries, self.bank.scales, *rotations, self.ring_starts, self.bank.queries.shape[1])
 
     def sizes(self, dot_dtype: torch.dtype) -> dict[str, Any]:
-        """The constants that go with `arguments`."""
+        """The kernel constants that go with `arguments`."""
         num_heads, head_dim = self.bank.queries.shape[3:]
         return dict(
             NUM_HEADS=num_heads,
@@ -71,7 +71,7 @@ class DueQueries:
 
 
 def num_rotations(rotation: Rotation | None) -> int:
-    """Tables of sines and cosines: none, one for all layers, or one a layer."""
+    """Number of tables of sines and cosines: none, one for all layers, or one per layer."""
     if rotation is None:
         return 0
     return rotation.cos.shape[0] if rotation.cos.ndim > 4 else 1
@@ -79,7 +79,7 @@ def num_rotations(rotation: Rotation | None) -> int:
 
 @triton.jit
 def load_tile(ptrs, offsets, mask, layer, dims, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, NUM_DIMS: tl.constexpr):
-    """[BLOCK_T, len(dims)]: the first NUM_DIMS of these dimensions of the candidates' keys or values; zeros outside."""
+    """The dimensions `dims` of the candidates' keys or values, [BLOCK_T, len(dims)]; zeros past the first NUM_DIMS."""
     rows = layer_ptr(ptrs, layer, DTYPE, ALIGNMENT) + offsets[:, None] + dims[None, :]
     indices = tl.arange(0, dims.shape[0])
     return tl.load(rows, mask=mask[:, None] & (indices < NUM_DIMS)[None, :], other=0.0)
@@ -87,7 +87,7 @@ def load_tile(ptrs, offsets, mask, layer, dims, DTYPE: tl.constexpr, ALIGNMENT: 
 
 @triton.jit
 def pairs(first, second, NUM_PAIRS: tl.constexpr, HALVES: tl.constexpr, BLOCK_H: tl.constexpr):
-    """The dimensions that are rotated together, [BLOCK_H] each; int32, which takes half the registers."""
+    """The pairs of dimensions that are rotated together, [BLOCK_H] each; int32, which needs half the registers."""
     pairs = tl.arange(0, BLOCK_H)
     if HALVES:
         firsts, seconds = pairs, pairs + NUM_PAIRS
@@ -99,7 +99,7 @@ def pairs(first, second, NUM_PAIRS: tl.constexpr, HALVES: tl.constexpr, BLOCK_H:
 
 @triton.jit
 def ring(ring_starts, max_num_reqs, due, layer, NUM_QUERIES: tl.constexpr):
-    """Of a request in a layer: its row among the bank's (layer, row) pairs, and the entry of its oldest query."""
+    """A request's row among the bank's (layer, row) pairs, and the entry of its oldest query."""
     start = tl.load(ring_starts + due).to(tl.int32)
     return layer * max_num_reqs + start // NUM_QUERIES, start % NUM_QUERIES
 
@@ -110,9 +110,9 @@ def load_queries(
     NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
     NUM_ROTATIONS: tl.constexpr, DOT_DTYPE: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The first and the second dimensions of the rotated queries, [BLOCK_Q, BLOCK_H] each, and their scales [BLOCK_Q].
+    """The first and second dimensions of the rotated queries, [BLOCK_Q, BLOCK_H] each, and their scales, [BLOCK_Q].
 
-    Row r is query r // GROUP_SIZE, oldest first, of the group's head r % GROUP_SIZE. layer_row, oldest: of `ring`.
+    Row r is query r // GROUP_SIZE, oldest first, of head r % GROUP_SIZE in the group. layer_row, oldest: from `ring`.
     """
     num_queries: tl.constexpr = NUM_ROWS // GROUP_SIZE
     num_pairs: tl.constexpr = HEAD_DIM // 2
@@ -136,6 +136,6 @@ def load_queries(
 
 @triton.jit
 def locate(NUM_LAYERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr):
-    """This program's index in the batch, request, layer and KV head; neighbours share the lines of a block."""
+    """This program's index in the batch, request, layer and KV head. Consecutive programs read the same cache lines."""
     pid = tl.program_id(0).to(tl.int64)
     return pid, pid // (NUM_LAYERS * NUM_KV_HEADS), pid // NUM_KV_HEADS % NUM_LAYERS, pid % NUM_KV_HEADS

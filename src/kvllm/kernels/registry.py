@@ -1,4 +1,4 @@
-"""Where a module of this package registers the kernels of a method; `kvllm.kernels.fused` looks them up."""
+"""The registry of methods' fused kernels, in which `kvllm.kernels.fused` looks them up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvllm.methods.rope import Rope
 
 
 class Build(Protocol):
-    """Kernels that do exactly what this method does on these layers, or None where there are none."""
+    """Returns kernels that do exactly what this method does on these layers; None if there are none."""
 
     def __call__(
         self, method: Method, config: KvConfig, bank: QueryBank, cache: PagedCache, rope: Rope | None
@@ -22,7 +22,7 @@ class Build(Protocol):
 
 
 class Covers(Protocol):
-    """Whether there are such kernels for heads of this size."""
+    """Whether there are such kernels for this head_dim."""
 
     def __call__(self, method: Method, head_dim: int) -> bool: ...
 
@@ -31,7 +31,7 @@ FUSED: dict[type[Method], tuple[Covers, Build]] = {}
 
 
 def serves(method: type[Method], covers: Covers) -> Callable[[Build], Build]:
-    """Decorator of a `Build`: these are the kernels of this class of methods."""
+    """Decorator that registers a `Build` for this class of methods."""
 
     def add(build: Build) -> Build:
         FUSED[method] = (covers, build)

@@ -1,4 +1,4 @@
-"""Kara's selection, Token2Chunk, for every row of scores at once."""
+"""Kara's selection, Token2Chunk, for all rows of scores at once."""
 
 # mypy: disallow-untyped-defs=False
 
@@ -25,9 +25,9 @@ def select_chunks_ref(scores: Tensor, num_kept: int, max_chunk_size: int, chunk_
 
 
 def select_chunks(scores: Tensor, num_kept: int, max_chunk_size: int, chunk_fill: float) -> Tensor:
-    """`select_chunks_ref` as a Triton kernel, one program per row. max_chunk_size 1 is the plain top-K.
+    """`select_chunks_ref` as a Triton kernel, one program per row. max_chunk_size=1 is plain top-k.
 
-    NaN counts as more than infinity, so that whatever the scores, the indices are distinct and in the window.
+    NaN counts as larger than infinity, so the indices are distinct and within the window for any scores.
     """
     *rows, num_candidates = scores.shape
     assert scores.dtype == torch.float32 and scores.is_contiguous() and 0 < num_kept <= num_candidates
@@ -50,15 +50,15 @@ def select_chunks(scores: Tensor, num_kept: int, max_chunk_size: int, chunk_fill
 
 @triton.jit
 def _ordered(x):
-    """float32 as int32 in the same order; -0.0 and 0.0 are one value."""
+    """float32 as int32 in the same order; -0.0 equals 0.0."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def _take_best(keys, rivals, favoured, COUNT: tl.constexpr):
-    """Mask of the COUNT largest keys among `rivals`; of equals `favoured` ones first, then the earlier."""
-    # The COUNT-th largest key, found bit by bit: the largest value that COUNT keys reach.
+    """Mask of the COUNT largest keys among `rivals`; among equal keys, `favoured` ones win, then earlier ones."""
+    # Finds the COUNT-th largest key bit by bit: the largest value that COUNT keys reach.
     reached = tl.sum((rivals & (keys >= 0)).to(tl.int32), axis=0)
     threshold = tl.where(reached >= COUNT, 0, -2147483648)
     for i in range(31):
@@ -88,7 +88,7 @@ def _select_chunks_kernel(
     own = tl.load(scores + tokens, mask=valid, other=0.0)
     taken = _take_best(_ordered(own), valid, valid, NUM_KEPT)
     if FILL:
-        # The row of the result holds the picks for a while, so that each gap can look up the picks at its ends.
+        # The output row temporarily holds the picks, so that each gap can look up the picks at its ends.
         picks = taken
         num_before = tl.cumsum(picks.to(tl.int32), axis=0)
         tl.store(kept + num_before - 1, tokens, mask=picks)
@@ -102,5 +102,5 @@ def _select_chunks_kernel(
         between = between & (right - left < max_chunk_size)
         keys = _ordered(tl.where(picks, own, chunk_fill * weaker))
         taken = _take_best(keys, picks | between, picks, NUM_KEPT)
-        tl.debug_barrier()  # every gap has read the picks before the survivors take their place
+        tl.debug_barrier()  # every gap has read the picks before the final indices overwrite them
     tl.store(kept + tl.cumsum(taken.to(tl.int32), axis=0) - 1, tokens, mask=taken)

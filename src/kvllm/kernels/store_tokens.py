@@ -1,4 +1,4 @@
-"""Write this step's tokens to one layer: keys and values to the KV cache, queries to the query bank."""
+"""Stores a step's tokens of one layer: keys and values in the KV cache, queries in the query bank."""
 
 # mypy: disallow-untyped-defs=False
 
@@ -15,14 +15,14 @@ from kvllm.compression.query_bank import LEVELS, SMALLEST, QueryBank
 from kvllm.kernels.paged import PagedCache, next_power_of_2
 from kvllm.layout import ceil_div
 
-_HEADS = 8  # a program's
+_HEADS = 8  # per program
 
 
 class NewPairs(NamedTuple):
-    """A step's keys and values of one layer, and where in the cache they belong.
+    """A step's keys and values of one layer, and their slots in the cache.
 
     key, value:   [num_tokens, num_kv_heads, head_dim]
-    slot_mapping: [at most num_tokens] int64, block * block_size + index in it; -1: not stored
+    slot_mapping: [at most num_tokens] int64, block id * block_size + index in the block; -1: not stored
     """
 
     key: Tensor
@@ -32,10 +32,10 @@ class NewPairs(NamedTuple):
 
 
 def store_tokens_ref(query: Tensor, bank: QueryBank, layer: int, codes: Tensor, pairs: NewPairs | None = None) -> None:
-    """`QueryBank.store`, and of pairs vLLM's `reshape_and_cache_flash`, not quantised.
+    """`QueryBank.store`, and for `pairs` vLLM's `reshape_and_cache_flash` without quantisation.
 
     query: [num_tokens, num_heads, head_dim], padded like the layer's input
-    codes: [at least num_tokens] int32, `QueryBank.codes`; -1: not stored
+    codes: [at least num_tokens] int32, from `QueryBank.codes`; -1: not stored
     """
     bank.store(layer, query, codes[: len(query)])
     if pairs is None:
@@ -48,9 +48,9 @@ def store_tokens_ref(query: Tensor, bank: QueryBank, layer: int, codes: Tensor, 
 
 
 def store_tokens(query: Tensor, bank: QueryBank, layer: int, codes: Tensor, pairs: NewPairs | None = None) -> None:
-    """`store_tokens_ref` as one Triton kernel, programs for each token and some heads of its query, key or value.
+    """`store_tokens_ref` as a Triton kernel, one program per token and per few heads of its query, key or value.
 
-    Safe inside CUDA graphs: it allocates nothing, and its grid depends on the padded number of tokens only.
+    Safe inside CUDA graphs: it allocates nothing, and its grid depends only on the padded number of tokens.
     """
     num_tokens, num_heads, head_dim = query.shape
     assert query.stride(2) == 1 and query.stride(1) == head_dim
@@ -98,7 +98,7 @@ def store_tokens(query: Tensor, bank: QueryBank, layer: int, codes: Tensor, pair
     )
 
 
-# The number of slots differs from step to step: no new kernel for one that happens to be a multiple of 16.
+# num_slots changes from step to step, and must not trigger recompilation when it is a multiple of 16.
 @triton.jit(do_not_specialize=["num_slots"])
 def _store_tokens_kernel(
     query, numbers, scales, codes, stride_query,
@@ -131,7 +131,7 @@ def _store_tokens_kernel(
     heads = program * BLOCK_H + tl.arange(0, BLOCK_H)
     dims = tl.arange(0, BLOCK_D)
     inside = (heads < NUM_HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
-    # Read before it is known which of these are stored, so that the two loads do not wait for each other.
+    # Loaded before the code says which heads are stored, so that the two loads overlap.
     x = tl.load(query + token * stride_query + heads[:, None] * HEAD_DIM + dims[None, :], mask=inside, other=0.0)
     code = tl.load(codes + token)
     if code < 0:
@@ -144,7 +144,7 @@ def _store_tokens_kernel(
     scale = tl.full([BLOCK_H], 1.0, tl.float32)
     if not EXACT:
         scale = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST) * (1.0 / LEVELS)
-        # Adding and taking away 1.5 * 2^23 rounds to the nearest whole number, halves to even, as PyTorch does.
+        # Adding and subtracting 1.5 * 2**23 rounds to the nearest integer, half to even, as PyTorch does.
         x = (tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + 12582912.0) - 12582912.0
     target = (row * NUM_QUERIES + at // STRIDE) * NUM_HEADS + heads
     x = x.to(numbers.dtype.element_ty)
@@ -158,11 +158,11 @@ def _store_heads(
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of one token's key or value, into its slot."""
+    """Store some heads of one token's key or value in its slot."""
     heads = program * BLOCK_H + tl.arange(0, BLOCK_H)
     dims = tl.arange(0, BLOCK_D)
     inside = (heads < NUM_KV_HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
-    # As with the queries, before it is known whether the token has a slot.
+    # Loaded before the slot is known, for the same reason as the queries.
     x = tl.load(row + heads[:, None] * HEAD_DIM + dims[None, :], mask=inside)
     if slot >= 0:
         target = cache + slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_slot

@@ -1,4 +1,4 @@
-"""Dense copies of the candidates for methods without kernels of their own, and merged pairs written back."""
+"""Dense copies of the candidates for methods without fused kernels, and writing new keys and values back."""
 
 # mypy: disallow-untyped-defs=False
 
@@ -18,7 +18,7 @@ def gather_window_ref(candidate_blocks: Tensor, cache: PagedCache, dtype: torch.
     """Keys and values of the candidates, dequantised, in `dtype`.
 
     candidate_blocks: [num_due, num_candidates / block_size], block ids
-    returns           twice [num_due * num_layers, num_candidates, num_kv_heads, head_dim]
+    returns           keys and values, [num_due * num_layers, num_candidates, num_kv_heads, head_dim] each
     """
     return (
         _gather_ref(candidate_blocks, cache.keys, cache.k_scale, dtype),
@@ -45,7 +45,7 @@ def gather_window(candidate_blocks: Tensor, cache: PagedCache, dtype: torch.dtyp
 
 
 def scatter_window_ref(keys: Tensor, values: Tensor, candidate_blocks: Tensor, cache: PagedCache) -> None:
-    """Write new keys and values, quantised as the cache is, to the first `num_kept` candidates.
+    """Write new keys and values to the first `num_kept` candidates, quantised like the cache.
 
     keys, values:     [num_due * num_layers, num_kept, num_kv_heads, head_dim]
     candidate_blocks: [num_due, num_candidates / block_size], block ids
@@ -55,7 +55,7 @@ def scatter_window_ref(keys: Tensor, values: Tensor, candidate_blocks: Tensor, c
 
 
 def scatter_rows_ref(rows: Tensor, candidate_blocks: Tensor, layers: tuple[Tensor, ...], scale: Tensor | None) -> None:
-    """The keys' or the values' part of `scatter_window_ref`; layers: their caches."""
+    """`scatter_window_ref` for keys or values alone; layers: their caches."""
     tokens, block_size = torch.arange(rows.shape[1], device=rows.device), layers[0].shape[1]
     blocks = candidate_blocks[:, tokens // block_size].long()
     rows = rows.unflatten(0, (len(candidate_blocks), len(layers)))

@@ -1,1 +1,1 @@
-"""Measuring: what compression changes (`eval`), and what it costs or gains (`bench`)."""
+"""Measurements: how compression changes outputs (`eval`) and performance (`bench`)."""

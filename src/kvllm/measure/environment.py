@@ -1,4 +1,4 @@
-"""What a result was measured with, to be written beside it."""
+"""The environment of a measurement, recorded with its results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import kvllm
 
 
 def environment() -> dict[str, Any]:
-    """Command, commit (None outside a checkout), versions and device."""
+    """Command line, commit (None outside a checkout), package versions and device."""
     import torch
 
     return {
@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the checkout that this file lies in; None outside of one."""
+    """`git describe` of the checkout that contains this file; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

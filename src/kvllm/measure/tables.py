@@ -1,4 +1,4 @@
-"""Tables as Markdown, whose columns line up in plain text as well."""
+"""Markdown tables with aligned columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """No cell is wrapped or cut, whatever the terminal's width."""
+    """A Markdown table; cells are never wrapped or truncated."""
     table = Table(*header, box=MARKDOWN)
     for row in rows:
         table.add_row(*row)

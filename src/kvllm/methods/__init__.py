@@ -1,4 +1,4 @@
-"""The methods, by name. Adding one is adding a file here and its test: every module of this package is imported."""
+"""Registry of the compression methods. Every module in this package is imported, so a new method is one new file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 _REGISTRY: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
 
-# Options of KvConfig that a method takes by having a field of the same name.
+# KvConfig options that are passed to any method with a field of the same name.
 SHARED_OPTIONS = ("max_chunk_size", "seed")
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Class decorator: make a method known under `name`."""
+    """Class decorator that registers a method as `name`."""
 
     def add(cls: M) -> M:
         if _REGISTRY.setdefault(name, cls) is not cls:
@@ -36,36 +36,36 @@ def register(name: str) -> Callable[[M], M]:
 
 
 def methods() -> dict[str, type[Method]]:
-    """Every method by name, sorted."""
+    """All registered methods, sorted by name."""
     _import_modules()
     return dict(sorted(_REGISTRY.items()))
 
 
-@functools.cache  # a server builds a configuration for each request that it checks
+@functools.cache  # a server calls methods() for every request that it validates
 def _import_modules() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
 
 
 def checked_config(options: Mapping[str, Any]) -> KvConfig:
-    """`KvConfig.from_dict`, and the method's name and options checked too: what front ends read options with."""
+    """`KvConfig.from_dict` that also validates the method's name and options; for all front ends."""
     config = KvConfig.from_dict(options)
     make_method(config)
     return config
 
 
 def make_method(config: KvConfig) -> Method:
-    """The method that `config` asks for, with its options; UsageError names what is wrong with them."""
+    """Build the method that `config` names, with its options. Raises UsageError for an unknown or invalid option."""
     cls = method_class("method", config.method)
     shared = {name: getattr(config, name) for name in SHARED_OPTIONS if name in options_of(cls)}
     return build(cls, config.method, "method_options", {**shared, **config.method_options})
 
 
 def with_budgets(config: KvConfig, layers: Sequence[int]) -> KvConfig:
-    """`config` with the table of ratios that its method makes of one ratio for all layers, if it does (`pyramidkv`).
+    """`config` with one ratio per group of layers, if its method sets layer budgets itself (`pyramidkv`).
 
-    layers: the numbers of the model's layers of full attention
-    Raises UsageError where the method cannot divide these layers into groups.
+    layers: numbers of the model's full-attention layers
+    Raises UsageError if the method cannot divide these layers into groups.
     """
     if config.budgets or not config.enabled:
         return config
@@ -74,7 +74,7 @@ def with_budgets(config: KvConfig, layers: Sequence[int]) -> KvConfig:
 
 
 def method_class(option: str, name: str) -> type[Method]:
-    """The method of this name; UsageError, naming the option that holds the name, where there is none."""
+    """The class registered as `name`. Raises UsageError, citing `option`, if there is none."""
     known = methods()
     if name not in known:
         raise UsageError(f"{option}={name!r}: {no_such('method', name, known)}")
@@ -82,19 +82,19 @@ def method_class(option: str, name: str) -> type[Method]:
 
 
 def build(cls: type[Method], name: str, option: str, options: Mapping[str, Any]) -> Method:
-    """The method with these options, which the user gave as `option`; UsageError names what is wrong with them."""
+    """Instantiate a method with the options that the user passed as `option`. Raises UsageError if they are invalid."""
     with within(f"{option} of {name}"):
         return cls(**options)
 
 
 def resolved(config: KvConfig) -> dict[str, Any]:
-    """The configuration with every option of its method, defaults too: what a measurement has to record."""
+    """The configuration with all method options, defaults included, as recorded with measurements."""
     options = all_options(make_method(config))
     return {**config.to_dict(), "method_options": {k: v for k, v in options.items() if k not in SHARED_OPTIONS}}
 
 
 def all_options(method: Method) -> dict[str, Any]:
-    """A method's options and their values; of one on a base, the base's own too."""
+    """A method's options and values, including those of its base method, if it has one."""
     options = {name: getattr(method, name) for name in options_of(type(method))}
     scorer = getattr(method, "scorer", None)
     return options if scorer is None else options | {"base_options": all_options(scorer)}

@@ -1,4 +1,4 @@
-"""Adaptive mass segments (arXiv:2605.23200): every stretch of the text keeps a share by the attention it draws."""
+"""Adaptive mass segments (arXiv:2605.23200): each segment of the text gets a quota in proportion to its attention."""
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ from kvllm.options import BaseOptions, Count, KernelSize, Share, strict_dataclas
 @register("ams")
 @strict_dataclass
 class AMS(OnBase):
-    """Cut the window where attention mass adds up, give each segment a quota, fill it by a base score.
+    """Keep the best tokens by `base` of every segment, up to a quota in proportion to the segment's attention.
 
-    Same: mass is the newest queries' attention, pooled over 5 tokens, mean over the group, for each KV head; a segment
-    ends once it holds `segment_mass` and `min_segment` tokens, or `max_segment`; 8 tokens each, the rest by mass.
-    Differs: the rest is shared out by highest averages (D'Hondt), which hits K exactly without the paper's repair
-    loops. The running credit over earlier compressions needs a state that a method does not have; under the window
-    policy every token is judged once, so it would change nothing there. The first 4 and newest 32 tokens, which
-    the paper keeps, lie in the prompt and the buffer. The queries are the buffer's stored ones, up to 32.
+    Same: mass is the attention of the newest queries, pooled over 5 tokens and averaged over the query group, for each
+    KV head; a segment ends once it has `segment_mass` and `min_segment` tokens, or `max_segment` tokens; each gets 8
+    tokens, and the rest is distributed by mass.
+    Differs: the rest is distributed by highest averages (D'Hondt), which adds up to exactly K without the paper's
+    repair loops. The paper's credit carried over from earlier compressions is left out: methods have no state, and
+    under the window policy, where each token is scored once, it would change nothing. The first 4 and newest 32
+    tokens, which the paper keeps, are in the prompt and the buffer. The queries are the stored ones of the buffer, up
+    to 32.
     """
 
-    base: str = Field("rkv", description="Method that scores the tokens inside a segment.")
+    base: str = Field("rkv", description="Method that scores the tokens within a segment.")
     base_options: BaseOptions = Field(default_factory=dict)
-    num_observed: Count = Field(32, description="Number of newest stored queries that the mass is taken from.")
+    num_observed: Count = Field(32, description="Number of newest stored queries used to compute attention mass.")
     kernel_size: KernelSize = 5
     segment_mass: Share = Field(0.02, description="Share of the attention mass at which a segment ends.")
-    min_segment: Count = Field(32, description="Fewest tokens in a segment.")
-    max_segment: Count = Field(1024, description="Most tokens in a segment, at least `min_segment`.")
-    min_quota: int = Field(8, ge=0, description="Tokens that every segment keeps, whatever its mass.")
+    min_segment: Count = Field(32, description="Minimum number of tokens in a segment.")
+    max_segment: Count = Field(1024, description="Maximum number of tokens in a segment; at least `min_segment`.")
+    min_quota: int = Field(8, ge=0, description="Minimum number of tokens that each segment keeps.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_segment < self.min_segment:
-            raise UsageError(f"max_segment={self.max_segment}: must be min_segment={self.min_segment} or more.")
+            raise UsageError(f"max_segment={self.max_segment}: must be at least min_segment={self.min_segment}.")
 
     def score(self, window: Window) -> Tensor:
-        """The order in which slots are given out, so that the K best fill every quota."""
+        """Priority of each token, such that the K highest fill every segment's quota."""
         _, mean = observed_attention(window, self.num_observed)
         mass = pool(mean, self.kernel_size).mean(dim=2) + 1e-12
         mass = mass / mass.sum(dim=-1, keepdim=True)
@@ -51,9 +53,9 @@ class AMS(OnBase):
 
 
 def cut_by_mass(mass: Tensor, segment_mass: float, min_segment: int, max_segment: int) -> Tensor:
-    """Number of the segment of each token, from 0.
+    """Segment index of each token.
 
-    mass:    [batch, num_kv_heads, num_tokens], each row sums to 1
+    mass:    [batch, num_kv_heads, num_tokens]; each row sums to 1
     returns  the same shape, int64
     """
     num_tokens = mass.shape[-1]
@@ -64,22 +66,22 @@ def cut_by_mass(mass: Tensor, segment_mass: float, min_segment: int, max_segment
         before = torch.where(start > 0, total.gather(-1, (start - 1).clamp(min=0)), 0.0)
         reached = torch.searchsorted(total, before + segment_mass) + 1  # one past the token that fills the segment
         start = torch.minimum(torch.maximum(reached, start + min_segment), start + max_segment).clamp(max=num_tokens)
-        starts.scatter_(-1, start, 1)  # what lies past the end lands in the extra column
+        starts.scatter_(-1, start, 1)  # starts past the end go to the extra column
     return starts[..., :num_tokens].cumsum(dim=-1)
 
 
 def slot_priority(scores: Tensor, mass: Tensor, segment: Tensor, min_quota: int) -> Tensor:
-    """The larger, the sooner a token gets a slot.
+    """Priority of each token; the highest are kept.
 
-    First each segment's best `min_quota` tokens, the best of all segments before the second best; after them segments
-    take turns in proportion to their mass. All [batch, num_kv_heads, num_tokens].
+    The `min_quota` best tokens of every segment come first (all best ones, then all second best, and so on), then the
+    segments take turns in proportion to their mass. All tensors are [batch, num_kv_heads, num_tokens].
     """
     num_tokens = scores.shape[-1]
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     order = order.gather(-1, segment.gather(-1, order).sort(dim=-1, stable=True).indices)  # by segment, best first
     first = torch.searchsorted(segment, segment)  # where each token's own segment begins
-    rank = order.argsort(dim=-1) - first  # in its segment, from 0
-    # float64, rounded at the end: on a GPU scatter_add sums in any order.
+    rank = order.argsort(dim=-1) - first  # within its segment, from 0
+    # float64, rounded at the end: scatter_add on a GPU sums in no fixed order.
     segment_mass = torch.zeros_like(mass, dtype=torch.float64).scatter_add(-1, segment, mass.double())
     turns = segment_mass.gather(-1, segment) / (rank - min_quota + 1).clamp(min=1)  # at most 1
     early = 1 + (num_tokens - rank) / num_tokens  # above 1

@@ -1,4 +1,4 @@
-"""What every method implements. A method scores and selects; it knows nothing of blocks, engines or policies."""
+"""The interface of a compression method: it scores and selects tokens, independent of blocks, engines and policies."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from kvllm.methods.rope import Rope
 
 @dataclass(frozen=True)
 class Window:
-    """The tokens that are candidates of one compression, for a batch of (request, layer) pairs.
+    """The candidate tokens of one compression, for a batch of (request, layer) pairs.
 
-    queries:         [batch, num_queries, num_heads, head_dim], after RoPE; the newest tokens' queries, every
-                     `query_stride`-th of them
-    query_positions: [num_queries], counted from the first candidate; may lie past the last one (the buffer) and
-                     need not ascend
-    query_shifts:    [group_size], by how many tokens the queries of each head of a group are older; None: by none
+    queries:         [batch, num_queries, num_heads, head_dim], after RoPE; every `query_stride`-th of the newest
+                     queries
+    query_positions: [num_queries], relative to the first candidate; may lie past the last one (in the buffer) and
+                     need not be sorted
+    query_shifts:    [group_size], how many tokens older than `query_positions` each head's queries are; None: 0
     keys, values:    [batch, num_tokens, num_kv_heads, head_dim], keys after RoPE
-    positions:       [batch, num_kv_heads, num_tokens], position in the text of each candidate (int64)
-    layers:          [batch], index of the layer (int64)
-    rope:            how the model rotates queries and keys, each member of the batch its own way where layers differ;
-                     None: none of them has a rotary embedding
+    positions:       [batch, num_kv_heads, num_tokens], text position of each candidate (int64)
+    layers:          [batch], layer index (int64)
+    rope:            the model's rotary embedding, per batch member where layers differ; None if no layer has one
     """
 
     queries: Tensor
@@ -50,22 +49,22 @@ class Window:
 
     @property
     def head_query_positions(self) -> Tensor:
-        """[group_size, num_queries]: where each head's own queries stand, counted as `query_positions`."""
+        """[group_size, num_queries]: positions of each head's queries, relative to the first candidate."""
         shifts = self.query_positions.new_zeros(self.queries.shape[2] // self.num_kv_heads)
         if self.query_shifts is not None:
             shifts = self.query_shifts
         return self.query_positions - shifts[:, None]
 
     def grouped_queries(self) -> Tensor:
-        """[batch, num_kv_heads, group_size, num_queries, head_dim] in float32: each KV head with its own queries."""
+        """[batch, num_kv_heads, group_size, num_queries, head_dim] in float32: queries grouped by KV head."""
         grouped = self.queries.float().unflatten(2, (self.num_kv_heads, -1))
         return grouped.permute(0, 2, 3, 1, 4)
 
-    # Worked out once, side by side in memory: what a window is scored and refitted by reads them again and again.
+    # Cached and contiguous: scoring and refitting read these many times.
 
     @cached_property
     def scaled_queries(self) -> Tensor:
-        """[batch, num_kv_heads, group_size * num_queries, head_dim] in float32, whose products with keys are logits."""
+        """[batch, num_kv_heads, group_size * num_queries, head_dim] in float32, times head_dim ** -0.5."""
         return (self.grouped_queries() * self.keys.shape[-1] ** -0.5).flatten(2, 3)
 
     @cached_property
@@ -95,10 +94,10 @@ class Window:
 
 @dataclass(frozen=True)
 class Kept:
-    """What survives: indices into the window, and new keys and values where the method changes them.
+    """The survivors: indices into the window, and new keys and values if the method changes them.
 
     indices:      [batch, num_kv_heads, num_kept], ascending (int64)
-    keys, values: [batch, num_kept, num_kv_heads, head_dim], or None: the kept tokens' own
+    keys, values: [batch, num_kept, num_kv_heads, head_dim]; None: unchanged
     """
 
     indices: Tensor
@@ -106,7 +105,7 @@ class Kept:
     values: Tensor | None = None
 
     def gathered(self, keys: Tensor, values: Tensor) -> Kept:
-        """This with keys and values: its own where it has them, otherwise the candidates', which are given."""
+        """The same survivors with keys and values filled in: where they are None, gathered from the candidates."""
         return Kept(
             self.indices,
             take_rows(keys, self.indices) if self.keys is None else self.keys,
@@ -116,9 +115,9 @@ class Kept:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The attention layers that are compressed: all of one shape; under tensor parallelism what one rank has of them.
+    """The shape that all compressed attention layers share, on one rank under tensor parallelism.
 
-    num_layers: the model's layers, up to the last that is compressed
+    num_layers: number of model layers up to and including the last compressed one
     """
 
     num_layers: int
@@ -128,40 +127,40 @@ class LayerShape:
 
 
 class Method(ABC):
-    """A frozen dataclass whose fields are its `method_options`; state that a request needs is not kept here."""
+    """Base class. Subclasses are frozen dataclasses whose fields are their `method_options`; they hold no state."""
 
     @property
     def uses_rope(self) -> bool:
-        """Whether the method needs `Window.rope`, without which it would take the model for one that has none."""
+        """Whether the method reads `Window.rope`, which must then be set unless the model has no rotary embedding."""
         return False
 
     @property
     def counts_positions(self) -> bool:
-        """Whether the method takes `Window.positions` for the angles of keys, not only for distances between tokens.
+        """Whether the method derives the rotation of keys from `Window.positions`.
 
-        Behind an image M-RoPE's positions are fewer than the tokens.
+        That is wrong for M-RoPE, where positions after an image are lower than the token count.
         """
         return False
 
     def check_rope(self, rope: Rope | None) -> None:  # noqa: B027 (most have nothing to check)
-        """Raise ValueError where the method's options contradict the model's rotary embedding; asked at start."""
+        """Raise ValueError if the options contradict the model's rotary embedding; called at startup."""
 
     def check_layers(self, shape: LayerShape) -> None:  # noqa: B027 (most have nothing to check)
-        """Raise UsageError where the method's files were made for another model; asked at start."""
+        """Raise UsageError if the method's files were made for another model; called at startup."""
 
     def layer_budgets(self, mean_ratio: float, layers: Sequence[int]) -> tuple[Budget, ...]:
-        """Groups of layers with ratios of their own, whose mean is `mean_ratio`; empty where all layers keep the same.
+        """Groups of layers and their ratios, whose mean is `mean_ratio`; empty if all layers share one ratio.
 
-        layers: the numbers of the model's layers of full attention
+        layers: numbers of the model's full-attention layers
         """
         return ()
 
     @abstractmethod
     def score(self, window: Window) -> Tensor:
-        """[batch, num_kv_heads, num_tokens] in float32: the higher, the longer a token should live."""
+        """[batch, num_kv_heads, num_tokens] in float32: tokens with the highest scores are kept."""
 
     def select(self, scores: Tensor, num_kept: int) -> Tensor:
-        """The `num_kept` best of each head, ties to the earlier token, in text order.
+        """The `num_kept` highest-scoring tokens of each head, in text order; ties go to the earlier token.
 
         scores:  [batch, num_kv_heads, num_tokens]
         returns  [batch, num_kv_heads, num_kept], ascending (int64)
@@ -169,16 +168,16 @@ class Method(ABC):
         return top_k(scores, num_kept)
 
     def compress(self, window: Window, num_kept: int) -> Kept:
-        """Score and select; a method that merges what it evicts overrides this."""
+        """Score and select. Methods that also merge or change tokens override this."""
         return Kept(self.select(self.score(window), num_kept))
 
     def compress_prompt(self, window: Window, num_kept: int) -> Kept:
-        """What survives of a prompt (`prompt_budget`), judged by queries that all lie behind it: as of any window."""
+        """Compress a prompt that exceeds `prompt_budget`, as any other window; all queries come after it."""
         return self.compress(window, num_kept)
 
 
 def take_rows(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Each head's own choice of tokens.
+    """Gather each head's own selection of tokens.
 
     tokens:  [batch, num_tokens, num_kv_heads, head_dim]
     indices: [batch, num_kv_heads, num_kept]
@@ -188,7 +187,7 @@ def take_rows(tokens: Tensor, indices: Tensor) -> Tensor:
 
 
 def top_k(scores: Tensor, num_kept: int) -> Tensor:
-    """Indices of the `num_kept` largest along the last axis, ascending; of equals, the earlier ones."""
-    # A stable sort, since topk leaves the order of equals to the device.
+    """Indices of the `num_kept` largest entries of the last axis, ascending; ties go to the earlier entry."""
+    # Stable sort: topk breaks ties differently from device to device.
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :num_kept]
     return order.sort(dim=-1).values

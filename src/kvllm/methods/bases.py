@@ -1,4 +1,4 @@
-"""Methods on top of a base method: they take its scores and select in their own way."""
+"""Methods that select tokens in their own way by the scores of a base method."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from kvllm.methods.rope import Rope
 
 
 class OnBase(Method):
-    """A method with the fields `base` and `base_options`, which name the method that scores."""
+    """A method whose fields `base` and `base_options` specify the method that scores."""
 
     base: str
     base_options: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        _ = self.scorer  # refuses what it cannot build
+        _ = self.scorer  # raises UsageError for an invalid base
 
     @cached_property
     def scorer(self) -> Method:

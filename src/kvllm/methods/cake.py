@@ -1,4 +1,4 @@
-"""CAKE (arXiv:2503.12491): attention's mean and variance, with budgets by layer preference."""
+"""CAKE (arXiv:2503.12491): mean and variance of attention, and layer budgets by preference."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from kvllm.options import Count, KernelSize, strict_dataclass
 @register("cake")
 @strict_dataclass
 class CAKE(Method):
-    """Keep what the newest queries look at steadily or, weighted by gamma, now and then.
+    """Keep the tokens that get much attention from the newest queries, or attention that varies between them.
 
-    Score: mean over the observed queries plus `gamma` times their variance, average pooling, mean over the heads of a
-    query group (that mean, and dividing by the number of queries, are *ours*). Layer budgets come from a table in
-    `retention_ratio`, which `kvllm eval calibrate-layers --rule cake` makes from the preferences of `preferences`; the
-    paper computes them anew for every prompt. With one ratio all layers keep the same.
+    Score: mean attention over the observed queries plus `gamma` times its variance, average pooling, then the mean over
+    the heads of a query group (that mean, and dividing by the number of queries, are *ours*). Layer budgets come from
+    a table in `retention_ratio`, which `kvllm eval calibrate-layers --rule cake` computes from `preferences`; the paper
+    computes them for every prompt. With a single ratio, all layers keep the same number of tokens.
     """
 
-    num_observed: Count = Field(32, description="Number of newest stored queries that are used.")
-    gamma: Annotated[float, Field(ge=0, description="Weight of the variance beside the mean.")] = 200.0
+    num_observed: Count = Field(32, description="Number of newest stored queries to use.")
+    gamma: Annotated[float, Field(ge=0, description="Weight of the variance relative to the mean.")] = 200.0
     kernel_size: KernelSize = 5
 
     def score(self, window: Window) -> Tensor:
@@ -40,8 +40,9 @@ class CAKE(Method):
 
 
 def mean_and_variance(window: Window, num_observed: int) -> tuple[Tensor, Tensor]:
-    """Of the attention that each candidate gets from the observed queries, those that see all candidates.
+    """Mean and variance over the observed queries of the attention to each candidate.
 
+    Uses only the queries that follow all candidates.
     returns [batch, num_kv_heads, group_size, num_tokens] each; zero for a head that has no such query
     """
     weights, mean = observed_attention(window, num_observed)
@@ -51,10 +52,10 @@ def mean_and_variance(window: Window, num_observed: int) -> tuple[Tensor, Tensor
 
 
 def preferences(window: Window, num_observed: int, tau1: float = 1.0, tau2: float = 1.0) -> Tensor:
-    """[batch]: how much budget each member's layer prefers, H ** (1 / tau1) * V ** (1 / tau2).
+    """[batch]: CAKE's preference score of each member's layer, H ** (1 / tau1) * V ** (1 / tau2).
 
-    H is the entropy of the mean attention over the candidates, V the sum of the variances over the queries; of both the
-    mean over all heads.
+    H is the entropy of the mean attention over the candidates, V the sum over the candidates of the variance over the
+    queries; both are averaged over all heads.
     """
     mean, variance = mean_and_variance(window, num_observed)
     entropy = -torch.special.xlogy(mean, mean).sum(dim=-1).mean(dim=(1, 2))

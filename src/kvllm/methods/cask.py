@@ -1,4 +1,4 @@
-"""CASK (arXiv:2604.10900): a prompt cut to its budget, then a protected core, and scratch merged around it."""
+"""CASK (arXiv:2604.10900): cut the prompt to its budget, protect a core of tokens, merge the scratch around it."""
 
 from __future__ import annotations
 
@@ -17,37 +17,40 @@ from kvllm.options import BaseOptions, Cosine, Count, RopeTheta, strict_dataclas
 @register("cask")
 @strict_dataclass
 class CASK(OnBase):
-    """Keep the best half of K as they are; merge neighbours among the rest until K entries are left.
+    """Keep K / 2 core tokens unchanged and merge neighbours among the rest until K entries are left.
 
-    Same: core and scratch; runs of scratch never cross a core token; merges prefer a gap of at most `max_gap` and a
-    cosine of at least `min_similarity`, then the gap alone, then any, by similarity; the entry has the key and position
-    of its best source and the mean value of all, weighted by softplus(score) + 1e-4, score normalised to mean 0 and
-    variance 1; no correction of the logit for the number of sources.
+    Same: core and scratch; a run of merged scratch tokens never crosses a core token; merges first join neighbours
+    with a gap of at most `max_gap` and a cosine of at least `min_similarity`, then those with such a gap, then any,
+    each in order of similarity; an entry has the key and position of its highest-scoring token and the mean of the
+    values, weighted by softplus(score) + 1e-4, with scores normalised to mean 0 and variance 1; logits are not
+    corrected for the number of merged tokens.
     Differs:
-    - Each layer and KV head plans for itself (CASK: one plan by vote of sampled heads), so its core is its own best.
-    - The similarity of neighbours is taken once, so all merges happen in one step; CASK merges pair by pair and
-      compares the merged keys again. A run can thus chain tokens of which only neighbours are alike.
-    - CASK scores with TriAttention, which needs calibration: `base` names any method, kara by default.
-    - Keys are compared after RoPE, and before it (as in CASK) where `rope_theta` is given.
-    - A window holds no text, so phase markers do not cut runs; an entry merged again (budget policy) counts as one.
-    - The values' weights are a true mean; CASK's code divides by max(1, their sum).
+    - Each layer and KV head makes its own plan, so its core holds its own best tokens (CASK: sampled heads vote on one
+      plan).
+    - Similarities are computed once and all merges happen in one step, so a long run can join tokens of which only
+      neighbours are similar (CASK merges pair by pair and compares the merged keys again).
+    - `base` can be any method, kara by default (CASK scores with TriAttention, which needs calibration).
+    - Keys are compared after RoPE; with `rope_theta`, before it, as in CASK.
+    - Methods do not see the text, so phase markers do not end runs. An entry that is merged again (budget policy)
+      counts as one token.
+    - The weights of the values sum to 1 (CASK's code divides by max(1, their sum)).
 
-    The prompt stage runs where `KvConfig.prompt_budget` is set.
-    Same: it evicts and merges nothing; a few tokens at even distances stay for coverage, the best fill the budget.
-    Differs: each layer and KV head chooses for itself, as above; the cut waits for the first window, whose queries
-    judge the prompt (CASK cuts at the end of prefill, with calibrated scores that need no queries); the budget is a
-    setting of its own (CASK: what the newest tokens leave of one budget for prompt and answer).
+    The prompt stage runs if `KvConfig.prompt_budget` is set.
+    Same: it evicts and never merges; a few evenly spaced tokens are kept for coverage, the best others fill the budget.
+    Differs: each layer and KV head selects on its own, as above; the prompt is cut together with the first window,
+    whose queries score it (CASK cuts at the end of prefill, with calibrated scores that need no queries); the budget
+    is a separate setting (CASK shares one between prompt and answer).
     """
 
     base: str = Field("kara", description="Method that scores the tokens.")
     base_options: BaseOptions = Field(default_factory=dict)
-    # At most half of K: any such core leaves enough mergeable neighbours to reach K.
+    # At most 0.5: with a larger core, too few neighbours could be merged to get down to K entries.
     core_share: float = Field(0.5, ge=0, le=0.5, description="Share of the kept tokens that are core, never merged.")
     anchor_share: float = Field(
-        0.0625, ge=0, le=0.5, description="Share of the prompt's budget that is kept at even distances, for coverage."
+        0.0625, ge=0, le=0.5, description="Share of the prompt budget spent on evenly spaced tokens, for coverage."
     )
-    max_gap: Count = Field(32, description="Distance in tokens up to which neighbours are merged first.")
-    min_similarity: Cosine = Field(0.985, description="Cosine of two keys from which on neighbours are merged first.")
+    max_gap: Count = Field(32, description="Neighbours at most this many tokens apart are merged first.")
+    min_similarity: Cosine = Field(0.985, description="Neighbours with at least this cosine of keys are merged first.")
     rope_theta: RopeTheta = None
 
     @property
@@ -64,7 +67,7 @@ class CASK(OnBase):
 
     def compress(self, window: Window, num_kept: int) -> Kept:
         scores = normalise(self.score(window))
-        # A core token bars the two links beside it, so (K - 1) / 2 of them leave the num_tokens - K merges needed.
+        # Each core token blocks its two links, so at most (K - 1) / 2 of them leave the num_tokens - K links to merge.
         num_core = min(round(self.core_share * num_kept), (num_kept - 1) // 2)
         core = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top_k(scores, num_core), True)
         entry = self.entries(window, core, num_kept)
@@ -77,28 +80,28 @@ class CASK(OnBase):
         return Kept(top_k(self.score(window).index_fill(-1, anchors, torch.inf), num_kept))
 
     def entries(self, window: Window, core: Tensor, num_kept: int) -> Tensor:
-        """[batch, num_kv_heads, num_tokens], from 0 to num_kept - 1: the run of neighbours that each token is in."""
+        """[batch, num_kv_heads, num_tokens]: index of the run that each token is merged into, 0 to num_kept - 1."""
         keys = window.keys.float().transpose(1, 2)
         if self.rope_theta is not None:
             keys = unrotate(keys, window.positions, self.rope_theta)
-        similarity = cosine_similarity(keys[..., :-1, :], keys[..., 1:, :], dim=-1)  # one link less than tokens
+        similarity = cosine_similarity(keys[..., :-1, :], keys[..., 1:, :], dim=-1)  # of each link: num_tokens - 1
         near = window.positions.diff(dim=-1) <= self.max_gap
         alike = near & (similarity >= self.min_similarity)
-        tier = near.float() + alike.float()  # a cosine spans 2, so tiers that are 3 apart never mix
+        tier = near.float() + alike.float()  # cosines span 2, so tiers 3 apart do not overlap
         links = torch.where(core[..., :-1] | core[..., 1:], -torch.inf, 3 * tier + similarity)
         merged = torch.zeros_like(core).scatter(-1, top_k(links, window.num_tokens - num_kept) + 1, True)
         return (~merged).cumsum(dim=-1) - 1
 
 
 def best_of_each(entry: Tensor, scores: Tensor, num_entries: int) -> Tensor:
-    """[batch, num_kv_heads, num_entries]: the best token of each run, of equals the earlier one."""
+    """[batch, num_kv_heads, num_entries]: index of the best token of each run; ties go to the earlier one."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     by_entry = order.gather(-1, entry.gather(-1, order).sort(dim=-1, stable=True).indices)
     return by_entry.gather(-1, run_starts(entry, num_entries))
 
 
 def merged_values(values: Tensor, scores: Tensor, entry: Tensor, best: Tensor) -> Tensor:
-    """The weighted mean of each run's values, and the value itself where a run is one token.
+    """The weighted mean of the values in each run; runs of one token keep their value unchanged.
 
     values:        [batch, num_tokens, num_kv_heads, head_dim]
     scores, entry: [batch, num_kv_heads, num_tokens];  best: [batch, num_kv_heads, num_kept]
@@ -106,7 +109,7 @@ def merged_values(values: Tensor, scores: Tensor, entry: Tensor, best: Tensor) -
     """
     starts = run_starts(entry, best.shape[-1])
     ends = torch.cat([starts[..., 1:], torch.full_like(starts[..., :1], entry.shape[-1])], dim=-1)
-    # float64: the sum of a run is the difference of two running sums.
+    # float64: sums of runs are differences of cumulative sums.
     weights = softplus(scores.double()) + 1e-4
     totals = run_sums(weights.unsqueeze(-1), starts, ends)
     means = run_sums(weights.unsqueeze(-1) * values.transpose(1, 2).double(), starts, ends) / totals
@@ -115,7 +118,7 @@ def merged_values(values: Tensor, scores: Tensor, entry: Tensor, best: Tensor) -
 
 
 def run_starts(entry: Tensor, num_entries: int) -> Tensor:
-    """[batch, num_kv_heads, num_entries]: the first token of each run."""
+    """[batch, num_kv_heads, num_entries]: index of the first token of each run."""
     wanted = torch.arange(num_entries, device=entry.device).expand(*entry.shape[:-1], -1)
     return torch.searchsorted(entry, wanted.contiguous())
 
@@ -128,6 +131,6 @@ def run_sums(x: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
 
 
 def normalise(scores: Tensor) -> Tensor:
-    """Each head's scores at mean 0 and variance 1."""
+    """Scores of each head, normalised to mean 0 and variance 1."""
     scores = scores - scores.mean(dim=-1, keepdim=True)
     return scores / scores.std(dim=-1, keepdim=True, correction=0).clamp(min=1e-12)

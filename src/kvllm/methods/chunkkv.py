@@ -1,4 +1,4 @@
-"""ChunkKV (arXiv:2502.00299): whole chunks of fixed length stay or go."""
+"""ChunkKV (arXiv:2502.00299): keep or evict whole chunks of fixed length."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kvllm.options import BaseOptions, Count, strict_dataclass
 @register("chunkkv")
 @strict_dataclass
 class ChunkKV(OnBase):
-    """Cut the window into chunks of `chunk_length` tokens and keep those with the best mean score.
+    """Keep the chunks of `chunk_length` tokens with the highest mean score.
 
-    Same: any base score, summed over heads, averaged in fixed chunks, a short last chunk competing as one; one choice
-    for all heads of a layer.
-    Differs: exactly K tokens stay, so the last chunk to fit is cut to its best tokens, where kvpress keeps whole
-    chunks only and so another number. Layers do not share a choice (the paper reuses one for its neighbours).
+    Same: the scores of any base method, summed over heads and averaged over fixed chunks (the last may be shorter); all
+    heads of a layer keep the same tokens.
+    Differs: exactly K tokens are kept, so the last chunk is cut to its best tokens (kvpress keeps whole chunks only).
+    Each layer selects on its own (in the paper neighbouring layers share a selection).
     """
 
     base: str = Field("snapkv", description="Method that scores the tokens.")
@@ -29,16 +29,16 @@ class ChunkKV(OnBase):
     chunk_length: Count = Field(20, description="Tokens in a chunk.")
 
     def score(self, window: Window) -> Tensor:
-        """Whole numbers: every token of a better chunk above every token of a worse one."""
+        """Integer ranks: every token of a better chunk ranks above every token of a worse one."""
         shared = self.scorer.score(window).sum(dim=1)  # [batch, num_tokens]
         return chunk_ranks(shared, self.chunk_length).unsqueeze(1).expand(-1, window.num_kv_heads, -1)
 
 
 def chunk_ranks(scores: Tensor, chunk_length: int) -> Tensor:
-    """Order tokens by their chunk's mean score, then by their own; of equals the earlier is better.
+    """Rank tokens by the mean score of their chunk, then by their own score; ties go to the earlier token.
 
     scores:  [batch, num_tokens]
-    returns  [batch, num_tokens] in float32, all different whole numbers
+    returns  [batch, num_tokens] in float32, distinct integers; higher is better
     """
     num_tokens = scores.shape[-1]
     missing = -num_tokens % chunk_length
@@ -52,6 +52,6 @@ def chunk_ranks(scores: Tensor, chunk_length: int) -> Tensor:
 
 
 def rank(scores: Tensor) -> Tensor:
-    """Rank of each entry in the descending order of the last axis, from 0; of equals the earlier comes first."""
+    """Rank of each entry along the last axis in descending order, from 0; ties go to the earlier entry."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     return order.argsort(dim=-1)

@@ -1,4 +1,4 @@
-"""DefensiveKV (github.com/FFY0/DefensiveKV): guard against the worst case instead of the mean."""
+"""DefensiveKV (github.com/FFY0/DefensiveKV): select by worst-case instead of mean attention."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from kvllm.options import Count, KernelSize, Share, strict_dataclass
 @register("defensivekv")
 @strict_dataclass
 class DefensiveKV(Method):
-    """Keep the tokens that carry most of the mean attention, then those that any query or head might need.
+    """Keep the tokens with most of the mean attention, then those with the highest attention of any query or head.
 
-    Same: first the tokens within `first_mass` of the mean attention; then the maximum over the heads of a query group
-    and over the queries, of weights pooled over 5 tokens that keep their row's mass; never below the head's mean; times
-    the size of what the token brings.
-    Differs: that size is the L1 norm of the value, not of W_o v, which no method sees here. Each head keeps the same
-    number, since the paged cache has one length for all (the paper moves budget between heads). The queries are
-    the buffer's stored ones, up to 32, and the buffer, which is always kept, has no share in the softmax, so the
-    paper's correction of `first_mass` for it falls away.
+    Same: tokens that make up `first_mass` of the mean attention come first; the others are ranked by the maximum over
+    the queries and the heads of a query group of weights pooled over 5 tokens (renormalised to the row's mass), but at
+    least the head's mean, times the norm of the token's contribution.
+    Differs: that norm is the L1 norm of the value, not of W_o v, since methods do not see W_o. All heads keep the same
+    number, since the paged cache has one length for all (the paper moves budget between heads). The queries are the
+    stored ones of the buffer, up to 32. The buffer, which is always kept, is not part of the softmax, so the paper's
+    correction of `first_mass` for it is unnecessary.
     """
 
-    num_observed: Count = Field(32, description="Number of newest stored queries that are used.")
+    num_observed: Count = Field(32, description="Number of newest stored queries to use.")
     kernel_size: KernelSize = 5
-    first_mass: Share = Field(0.9, description="Share of the mean attention whose tokens are kept before all others.")
+    first_mass: Share = Field(0.9, description="Share of the mean attention whose tokens are kept first.")
 
     def score(self, window: Window) -> Tensor:
         weights, mean = observed_attention(window, self.num_observed)
@@ -43,7 +43,7 @@ class DefensiveKV(Method):
 
 
 def carries_mass(weights: Tensor, share: float) -> Tensor:
-    """Which of the largest entries of a row together stay below `share` of its sum; same shape, bool."""
+    """Mask (bool, same shape) of each row's largest entries, up to a cumulative sum of `share` of the row's sum."""
     ordered = (weights / weights.sum(dim=-1, keepdim=True)).sort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(weights, dtype=torch.bool).scatter(
         -1, ordered.indices, ordered.values.double().cumsum(dim=-1) < share

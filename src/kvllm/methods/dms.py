@@ -1,4 +1,4 @@
-"""DMS (arXiv:2506.05345): a trained gate flags the tokens to be evicted."""
+"""DMS (arXiv:2506.05345): a trained gate decides which tokens to evict."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from kvllm.options import strict_dataclass
 @register("dms")
 @strict_dataclass
 class DMS(Gated):
-    """Keep the tokens that the gate is least sure to evict.
+    """Keep the tokens with the lowest eviction logit, as computed by a trained gate.
 
-    Same: a gate for each layer and KV head gives every token the logit of its eviction, once, and the eviction waits
-    until the token is `buffer_size` tokens old or more (DMS: 256).
-    Differs: the number that is kept is fixed, so tokens are ranked by the logit, where DMS evicts those above 0 and
-    heads end with different sizes; the gate reads the key and the value in the cache, not the hidden state or a channel
-    of the query, so published checkpoints, whose other weights are trained along, cannot be loaded. Gates are not
-    trained here: `gates` is a file, of the form that `kvllm.methods.gates` describes.
+    Same: a gate for each layer and KV head computes each token's eviction logit once; tokens are evicted only after
+    they leave the buffer (in DMS, after 256 tokens).
+    Differs: a fixed number of tokens is kept, those with the lowest logits (DMS evicts all above 0, so heads differ in
+    length). The gate reads the cached key and value, not the hidden state or a query channel, so published checkpoints,
+    which are trained together with the model's weights, cannot be loaded. KvLLM does not train gates; the file format
+    is described in `kvllm.methods.gates`.
     """
 
-    gates: str = Field("", description="Path of a file of gates that were trained for the model that is served.")
+    gates: str = Field("", description="Path of a file of gates trained for the served model.")
 
     def score(self, window: Window) -> Tensor:
         return -self.logits(window)

@@ -1,4 +1,4 @@
-"""Expected Attention (arXiv:2510.00636): the attention that future queries are expected to pay."""
+"""Expected Attention (arXiv:2510.00636): the expected attention of future queries."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from kvllm.options import Count, RopeTheta, Share, strict_dataclass
 @register("expected_attention")
 @strict_dataclass
 class ExpectedAttention(Method):
-    """Keep the keys with the largest expected exp(q.k / sqrt(d)) for queries drawn from a normal distribution.
+    """Keep the keys with the largest expected exp(q.k / sqrt(d)) for normally distributed queries.
 
-    Same: softmax of k.mu / sqrt(d) + k'Sk / (2 d), mean over the group, times the norm of the value. That exponent is
-    the mean of a key's logits plus half their variance, so neither mu nor S is ever built.
-    Differs: mu and S come from the stored queries, not from all of the prompt's. The four sinks that the paper keeps
-    lie in the protected prompt. By default the stored queries count as they are, after RoPE: the rotations of the
-    newest tokens stand for those of the next ones. With `rope_theta` the rotation is undone and replaced by the
-    average over the next `num_future_tokens` positions, as in the paper (plain RoPE only, no scaling).
+    Same: softmax of k.mu / sqrt(d) + k'Sk / (2 d), mean over the group, times the norm of the value. The exponent is
+    the mean of a key's logits plus half their variance, so mu and S are never materialised.
+    Differs: mu and S are estimated from the stored queries, not from the whole prompt's. The four sinks that the paper
+    keeps are in the protected prompt. By default the stored queries are used as they are, after RoPE, as if future
+    queries had the rotations of the newest ones. With `rope_theta` their rotation is undone and replaced by the average
+    over the next `num_future_tokens` positions, as in the paper (plain RoPE only, no scaling).
     """
 
     rope_theta: RopeTheta = None
     num_future_tokens: Count = Field(
-        512, description="Number of positions that the rotation is averaged over, where `rope_theta` is given."
+        512, description="Number of future positions to average the rotation over; needs `rope_theta`."
     )
-    use_covariance: bool = Field(True, description="Count the variance of the queries, not only their mean.")
+    use_covariance: bool = Field(True, description="Use the variance of the queries as well as their mean.")
     use_value_norm: bool = Field(True, description="Weight each key by the norm of its value.")
     epsilon: Share = Field(
-        0.0, description="Added to the expected weight before the norm of the value counts (kvpress: 0, AMS: 0.01)."
+        0.0, description="Added to the expected weight before multiplying by the value norm (kvpress: 0, AMS: 0.01)."
     )
 
     @property
@@ -62,15 +62,16 @@ class ExpectedAttention(Method):
 
 
 def future_queries(queries: Tensor, positions: Tensor, rope_theta: float, num_future_tokens: int) -> Tensor:
-    """Queries rotated from their own positions to the average of the next ones after the newest.
+    """Rotate queries from their own positions to the average rotation of the `num_future_tokens` after the newest.
 
-    queries: [batch, num_kv_heads, group_size, num_queries, head_dim], after RoPE
-    positions:  [batch, num_kv_heads, group_size, num_queries]
+    queries:   [batch, num_kv_heads, group_size, num_queries, head_dim], after RoPE
+    positions: [batch, num_kv_heads, group_size, num_queries]
+    returns    the same shape as queries
     """
     head_dim = queries.shape[-1]
     rope = Rope(frequencies(rope_theta, head_dim, queries.device))
     to_newest = rope.rotation(positions.amax(dim=(-2, -1), keepdim=True) - positions, head_dim)
     ahead = rope.rotation(torch.arange(1, num_future_tokens + 1, device=queries.device), head_dim, torch.float64)
-    # The average rotation: also shorter than 1.
+    # An average of rotations also shrinks vectors.
     ahead = replace(ahead, cos=ahead.cos.mean(dim=0), sin=ahead.sin.mean(dim=0))
     return ahead.apply(to_newest.apply(queries))

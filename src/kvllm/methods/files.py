@@ -1,4 +1,4 @@
-"""Files of tensors that options of methods name."""
+"""Read the tensor files that method options name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvllm.errors import UsageError
 
 
 def read_tensors(option: str, path: str, device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; UsageError, which names the option, where it is none."""
+    """The tensors of a safetensors file. Raises UsageError, citing `option`, if it is not one."""
     try:
         return load_file(path, device=str(device))
     except SafetensorError as e:

@@ -1,4 +1,4 @@
-"""H2O, the heavy hitters (arXiv:2306.14048): what has drawn the most attention so far."""
+"""H2O, the heavy hitters (arXiv:2306.14048): tokens with the most accumulated attention."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from kvllm.options import strict_dataclass
 class H2O(Method):
     """Keep the tokens with the largest sum of causal attention.
 
-    Same: the sum over queries of a key's attention weight; the newest tokens stay (here the buffer).
-    Differs: the paper adds up every query since the key was written. Serving kernels hand out no weights, so the sum
-    is taken at compression time, over the stored queries and with a softmax over the candidates alone. The paper
-    evicts one token a step, here many at once. The heads of a query group are averaged, so a KV head has one choice.
+    Same: a key's attention weight, summed over queries; the newest tokens are kept (here the buffer).
+    Differs: the paper sums over every query since the key was written. Serving kernels do not return weights, so here
+    the sum is computed at compression time, over the stored queries, with a softmax over the candidates only. Many
+    tokens are evicted at once (the paper: one per step). The heads of a query group are averaged, so that each KV head
+    makes one selection.
     """
 
     average: bool = Field(
         False,
-        description="Divide by the number of queries that see the key, as kvpress does in ObservedAttention. The plain "
-        "sum favours old keys, which more queries saw.",
+        description="Divide by the number of queries that can attend to the key, as kvpress does in ObservedAttention. "
+        "The plain sum favours old keys, which more queries attend to.",
     )
 
     def score(self, window: Window) -> Tensor:

@@ -1,4 +1,4 @@
-"""Kara (arXiv:2607.01237): bidirectional attention weights, and picks that grow into chunks."""
+"""Kara (arXiv:2607.01237): bidirectional attention weights, and picked tokens extended to chunks (Token2Chunk)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvllm.methods.rope import Rope, Rotation
 from kvllm.options import Count, strict_dataclass
 
 GOLDEN = (5**0.5 - 1) / 2
-# What is published of the method, and nothing of ours.
+# The published method, without our additions.
 PAPER = {
     "bidirectional": True,
     "lookahead": 0,
@@ -28,74 +28,76 @@ PAPER = {
     "key_ridge": 0.0,
     "value_ridge": 0.0,
 }
-# Survivors that are fitted at once: their matrix fits a GPU's multiprocessor, and the few stored queries can tell them
-# apart. Of more than that enough stay as they are.
+# Refitting solves a system of this size at most: it must fit in a GPU multiprocessor's memory, and the few stored
+# queries cannot determine a larger one. Windows that keep more tokens are not refitted.
 MOST_REFITTED = 128
 
 
 @register("kara")
 @strict_dataclass
 class Kara(Method):
-    """Keep what the window's and the buffer's queries look at, those before a key included."""
+    """Keep the tokens with the most attention from all queries of window and buffer, without a causal mask."""
 
     bidirectional: bool = Field(
-        True, description="False is the causal ablation: a query judges only the keys up to its own position."
+        True, description="False applies the causal mask (ablation): each query scores only keys up to its position."
     )
     lookahead: int = Field(
         300,
         ge=0,
-        description="RoPE rotates each query to a position up to this many tokens after the newest, where future "
-        "queries will be; 0 = none. So no key is judged from before it, nor from too near (ours). Without RoPE, and in "
-        "the causal ablation, nothing is rotated.",
+        description="Rotate each query (RoPE) to a position up to this many tokens after the newest, where future "
+        "queries will be, so that no key is scored from before it or from too close (ours); 0 = off. No effect without "
+        "RoPE or with a causal mask.",
     )
-    value_norm: bool = Field(True, description="Weight a key's attention by the norm of its value.")
+    value_norm: bool = Field(True, description="Multiply a key's attention by the norm of its value.")
     keydiff_power: float = Field(
         2.0,
         ge=0,
         le=16,
-        description="Weight it too by this power of 1 - cosine of the key to the mean key of the window (KeyDiff), "
-        "since of many similar keys a few will do; 0 = none.",
+        description="Also multiply it by (1 - cosine of the key to the window's mean key) to this power (KeyDiff), so "
+        "that few of many similar keys are kept; 0 = off.",
     )
     attention_floor: float = Field(
         1.0,
         ge=0,
         le=1e6,
-        description="What every key gets beside its attention, in units of the mean attention of a key. What no query "
-        "has looked at yet, and one may ask for later, is then judged by its value and its key (ours).",
+        description="Constant added to every key's attention, in units of the mean attention per key, so that keys "
+        "without attention so far are ranked by their value and key (ours).",
     )
     max_chunk_size: Count = Field(
-        8, description="Longest chunk, its two picks included, that Token2Chunk fills; 1 or 2 fill nothing."
+        8, description="Longest chunk that Token2Chunk fills, including the two picks at its ends; 1 or 2 = off."
     )
-    # Below 1: there a filler could push out the very pick that it was filled for.
+    # Below 1: at 1, a filler could evict the pick that it was added for.
     chunk_fill: float = Field(
         0.5,
         ge=0,
         lt=1,
-        description="A token that fills a chunk is worth this share of the weaker of its two picks; 0 turns "
+        description="Score of a token that fills a chunk, as a share of the lower score of its two picks; 0 turns "
         "Token2Chunk off.",
     )
     moment: Literal["mean", "rms", "max"] = Field(
         "mean",
-        description="How the weights that a key gets are summed up: their mean, root mean square, or the maximum over "
-        "the queries (mean over the heads of a query group).",
+        description="How a key's attention weights are aggregated: mean, root mean square, or maximum over the queries "
+        "(then the mean over the heads of a query group).",
     )
     key_ridge: float = Field(
         1.0,
         ge=0,
         le=1e6,
-        description="Shift the kept keys so that they win back the evicted ones' attention; the smaller the stronger, "
-        f"0 = off. Only where at most {MOST_REFITTED} tokens are kept at once.",
+        description="Ridge penalty for refitting keys: shifts the kept keys to recover the attention of the evicted "
+        f"ones; smaller = stronger, 0 = off. No effect if more than {MOST_REFITTED} tokens are kept at once.",
     )
     value_ridge: float = Field(
         1.0,
         ge=0,
         le=1e6,
-        description="Change the kept values so that they approximate the output of the whole window; the smaller the "
-        f"stronger, 0 = off. Only where at most {MOST_REFITTED} tokens are kept at once.",
+        description="Ridge penalty for refitting values: adjusts the kept values to approximate the attention output "
+        f"of the full window; smaller = stronger, 0 = off. No effect if more than {MOST_REFITTED} tokens are kept at "
+        "once.",
     )
     variant: Literal["tuned", "paper"] = Field(
         "tuned",
-        description='"paper" sets the plain form of the paper, whatever the options above it say.',
+        description='"paper" = the method as published; overrides all options above except max_chunk_size and '
+        "chunk_fill.",
     )
 
     def __post_init__(self) -> None:
@@ -105,7 +107,7 @@ class Kara(Method):
 
     @property
     def fused(self) -> bool:
-        """Whether there are Triton kernels for this."""
+        """Whether Triton kernels support these options."""
         return self.bidirectional and self.moment == "mean"
 
     @property
@@ -113,7 +115,7 @@ class Kara(Method):
         return self.bidirectional and self.lookahead > 0
 
     def refits(self, num_kept: int) -> bool:
-        """Whether so many survivors are fitted."""
+        """Whether keys or values are refitted when `num_kept` tokens survive."""
         return (self.key_ridge > 0 or self.value_ridge > 0) and num_kept <= MOST_REFITTED
 
     def score(self, window: Window) -> Tensor:
@@ -129,7 +131,7 @@ class Kara(Method):
         return scores
 
     def ahead(self, window: Window) -> Window:
-        """The window with its queries rotated to where those to come will stand."""
+        """The window with its queries rotated to future positions (`lookahead`)."""
         if not self.uses_rope or window.rope is None:
             return window
         queries = window.queries.float().unflatten(2, (window.num_kv_heads, -1))
@@ -144,7 +146,10 @@ class Kara(Method):
         head_dim: int,
         dtype: torch.dtype = torch.float32,
     ) -> Rotation:
-        """The rotation of queries ahead, of distances [num_queries, 1, group_size]; dtype: of the sines and cosines."""
+        """The rotation of queries to future positions; angles broadcast to [num_queries, num_kv_heads, group_size].
+
+        dtype: of the sines and cosines
+        """
         distances = ahead_distances(query_positions, query_shifts, self.lookahead)
         return rope.rotation(distances.unsqueeze(1), head_dim, dtype)
 
@@ -165,10 +170,10 @@ class Kara(Method):
 
 
 def ahead_distances(query_positions: Tensor, query_shifts: Tensor | None, lookahead: int) -> Tensor:
-    """[num_queries, group_size], tokens from where each query stands to where it is taken to stand.
+    """[num_queries, group_size]: number of tokens by which to move each query forward.
 
-    That is 1 to `lookahead` tokens after the newest one: from the oldest query to the newest in steps of the golden
-    ratio around that range, which spread any number of them evenly.
+    Queries move to positions 1 to `lookahead` tokens after the newest one. From the oldest query to the newest, these
+    advance by the golden ratio modulo that range, which spaces any number of queries evenly.
     """
     age = (query_positions < query_positions[:, None]).sum(dim=1).double()  # 0 is the oldest
     ahead = 1 + ((age * GOLDEN) % 1 * lookahead).floor()
@@ -177,10 +182,10 @@ def ahead_distances(query_positions: Tensor, query_shifts: Tensor | None, lookah
 
 
 def attention_moment(window: Window, moment: str, bidirectional: bool = True) -> Tensor:
-    """[batch, num_kv_heads, num_tokens]: what a key gets of the queries' attention, none of them masked.
+    """[batch, num_kv_heads, num_tokens]: each key's attention weights, aggregated over queries and heads of its group.
 
-    In the causal ablation a key is judged only by the queries at and after it, and by these alone: over all of them
-    old keys would win by being seen more often. A key that no query sees gets 0.
+    With a causal mask (`bidirectional` False), the mean is over the queries at or after the key only: otherwise older
+    keys would score higher because more queries attend to them. A key before which all queries lie gets 0.
     """
     judges: Tensor | int = window.logits().shape[2] * window.logits().shape[3]
     if bidirectional:
@@ -188,7 +193,7 @@ def attention_moment(window: Window, moment: str, bidirectional: bool = True) ->
     else:
         indices = torch.arange(window.num_tokens, device=window.keys.device)
         sees = indices <= window.head_query_positions.unsqueeze(-1)  # [group_size, num_queries, num_tokens]
-        # A finite floor, not -inf: a query that sees nothing then has weights to mask, and not NaN.
+        # A finite minimum, not -inf: a fully masked row would be NaN.
         logits = window.logits().masked_fill(~sees, torch.finfo(torch.float32).min)
         weights = logits.softmax(dim=-1).masked_fill(~sees, 0.0)
         judges = sees.sum(dim=(0, 1)).clamp(min=1)
@@ -200,15 +205,15 @@ def attention_moment(window: Window, moment: str, bidirectional: bool = True) ->
 
 
 def token2chunk(scores: Tensor, num_kept: int, max_chunk_size: int, chunk_fill: float) -> Tensor:
-    """The best tokens, with the gaps between near ones filled at the cost of the weakest.
+    """Select the best tokens, then fill gaps between neighbouring ones in exchange for the weakest.
 
     1. The `num_kept` best tokens are the picks.
-    2. Where two neighbouring picks span at most `max_chunk_size` tokens, themselves included, those between them
-       are worth `chunk_fill` times the weaker of the two.
-    3. Of picks and fillers the `num_kept` best stay; of equals picks before fillers, then the earlier.
+    2. If two neighbouring picks span at most `max_chunk_size` tokens, both included, the tokens between them (fillers)
+       get `chunk_fill` times the lower score of the two.
+    3. The `num_kept` best of picks and fillers are kept; ties go to picks, then to the earlier token.
 
-    A filler is worth less than its two picks, or as much and then loses the tie, so it never outlives them. Its own
-    score does not matter: it is no more than the weakest pick's, so alone it would not have stayed.
+    A filler's score is at most that of its two picks and it loses ties, so it is never kept without them. Its original
+    score does not matter: it is at most the weakest pick's.
 
     scores:  [batch, num_kv_heads, num_tokens], none negative
     returns  [batch, num_kv_heads, num_kept], ascending (int64)
@@ -224,7 +229,7 @@ def token2chunk(scores: Tensor, num_kept: int, max_chunk_size: int, chunk_fill: 
     fillable = ~is_pick & (left >= 0) & (right < num_tokens) & (right - left < max_chunk_size)
     weaker = torch.minimum(scores.gather(-1, left.clamp(min=0)), scores.gather(-1, right.clamp(max=num_tokens - 1)))
     fill = torch.where(fillable, chunk_fill * weaker, -torch.inf)
-    # Picks come first in the row, so the stable order of top_k settles ties in their favour.
+    # Picks come first in the row, so the stable sort of top_k resolves ties in their favour.
     rivals = torch.cat([scores.gather(-1, picks), fill], dim=-1)
     tokens = torch.cat([picks, indices], dim=-1)
     return tokens.gather(-1, top_k(rivals, num_kept)).sort(dim=-1).values

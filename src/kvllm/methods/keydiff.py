@@ -1,4 +1,4 @@
-"""KeyDiff (arXiv:2504.15364): keys unlike the others."""
+"""KeyDiff (arXiv:2504.15364): keep the keys that differ most from the mean key."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from kvllm.methods.base import Method, Window
 from kvllm.methods.products import products
 from kvllm.options import strict_dataclass
 
-SMALLEST = 1e-8  # length of a key at which its direction no longer counts
+SMALLEST = 1e-8  # smallest norm to divide by
 
 
 @register("keydiff")
 @strict_dataclass
 class KeyDiff(Method):
-    """Keep the keys with the smallest cosine to the mean of the normalised keys; looks at no query.
+    """Keep the keys with the smallest cosine to the mean of the normalised keys; uses no queries.
 
-    Same: anchor and score, on keys after RoPE, each KV head on its own (as in kvpress).
-    Differs: the anchor is the mean over the candidates, not over all of the cache; the paper compresses block by
-    block during prefill, here a window at a time during decoding.
+    Same: anchor and score, on keys after RoPE, separately for each KV head (as in kvpress).
+    Differs: the anchor is the mean over the candidates, not over the whole cache; windows are compressed during
+    decoding (the paper compresses blocks during prefill).
     """
 
     def score(self, window: Window) -> Tensor:

@@ -1,4 +1,4 @@
-"""LongFlow (github.com/yisunlp/LongFLow): what the current query takes from a token."""
+"""LongFlow (github.com/yisunlp/LongFLow): each token's contribution to the newest query's output."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from kvllm.options import strict_dataclass
 @register("longflow")
 @strict_dataclass
 class LongFlow(Method):
-    """Keep the tokens that contribute most to the newest query's output, in all heads together.
+    """Keep the tokens that contribute most to the newest query's output, summed over all heads.
 
-    Same: a token's weight in the attention of one query times its value, in absolute numbers, summed over the
-    dimensions and over all heads of the layer; all heads keep the same tokens.
-    Differs: many tokens are evicted at once, not one at each step inside the attention kernel, so the query is the
-    newest stored one of each head, up to `query_stride` - 1 tokens old. Under tensor parallelism a rank sums its own
-    heads. A prompt over `prompt_budget` is judged in the same way, not by SnapKV's.
+    Same: absolute value of attention weight times value, for one query, summed over the dimensions and over all heads
+    of the layer; all heads keep the same tokens.
+    Differs: many tokens are evicted at once, not one per step inside the attention kernel, so the query is the newest
+    stored one of each head, up to `query_stride` - 1 tokens old. Under tensor parallelism each rank sums over its own
+    heads. A prompt over `prompt_budget` is scored in the same way (in LongFlow, by SnapKV).
     """
 
     def score(self, window: Window) -> Tensor:

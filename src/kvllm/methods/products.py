@@ -1,4 +1,4 @@
-"""Products of matrices whose rounding does not depend on what else is in the batch."""
+"""Matrix products whose rounding does not depend on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b`; on the CPU one member of the first axis at a time.
+    """`a @ b`; on the CPU, one batch member at a time.
 
-    There a batched product may round differently from one of fewer members, and would make what a request keeps depend
-    on its batch. One member also stays in the core's own cache.
+    On the CPU, the rounding of a batched product may depend on the batch size, so a request's survivors would depend on
+    its batch. One member at a time also fits in the core's cache.
 
     a: [batch, ..., n, k]; b: [batch, ..., k, m]; returns [batch, ..., n, m]
     """

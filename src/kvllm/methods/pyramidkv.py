@@ -1,4 +1,4 @@
-"""PyramidKV (arXiv:2406.02069): SnapKV whose lower layers keep more tokens than the upper ones."""
+"""PyramidKV (arXiv:2406.02069): SnapKV with larger budgets in lower layers."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from kvllm.options import strict_dataclass
 @register("pyramidkv")
 @strict_dataclass
 class PyramidKV(SnapKV):
-    """Keep what SnapKV keeps, more of it in the lower layers: budgets fall from the lowest to the highest.
+    """Keep tokens as SnapKV does, with budgets that decrease from the lowest layer to the highest.
 
-    With a mean ratio r, the highest layer keeps r / beta of a window and the lowest 2 r - r / beta, in a straight line
-    in between, as in the paper. There each layer has a budget of its own, of the prompt; here neighbouring layers share
-    the mean of theirs, since a group of layers is a KV cache group of vLLM's, and the budgets hold for every window.
+    With a mean ratio r, the highest layer keeps r / beta of a window and the lowest 2 r - r / beta, linear in between,
+    as in the paper. In the paper, each layer has its own budget, for the prompt. Here neighbouring layers share the
+    mean of theirs, since each group of layers is a KV cache group in vLLM, and the budgets apply to every window.
     """
 
-    beta: Annotated[float, Field(ge=1, description="The mean budget, as a multiple of the highest layer's.")] = 20.0
+    beta: Annotated[float, Field(ge=1, description="Mean budget divided by the highest layer's budget.")] = 20.0
     num_groups: int = Field(
         0,
         ge=0,
         le=4,
-        description="Groups of layers of equal size that share a budget; 0 = as many as possible, up to 4.",
+        description="Number of equal-sized groups of layers that share a budget; 0 = as many as possible, up to 4.",
     )
 
     def layer_budgets(self, mean_ratio: float, layers: Sequence[int]) -> tuple[Budget, ...]:
@@ -42,7 +42,7 @@ class PyramidKV(SnapKV):
             made.append(Budget(group, round(highest - place * (highest - lowest), 10)))
         if made[0].ratio >= 1:
             raise UsageError(
-                f"beta={self.beta}: at a mean retention_ratio of {mean_ratio} the lowest layers would keep "
-                f"{made[0].ratio} of a window, and less than 1 is possible; use a smaller beta, or a lower ratio."
+                f"beta={self.beta}: with a mean retention_ratio of {mean_ratio}, the lowest layers would keep "
+                f"{made[0].ratio} of a window, which must be below 1; use a smaller beta or a lower ratio."
             )
         return tuple(made)

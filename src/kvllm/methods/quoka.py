@@ -1,4 +1,4 @@
-"""QuoKA (arXiv:2602.08722): the keys that unusual queries point at."""
+"""QuoKA (arXiv:2602.08722): keys closest to the most atypical queries."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from kvllm.options import Count, strict_dataclass
 @register("quoka")
 @strict_dataclass
 class QuoKA(Method):
-    """Keep the keys with the highest cosine to the queries that are least like the mean query.
+    """Keep the keys with the highest cosine to the queries that are least similar to the mean query.
 
-    Same: of each head the queries with the lowest cosine to its mean query are retained; keys are ranked by the cosine
-    to them, over those queries and then over the heads of a query group.
-    Differs: the paper picks keys for the attention of one chunk of the prompt and keeps all in the cache. Here the rest
-    is evicted, for good: of a prompt over `prompt_budget`, which is what the method is for, and of any window. The
-    queries are the stored ones, which of a prompt are those behind it. Their number and how scores are summed up over
-    queries were not available to us: the maximum, so that one query that needs a key is enough.
+    Same: for each head, the queries with the lowest cosine to its mean query are selected; keys are ranked by their
+    cosine to these, aggregated over the queries and then over the heads of a query group.
+    Differs: the paper selects keys for the attention of one prompt chunk and keeps all of them in the cache. Here the
+    others are evicted permanently, from a prompt over `prompt_budget`, which the method is meant for, and from any
+    window. The queries are the stored ones; for a prompt, these come after it. The paper's number of queries and its
+    aggregation over them were not available to us; we use the maximum, so that one query that needs a key is enough.
     """
 
-    num_observed: Count = Field(16, description="Number of stored queries of each head that keys are compared with.")
-    over_queries: Literal["max", "mean"] = Field("max", description="How the cosines to the queries are summed up.")
+    num_observed: Count = Field(16, description="Number of stored queries per head that keys are compared with.")
+    over_queries: Literal["max", "mean"] = Field("max", description="How cosines are aggregated over the queries.")
 
     def score(self, window: Window) -> Tensor:
-        # float64: products with so few rows round differently from batch to batch.
+        # float64: in float32, the rounding of products with so few rows would depend on the batch size.
         queries = normalize(window.grouped_queries().double(), dim=-1)
         mean = window.grouped_queries().double().mean(dim=3, keepdim=True)
         unlike = (queries * normalize(mean, dim=-1)).sum(dim=-1)  # [batch, num_kv_heads, group_size, num_queries]

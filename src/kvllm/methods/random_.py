@@ -1,4 +1,4 @@
-"""Random eviction (arXiv:2609.03430): with the prompt protected a serious rival, which every claim must beat."""
+"""Random eviction (arXiv:2609.03430): with a protected prompt, a strong baseline for every other method."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _LOW32 = 0xFFFFFFFF
 @register("random")
 @strict_dataclass
 class Random(Method):
-    """Keep tokens drawn uniformly, for each layer and KV head on its own.
+    """Keep a uniform random sample of tokens, drawn separately for each layer and KV head.
 
-    The draw is a hash of seed, layer, head and position in the text, so it is the same in every batch, after a resume
-    and on every device.
+    Each token's random number is a hash of seed, layer, head and text position, so the sample is the same in every
+    batch, after preemption and on every device.
     """
 
-    seed: int = Field(0, description="Seed of the draws.")
+    seed: int = Field(0, description="Random seed.")
 
     def score(self, window: Window) -> Tensor:
         heads = torch.arange(window.num_kv_heads, device=window.positions.device)
@@ -32,7 +32,7 @@ class Random(Method):
 
 
 def mix(x: Tensor) -> Tensor:
-    """Scatter integers over [0, 2**32): the hash `lowbias32` in int64, of which only the low 32 bits count."""
+    """Hash integers to [0, 2**32): `lowbias32`, computed in int64 on the low 32 bits."""
     x = x & _LOW32
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _LOW32
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _LOW32
@@ -40,5 +40,5 @@ def mix(x: Tensor) -> Tensor:
 
 
 def mix_seed(seed: int) -> int:
-    """The seed scattered too, so that neighbouring seeds do not share draws with neighbouring layers."""
+    """Hash the seed, so that consecutive seeds do not repeat the samples of neighbouring layers."""
     return int(mix(torch.tensor(seed & _LOW32)))

@@ -1,4 +1,4 @@
-"""The newest tokens only: what every scorer has to beat."""
+"""Keep the newest tokens: a baseline for every scoring method."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kvllm.options import strict_dataclass
 class Recent(Method):
     """Keep the newest candidates, the same ones for every head and layer.
 
-    With the prompt protected and, under the budget policy, this is a sliding window behind the prompt (vLLM's R-SWA).
-    Under the window policy each window keeps its own last tokens, so the text is thinned evenly instead of cut off.
+    Under the budget policy, with a protected prompt, this is a sliding window after the prompt (vLLM's R-SWA). Under
+    the window policy, each window keeps its own last tokens, so survivors are spread over the whole text.
     """
 
     def score(self, window: Window) -> Tensor:

@@ -3,7 +3,8 @@
 Both are ridge regressions over the stored queries, for each layer and KV head by itself. They see attention inside the
 window only, so they are exact for no query; the ridge keeps them near the survivors' own keys and values.
 
-A few steps of conjugate gradients solve them: what an exact solution would add lies where the queries hardly look.
+A few steps of preconditioned conjugate gradients solve them: what an exact solution would add lies where the queries
+hardly look.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from kvllm.methods.base import Window
 from kvllm.methods.products import products
 
 STEPS = 4  # of conjugate gradients, here and in the kernel
+# Least ridge of the preconditioner, however weak that of the problem, here and in the kernel. With 1e-6, an unknown
+# that few queries see would be scaled up so far that, once the queries are fitted, rounding errors lead the next step.
+LEAST_DAMPING = 1.0
 SMALLEST = torch.finfo(torch.float32).tiny  # a query that looks at no kept key at all gets nothing from them
 LEAST_KEPT = 1e-3  # share of the weights: where less is kept, the shift is as if it were this
 
@@ -69,16 +73,19 @@ def fitted_values(weights: Tensor, values: Tensor, indices: Tensor, ridge: float
 def ridge_solve(rows: Tensor, targets: Tensor, ridge: float, steps: int = STEPS) -> Tensor:
     """The x that minimises |rows @ x - targets|^2 + r |x|^2, where r is `ridge` times the mean square of a column.
 
-    By conjugate gradients from zero, every column of x by itself; exact after k steps, but for rounding.
+    By conjugate gradients from zero, every column of x by itself; exact after k steps, but for rounding. Preconditioned
+    by the diagonal: survivors have weights of very different size, and few steps would leave the small ones unsolved.
 
     rows: [..., n, k]; targets: [..., n, m]; returns [..., k, m]
     """
     columns = rows.transpose(-1, -2)
     gram, residual = products(columns, rows), products(columns, targets)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    diagonal += ridge * diagonal.mean(dim=-1, keepdim=True)
-    solution, direction = torch.zeros_like(residual), residual.clone()
-    square = residual.square().sum(dim=-2, keepdim=True)
+    mean = diagonal.mean(dim=-1, keepdim=True)
+    inverse = _ratio(mean, diagonal + max(ridge, LEAST_DAMPING) * mean).unsqueeze(-1)  # at most 1: nothing overflows
+    diagonal += ridge * mean
+    solution, direction = torch.zeros_like(residual), inverse * residual
+    square = (residual * direction).sum(dim=-2, keepdim=True)
     for step in range(steps):
         image = products(gram, direction)
         length = _ratio(square, (direction * image).sum(dim=-2, keepdim=True))
@@ -86,8 +93,9 @@ def ridge_solve(rows: Tensor, targets: Tensor, ridge: float, steps: int = STEPS)
         if step + 1 == steps:
             break
         residual.addcmul_(length, image, value=-1)
-        before, square = square, residual.square().sum(dim=-2, keepdim=True)
-        direction.mul_(_ratio(square, before)).add_(residual)
+        scaled = inverse * residual
+        before, square = square, (residual * scaled).sum(dim=-2, keepdim=True)
+        direction.mul_(_ratio(square, before)).add_(scaled)
     return solution
 
 

@@ -1,4 +1,4 @@
-"""R-KV (arXiv:2505.24133): important tokens that say something new."""
+"""R-KV (arXiv:2505.24133): important and non-redundant tokens."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from kvllm.options import Cosine, Count, KernelSize, Share, strict_dataclass
 @register("rkv")
 @strict_dataclass
 class RKV(Method):
-    """Keep by importance_weight * importance - (1 - importance_weight) * redundancy.
+    """Keep tokens that are important and unlike others.
 
-    Same: importance is the decode form of SnapKV (8 queries, max pooling of 7), redundancy the mean cosine to the
-    other keys of the head after a softmax over tokens; the newest of a set of similar keys is spared.
-    Differs: the newest 8 tokens, which R-KV always keeps and also counts as similar keys, are the buffer here and no
-    candidates. The 8 queries are stored ones, so they span 8 * `query_stride` tokens.
+    Score: importance_weight * importance - (1 - importance_weight) * redundancy.
+    Same: importance is SnapKV's score while decoding (8 queries, max pooling of 7); redundancy is a softmax over tokens
+    of the mean cosine to the other keys of the head; the newest of a set of similar keys is not counted as redundant.
+    Differs: the newest 8 tokens, which R-KV always keeps and also counts as similar keys, are in the buffer here and so
+    not candidates. The 8 queries are stored ones, so they span 8 * `query_stride` tokens.
     """
 
     importance_weight: Share = Field(
-        0.1, description="The paper's lambda: 0.1 in its evaluation, 0.07 as its class default."
+        0.1, description="Weight of importance against redundancy (the paper's lambda: 0.1; 0.07 in its code)."
     )
     similarity_threshold: Cosine = Field(0.5, description="Cosine above which two keys count as similar.")
-    num_observed: Count = Field(8, description="Number of newest stored queries that importance is taken from.")
+    num_observed: Count = Field(8, description="Number of newest stored queries used to compute importance.")
     kernel_size: KernelSize = 7
 
     @property
@@ -35,16 +36,16 @@ class RKV(Method):
         return SnapKV(num_observed=self.num_observed, kernel_size=self.kernel_size)
 
     def score(self, window: Window) -> Tensor:
-        # One request and layer at a time: the cosines take num_kv_heads * num_tokens**2 numbers.
+        # One request and layer at a time: the cosines are a [num_kv_heads, num_tokens, num_tokens] tensor.
         redundant = torch.stack([redundancy(keys, self.similarity_threshold) for keys in window.keys.float()])
         return self.importance_weight * self.importance.score(window) - (1 - self.importance_weight) * redundant
 
 
 def redundancy(keys: Tensor, threshold: float) -> Tensor:
-    """How much each key repeats others of its head.
+    """How similar each key is to the others of its head.
 
-    In the row of every key the newest of those more similar than `threshold` is set to zero (the first token if none
-    is), so that of many alike the last one is spared.
+    In the row of every key, the newest key more similar than `threshold` is set to zero (the first token if there is
+    none), so that the newest of many similar keys is not counted as redundant.
 
     keys:    [num_tokens, num_kv_heads, head_dim] in float32
     returns  [num_kv_heads, num_tokens]; each row sums to 1

@@ -1,4 +1,4 @@
-"""SnapKV (arXiv:2404.14469), in the form that papers on reasoning use while decoding."""
+"""SnapKV (arXiv:2404.14469), in the form that papers on reasoning models use during decoding."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from kvllm.options import Count, KernelSize, strict_dataclass
 @register("snapkv")
 @strict_dataclass
 class SnapKV(Method):
-    """Keep what the newest queries look at, and its neighbours.
+    """Keep the tokens with the most attention from the newest queries, and their neighbours.
 
-    The logits are maximised over the heads of a query group, then softmax over the candidates, mean over the queries,
-    max pooling. The newest tokens, which SnapKV always keeps, are the buffer here, so they are no candidates.
+    Score: maximum of the logits over the heads of a query group, softmax over the candidates, mean over the queries,
+    max pooling. The newest tokens, which SnapKV always keeps, are in the buffer here and so not candidates.
     """
 
     num_observed: Count = Field(
         8,
-        description="Number of newest stored queries that are used; with a `query_stride` of s they span the newest "
+        description="Number of newest stored queries to use; with a `query_stride` of s they span the newest "
         "s * num_observed tokens.",
     )
     kernel_size: KernelSize = 7

@@ -14,15 +14,15 @@ from kvllm.options import strict_dataclass
 @register("streaming_llm")
 @strict_dataclass
 class StreamingLLM(Method):
-    """Keep the first tokens of the window and its newest ones; looks at no query and no key.
+    """Keep the first tokens of the window and its newest ones; uses no queries or keys.
 
-    Keys keep the rotation of their position in the text; the paper numbers them anew inside the cache.
+    Keys keep the rotation of their text position; the paper rotates them by their index in the cache.
     """
 
-    num_sink_tokens: int = Field(4, ge=0, description="Tokens at the start of the window that are kept.")
+    num_sink_tokens: int = Field(4, ge=0, description="Number of tokens to keep at the start of the window.")
 
     def score(self, window: Window) -> Tensor:
-        """The later the higher, the sinks above all."""
+        """Later tokens score higher; sinks score highest."""
         scores = torch.arange(window.num_tokens, dtype=torch.float32, device=window.keys.device)
         scores[: self.num_sink_tokens] = torch.inf
         return scores.expand(window.keys.shape[0], window.num_kv_heads, -1)

@@ -1,4 +1,4 @@
-"""TOVA (arXiv:2401.06104): what the newest token looks at."""
+"""TOVA (arXiv:2401.06104): attention weights of the newest query."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from kvllm.options import strict_dataclass
 @register("tova")
 @strict_dataclass
 class TOVA(Method):
-    """Keep what the newest query looks at, averaged over all heads: one choice for all heads of a layer.
+    """Keep the tokens with the most attention from the newest query, averaged over all heads.
 
-    Same: one query, mean over every query head, a choice for each layer; the newest token stays (here the buffer).
-    Differs: the paper evicts one token a step, here many at once; the newest query is the newest stored one, up to
-    `query_stride` - 1 tokens old; the softmax is over the candidates alone, not over the prompt and the buffer too.
-    Under tensor parallelism a rank averages its own heads.
+    Same: one query, the mean over all query heads, one selection for all heads of a layer; the newest token is kept
+    (here the buffer).
+    Differs: many tokens are evicted at once (the paper: one per step); the query is the newest stored one, up to
+    `query_stride` - 1 tokens old; the softmax is over the candidates only, without prompt and buffer. Under tensor
+    parallelism each rank averages over its own heads.
     """
 
     def score(self, window: Window) -> Tensor:
         newest = window.query_positions.argmax(dim=0, keepdim=True)
-        # The newest query's row out of all: a product with a single query rounds differently from batch to batch.
+        # Computed for all queries: the rounding of a product with a single query would depend on the batch size.
         weights = causal_attention(window).index_select(3, newest)  # [batch, num_kv_heads, group_size, 1, num_tokens]
         shared = weights.double().mean(dim=(1, 2, 3)).float()
         return shared.unsqueeze(1).expand(-1, window.num_kv_heads, -1)

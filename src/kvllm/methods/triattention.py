@@ -1,4 +1,4 @@
-"""TriAttention (arXiv:2604.04921): where the model's average query will look, from statistics taken beforehand."""
+"""TriAttention (arXiv:2604.04921): expected attention of the model's mean query, from calibrated statistics."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ FORMAT = {  # tensors of a statistics file and their shapes
 @register("triattention")
 @strict_dataclass
 class TriAttention(Method):
-    """Keep the keys that fit the mean query of each head, averaged over the distances at which it may come.
+    """Keep the keys with the largest dot product with each head's mean query, averaged over future distances.
 
-    Same: each frequency pair of the mean pre-RoPE query against the key as a complex number, at the distances 1, 2,
-    4, ... 65536 from now, plus the spread of the queries' length times the key's; each query head normalised to mean 0
-    and variance 1 over the candidates; the maximum over the group.
-    Differs: each layer keeps its own choice, as each head does (the paper's per_head mode shares one over the layers).
-    "Now" is the newest stored query's position. The prompt is protected and the newest tokens are the buffer.
+    Same: the mean pre-RoPE query times the key, per frequency pair as complex numbers, at distances 1, 2, 4, ... 65536
+    from now, plus the excess of the queries' mean norm over the norm of their mean, times the key's norm; scores of
+    each query head are normalised to mean 0 and variance 1 over the candidates; then the maximum over the group.
+    Differs: each layer selects on its own (the paper's per_head mode shares a selection between layers). "Now" is the
+    position of the newest stored query. The prompt is protected and the newest tokens are in the buffer.
     """
 
     statistics: str = Field(
         "",
-        description="Path of a file with the query statistics of the model that is served, of all of its heads; "
-        "`kvllm eval calibrate` writes one. There is no default.",
+        description="Path of a file with query statistics for all heads of the served model; required. "
+        "`kvllm eval calibrate` writes one.",
     )
 
     def __post_init__(self) -> None:
         if not self.statistics:
             raise UsageError(
-                "statistics='': triattention needs the path of a file with the model's query statistics; "
-                "`kvllm eval calibrate` writes one."
+                "statistics='': required; give the path of a file with the model's query statistics, which "
+                "`kvllm eval calibrate` writes."
             )
         if not Path(self.statistics).is_file():
-            raise UsageError(f"statistics={self.statistics!r}: no such file; triattention needs it for this model.")
+            raise UsageError(f"statistics={self.statistics!r}: no such file; `kvllm eval calibrate` writes one.")
         load_statistics(self.statistics, torch.device("cpu"))
 
     @property
@@ -70,9 +70,9 @@ class TriAttention(Method):
         now = text_positions(window).amax(dim=(-2, -1))  # [batch, num_kv_heads]
         expected = mean * future_rotation(statistics["frequencies"], now).unsqueeze(2) * weight
         expected = torch.cat([expected.real, expected.imag], dim=-1)  # [batch, num_kv_heads, group_size, head_dim]
-        # float64: products with so few rows round differently from batch to batch.
+        # float64: in float32, the rounding of products with so few rows would depend on the batch size.
         keys = window.keys.double()
-        # The real part of a product with a conjugate is the dot product of the pairs.
+        # The dot product of pairs is the real part of one complex number times the other's conjugate.
         direction = torch.einsum("bhgd,bthd->bhgt", expected.double(), keys)
         excess = (mean_norm - mean.abs()) * weight
         spread = torch.einsum("bhgf,bthf->bhgt", excess.double(), torch.hypot(*keys.chunk(2, dim=-1)))
@@ -86,19 +86,19 @@ class TriAttention(Method):
         num_layers, num_heads, pairs = statistics["mean_real"].shape
         if (num_heads, 2 * pairs) != (shape.num_heads, shape.head_dim) or num_layers < shape.num_layers:
             raise UsageError(
-                f"statistics={self.statistics!r}: taken from a model with {num_layers} layers with {num_heads} heads "
-                f"of {2 * pairs}, but this one has {shape.num_layers} with {shape.num_heads} of {shape.head_dim} (on "
-                "this rank); take them anew."
+                f"statistics={self.statistics!r}: made for a model with {num_layers} layers, {num_heads} heads and "
+                f"head_dim {2 * pairs}, but this one has {shape.num_layers} layers, {shape.num_heads} heads (on this "
+                f"rank) and head_dim {shape.head_dim}; run `kvllm eval calibrate` for this model."
             )
 
 
 def as_complex(vectors: Tensor) -> Tensor:
-    """[..., head_dim] with pairs (i, i + head_dim / 2), as RoPE of Llama and Qwen rotates them -> [..., pairs]."""
+    """[..., head_dim] as complex pairs (i, i + head_dim / 2), which RoPE of Llama and Qwen rotates; [..., pairs]."""
     return torch.complex(*vectors.float().chunk(2, dim=-1))
 
 
 def future_rotation(frequencies: Tensor, now: Tensor) -> Tensor:
-    """Mean rotation of a query that comes 1, 2, 4, ... 65536 tokens after `now`.
+    """Mean rotation of queries 1, 2, 4, ... 65536 tokens after `now`.
 
     frequencies: [pairs], float64;  now: [...];  returns [..., pairs], complex
     """
@@ -111,8 +111,8 @@ def save_statistics(path: str, queries: Tensor, frequencies: Tensor, scale: Tens
     """Write the statistics of a sample of queries.
 
     queries:     [num_layers, num_heads, num_samples, head_dim], before RoPE
-    frequencies: [head_dim / 2], radians that a token rotates each pair (a Hugging Face rotary embedding's `inv_freq`)
-    scale:       [head_dim / 2], factor on each pair that the model's RoPE scaling applies; None = 1
+    frequencies: [head_dim / 2], radians per token of each pair (`inv_freq` in Hugging Face's rotary embeddings)
+    scale:       [head_dim / 2], factor that the model's RoPE scaling applies to each pair; None: 1
     """
     pairs = as_complex(queries)
     mean = pairs.to(torch.complex128).mean(dim=2)
@@ -128,9 +128,9 @@ def save_statistics(path: str, queries: Tensor, frequencies: Tensor, scale: Tens
 
 @lru_cache(maxsize=8)
 def load_statistics(path: str, device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a statistics file; UsageError where it is none."""
+    """The tensors of a statistics file. Raises UsageError if the file is not valid."""
     tensors = read_tensors("statistics", path, device)
     for name, shape in FORMAT.items():
         if name not in tensors:
-            raise UsageError(f"statistics={path!r}: has no tensor {name!r} {shape}; take the statistics anew.")
+            raise UsageError(f"statistics={path!r}: has no tensor {name!r} {shape}; run `kvllm eval calibrate` again.")
     return tensors

@@ -1,4 +1,4 @@
-"""Attention over a cache of our own, for any transformers model that lets its attention function be chosen."""
+"""Attention over our own cache, for any transformers model whose attention function can be replaced."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from kvllm.methods.attention import query_factor
 from kvllm.reference.cache import LayerCache
 
 NAME = "kvllm_reference"
-# What an attention layer may ask for that a shortened cache would answer wrongly, or that is not done here.
+# Options of an attention layer that would be wrong with a shortened cache, or that are not implemented here.
 UNSUPPORTED = ("position_bias", "alibi")
 _layers: ContextVar[list[LayerCache]] = ContextVar("layers")
 
 
 @contextmanager
 def attention_through(model: PreTrainedModel, layers: list[LayerCache]) -> Iterator[None]:
-    """While this is open, the model's forward passes read and extend `layers`, one cache a layer."""
-    decoder = model.get_decoder()  # not all of the model: a vision tower keeps its own attention
+    """Within this context, the model's forward passes read and extend `layers`, one cache per layer."""
+    decoder = model.get_decoder()  # a vision tower keeps its own attention
     before = decoder.config._attn_implementation
     token = _layers.set(layers)
     decoder.set_attn_implementation(NAME)
@@ -40,15 +40,15 @@ def attention_through(model: PreTrainedModel, layers: list[LayerCache]) -> Itera
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every attention layer, after RoPE.
+    """The attention function that transformers calls in every attention layer, after RoPE.
 
-    query:   [1, num_heads, num_new, head_dim]
-    key:     [1, num_kv_heads, num_new, head_dim]; value alike
-    returns  [1, num_new, num_heads, head_dim], and no weights
+    query:      [1, num_heads, num_new, head_dim]
+    key, value: [1, num_kv_heads, num_new, head_dim]
+    returns     [1, num_new, num_heads, head_dim], and None for the attention weights
     """
     for name in UNSUPPORTED:
         if options.get(name) is not None:
-            raise UsageError(f"{type(module).__name__} uses {name}={options[name]}, which the reference does not do.")
+            raise UsageError(f"{type(module).__name__} uses {name}={options[name]}: the reference does not support it.")
     cache = _layers.get()[module.layer_idx]  # type: ignore[index]
     num_new = query.shape[2]
     scale, softcap, sinks = (options.get(name) for name in ("scaling", "softcap", "s_aux"))
@@ -57,7 +57,7 @@ def attend(
     seen = cache.append(*(x[0].transpose(0, 1) for x in (kept_query, key, value)))
     window = options.get("sliding_window")
     if cache.local is None and window is not None and cache.num_appended > window:
-        raise ValueError(f"{cache.num_appended} tokens: {type(module).__name__} looks back only {window}.")
+        raise ValueError(f"{cache.num_appended} tokens: {type(module).__name__} has a sliding window of only {window}.")
     keys, values = (x.transpose(0, 1)[None] for x in seen)
     if not isinstance(cache.local, Local):
         mask = causal_mask(num_new, len(cache.keys), query.device)
@@ -79,7 +79,7 @@ def attention_with_extras(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention whose logits are capped at +-softcap, and whose heads have one more logit without a value, the sink.
+    """Attention with logits capped at +-softcap, and with a sink per head: one more logit, without a value.
 
     query, keys, values, mask: as in `scaled_dot_product_attention`; sinks: [num_heads]
     """
@@ -96,7 +96,10 @@ def attention_with_extras(
 
 
 def causal_mask(num_new: int, num_tokens: int, device: torch.device) -> Tensor | None:
-    """[num_new, num_tokens], True where a query may look: at all that was there before, and at the new up to itself."""
+    """[num_new, num_tokens] bool, True where a query attends: to all earlier tokens, and to new ones up to itself.
+
+    None if there is only one new token, which attends to everything.
+    """
     if num_new == 1:
         return None
     return torch.ones(num_new, num_tokens, dtype=torch.bool, device=device).tril(num_tokens - num_new)

@@ -1,4 +1,4 @@
-"""The KV cache of a request as plain tensors, one a layer, and the compressor's view of it."""
+"""The KV cache of a request as plain tensors, one cache per layer, and the compressor's view of it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from kvllm.support import PLAIN_BITS
 
 
 class LayerCache:
-    """What one layer remembers. The tensors are replaced, never written into.
+    """The cache of one layer. Tensors are replaced, never modified in place.
 
-    local:         how the layer looks back; None for a layer of full attention. A local layer keeps the whole text,
-                   and its attention masks what it does not see; recurrent layers keep nothing here
-    format:        how numbers are stored; None: as they are
-    exact_until:   tokens of the text whose own step attends to them as they were before they were stored
-    keys, values: [num_tokens, num_kv_heads, head_dim], keys after RoPE: what is left of the text, in its order
-    queries:      [up to max_queries, num_heads, head_dim], after RoPE, of the newest tokens of the text
+    local:        the layer's kind; None: full attention. A local layer keeps the whole text, and its attention masks
+                  what is out of range; a recurrent layer keeps nothing here
+    format:       how keys and values are stored; None: unchanged
+    exact_until:  steps that start before this token attend to their own keys and values as they were before storing
+    keys, values: [num_tokens, num_kv_heads, head_dim], keys after RoPE: what remains of the text, in text order
+    queries:      [up to max_queries, num_heads, head_dim], after RoPE, of the newest tokens
     """
 
     keys: Tensor
@@ -44,7 +44,7 @@ class LayerCache:
         self.num_appended = 0
 
     def append(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in new tokens, [num_new, num_heads or num_kv_heads, head_dim] each.
+        """Append new tokens, [num_new, num_heads or num_kv_heads, head_dim] each.
 
         returns the keys and values that these tokens attend to, [num_tokens, num_kv_heads, head_dim] each
         """
@@ -60,12 +60,12 @@ class LayerCache:
         return seen
 
     def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What the cache gives back of keys and values, in their shape and dtype."""
+        """Keys and values after storing and loading, in the same shape and dtype."""
         return (keys, values) if self.format is None else self.format.round_trip(keys, values)
 
 
 class Span(NamedTuple):
-    """Candidates by physical index."""
+    """The physical indices of the candidates."""
 
     start: int
     num_tokens: int
@@ -96,18 +96,18 @@ class DenseStore:
         return Span(0, cut.num_raw)
 
     def part(self, candidates: Span, events: slice) -> Span:
-        assert events.start == 0  # there is one
+        assert events.start == 0  # there is only one event
         return candidates
 
     def queries(self, candidates: Span, layers: slice = ALL_LAYERS) -> Tensor:
-        """What the engines' query bank holds of the newest tokens."""
+        """The queries that the engine's query bank would hold."""
         return torch.stack([self._stored(layer) for layer in self.layers[layers]])
 
     def _stored(self, layer: LayerCache) -> Tensor:
         """[num_queries, num_heads, head_dim] in float32."""
         stride, device = self.config.query_stride, layer.queries.device
         group_size = layer.queries.shape[1] // layer.keys.shape[1]
-        # From the newest token back, which is -1; the heads of a query group take turns.
+        # Indices counted back from the newest token, -1; the heads of a query group take turns.
         behind = -1 - stride * torch.arange(self.config.num_queries - 1, -1, -1, device=device)
         shifts = torch.from_numpy(query_shifts(stride, group_size)).to(device)
         members = torch.arange(group_size, device=device)
@@ -122,13 +122,13 @@ class DenseStore:
         return torch.stack([x.keys[span] for x in chosen]), torch.stack([x.values[span] for x in chosen])
 
     def write(self, candidates: Span, kept: Kept, layers: slice = ALL_LAYERS) -> None:
-        """The survivors replace the candidates; the rest moves up."""
+        """Replace the candidates with the survivors; later tokens move up."""
         start, end = candidates.start, candidates.start + candidates.num_tokens
         keys, values = self.read(candidates, layers)
         kept = kept.gathered(keys, values)
         assert kept.keys is not None and kept.values is not None
         for layer, k, v in zip(self.layers[layers], kept.keys.to(keys), kept.values.to(values), strict=True):
-            if self.config.survivor_bits == PLAIN_BITS:  # else they are in packed blocks, whatever the cache's format
+            if self.config.survivor_bits == PLAIN_BITS:  # else survivors are packed, and the format does not apply
                 k, v = layer.stored(k, v)
             layer.keys = torch.cat([layer.keys[:start], k, layer.keys[end:]])
             layer.values = torch.cat([layer.values[:start], v, layer.values[end:]])

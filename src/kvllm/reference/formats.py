@@ -1,4 +1,4 @@
-"""Formats of a whole KV cache: what it gives back of the keys and values that it stores in fewer bits."""
+"""Quantized formats of a whole KV cache, simulated: keys and values are rounded as if stored in fewer bits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 class CacheFormat(Protocol):
-    """How a layer's cache stores every token, the newest ones too.
+    """How a layer's cache stores every token, including the newest ones.
 
-    exact_prefill: whether the prompt attends to itself before it is stored, rather than to what the cache gives back
+    exact_prefill: whether the prompt attends to its exact keys and values rather than to the stored ones
     """
 
     exact_prefill: ClassVar[bool]
@@ -28,7 +28,7 @@ class CacheFormat(Protocol):
 
 @dataclass(frozen=True)
 class Fp8:
-    """E4M3 with a scale of 1, vLLM's `--kv-cache-dtype fp8` where the checkpoint brings no scales.
+    """E4M3 with a scale of 1: vLLM's `--kv-cache-dtype fp8` for a checkpoint without scales.
 
     Queries stay exact; some of vLLM's attention backends round them too.
     """

@@ -14,11 +14,11 @@ from kvllm.reference.request import Request
 
 @dataclass(frozen=True)
 class Generation:
-    """What a prompt led to.
+    """The result of `generate`.
 
-    token_ids:    the new tokens, the end-of-text token included
-    kept:         for each compression the indices that survived, [num_layers, num_kv_heads, num_kept]
-    margins:      for each new token the gap between the two best logits: how far it was from being another
+    token_ids:    the new tokens, including the end-of-text token
+    kept:         for each compression the indices of the survivors, [num_layers, num_kv_heads, num_kept]
+    margins:      for each new token the difference between the two largest logits
     physical_len: tokens in the cache at the end
     """
 
@@ -37,12 +37,12 @@ def generate(
     ignore_eos: bool = False,
     packed: bool = False,
 ) -> Generation:
-    """The greedy continuation: the prompt in one step, then one token a step. `config=None`: nothing is compressed.
+    """The greedy continuation: the prompt in one step, then one token per step. `config=None`: nothing is compressed.
 
-    packed: as of `Request`
+    packed: as in `Request`
     """
     if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens}: must be 1 or more.")
+        raise ValueError(f"max_tokens={max_tokens}: must be at least 1.")
     request = Request(model, len(prompt_ids), config, block_size, packed=packed)
     stop = set() if ignore_eos else eos_token_ids(model)
     token_ids: list[int] = []
@@ -59,7 +59,7 @@ def generate(
 
 
 def eos_token_ids(model: PreTrainedModel) -> set[int]:
-    """The tokens that end a text, by the model's generation config."""
+    """The end-of-text tokens, from the model's generation config or its config."""
     ids = model.generation_config.eos_token_id if model.generation_config else None
     ids = model.config.get_text_config().eos_token_id if ids is None else ids
     return {ids} if isinstance(ids, int) else set(ids or ())

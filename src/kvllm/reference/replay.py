@@ -1,4 +1,4 @@
-"""Teacher-forced replay: how likely a given text is under compression, and how far that is from the full cache."""
+"""Teacher-forced replay: a given text's log-probabilities under compression, compared with those of the full cache."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MAX_STEP = 512  # tokens: the logits of a step are vocab_size wide, so this boun
 
 @dataclass(frozen=True)
 class Replay:
-    """Row i is what the model says after token i about token i + 1.
+    """Row i is the model's prediction of token i + 1.
 
-    logprobs:      [num_tokens - 1], of the token that did follow
+    logprobs:      [num_tokens - 1], log-probability of the token that follows in the text
     argmax:        [num_tokens - 1], the most likely token
-    full_logprobs: [num_tokens - 1, vocab_size] in float32, if asked for
-    kept:          for each compression the indices that survived, [num_layers, num_kv_heads, num_kept]
+    full_logprobs: [num_tokens - 1, vocab_size] float32, with `keep_full`; otherwise None
+    kept:          for each compression the indices of the survivors, [num_layers, num_kv_heads, num_kept]
     """
 
     logprobs: Tensor
@@ -40,17 +40,17 @@ def replay(
     block_size: int = 16,
     keep_full: bool = False,
 ) -> Replay:
-    """Feed the text, cut only at the compressions; every token sees what it would have seen when it was generated."""
+    """Feed the text in chunks that end at compressions, so that tokens attend to the same cache as in generation."""
     if not 1 <= num_prompt_tokens < len(token_ids):
         raise UsageError(
-            f"num_prompt_tokens={num_prompt_tokens}: a text of {len(token_ids)} tokens has a prompt of 1 to "
-            f"{len(token_ids) - 1}."
+            f"num_prompt_tokens={num_prompt_tokens}: must be 1 to {len(token_ids) - 1} for a text of "
+            f"{len(token_ids)} tokens."
         )
     return feed(Request(model, num_prompt_tokens, config, block_size), token_ids, keep_full=keep_full)
 
 
 def feed(request: Request, token_ids: Sequence[int], end: int | None = None, keep_full: bool = False) -> Replay:
-    """Replay from where the request is to token `end` (default: all but the last); the rows are those in between."""
+    """Replay from the request's current token up to token `end`, exclusive (default: the last); one row per token."""
     targets = torch.tensor(list(token_ids[1:]), device=request.model.device)
     end = len(targets) if end is None else min(end, len(targets))
     logprobs: list[Tensor] = []
@@ -65,7 +65,7 @@ def feed(request: Request, token_ids: Sequence[int], end: int | None = None, kee
         if keep_full:
             full.append(rows)
     if not logprobs:
-        raise ValueError(f"nothing to replay: the request is at token {request.num_computed_tokens}, the end is {end}.")
+        raise ValueError(f"nothing to replay: the request is at token {request.num_computed_tokens}, and end={end}.")
     return Replay(torch.cat(logprobs), torch.cat(argmax), torch.cat(full) if full else None, request.kept)
 
 
@@ -75,7 +75,7 @@ class Fidelity:
 
     kl:             mean KL divergence of the compressed next-token distribution from the full one, in nats
     top1_agreement: share of rows with the same most likely token
-    delta_nll:      mean rise of the text's negative log-likelihood, in nats a token
+    delta_nll:      mean increase of the text's negative log-likelihood, in nats per token
     num_tokens:     rows compared
     """
 
@@ -100,7 +100,7 @@ def compare(full: Replay, compressed: Replay, first: int) -> Fidelity:
 def kl_by_row(full: Replay, compressed: Replay) -> Tensor:
     """[num_tokens - 1]: KL(full || compressed) of each row."""
     if full.full_logprobs is None or compressed.full_logprobs is None:
-        raise ValueError("KL needs both replays made with keep_full=True.")
+        raise ValueError("KL needs two replays made with keep_full=True.")
     if full.full_logprobs.shape != compressed.full_logprobs.shape:
         raise UsageError(
             f"replays of different texts: {tuple(full.full_logprobs.shape)}, {tuple(compressed.full_logprobs.shape)}."

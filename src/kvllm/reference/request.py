@@ -1,4 +1,4 @@
-"""One request on a transformers model: steps of new tokens, and compressions at the events between them."""
+"""One request on a transformers model: steps of new tokens, with compressions between them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from kvllm.support import PLAIN_BITS, finding_model
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
-    """The language model in a local folder, ready for the reference; of a vision-language model all of it."""
+    """Load the model in a local folder for inference; a vision-language model is loaded whole."""
     with finding_model(folder):
         kind = type(AutoConfig.from_pretrained(folder, local_files_only=True))
         sees = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -50,13 +50,13 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: s
 
 
 class Request:
-    """The state of a request, batch size 1. `config=None` compresses nothing, and keeps `max_queries` for a fork.
+    """The state of one request. `config=None` compresses nothing, and keeps `max_queries` queries for a fork.
 
-    layers:      the cache of each layer; those of full attention are compressed
-    states:      of recurrent layers, which are as long as the text is; None where there are none
-    kept:        for each compression so far, the indices that survived, [num_compressed, num_kv_heads, num_kept]; with
-                 layer budgets those of each group of layers, one after the other
-    kept_prompt: the same of the prompt, once it is cut (`prompt_budget`); with layer budgets of all groups together
+    layers:      the cache of each layer; those of full-attention layers are compressed
+    states:      the states of recurrent layers; None if there are none
+    kept:        for each compression so far, the indices of the survivors, [num_compressed, num_kv_heads, num_kept];
+                 with layer budgets, one tensor per group of layers
+    kept_prompt: the same for the prompt once it is cut (`prompt_budget`); with layer budgets, all groups in one tensor
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class Request:
         cache_dtype: str = "auto",
     ) -> None:
         """
-        packed:      windows keep whole packed blocks, as where survivors are stored in fewer bits (on GPUs)
-        formats:     of the cache of each layer; None, for one or all: numbers are stored as they are
-        cache_dtype: of the engine, which says what a packed block holds; nothing is rounded to it, as `formats` do
+        packed:      windows keep whole packed blocks, as on GPUs
+        formats:     the cache format of each layer; None, for one layer or all: unchanged
+        cache_dtype: vLLM's --kv-cache-dtype; determines only how many tokens a packed block holds (see `formats`)
         """
         check_model(model)
         if num_prompt_tokens < 1:
-            raise ValueError(f"num_prompt_tokens={num_prompt_tokens}: a prompt has at least one token.")
+            raise ValueError(f"num_prompt_tokens={num_prompt_tokens}: must be at least 1.")
         self.model = model
         self.num_prompt_tokens = num_prompt_tokens
         self.geometry = None
@@ -114,33 +114,33 @@ class Request:
 
     @classmethod
     def fork(cls, full: Request, config: KvConfig, block_size: int = 16, packed: bool = False) -> Request:
-        """A compressed request that goes on where `full`, which compresses nothing, is: its text is not computed again.
+        """A compressed request that continues from an uncompressed one, without recomputing its text.
 
-        Raises ValueError where `full` is past the first event, or keeps too few queries (`max_queries`).
+        Raises ValueError if `full` is past the first event, or keeps too few queries (`max_queries`).
         """
         forked = cls(full.model, full.num_prompt_tokens, config, block_size, packed=packed)
         if full.geometry is not None or full.num_computed_tokens > (forked.max_step() or full.num_computed_tokens):
-            raise ValueError(f"{full.num_computed_tokens} tokens are computed: past the first event, or compressed.")
+            raise ValueError(f"{full.num_computed_tokens} computed tokens: past the first event, or compressed.")
         if any(layer.max_queries < config.query_span for layer in full.compressed):
             raise ValueError(f"the request keeps {full.layers[0].max_queries} queries, not {config.query_span}.")
         forked.num_computed_tokens = full.num_computed_tokens
-        forked.layers = [copy.copy(layer) for layer in full.layers]  # their tensors are replaced, never written into
+        forked.layers = [copy.copy(layer) for layer in full.layers]  # shallow: tensors are never modified in place
         forked.states = copy.deepcopy(full.states)
         return forked
 
     @property
     def compressed(self) -> list[LayerCache]:
-        """The caches of the layers of full attention, which are compressed."""
+        """The caches of the full-attention layers, which are compressed."""
         return [layer for layer in self.layers if layer.local is None]
 
     @property
     def physical_len(self) -> int:
-        """Tokens that are in the cache of each layer of full attention; with layer budgets the mean, rounded."""
+        """Tokens in the cache of each full-attention layer; with layer budgets their mean, rounded."""
         lengths = [len(layer.keys) for layer in self.compressed] if self.num_computed_tokens else [0]
         return round(sum(lengths) / len(lengths))
 
     def max_step(self) -> int | None:
-        """Most tokens of the next step, which may not run past the next event; None: as many as you like."""
+        """The most tokens that the next step may have without running past the next event; None: no limit."""
         if self.images is not None and not self.num_computed_tokens:
             return self.num_prompt_tokens
         rest_of_prompt = self.num_prompt_tokens - self.num_computed_tokens
@@ -153,14 +153,14 @@ class Request:
 
     @torch.inference_mode()
     def step(self, token_ids: Sequence[int]) -> Tensor:
-        """Compress if it is due, then compute these tokens; returns their logits, [num_new, vocab_size]."""
+        """Compress if an event is due, then compute these tokens; returns their logits, [num_new, vocab_size]."""
         most = self.max_step()
         if not token_ids or (most is not None and len(token_ids) > most):
             raise ValueError(f"a step of {len(token_ids)} tokens: the next event allows 1 to {most}.")
         context_len = self.model.config.get_text_config().max_position_embeddings
         end = self.num_computed_tokens + len(token_ids)
         if end > context_len:
-            raise UsageError(f"{end} tokens: the model's context ends at {context_len}.")
+            raise UsageError(f"{end} tokens: the model's context length is {context_len}.")
         self.compress_if_due()
         first, device = self.num_computed_tokens, self.model.device
         if self.images is None:
@@ -178,15 +178,15 @@ class Request:
         return logits[0]
 
     def show(self, prompt_ids: Sequence[int], inputs: Mapping[str, Tensor]) -> None:
-        """Take images into the prompt, before the first step; `inputs` as in `PromptImages`."""
+        """Add images to the prompt, before the first step; `inputs` as in `PromptImages`."""
         if self.num_computed_tokens or len(prompt_ids) != self.num_prompt_tokens:
-            raise ValueError(f"{len(prompt_ids)} tokens with images: they must be the prompt, before its first step.")
+            raise ValueError(f"{len(prompt_ids)} tokens with images: must be the whole prompt, before the first step.")
         if self.config and self.geometry and self.method.counts_positions:
             raise UsageError(support.reason("method", self.config.method, support.COUNTS_POSITIONS))
         self.images = PromptImages(self.model, prompt_ids, inputs)
 
     def compress_if_due(self) -> None:
-        """What a step begins with: the compression that the tokens computed so far call for, if any."""
+        """Run the compression that is due at the current number of computed tokens, if any. `step` calls it first."""
         event = self.num_events
         if self.geometry is None or self.config is None:
             return
@@ -206,7 +206,10 @@ class Request:
     def _make_compressor(
         self, config: KvConfig, geometry: Geometry, numbers: Sequence[int], members: Sequence[int]
     ) -> Compressor:
-        """Of one group of layers, by their numbers and by their places among those that are compressed."""
+        """The compressor of one group of layers.
+
+        numbers: the layers' indices in the model; members: their indices among the compressed layers
+        """
         layers = [self.layers[number] for number in numbers]
         layer, num_layers = layers[0], len(layers)
         device, (num_kv_heads, head_dim) = layer.keys.device, layer.keys.shape[1:]
@@ -234,27 +237,27 @@ class Request:
                 continue
             if layer.num_appended != self.num_computed_tokens:
                 raise UsageError(
-                    f"layer {i} of {type(self.model).__name__} keeps no KV cache of its own; every layer must have one."
+                    f"layer {i} of {type(self.model).__name__} has no KV cache of its own, which is not supported."
                 )
 
 
-# Measuring a rotary embedding takes a second, and a study makes hundreds of requests on one model.
+# Cached, because measuring takes a second, and a study makes hundreds of requests on one model.
 _ropes: WeakKeyDictionary[PreTrainedModel, tuple[torch.device, Rope | None]] = WeakKeyDictionary()
 
 
 def _known_rope(model: PreTrainedModel) -> Rope | None:
-    """`rope_of`, measured once for each model and device."""
+    """`rope_of` the full-attention layers, measured once for each model and device."""
     if model not in _ropes or _ropes[model][0] != model.device:
         _ropes[model] = (model.device, rope_of(model, full_layers(layers_of(model))))
     return _ropes[model][1]
 
 
 def layers_of(model: PreTrainedModel) -> list[LayerKind]:
-    """How each layer of the model looks back; None: over the whole text, or a window as long as the context."""
+    """The kind of each layer of the model; None: full attention, or a window as long as the context."""
     text = model.config.get_text_config()
     return local_layers(text, getattr(text, "max_position_embeddings", None))
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise ValueError unless the model can be compressed, as far as its config says."""
+    """Raise UsageError unless the model's config is supported."""
     support.check_model(model.config, type(model).__name__)

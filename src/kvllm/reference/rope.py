@@ -1,4 +1,4 @@
-"""The rotary embedding of each layer of a transformers model, as the methods need to know it."""
+"""Finds the rotary embedding of each layer of a transformers model."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _queries: ContextVar[dict[int, Tensor]] = ContextVar("queries")
 
 
 def rope_of(model: PreTrainedModel, layers: Sequence[int] | None = None) -> Rope | None:
-    """The rotary embedding of these layers, by their numbers (default: all); None where none of them has one.
+    """The rotary embedding of these layers, by index (default: all); None if none of them has one.
 
-    Raises UsageError where a layer's rotary embedding is not known. Runs the model once on a few tokens.
+    Runs the model once on a few tokens. Raises UsageError if it cannot determine a layer's rotary embedding.
     """
     try:
         config, decoder = model.config.get_text_config(), model.get_decoder()
@@ -36,16 +36,16 @@ def rope_of(model: PreTrainedModel, layers: Sequence[int] | None = None) -> Rope
         chosen = range(config.num_hidden_layers) if layers is None else layers
         queries = _layer_queries(model, decoder, positions, config, chosen)
         return Rope.of_layers([matching_rope(q, positions, candidates) for q in queries])
-    except Exception as e:  # whatever a model's own code makes of being asked
+    except Exception as e:  # a model's own code may fail in any way
         raise UsageError(
-            f"{type(model).__name__}: how it rotates its queries is not known ({type(e).__name__}: {e}); {REMEDY}."
+            f"{type(model).__name__}: its rotary embedding could not be determined ({type(e).__name__}: {e}); {REMEDY}."
         ) from e
 
 
 def _layer_queries(
     model: PreTrainedModel, decoder: nn.Module, positions: Tensor, config: Any, layers: Sequence[int]
 ) -> list[Tensor]:
-    """[num_positions, num_heads, head_dim] for each of these layers: one token's queries at the positions."""
+    """The queries of one hidden state at each position: for each layer, [num_positions, num_heads, head_dim]."""
     before = model.config._attn_implementation
     token = _queries.set({})
     model.set_attn_implementation(NAME)
@@ -57,14 +57,14 @@ def _layer_queries(
         model.set_attn_implementation(before)
         _queries.reset(token)
     if missing := set(layers) - set(taken):
-        raise UsageError(f"layers {sorted(missing)} do not ask transformers for their attention function")
+        raise UsageError(f"layers {sorted(missing)} do not use transformers' attention interface")
     return [taken[i] for i in layers]
 
 
 def _take(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every attention layer; shapes as in `kvllm.reference.attention.attend`."""
+    """The attention function during the probe; shapes as in `kvllm.reference.attention.attend`."""
     _queries.get()[module.layer_idx] = query[0].transpose(0, 1)  # type: ignore[index]
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
 

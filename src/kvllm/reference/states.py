@@ -1,4 +1,4 @@
-"""The states of a model's recurrent layers, kept by transformers; layers of attention have caches of our own."""
+"""The states of a model's recurrent layers, which transformers keeps; attention layers use our own caches."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kvllm.layers import LayerKind, Recurrent
 
 
 class NoPairs(DynamicLayer):
-    """What transformers keeps of a layer of attention: nothing, since its attention function keeps keys and values."""
+    """transformers' cache of an attention layer: empty, since our attention function keeps keys and values."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return key_states, value_states
 
 
 def states_of(model: PreTrainedModel, kinds: Sequence[LayerKind]) -> Cache | None:
-    """The states of a request that has computed nothing yet; None where no layer is recurrent."""
+    """The initial states of a request; None if no layer is recurrent."""
     if Recurrent() not in kinds:
         return None
     states = DynamicCache(config=model.config.get_text_config())

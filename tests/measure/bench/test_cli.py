@@ -44,8 +44,8 @@ def test_flags_and_a_spec_say_the_same(measured: list[tuple[BenchSpec, Path | No
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["tiny", "--spec", "{}"], "--spec holds all options, so model cannot"),
-        (["--spec", "nowhere.json"], "--spec nowhere.json: neither a JSON object nor a file"),
+        (["tiny", "--spec", "{}"], "--spec replaces all other options, so model cannot"),
+        (["--spec", "nowhere.json"], "--spec nowhere.json: neither a JSON object nor an existing file"),
         (["--spec", '{"model": '], "not valid JSON"),
         (["--spec", '{"concurency": [4]}'], "no option 'concurency'"),
         (["tiny", "--engine-args", "{"], "--engine-args {: not valid JSON"),
@@ -63,7 +63,7 @@ def test_a_plot_without_the_extra_is_refused_before_the_run(
     measured: list[tuple[BenchSpec, Path | None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvllm.measure.extras.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"matplotlib, not installed here; in the checkout: uv pip"):
+    with pytest.raises(UsageError, match=r"matplotlib, which is not installed; install: uv pip"):
         kvllm("bench", "throughput", "tiny", "--plot", "out.png")
     assert not measured
     kvllm("bench", "throughput", "tiny")

@@ -33,7 +33,7 @@ def test_time_of_each_part_by_step() -> None:
 
 
 def test_a_trace_without_steps_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="2 steps of KvLLM"):
+    with pytest.raises(ValueError, match="only 2 steps with KvLLM"):
         profile_figures(STEPS[:2])
     with pytest.raises(ValueError, match="no trace"):
         read_kernels(tmp_path)

@@ -1,4 +1,4 @@
-"""The whole benchmark on a tiny model, and what it prints."""
+"""The whole benchmark on a tiny model, and its output."""
 
 from __future__ import annotations
 

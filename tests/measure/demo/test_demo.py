@@ -78,7 +78,7 @@ def test_a_process_that_fails_names_its_log_and_a_remedy(tmp_path: Path) -> None
 
 
 def test_foreign_lines_do_not_reach_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library that prints to standard output prints into the log."""
+    """What a library prints to standard output goes to the log."""
     code = (
         "import kvllm.measure.demo.worker as w, os, sys\n"
         "w.replay = lambda job, *rest: (print('noise'), os.write(1, b'more'), rest[-1]({'a': 1}))\n"
@@ -103,7 +103,7 @@ def test_agreement_counts_from_the_first_compression(model_dir: Path) -> None:
 
 
 class Scripted:
-    """A process that reports what it is told to."""
+    """A process that sends the given reports."""
 
     def __init__(self, kind: str, label: str, job_file: Path, log: Path) -> None:
         self.kind, self.ended = kind, False

@@ -195,5 +195,5 @@ def test_the_command_runs_and_resumes(tmp_path, monkeypatch, capsys):
 
 def test_layer_budgets_are_refused_since_requests_carry_one_ratio():
     table = cases([{"method": "kara", "retention_ratio": {"0": 0.5, "1": 0.1}}], baselines=())
-    with pytest.raises(ValueError, match=r"^kara 0:0.5 1:0.1 r=0.3: requests carry their ratios, .* use --endpoint\."):
+    with pytest.raises(ValueError, match=r"^kara 0:0.5 1:0.1 r=0.3: per-request ratios apply to .* use --endpoint\."):
         plan(table, PROBLEMS, 1)

@@ -93,7 +93,7 @@ def test_which_layers_keep_their_precision():
 
 
 def test_what_is_not_simulated_is_refused_by_name(monkeypatch):
-    with pytest.raises(UsageError, match="cache precision 'int4': simulated are auto, fp8, turboquant_k8v4"):
+    with pytest.raises(UsageError, match="cache precision 'int4': not supported; use one of auto, fp8"):
         cache_formats("int4", tiny_config("llama"))
-    with pytest.raises(UsageError, match="needs heads of a power of two, not 24"):
+    with pytest.raises(UsageError, match="needs a head_dim that is a power of two, not 24"):
         cache_formats("turboquant_4bit_nc", tiny_config("llama", head_dim=24))

@@ -77,7 +77,7 @@ def test_the_command(rule: str, tmp_path: Any, capsys: Any) -> None:
     report = json.loads(out.with_suffix(".report.json").read_text())
     assert report["table"] == found and report["rule"] == rule
     assert len(report["results"]) == (3 if rule == "kl" else 2)
-    with pytest.raises(ValueError, match="give the mean that the table is to have"):
+    with pytest.raises(ValueError, match="give the table.s mean"):
         run(
             traces,
             str(folder),

@@ -82,7 +82,7 @@ def test_chains_share_no_problem_before_all_are_used():
     assert not {problem.id for chain in tuning for problem in chain.problems} & set(used)
     with pytest.raises(ValueError, match="format 'rule': must be one of example, rules, restate"):
         make_chains(problems, None, 1, 2, "rule")
-    with pytest.raises(ValueError, match="3 problems a chain: there are 2"):
+    with pytest.raises(ValueError, match="--length 3: there are only 2 problems"):
         make_chains(problems[:2], None, 1, 3, "rules")
 
 

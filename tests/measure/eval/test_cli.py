@@ -45,15 +45,15 @@ def test_every_measurement_shows_its_own_options(name):
 def test_without_the_extra_a_measurement_says_what_to_install(monkeypatch, command):
     """Before it reads or measures anything."""
     monkeypatch.setattr("kvllm.measure.extras.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"this needs .*scipy.*in the checkout: uv pip install '\.\[eval\]'"):
+    with pytest.raises(UsageError, match=r"this needs .*scipy.*in a checkout: uv pip install '\.\[measure\]'"):
         kvllm("eval", *command)
 
 
 def test_only_what_is_missing_is_named():
     assert importlib.util.find_spec("numpy")
-    require("eval", "numpy")
-    with pytest.raises(UsageError, match="this needs no_such_module, not installed"):
-        require("eval", "numpy", "no_such_module")
+    require("numpy")
+    with pytest.raises(UsageError, match="this needs no_such_module, which is not installed"):
+        require("numpy", "no_such_module")
 
 
 @pytest.mark.parametrize("dtype", ["float", "floaty", "nn"])
@@ -61,11 +61,11 @@ def test_a_dtype_that_torch_lacks_is_refused(dtype):
     if dtype == "float":  # torch's own name of float32
         assert cli.placement("cpu", dtype) == ("cpu", "float")
         return
-    with pytest.raises(UsageError, match=f"--dtype {dtype}: no dtype of torch"):
+    with pytest.raises(UsageError, match=f"--dtype {dtype}: not a torch dtype"):
         cli.placement("cpu", dtype)
 
 
 @pytest.mark.parametrize("name, option", [("calibrate-layers", "--out"), ("frontier", "--log"), ("frontier", "--json")])
 def test_a_file_in_no_folder_is_refused_before_work_starts(tmp_path, name, option):
-    with pytest.raises(UsageError, match=f"{option} .*/no/file: there is no folder .*/no; make it first"):
+    with pytest.raises(UsageError, match=f"{option} .*/no/file: the folder .*/no does not exist; create it first"):
         kvllm("eval", name, "--traces", __file__, "--model", "m", option, str(tmp_path / "no" / "file"))

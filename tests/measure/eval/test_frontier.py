@@ -90,7 +90,7 @@ def test_a_run_that_is_stopped_goes_on_and_gives_what_one_call_would(tmp_path):
         key: point.traces for key, point in at_once.points.items()
     }
     assert len((tmp_path / "log").read_text().splitlines()) == 1 + 2 * len(cases)
-    with pytest.raises(UsageError, match="holds another run"):
+    with pytest.raises(UsageError, match="belongs to another run"):
         Log(tmp_path / "log", {"model": "other"})
     points = list(at_once.points.values())
     kara = next(p for p in points if p.case.name == "kara" and p.case.config.survivor_bits == 4)

@@ -43,7 +43,7 @@ def test_the_needle_stands_at_its_depth_and_the_question_at_its_distance():
         assert item.needle.code in item.needle.statement and item.needle.code not in item.needle.question
     assert items[0].needle == items[-2].needle != items[1].needle  # a sample is the same text everywhere
     assert items == make_items(tokenizer, [100, 300], [0.0, 0.5, 1.0], samples=2)
-    with pytest.raises(ValueError, match="distance 10: the needle alone takes"):
+    with pytest.raises(ValueError, match="distances 10: the needle alone takes"):
         make_items(tokenizer, [10], [0.5], 1)
 
 

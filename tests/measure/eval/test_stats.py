@@ -27,7 +27,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
 
 def test_nothing_to_divide_by_is_not_a_number():
     assert math.isnan(bootstrap_ratio([0.0], [0.0]).value)
-    with pytest.raises(ValueError, match="one numerator and one denominator a unit"):
+    with pytest.raises(ValueError, match="one numerator and one denominator per unit"):
         bootstrap_ratio([1.0], [1.0, 2.0])
 
 

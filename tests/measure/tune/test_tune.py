@@ -63,9 +63,9 @@ def test_content_may_be_a_list_of_parts():
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content: .*; must be a string, or a list"),
     ({"messages": [{"role": "assistant", "content": "hi"}]}, "messages: the assistant's alone; put"),
     ({"prompt": "a", "answer": 5}, "answer=5: must be a string"),
-    ({"token_ids": 5, "num_prompt_tokens": 1}, "token_ids is no list of whole numbers; give traces"),
-    ({"token_ids": [1, 2], "num_prompt_tokens": "1"}, "num_prompt_tokens is no whole number; give traces"),
-    ({"token_ids": [1, 2], "num_prompt_tokens": 2}, "trace 2: 2 tokens, 2 of the prompt"),
+    ({"token_ids": 5, "num_prompt_tokens": 1}, "token_ids is not a list of integers; give traces"),
+    ({"token_ids": [1, 2], "num_prompt_tokens": "1"}, "num_prompt_tokens is not an integer; give traces"),
+    ({"token_ids": [1, 2], "num_prompt_tokens": 2}, "trace 2: has 2 tokens, but a prompt of 2"),
 ])  # fmt: skip
 def test_a_line_that_is_no_text_is_refused_with_its_number(tmp_path, row, message):
     path = tmp_path / "texts.jsonl"
@@ -88,7 +88,7 @@ def test_a_folder_or_a_model_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UsageError, match="/none: no model found there .*; give a model's folder"):
         kvllm(*options)
     for option in ("--json", "--save-traces"):
-        with pytest.raises(UsageError, match=f"{option} .*/no/out: there is no folder .*/no; make it first"):
+        with pytest.raises(UsageError, match=f"{option} .*/no/out: the folder .*/no does not exist; create it first"):
             kvllm(*options, option, str(tmp_path / "no" / "out"))
 
 

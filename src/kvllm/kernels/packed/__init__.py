@@ -1,1 +1,1 @@
-"""Survivors in four bits: packed blocks in the paged cache, written by `pack` and read by `PackedAttention`."""
+"""Survivors in four bits: packed blocks in the paged cache, which `pack` writes and `PackedAttention` reads."""

@@ -1,9 +1,9 @@
-"""Attention over packed survivors, merged into what vLLM's backend computed over prompt and tail.
+"""Attention over packed survivors, merged with the backend's attention over prompt and tail.
 
-A program reads packed blocks of one request and KV head, for the query heads that share it. Codes are unpacked in
-the registers from which tensor cores multiply: with 1 or 2 warps a program, Triton uses instructions that take both
-operands from registers, so nothing that is unpacked goes through shared memory. Logits are transposed, [tokens,
-queries], since a query group is small.
+A program reads packed blocks of one request and KV head, for all query heads that share it. Codes are unpacked into the
+registers that the tensor cores read: with 1 or 2 warps per program, Triton uses instructions that take both operands
+from registers, so unpacked data never passes through shared memory. Logits are transposed, [tokens, queries], since a
+query group is small.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -25,14 +25,12 @@ from kvllm.kernels.packed.unpack import code_bias, codes, narrowed, restored, un
 from kvllm.kernels.paged import INTERPRETED, next_power_of_2
 from kvllm.layout import IntArray, ceil_div
 
-# A program's fixed work is worth it from so many blocks on, and a launch starts about so many programs: twice what an
-# H100 runs at once.
-LEAST_BLOCKS = 8
-MOST_PROGRAMS = 2048
+LEAST_BLOCKS = 8  # per program, to amortize its fixed cost
+MOST_PROGRAMS = 2048  # per launch, approximately: twice as many as an H100 runs at once
 _PARTS_MERGED = 4  # at once
 
 
-# What queries are multiplied in: bfloat16 holds every number of fp8.
+# The dtype of the queries in products; bfloat16 represents every fp8 value exactly.
 _DOT_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -44,12 +42,12 @@ _DOT_DTYPES = {
 class Batch(NamedTuple):
     """Where the survivors of a step's requests are.
 
-    query_start_loc: [num_reqs + 1] int32, of the step's tokens
-    survivor_blocks: [max_num_reqs, max_blocks] int32, of `kvllm.compression.paged_store`
-    plan:            [5, at least num_reqs] int32, of `kvllm.kernels.block_tables`: rows PROMPT and PREFIX are the first
-                     packed block of a request and the end of them, in blocks; row 3 is its row of `survivor_blocks`,
-                     row 4 is of `plan_parts`
-    programs:        [at least the number of parts] int32, of `order_parts`
+    query_start_loc: [num_reqs + 1] int32, index of each request's first token in the step
+    survivor_blocks: [max_num_reqs, max_blocks] int32, from `kvllm.compression.paged_store`
+    plan:            [5, at least num_reqs] int32, as in `kvllm.kernels.block_tables`: the packed blocks of a request
+                     are those from row PROMPT up to row PREFIX, exclusive; row 3 is its row in `survivor_blocks`; row 4
+                     comes from `plan_parts`
+    programs:        [at least the number of parts] int32, from `order_parts`
     """
 
     query_start_loc: Tensor
@@ -69,14 +67,14 @@ def merge_packed_ref(
     scale: float,
     soft_cap: float = 0.0,
 ) -> None:
-    """Merge attention over each request's packed blocks into `output`, in place; in float64.
+    """Merge attention over each request's packed blocks into `output`, in place; computed in float64.
 
     output:       [num_tokens, num_heads, head_dim], attention over prompt and tail
-    lse:          [num_heads, num_tokens] float32, the logarithm of the sum of the exponentials of its logits
-    query:        [num_tokens, num_heads, head_dim], in fp8 where the cache is: packed keys have its scale in them
-    keys, values: of one layer of a `PagedCache`
-    scale:        of the logits
-    soft_cap:     c makes c * tanh(logit / c) of a logit; 0: none
+    lse:          [num_heads, num_tokens] float32, the log-sum-exp of its logits
+    query:        [num_tokens, num_heads, head_dim]; fp8 if the cache is fp8: packed keys include the query's scale
+    keys, values: one layer's tensors of a `PagedCache`
+    scale:        factor of the logits
+    soft_cap:     c replaces each logit by c * tanh(logit / c); 0: no cap
     """
     starts = batch.query_start_loc.tolist()
     for i, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
@@ -99,25 +97,26 @@ def merge_packed_ref(
 
 
 def max_parts(num_reqs: int, num_kv_heads: int) -> int:
-    """The most parts that `plan_parts` makes of the packed blocks of so many requests."""
+    """The most parts that `plan_parts` can make for `num_reqs` requests."""
     return ceil_div(MOST_PROGRAMS, num_kv_heads) + num_reqs
 
 
 def plan_parts(num_blocks: IntArray, num_kv_heads: int) -> IntArray:
-    """Divide the packed blocks of requests into parts of about the same size, one program a KV head each.
+    """Divide the packed blocks of requests into parts of about the same size; a program handles one part and KV head.
 
-    num_blocks: [num_reqs], 0 where a request is left out
-    returns     [num_reqs]: the number of parts up to each request and with it
+    num_blocks: [num_reqs]; 0 skips a request
+    returns     [num_reqs]: cumulative number of parts, including the request's own
     """
     size = max(LEAST_BLOCKS, ceil_div(int(num_blocks.sum()) * num_kv_heads, MOST_PROGRAMS))
     return np.cumsum(ceil_div(num_blocks, size))
 
 
 def order_parts(num_blocks: IntArray, ends: IntArray, out: npt.NDArray[np.int32]) -> None:
-    """Which part each program takes, the largest first: what is left for the end is small, and ends together.
+    """Assign parts to programs, the largest first, so that the last programs are short and end together.
 
-    num_blocks: as in `plan_parts`, which gave `ends`
-    out:        written: request + 2**16 * the number of the part among those of the request; -1 behind the last
+    num_blocks: as in `plan_parts`
+    ends:       the result of `plan_parts`
+    out:        output: request + 2**16 * the part's index within the request; -1 after the last part
     """
     counts = np.diff(ends, prepend=0)
     sizes = num_blocks / np.maximum(counts, 1)
@@ -130,11 +129,11 @@ def order_parts(num_blocks: IntArray, ends: IntArray, out: npt.NDArray[np.int32]
 
 
 class PackedAttention:
-    """`merge_packed_ref` as Triton kernels, with buffers that keep their addresses.
+    """`merge_packed_ref` as Triton kernels, with buffers at fixed addresses.
 
-    Requests with one query token go through a launch that divides their blocks between programs and one that merges.
-    Those with more (prefill of resumed requests) go through a launch that does it all, if `prefill` says that there are
-    any.
+    Requests with one query token need two launches: one that divides their blocks among programs, and one that merges
+    the results. Requests with more (resumed ones that are recomputed) need a single other launch, which `prefill`
+    enables.
     """
 
     def __init__(
@@ -156,9 +155,9 @@ class PackedAttention:
         self.finish(output, lse, query, keys, values, batch, scale, prefill)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> None:
-        """The part of `merge` that needs nothing of the backend's: its results wait in the buffers."""
+        """The part of `merge` that does not need the backend's output; its results go to the buffers."""
         block_n = max(8, next_power_of_2(self.group_size))
-        # 128 registers let a multiprocessor run eight programs at once; larger heads need more.
+        # With 128 registers a multiprocessor runs eight programs at once; larger heads need more registers.
         limit = {"maxnreg": 128} if block_n == 8 and self.layout.head_dim <= 128 else {}
         num_parts = max_parts(len(batch.query_start_loc) - 1, self.num_kv_heads)
         self._launch(
@@ -170,7 +169,7 @@ class PackedAttention:
         self, output: Tensor, lse: Tensor, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float,
         prefill: bool = False,
     ) -> None:  # fmt: skip
-        """The rest of `merge`."""
+        """The rest of `merge`, once the backend's output is there."""
         assert output.stride(2) == lse.stride(1) == 1
         num_reqs, head_dim = len(batch.query_start_loc) - 1, self.layout.head_dim
         _merge_packed_kernel[(num_reqs, self.num_heads)](
@@ -217,13 +216,13 @@ class PackedAttention:
 
 @triton.jit
 def _pair_offsets(indices, stride_row, PAIRS_PER_ROW: tl.constexpr):
-    """Pairs from the first pair row's start, rows being `stride_row` words apart."""
+    """Offsets from the start of the first pair row, in pairs; rows are `stride_row` words apart."""
     return indices // PAIRS_PER_ROW * (stride_row // 2) + indices % PAIRS_PER_ROW
 
 
 @triton.jit
 def _request_of(tile, query_start_loc, num_reqs, BLOCK_Q: tl.constexpr):
-    """The request of a tile of queries: request i starts with tile query_start_loc[i] // BLOCK_Q + i."""
+    """The request of a tile of queries; request i starts with tile query_start_loc[i] // BLOCK_Q + i."""
     low, high = 0, num_reqs
     while low + 1 < high:
         middle = (low + high) // 2
@@ -236,7 +235,7 @@ def _request_of(tile, query_start_loc, num_reqs, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def _parts_of(req, part_ends):
-    """Its first part, and how many it has."""
+    """The index of a request's first part, and how many parts it has."""
     start = 0
     if req > 0:
         start = tl.load(part_ends + req - 1)
@@ -250,7 +249,7 @@ def _load_queries(query, there, words, quarter: tl.constexpr, NUM_WORDS: tl.cons
     return tl.where(mask, loaded, 0.0)
 
 
-# One compiled variant, which is loaded before serving and so before CUDA graphs are captured.
+# A single compiled variant, which is loaded before serving and so before CUDA graphs are captured.
 @triton.jit(do_not_specialize=["num_reqs", "stride_lse_head"])
 def _attend_packed_kernel(
     output, lse, part_outputs, part_lse, query, keys, values, query_start_loc, survivor_blocks, plan,
@@ -262,7 +261,7 @@ def _attend_packed_kernel(
     DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
     SOFT_CAP: tl.constexpr, PREFILL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Column n of the logits is query token n // GROUP of the tile, head n % GROUP of the query group."""
+    """Column n of the logits belongs to query token n // GROUP of the tile, and head n % GROUP of the query group."""
     NUM_WORDS: tl.constexpr = HEAD_DIM // 4
     GROUP: tl.constexpr = BLOCK_N // BLOCK_Q
     head = tl.program_id(1)
@@ -274,7 +273,7 @@ def _attend_packed_kernel(
         end = tl.load(query_start_loc + req + 1)
         part = 0
     else:
-        # Told by the host: a search would be many loads, each of which waits for the one before.
+        # Computed on the host: a search here would be many dependent loads.
         program = tl.load(programs + tl.program_id(0))
         if program < 0:
             return
@@ -312,7 +311,7 @@ def _attend_packed_kernel(
         mask_keys, mask_values = mask_keys & inside[None, :], mask_values & inside[:, None]
     code_offsets = tokens // TOKENS_PER_ROW * stride_row + tokens % TOKENS_PER_ROW * NUM_WORDS
     key_offsets = code_offsets[:, None] + words[None, :]
-    value_offsets = code_offsets[None, :] + words[:, None]  # transposed where they are loaded: no moving in registers
+    value_offsets = code_offsets[None, :] + words[:, None]  # loaded transposed, which saves moving data in registers
     pairs_start = CODE_ROWS * stride_row
     pairs_0 = _pair_offsets(words, stride_row, PAIRS_PER_ROW)
     pairs_1 = _pair_offsets(words + NUM_WORDS, stride_row, PAIRS_PER_ROW)
@@ -321,7 +320,7 @@ def _attend_packed_kernel(
     token_pairs = _pair_offsets(tokens, stride_row, PAIRS_PER_ROW)
     bias = code_bias(DTYPE, ASSEMBLY)
     highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    # Sums over a block's tokens are put off until the end: here each token of a block has its own.
+    # Summed over a block's tokens only at the end: in the loop each token of a block has its own sum.
     total = tl.full([BLOCK_T, BLOCK_N], 0.0, tl.float32)
     rest = tl.full([BLOCK_T, BLOCK_N], 0.0, tl.float32)
     o0 = tl.full([BLOCK_W, BLOCK_N], 0.0, tl.float32)
@@ -348,7 +347,7 @@ def _attend_packed_kernel(
         k = restored(key_words, s3[None, :], z3[None, :], 3, DTYPE, ASSEMBLY)
         logits = tl.dot(k, q3, acc=logits, input_precision="ieee") * scale
         if SOFT_CAP > 0:
-            # c * tanh(x / c), of logits to base 2
+            # c * tanh(x / c), for base-2 logits
             logits = SOFT_CAP - 2.0 * SOFT_CAP / (1.0 + tl.exp2(logits * (2.0 * 1.4426950408889634 / SOFT_CAP)))
         logits = tl.where(there[:, None], logits, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(logits, axis=0))
@@ -413,9 +412,9 @@ def _merge_packed_kernel(
     highest = tl.load(lse + head * stride_lse_head + token) * 1.4426950408889634
     total = 1.0
     num_blocks = tl.load(plan + stride_plan + req) - tl.load(plan + req)
-    # Rounding up may leave nothing for a request's last parts.
+    # Because of rounding up, a request's last parts may be empty.
     num_parts = tl.cdiv(num_blocks, tl.cdiv(num_blocks, num_parts))
-    for first in range(0, num_parts, PARTS):  # some at once, so that their loads do not wait for one another
+    for first in range(0, num_parts, PARTS):  # several at once, so that their loads overlap
         parts = first + tl.arange(0, PARTS)
         there = parts < num_parts
         parts = (parts_start + parts).to(tl.int64) * tl.num_programs(1) + head

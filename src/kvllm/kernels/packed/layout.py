@@ -1,13 +1,13 @@
-"""The bytes of a packed block: what `pack` writes and attention reads.
+"""The layout of a packed block, which `pack` writes and attention reads.
 
-A packed block takes the place of a plain block of `block_size` tokens. In each layer and KV head it has the same rows
-as the plain block, as wide as the numbers of one token, and the keys' part and the values' part are laid out alike:
+A packed block replaces a plain block of `block_size` tokens. In each layer and KV head it has the same rows as the
+plain block, each as wide as one token's elements. Keys and values have the same layout:
 
     code rows  16-bit words, [num_tokens, head_dim / 4]: nibble j of word w is the code of dimension j * head_dim/4 + w
-    pair rows  pairs of bfloat16, a scale and a lowest value: by channel (keys) or by token (values)
+    pair rows  pairs of bfloat16, a scale and a lowest value: per channel (keys) or per token (values)
 
 A word holds dimensions that are a quarter of a head apart, so a kernel that shifts a tile of words gets whole tiles of
-codes, without moving anything between threads. A pair is 32 bits, the least that a kernel can load ahead of its use.
+codes, without moving data between threads. A pair has 32 bits, the smallest unit that a kernel can prefetch.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ CODES_PER_WORD = 4
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """num_tokens:     of a packed block
-    tokens_per_row: whose codes fill one row of the cache
-    pairs_per_row:  of a scale and a lowest value
+    """num_tokens:     tokens in a packed block
+    tokens_per_row: tokens whose codes fill one row of the cache
+    pairs_per_row:  pairs of scale and lowest value that fill one row
     """
 
     num_tokens: int
@@ -40,15 +40,16 @@ class PackedLayout:
 
     @classmethod
     def of(cls, cache: PagedCache, rounding: Rounding) -> PackedLayout:
-        """Raises ValueError where a block of the cache does not hold what it should."""
+        """Raises ValueError if the cache cannot hold such packed blocks."""
         row_bytes = cache.head_dim * cache.dtype.itemsize
         made = cls(rounding.block_tokens, 8 * cache.dtype.itemsize // BITS, row_bytes // 4, cache.head_dim)
         if rounding.bits != BITS or cache.head_dim % CODES_PER_WORD:
             raise ValueError(
-                f"no packed blocks of {rounding.bits} bits in a cache of {cache.dtype}, heads of {cache.head_dim}"
+                f"survivors of {rounding.bits} bits cannot be packed in a cache of {cache.dtype} with "
+                f"head_dim={cache.head_dim}"
             )
         if made.code_rows + ceil_div(max(cache.head_dim, made.num_tokens), made.pairs_per_row) > cache.block_size:
-            raise ValueError(f"{made} does not fit a block of {cache.block_size} tokens")
+            raise ValueError(f"{made} does not fit in a block of {cache.block_size} tokens")
         return made
 
     @property
@@ -57,7 +58,7 @@ class PackedLayout:
 
     @property
     def num_words(self) -> int:
-        """Of one token."""
+        """Words of one token's codes."""
         return self.head_dim // CODES_PER_WORD
 
 
@@ -67,12 +68,12 @@ def as_words(layer: Tensor) -> Tensor:
 
 
 def _rows(paged: Tensor, blocks: Tensor, first: int, num_rows: int) -> Tensor:
-    """[num_blocks, num_kv_heads, words]: some rows of these blocks as one run of words."""
+    """Consecutive rows of these blocks, concatenated: [num_blocks, num_kv_heads, words]."""
     return paged[blocks, first : first + num_rows].transpose(1, 2).flatten(2)
 
 
 def _put_rows(paged: Tensor, blocks: Tensor, first: int, words: Tensor) -> None:
-    """words: [num_blocks, num_kv_heads, any], written from row `first` on."""
+    """Write `words`, [num_blocks, num_kv_heads, any], to the rows from `first` on."""
     width = paged.shape[-1]
     for start in range(0, words.shape[-1], width):
         part = words[..., start : start + width]
@@ -80,11 +81,11 @@ def _put_rows(paged: Tensor, blocks: Tensor, first: int, words: Tensor) -> None:
 
 
 def write_block_ref(paged: Tensor, blocks: Tensor, rounded: Rounded, layout: PackedLayout) -> None:
-    """Write codes and scales of a block's keys, or values.
+    """Write codes and scales of the keys, or the values, of packed blocks.
 
-    paged:   of `as_words`
+    paged:   from `as_words`
     blocks:  [batch], block ids
-    rounded: codes [batch, num_tokens, num_kv_heads, head_dim], of `kvllm.compression.rounding`
+    rounded: codes [batch, num_tokens, num_kv_heads, head_dim], and their scales and lowest values
     """
     codes = rounded.codes.int().transpose(1, 2).unflatten(-1, (CODES_PER_WORD, layout.num_words))
     shifts = torch.arange(CODES_PER_WORD, device=codes.device)[:, None] * BITS
@@ -95,9 +96,9 @@ def write_block_ref(paged: Tensor, blocks: Tensor, rounded: Rounded, layout: Pac
 
 
 def read_block_ref(paged: Tensor, blocks: Tensor, layout: PackedLayout, by_channel: bool) -> Tensor:
-    """The numbers that packed blocks stand for, [num_blocks, num_tokens, num_kv_heads, head_dim] float32.
+    """Dequantize packed blocks, to [num_blocks, num_tokens, num_kv_heads, head_dim] float32.
 
-    by_channel: whether scales belong to channels (keys), not to tokens (values)
+    by_channel: scales are per channel (keys); otherwise per token (values)
     """
     words = _rows(paged, blocks, 0, layout.code_rows)[..., : layout.num_tokens * layout.num_words]
     words = words.unflatten(-1, (layout.num_tokens, 1, layout.num_words)).int()

@@ -1,4 +1,4 @@
-"""Survivors rounded to four bits and packed, in their own blocks."""
+"""Rounds survivors to four bits and packs them, in place."""
 
 # mypy: disallow-untyped-defs=False
 
@@ -16,9 +16,9 @@ from kvllm.kernels.windows import gather_window_ref
 
 
 def pack_ref(candidate_blocks: Tensor, num_kept: int, cache: PagedCache, rounding: Rounding) -> None:
-    """Round the first `num_kept` candidates and write them to the first packed blocks in the candidates' place.
+    """Round the first `num_kept` candidates, and write them as packed blocks to the first of the candidates' blocks.
 
-    candidate_blocks: [num_due, num_candidates / block_size], block ids; no block twice
+    candidate_blocks: [num_due, num_candidates / block_size], block ids, all distinct
     num_kept:         a multiple of `rounding.block_tokens`
     """
     layout = PackedLayout.of(cache, rounding)
@@ -38,8 +38,8 @@ def pack_ref(candidate_blocks: Tensor, num_kept: int, cache: PagedCache, roundin
 def pack(candidate_blocks: Tensor, num_kept: int, cache: PagedCache, rounding: Rounding) -> None:
     """`pack_ref` as a Triton kernel, one program per request, layer, KV head, and keys or values.
 
-    A program packs block after block. Packed block i is written where tokens i * block_size, ... were, and all of them
-    belong to packed blocks up to i, which have been read.
+    A program packs one block after another. Packed block i overwrites the tokens from i * block_size on, which belong
+    to packed blocks 0 to i, and these have already been read.
     """
     layout = PackedLayout.of(cache, rounding)
     num_due = len(candidate_blocks)
@@ -75,9 +75,9 @@ def pack(candidate_blocks: Tensor, num_kept: int, cache: PagedCache, rounding: R
 
 @triton.jit
 def _codes(x, lowest, scale, LEVELS: tl.constexpr):
-    """Codes of numbers, rounded half to even as PyTorch does."""
+    """The codes of x, rounded half to even as in PyTorch."""
     steps = tl.div_rn(x - lowest, tl.maximum(scale, 1.1754943508222875e-38))
-    # Adding and subtracting 1.5 * 2**23 leaves a whole number; Triton has no rounding that its interpreter has too.
+    # Adding and subtracting 1.5 * 2**23 rounds to an integer; Triton has no rounding that its interpreter supports.
     steps = tl.minimum(tl.maximum(steps, 0.0), LEVELS) + 12582912.0
     return (steps - 12582912.0).to(tl.int32)
 
@@ -91,7 +91,7 @@ def _stored(lowest, highest, LEVELS: tl.constexpr):
 
 @triton.jit
 def _rounded_to_bfloat16(x):
-    """Finite float32 numbers that bfloat16 holds: half to even, on the bits, since the interpreter's cast truncates."""
+    """Round finite float32 to bfloat16's precision, half to even; bitwise, since the interpreter's cast truncates."""
     bits = x.to(tl.int32, bitcast=True)
     bits += 0x7FFF + (bits >> 16 & 1)
     return (bits & -65536).to(tl.float32, bitcast=True)
@@ -99,7 +99,7 @@ def _rounded_to_bfloat16(x):
 
 @triton.jit
 def _store_pairs(pairs, indices, mask, scale, lowest, stride_row, PAIRS_PER_ROW: tl.constexpr):
-    """pairs: address of the first pair row, of bfloat16"""
+    """pairs: pointer to the first pair row, of bfloat16"""
     offsets = indices // PAIRS_PER_ROW * stride_row + indices % PAIRS_PER_ROW * 2
     tl.store(pairs + offsets, scale.to(tl.bfloat16), mask=mask)
     tl.store(pairs + offsets + 1, lowest.to(tl.bfloat16), mask=mask)

@@ -1,4 +1,4 @@
-"""Codes of four bits turned into numbers inside a kernel."""
+"""Dequantizes four-bit codes inside a kernel."""
 
 # mypy: disallow-untyped-defs=False
 # (kernel arguments are Triton values, which have no static type)
@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A code set into the low bits of a number's mantissa is that number plus the code: 128 + code in bfloat16, 1024 + code
-# in float16. Two codes of one quarter are done at once.
+# Setting the low bits of a number's mantissa to a code adds the code to the number: 128 + code in bfloat16, 1024 + code
+# in float16. Two codes of one quarter are converted at once.
 
 
 def _assembly(dtype: str, restored: bool) -> str:
@@ -30,7 +30,7 @@ _F16_RESTORED = tl.constexpr(_assembly("f16", restored=True))
 
 @triton.jit
 def _quarter(words, QUARTER: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Words whose lowest bits are the codes of a quarter. Shifted two at once, they take bits of their neighbours."""
+    """Words whose lowest four bits are a quarter's codes; the upper bits may come from a neighbouring word."""
     if QUARTER == 0:
         return words
     elif not ASSEMBLY:
@@ -45,7 +45,7 @@ def _quarter(words, QUARTER: tl.constexpr, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def codes(words, QUARTER: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """A quarter's code of each word in DTYPE, plus `code_bias`."""
+    """A quarter's code of each word, plus `code_bias`, in DTYPE."""
     shifted = _quarter(words, QUARTER, ASSEMBLY)
     if not ASSEMBLY:
         return (shifted & 15).to(DTYPE)
@@ -57,7 +57,7 @@ def codes(words, QUARTER: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.conste
 
 @triton.jit
 def restored(words, scale, lowest, QUARTER: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """lowest + code * scale for a quarter's code of each word, in DTYPE; scale, lowest: in DTYPE, broadcast."""
+    """lowest + code * scale for a quarter's code of each word, in DTYPE; scale, lowest: in DTYPE, must broadcast."""
     if not ASSEMBLY:
         return codes(words, QUARTER, DTYPE, False) * scale + lowest
     elif DTYPE == tl.bfloat16:
@@ -70,8 +70,8 @@ def restored(words, scale, lowest, QUARTER: tl.constexpr, DTYPE: tl.constexpr, A
 
 @triton.jit
 def unpair(pair, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Scale and lowest value of 32 bits that hold both in bfloat16."""
-    if ASSEMBLY and DTYPE == tl.bfloat16:  # the halves of two pairs, without a conversion
+    """Scale and lowest value, from 32 bits that hold both in bfloat16."""
+    if ASSEMBLY and DTYPE == tl.bfloat16:  # permutes the bytes of two pairs, without a conversion
         return (
             tl.inline_asm_elementwise(
                 "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [pair], dtype=tl.bfloat16, is_pure=True, pack=2
@@ -87,7 +87,7 @@ def unpair(pair, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def narrowed(x, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Of float32, in DTYPE; two at once."""
+    """Convert float32 to DTYPE, two elements at once."""
     if ASSEMBLY and DTYPE == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         return tl.inline_asm_elementwise(

@@ -16,7 +16,8 @@ def _fit_kernel(
     shares, missing, lost, kept,
     candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,
     stride_candidates, stride_kv_block, stride_kv_token, stride_kv_head,
-    numbers, scales, cos, sin, first, second, ring_starts, max_num_reqs, query_scale, key_ridge, value_ridge,
+    numbers, scales, cos, sin, first, second, ring_starts, max_num_reqs, query_scale,
+    key_ridge, value_ridge, least_damping,
     NUM_LAYERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, NUM_KEPT: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, KV_DTYPE: tl.constexpr, RAW_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr,
     HAS_SCALE: tl.constexpr, FP8_MAX: tl.constexpr, NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
@@ -52,7 +53,8 @@ def _fit_kernel(
             values = tl.load(paged + dims[:, None] + source[None, :], mask=mask, other=0.0).to(tl.float32)
             values = _fit_values(
                 shares + batch * PADDED_ROWS * BLOCK_K, missing + batch * PADDED_ROWS * HEAD_DIM, values * change_scale,
-                dims, value_ridge, NUM_KEPT, HEAD_DIM, PADDED_ROWS, PRECISION, STEPS, BLOCK_R, BLOCK_K,
+                dims, value_ridge, tl.maximum(value_ridge, least_damping),
+                NUM_KEPT, HEAD_DIM, PADDED_ROWS, PRECISION, STEPS, BLOCK_R, BLOCK_K,
             )  # fmt: skip
             tl.debug_barrier()
             values = _stored(values, change_scale, KV_DTYPE, HAS_SCALE, FP8_MAX)
@@ -70,7 +72,7 @@ def _fit_kernel(
             layer_row, oldest = ring(ring_starts, max_num_reqs, due, layer, NUM_ROWS // GROUP_SIZE)
             shift_a, shift_b = _fit_shift(
                 numbers, scales, cos, sin, layer, layer_row, oldest, head, firsts, seconds,
-                lost + batch * PADDED_ROWS, query_scale, key_ridge,
+                lost + batch * PADDED_ROWS, query_scale, key_ridge, tl.maximum(key_ridge, least_damping),
                 NUM_HEADS, GROUP_SIZE, NUM_ROWS, PADDED_ROWS, HEAD_DIM, NUM_ROTATIONS, DOT_DTYPE, STEPS,
                 BLOCK_R, BLOCK_H,
             )  # fmt: skip
@@ -113,11 +115,14 @@ def _ratio(a, b):
 
 @triton.jit
 def _fit_values(
-    shares, missing, values, dims, ridge,
+    shares, missing, values, dims, ridge, damping,
     NUM_KEPT: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """These dimensions of the survivors' values, [BLOCK_C, BLOCK_K], fitted: `fitted_values`, transposed."""
+    """These dimensions of the survivors' values, [BLOCK_C, BLOCK_K], fitted: `fitted_values`, transposed.
+
+    damping: the ridge, or LEAST_DAMPING where that is more
+    """
     survivors = tl.arange(0, BLOCK_K)
     gram = tl.full([BLOCK_K, BLOCK_K], 0.0, tl.float32)
     residual = tl.full(values.shape, 0.0, tl.float32)
@@ -127,29 +132,32 @@ def _fit_values(
         target = tl.load(missing + rows[:, None] * HEAD_DIM + dims[None, :], mask=(dims < HEAD_DIM)[None, :], other=0.0)
         gram = tl.dot(tl.trans(share), share, acc=gram, input_precision="ieee")
         residual = tl.dot(tl.trans(target), share, acc=residual, input_precision="ieee")
-    diagonal = tl.where(survivors[:, None] == survivors[None, :], gram, 0.0)
-    strength = tl.sum(tl.sum(diagonal, axis=1), axis=0) * (ridge / NUM_KEPT)
-    direction = residual
-    square = tl.sum(residual * residual, axis=1)
+    diagonal = tl.sum(tl.where(survivors[:, None] == survivors[None, :], gram, 0.0), axis=0)
+    mean = tl.sum(diagonal, axis=0) / NUM_KEPT
+    strength = ridge * mean
+    inverse = _ratio(mean, diagonal + damping * mean)[None, :]
+    direction = inverse * residual
+    square = tl.sum(residual * direction, axis=1)
     for _ in range(STEPS):
         image = tl.dot(direction, gram, input_precision=PRECISION) + strength * direction
         length = _ratio(square, tl.sum(direction * image, axis=1))
         values += length[:, None] * direction
         residual -= length[:, None] * image
-        new_square = tl.sum(residual * residual, axis=1)
-        direction = residual + _ratio(new_square, square)[:, None] * direction
+        scaled = inverse * residual
+        new_square = tl.sum(residual * scaled, axis=1)
+        direction = scaled + _ratio(new_square, square)[:, None] * direction
         square = new_square
     return values
 
 
 @triton.jit
 def _fit_shift(
-    numbers, scales, cos, sin, layer, layer_row, oldest, head, firsts, seconds, lost, query_scale, ridge,
+    numbers, scales, cos, sin, layer, layer_row, oldest, head, firsts, seconds, lost, query_scale, ridge, damping,
     NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr, PADDED_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, NUM_ROTATIONS: tl.constexpr, DOT_DTYPE: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The first and the second dimensions of the vector to add to a head's keys, [BLOCK_H] each."""
+    """The first and the second dimensions of the vector to add to a head's keys, [BLOCK_H] each; damping: as above."""
     gram_aa = tl.full([BLOCK_H, BLOCK_H], 0.0, tl.float32)
     gram_ab = tl.full([BLOCK_H, BLOCK_H], 0.0, tl.float32)
     gram_bb = tl.full([BLOCK_H, BLOCK_H], 0.0, tl.float32)
@@ -171,12 +179,17 @@ def _fit_shift(
         gram_ab = tl.dot(tl.trans(a), b, acc=gram_ab, input_precision="ieee")
         gram_bb = tl.dot(tl.trans(b), b, acc=gram_bb, input_precision="ieee")
     indices = tl.arange(0, BLOCK_H)
-    diagonal = tl.where(indices[:, None] == indices[None, :], gram_aa + gram_bb, 0.0)
-    strength = tl.sum(tl.sum(diagonal, axis=1), axis=0) * (ridge / HEAD_DIM)
+    same = indices[:, None] == indices[None, :]
+    diagonal_a = tl.sum(tl.where(same, gram_aa, 0.0), axis=0)
+    diagonal_b = tl.sum(tl.where(same, gram_bb, 0.0), axis=0)
+    mean = tl.sum(diagonal_a + diagonal_b, axis=0) / HEAD_DIM
+    strength = ridge * mean
+    inverse_a = _ratio(mean, diagonal_a + damping * mean)
+    inverse_b = _ratio(mean, diagonal_b + damping * mean)
     solution_a = tl.full([BLOCK_H], 0.0, tl.float32)
     solution_b = tl.full([BLOCK_H], 0.0, tl.float32)
-    direction_a, direction_b = residual_a, residual_b
-    square = tl.sum(residual_a * residual_a + residual_b * residual_b, axis=0)
+    direction_a, direction_b = inverse_a * residual_a, inverse_b * residual_b
+    square = tl.sum(residual_a * direction_a + residual_b * direction_b, axis=0)
     for _ in range(STEPS):
         image_a = tl.sum(gram_aa * direction_a[:, None], axis=0) + tl.sum(gram_ab * direction_b[None, :], axis=1)
         image_b = tl.sum(gram_ab * direction_a[:, None], axis=0) + tl.sum(gram_bb * direction_b[:, None], axis=0)
@@ -187,9 +200,10 @@ def _fit_shift(
         solution_b += length * direction_b
         residual_a -= length * image_a
         residual_b -= length * image_b
-        new_square = tl.sum(residual_a * residual_a + residual_b * residual_b, axis=0)
+        scaled_a, scaled_b = inverse_a * residual_a, inverse_b * residual_b
+        new_square = tl.sum(residual_a * scaled_a + residual_b * scaled_b, axis=0)
         ratio = _ratio(new_square, square)
-        direction_a = residual_a + ratio * direction_a
-        direction_b = residual_b + ratio * direction_b
+        direction_a = scaled_a + ratio * direction_a
+        direction_b = scaled_b + ratio * direction_b
         square = new_square
     return solution_a, solution_b

@@ -16,7 +16,7 @@ from kvllm.kernels.refit.fit import _fit_kernel
 from kvllm.kernels.windows import FP8_MAX, gather_window_ref, scatter_rows_ref
 from kvllm.layout import ceil_div
 from kvllm.methods.kara import MOST_REFITTED
-from kvllm.methods.refit import LEAST_KEPT, STEPS, fitted_values, key_shift
+from kvllm.methods.refit import LEAST_DAMPING, LEAST_KEPT, STEPS, fitted_values, key_shift
 
 # Requests of one pair of launches: what passes between the two takes about 40 MB a request of an 8B model.
 _BATCH = 4
@@ -129,7 +129,7 @@ def refit(
         )
         num_columns = ceil_div(head_dim, sizes.block_c)
         _fit_kernel[(len(part) * heads * (num_columns + 1),)](
-            *(shares, missing, lost, survivors, *cached, *asked, head_dim**-0.5, key_ridge, value_ridge),
+            *(shares, missing, lost, survivors, *cached, *asked, head_dim**-0.5, key_ridge, value_ridge, LEAST_DAMPING),
             STEPS=STEPS,
             RAW_DTYPE=cache.raw_tl_dtype,
             FP8_MAX=FP8_MAX,

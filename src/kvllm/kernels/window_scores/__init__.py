@@ -1,4 +1,4 @@
-"""Bidirectional scores of candidates, as Kara computes them."""
+"""Kara's bidirectional scores of candidates."""
 
 from kvllm.kernels.window_scores.launch import window_scores as window_scores
 from kvllm.kernels.window_scores.launch import window_scores_ref as window_scores_ref

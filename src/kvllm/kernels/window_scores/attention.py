@@ -1,4 +1,4 @@
-"""How much the queries look at each candidate, times the candidates' weights."""
+"""The attention of the stored queries to each candidate, times the candidate's weight."""
 
 # mypy: disallow-untyped-defs=False
 
@@ -25,7 +25,7 @@ def _scores_kernel(
     BLOCK_H: tl.constexpr,
     VALUE_NORM: tl.constexpr, KEYDIFF_POWER: tl.constexpr, SEVERAL_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Attention times weights; of several tiles each, weights and log_sums are given, of one they are found here."""
+    """Attention times weights. With several tiles, weights and log_sums are inputs; with one they are computed here."""
     pid, due, layer, head = locate(NUM_LAYERS, NUM_KV_HEADS)
     tokens = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     valid = tokens < NUM_CANDIDATES
@@ -46,13 +46,13 @@ def _scores_kernel(
     keys_a, keys_b = tl.trans(keys_a.to(DOT_DTYPE)), tl.trans(keys_b.to(DOT_DTYPE))
     if HAS_SCALE:
         softmax_scale *= tl.load(k_scale + layer)
-    if not SEVERAL_TILES:  # parked where the scores will stand: the loop needs the registers
+    if not SEVERAL_TILES:  # spilled to the output, since the loop needs the registers
         tl.store(scores + pid * NUM_CANDIDATES + tokens, weight, mask=valid)
         tl.debug_barrier()
 
     layer_row, oldest = ring(ring_starts, max_num_reqs, due, layer, NUM_ROWS // GROUP_SIZE)
-    # A thread holds rows r and r + 8 of each 16 of a product, so these are added in its registers; only after the loop
-    # are the rest, of other threads.
+    # A thread holds rows r and r + 8 of every 16 rows of a product, so these are added within its registers. Sums
+    # across threads follow after the loop.
     total = tl.full([BLOCK_Q // 16, 8, BLOCK_T], 0.0, tl.float32)
     for start in range(0, NUM_ROWS, BLOCK_Q):
         rows = start + tl.arange(0, BLOCK_Q)
@@ -64,7 +64,7 @@ def _scores_kernel(
         logits = tl.dot(b, keys_b, acc=logits, input_precision="ieee")
         if NUM_CANDIDATES % BLOCK_T > 0:
             logits = tl.where(valid[None, :], logits, float("-inf"))
-        # Scaled in the same instruction that subtracts. The floor: a row of zeros shall have no -inf * 0.
+        # Scaling and subtracting become one instruction. The lower bound avoids -inf * 0 for a query of zeros.
         scale = tl.maximum(scale * softmax_scale, 1e-30)
         if SEVERAL_TILES:
             log_sum = tl.load(log_sums + pid * NUM_ROWS + rows, mask=rows < NUM_ROWS, other=0.0)

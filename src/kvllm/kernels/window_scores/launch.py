@@ -1,4 +1,4 @@
-"""Bidirectional scores of the candidates of every request due in a step, for all layers in one launch, or three."""
+"""Bidirectional scores of the candidates of all requests that are due, for all layers in one launch or three."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kvllm.kernels.window_scores.weights import _weights_kernel
 from kvllm.kernels.windows import gather_window_ref
 from kvllm.layout import ceil_div
 
-# A key tile of this size fits twice into the shared memory of a multiprocessor of a Hopper or Ampere GPU, beside the
-# queries: two programs share one, so that one computes while the other loads.
+# Two key tiles of this size fit, with the queries, in the shared memory of a Hopper or Ampere multiprocessor. So two
+# programs share a multiprocessor, and one computes while the other loads.
 _TILE_BYTES = 64 * 1024
 
 
@@ -28,10 +28,10 @@ def window_scores_ref(
     keydiff_power: float = 0.0,
     attention_floor: float = 0.0,
 ) -> Tensor:
-    """How much the queries of a request look at each of its candidates, weighted as `Kara.score` does; in float64.
+    """The attention of a request's stored queries to each of its candidates, weighted as in `Kara.score`.
 
     candidate_blocks: [num_due, num_candidates / block_size], block ids
-    returns           [num_due, num_layers, num_kv_heads, num_candidates] in float32
+    returns           [num_due, num_layers, num_kv_heads, num_candidates] float32, computed in float64
     """
     keys, values = gather_window_ref(candidate_blocks, cache, torch.float64)
     logits = torch.einsum("bqhgd,bthd->bhgqt", queries.rotated_ref(), keys) * cache.head_dim**-0.5
@@ -54,10 +54,10 @@ def window_scores(
     keydiff_power: float = 0.0,
     attention_floor: float = 0.0,
 ) -> Tensor:
-    """`window_scores_ref` in Triton, with a program for each request, layer, KV head and tile of candidates.
+    """`window_scores_ref` in Triton, one program per request, layer, KV head and tile of candidates.
 
-    Where the candidates fit one tile this is one launch, which reads every key and value once. Where they do not, a
-    launch before it finds what weights the candidates, and another every query's denominator.
+    If the candidates fit in one tile, one launch reads every key and value once. Otherwise two launches precede it:
+    one computes the candidates' weights, the other the softmax denominator of each query.
     """
     bank, num_due = queries.bank, len(queries)
     num_layers, _, _, _, head_dim = bank.queries.shape
@@ -72,7 +72,7 @@ def window_scores(
         return scores
 
     cached = cache.arguments(candidate_blocks)
-    # Of 8 warps, each four would rotate all the queries for their half of the keys.
+    # With 8 warps, both halves of them would rotate all queries, each for its half of the keys.
     sizes = cache.sizes | dict(NUM_CANDIDATES=num_candidates, num_warps=4)
     weighting = dict(VALUE_NORM=value_norm, KEYDIFF_POWER=float(keydiff_power))
     asking = queries.sizes(cache.dot_dtype)
@@ -81,7 +81,7 @@ def window_scores(
     num_tiles = ceil_div(num_candidates, block_t)
     exponent = head_dim**-0.5 / math.log(2)  # exp2 is cheaper than exp
     asked = (*queries.arguments(), exponent)
-    asking |= dict(BLOCK_T=block_t, BLOCK_Q=block_q, num_stages=3)  # of 2 and 3 stages on an H100
+    asking |= dict(BLOCK_T=block_t, BLOCK_Q=block_q, num_stages=3)  # faster than 2 stages on an H100
     weights = log_sums = None
     if num_tiles > 1:
         weights = torch.empty(batch, num_candidates, dtype=torch.float32, device=device)
@@ -104,8 +104,8 @@ def window_scores(
 
 
 def tile_sizes(num_candidates: int, num_rows: int, block_d: int, float32: bool) -> tuple[int, int]:
-    """Candidates a tile, and queries a tile."""
-    if float32:  # no tensor cores: small tiles, so that the operands of the plain product fit the registers
+    """Candidates per tile, and queries per tile."""
+    if float32:  # no tensor cores: small tiles, so that the operands fit in registers
         return 32, 32
     block_q = min(64, max(16, next_power_of_2(num_rows)))
     resident = max(16, next_power_of_2(num_candidates))

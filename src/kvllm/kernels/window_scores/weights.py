@@ -1,4 +1,4 @@
-"""What a candidate's attention is multiplied by: the norm of its value, and how unlike the other keys its key is."""
+"""The factors of a candidate's attention: the norm of its value, and how dissimilar its key is to the others."""
 
 # mypy: disallow-untyped-defs=False
 
@@ -13,13 +13,13 @@ from kvllm.kernels.queries import load_tile, locate
 
 @triton.jit
 def _inverse_norms(a, b):
-    """[BLOCK_T]: 1 / length of each key, of its halves [BLOCK_T, BLOCK_H]; of a key of zeros any number will do."""
+    """1 / norm of each key, [BLOCK_T], from its halves [BLOCK_T, BLOCK_H]; any finite number for a key of zeros."""
     return tl.rsqrt(tl.maximum(tl.sum(a * a + b * b, axis=1), 1e-24))
 
 
 @triton.jit
 def _distinct(a, b, inverse_norms, anchor_a, anchor_b, POWER: tl.constexpr):
-    """[BLOCK_T]: (1 - cosine of each key to the anchor) ** POWER; anchor_a, anchor_b: [BLOCK_H], of any length."""
+    """(1 - cosine of each key to the anchor) ** POWER, [BLOCK_T]; anchor_a, anchor_b: [BLOCK_H], of any norm."""
     length = tl.sum(anchor_a * anchor_a, axis=0) + tl.sum(anchor_b * anchor_b, axis=0)
     along = tl.sum(a * anchor_a[None, :] + b * anchor_b[None, :], axis=1)
     distinct = tl.maximum(1.0 - along * (inverse_norms * tl.rsqrt(tl.maximum(length, 1e-24))), 0.0)
@@ -31,7 +31,7 @@ def _distinct(a, b, inverse_norms, anchor_a, anchor_b, POWER: tl.constexpr):
 
 @triton.jit
 def distinct_in_tile(a, b, POWER: tl.constexpr):
-    """`_distinct` where these are all the keys."""
+    """`_distinct` if these are all the keys."""
     inverse_norms = _inverse_norms(a, b)
     anchor_a, anchor_b = tl.sum(a * inverse_norms[:, None], axis=0), tl.sum(b * inverse_norms[:, None], axis=0)
     return _distinct(a, b, inverse_norms, anchor_a, anchor_b, POWER)
@@ -43,7 +43,7 @@ def value_norms(
     DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, HAS_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_T]: length of each value; a half at a time, so that fewer registers hold it."""
+    """The norm of each value, [BLOCK_T]; loaded in two halves, to use fewer registers."""
     half: tl.constexpr = HEAD_DIM // 2
     dims = tl.arange(0, BLOCK_H)
     a = load_tile(value_ptrs, offsets, mask, layer, dims, DTYPE, ALIGNMENT, half).to(tl.float32)
@@ -65,7 +65,7 @@ def _weights_kernel(
     BLOCK_SIZE: tl.constexpr, KV_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, HAS_SCALE: tl.constexpr,
     VALUE_NORM: tl.constexpr, KEYDIFF_POWER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """What a candidate's attention is multiplied by: its value's norm, and its key's distance from the mean key."""
+    """The factors of each candidate's attention: its value's norm, and its key's distance from the mean key."""
     pid, due, layer, head = locate(NUM_LAYERS, NUM_KV_HEADS)
     half: tl.constexpr = HEAD_DIM // 2
     dims = tl.arange(0, BLOCK_H)

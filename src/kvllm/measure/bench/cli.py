@@ -1,4 +1,4 @@
-"""`kvllm bench`: one option for each field of the dataclass that says what to measure."""
+"""`kvllm bench`: commands with one option per field of BenchSpec or Shape."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from typing import Annotated, Any
 
 import typer
 
-from kvllm.cli.options import JsonFile, examples
+from kvllm.cli.options import JsonFile, examples, set_panels
 from kvllm.errors import UsageError
 from kvllm.measure.bench.kernel_shape import Shape
 from kvllm.measure.bench.spec import BenchSpec
 from kvllm.measure.extras import require
 from kvllm.options import parse_json
 
-app = typer.Typer(no_args_is_help=True, help="Throughput of the engine, and time of each kernel.")
+app = typer.Typer(no_args_is_help=True, help="Measure the engine's throughput and the time of each kernel.")
 KINDS: dict[str, Any] = {
     "str": str, "int": int, "float": float, "bool": bool, "list[str]": list[str], "list[int]": list[int]
 }  # fmt: skip
 
 
 def with_fields(name: str, cls: type[Any], positional: str | None = None) -> Callable[..., Callable[..., None]]:
-    """Give a command an option for every field of the dataclass; its argument `name` gets a dict of those given."""
+    """Give a command an option for every field of `cls`; its argument `name` gets a dict of those that the user set.
+
+    positional: the field that becomes a positional argument
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
@@ -48,14 +51,16 @@ def with_fields(name: str, cls: type[Any], positional: str | None = None) -> Cal
 def _parameter(field: Field[Any], positional: bool) -> inspect.Parameter:
     default = field.default_factory() if field.default_factory is not MISSING else field.default
     kind = KINDS.get(str(field.type).removesuffix(" | None"), str)  # all others are JSON
-    shown = False if default is None or default is False or default in ([], {}) else str(default)
+    shown: bool | str = False
+    if default is not None and default is not False and default not in ([], {}):
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
     help = field.metadata["help"]
     if positional:
         declared: Any = typer.Argument(help=help, show_default=shown)
     else:
-        flag = "--" + field.name.replace("_", "-")  # of a boolean, without the --no- form
+        flag = "--" + field.name.replace("_", "-")  # an explicit name, so that booleans get no --no- form
         declared = typer.Option(flag, help=help, show_default=shown)
-    # None stands for "left out".
+    # None: not given.
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, declared]
     )
@@ -71,19 +76,21 @@ def _parameter(field: Field[Any], positional: bool) -> inspect.Parameter:
 def throughput(
     given: dict,  # type: ignore[type-arg]
     spec: Annotated[
-        str | None, typer.Option(help="All that is measured as JSON, or a file of it, in place of the other options.")
+        str | None, typer.Option(help="All options as JSON, or a JSON file, instead of the other options.")
     ] = None,
     json_file: JsonFile = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the figures here (.png, .svg).")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Plot the results to this file (.png, .svg).")
+    ] = None,
 ) -> None:
-    """Stock vLLM and KvLLM on the same requests, one engine process after the other."""
+    """Compare stock vLLM and KvLLM on the same requests, one engine process after another."""
     if plot_file:
-        require("bench", "matplotlib")
+        require("matplotlib")
     from kvllm.measure.bench.throughput import bench_throughput
 
     if spec is not None:
         if given:
-            raise UsageError(f"--spec holds all options, so {', '.join(given)} cannot be given beside it.")
+            raise UsageError(f"--spec replaces all other options, so {', '.join(given)} cannot be combined with it.")
         given = read_spec(spec)
     elif "engine_args" in given:
         given["engine_args"] = parse_json("--engine-args", given["engine_args"])
@@ -93,10 +100,10 @@ def throughput(
 
 
 def read_spec(text: str) -> dict[str, Any]:
-    """Fields of BenchSpec from a JSON object, or from the file of this name that holds one."""
+    """Fields of BenchSpec from a JSON object or the path of a file with one."""
     if not text.lstrip().startswith("{"):
         if not Path(text).is_file():
-            raise UsageError(f"--spec {text}: neither a JSON object nor a file of one.")
+            raise UsageError(f"--spec {text}: neither a JSON object nor an existing file.")
         text = Path(text).read_text()
     parsed = parse_json("--spec", text)
     if not isinstance(parsed, dict):
@@ -109,11 +116,24 @@ def read_spec(text: str) -> dict[str, Any]:
 def kernels(
     given: dict,  # type: ignore[type-arg]
     num_due: Annotated[
-        list[int] | None, typer.Option(help="Requests due at once (repeatable).", show_default="1 8 64")
+        list[int] | None, typer.Option(help="Requests compressed in the same step (repeatable).", show_default="1 8 64")
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Every kernel against the time that the device needs for its bytes or its arithmetic."""
+    """Compare each kernel's time with the device's limit for its memory traffic or arithmetic."""
     from kvllm.measure.bench.kernels import bench_kernels
 
     bench_kernels(Shape(**given), num_due=tuple(num_due or (1, 8, 64)), json_path=json_file)
+
+
+set_panels(
+    app,
+    {
+        "The engine": (
+            *("max_num_seqs", "max_model_len", "max_num_batched_tokens", "gpu_memory_utilization", "num_gpu_blocks"),
+            *("block_size", "dtype", "enforce_eager", "capture_sizes", "engine_args"),
+        ),
+        "Output": ("json_file", "plot_file"),
+        "For experts": ("stagger", "max_seconds", "profile_steps", "warmup_seconds", "temperature", "seed", "spec"),
+    },
+)

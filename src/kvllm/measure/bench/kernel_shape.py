@@ -1,4 +1,4 @@
-"""What `kvllm bench kernels` measures at: a model's shape and the sizes of a compression."""
+"""Options of `kvllm bench kernels`: the shapes of a model and of a compression."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from kvllm.measure.bench.spec import option
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Qwen3-8B with the default KvConfig, unless other numbers are given."""
+    """The defaults are those of Qwen3-8B with the default KvConfig."""
 
-    num_layers: int = option(36, "Layers of the model.")
-    num_heads: int = option(32, "Query heads of a layer.")
-    num_kv_heads: int = option(8, "KV heads of a layer.")
-    head_dim: int = option(128, "Dimensions of a head.")
-    query_stride: int = option(KvConfig().query_stride, "Each head keeps the query of every n-th token.")
-    query_span: int = option(KvConfig().query_span, "Newest tokens that queries are kept of.")
-    block_size: int = option(16, "Tokens in one KV block.")
-    num_candidates: int = option(KvConfig().window_size, "Tokens compressed at once.")
-    num_kept: int = option(80, "Tokens of them that are kept.")
-    dtype: str = option("bfloat16", "The model's.")
-    kv_dtype: str = option("bfloat16", "The KV cache's.")
+    num_layers: int = option(36, "Number of layers.")
+    num_heads: int = option(32, "Number of query heads per layer.")
+    num_kv_heads: int = option(8, "Number of KV heads per layer.")
+    head_dim: int = option(128, "Head dimension.")
+    query_stride: int = option(KvConfig().query_stride, "Each head stores the query of every N-th token.")
+    query_span: int = option(KvConfig().query_span, "Number of newest tokens whose queries are stored.")
+    block_size: int = option(16, "Tokens per KV block.")
+    num_candidates: int = option(KvConfig().window_size, "Number of tokens compressed at once.")
+    num_kept: int = option(80, "Number of tokens kept of these.")
+    dtype: str = option("bfloat16", "Data type of the model.")
+    kv_dtype: str = option("bfloat16", "Data type of the KV cache.")
 
     @property
     def num_queries(self) -> int:

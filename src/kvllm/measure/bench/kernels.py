@@ -1,9 +1,9 @@
-"""Every kernel against the time that the device itself needs for its bytes or its arithmetic. Needs a CUDA device.
+"""Compare each kernel's time with the device's limit for its memory traffic or arithmetic. Needs a CUDA device.
 
     kvllm bench kernels --json kernels.json
 
-Each case is first compared with its PyTorch reference on fresh random input, then timed in a replayed CUDA graph that
-walks through as many sets of requests as exceed the L2 cache.
+Each case is first checked against its PyTorch reference on random input, then timed by replaying a CUDA graph over
+enough different requests to exceed the L2 cache.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DEVICE = "cuda"
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the device reaches in plain PyTorch."""
+    """What the device achieves in plain PyTorch."""
 
     bytes_per_s: float
     flops: float
@@ -55,9 +55,9 @@ class Peaks:
 class Case:
     """One kernel at one size.
 
-    runs:      launches on different requests, to be timed one after the other
-    num_bytes: fewest that one run must read and write
-    num_flops: of one run
+    runs:      launches on different requests, timed back to back
+    num_bytes: minimum memory traffic of one run
+    num_flops: floating-point operations of one run
     """
 
     kernel: str
@@ -70,7 +70,7 @@ class Case:
 def bench_kernels(
     shape: Shape | None = None, num_due: tuple[int, ...] = (1, 8, 64), json_path: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Check, time and print every kernel; returns the table's rows."""
+    """Check and time every kernel and print the table; returns its rows."""
     if not torch.cuda.is_available():
         raise UsageError("kvllm bench kernels needs a CUDA device: in Triton's interpreter times mean nothing.")
     shape = shape or Shape()
@@ -110,7 +110,7 @@ def bench_kernels(
 
 
 def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
-    """Every kernel at every number of due requests; all share one cache and one bank, sized for the most."""
+    """Every kernel at every number of due requests; all share one cache and one query bank, sized for the largest."""
     most = max(num_due)
     cache, all_blocks = random_cache(shape, most)
     bank, (weights, rotation) = random_bank(shape, most), kara_weights(shape)
@@ -178,7 +178,7 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
             )
         if refits(shape):
             runs: list[Callable[[], Any]] = [
-                # So strong a ridge that the cache, refitted again and again, stays what it is; the work is the same.
+                # A very strong ridge: repeated refits leave the cache unchanged, at the same amount of work.
                 partial(refit, q, kept, blocks, cache, 1e9, 1e9)
                 for q, blocks in zip(queries, sets, strict=False)
             ]
@@ -189,7 +189,7 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
 
 
 def packs(shape: Shape) -> bool:
-    """Whether survivors can be packed in this cache."""
+    """Whether the packed format supports this cache."""
     return shape.kv_dtype == shape.dtype
 
 
@@ -199,7 +199,7 @@ def refits(shape: Shape) -> bool:
 
 
 def refit_flops(shape: Shape, rows: int) -> float:
-    """Multiplications and additions of `refit` for so many heads, of which the steps need `fit`."""
+    """Floating-point operations of `refit` for so many heads, of which the steps need `fit`."""
     window, kept, dims = shape.num_candidates, shape.num_kept, shape.head_dim
     per_query = 2 * window * dims + kept * dims + kept * (kept + dims) + dims * dims
     num_queries = shape.num_queries * shape.num_heads // shape.num_kv_heads
@@ -229,14 +229,14 @@ def kara_weights(shape: Shape) -> tuple[tuple[bool, float, float], Rotation]:
 
 
 def store_case(shape: Shape, bank: QueryBank, cache: PagedCache) -> Case:
-    """256 decoded tokens, of each the queries whose turn it is; one launch a layer, all layers timed together."""
+    """Store the queries of 256 decoded tokens, according to the stride: one launch per layer, timed together."""
     num_tokens = 256
     query, key, value = random_tokens(shape, num_tokens)
     entries = torch.randperm(bank.queries.shape[1] * bank.period, device=DEVICE)[:num_tokens]
     codes = torch.full((num_tokens,), -1, dtype=torch.int32, device=DEVICE)
     codes[: len(entries)] = entries.int()
     slot_mapping = torch.randperm(len(cache.keys[0]) * cache.block_size, device=DEVICE)[:num_tokens]
-    # Only a cache of the model's own dtype is written by this kernel.
+    # This kernel only writes caches of the model's dtype.
     written = NewPairs(key, value, cache, slot_mapping) if cache.k_scale is None else None
 
     def run() -> None:
@@ -275,7 +275,7 @@ def join_arguments(shape: Shape, num_reqs: int, num_windows: int) -> tuple[Any, 
 
 
 def random_cache(shape: Shape, num_due: int) -> tuple[PagedCache, Tensor]:
-    """A cache laid out as FlashAttention's, tokens outside heads, and the shuffled blocks of each request."""
+    """A cache in FlashAttention's layout (tokens before heads), and shuffled blocks for each request."""
     num_blocks = num_due * shape.blocks_each
     dtype = getattr(torch, shape.kv_dtype)
     size = (num_blocks, shape.block_size, shape.num_kv_heads, 2 * shape.head_dim)
@@ -392,7 +392,7 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 def measure_peaks() -> Peaks:
-    """A large copy and a large matrix product."""
+    """Measure the device's limits with a large copy and a large matrix product."""
     source = torch.randn(1 << 28, device=DEVICE)
     target = torch.empty_like(source)
     copy_ms, _ = time_runs([lambda: target.copy_(source)])
@@ -402,7 +402,7 @@ def measure_peaks() -> Peaks:
 
 
 def time_runs(runs: list[Callable[[], Any]], repeats: int = 20) -> tuple[float, float]:
-    """Milliseconds of one run on the device (median of replays of a graph of all runs), and its launch on the host."""
+    """Milliseconds per run: on the device (median over replays of a graph of all runs), and to launch on the host."""
     for run in runs:
         run()  # compiles
     torch.cuda.synchronize()

@@ -32,13 +32,13 @@ def rounding_of(shape: Shape) -> Rounding:
 
 
 def num_packed(shape: Shape) -> int:
-    """Tokens of a window that are packed: as whole blocks as come closest to what the shape keeps."""
+    """Number of packed tokens per window: the whole number of packed blocks closest to `num_kept`."""
     held = rounding_of(shape).block_tokens
     return max(1, round(shape.num_kept / held)) * held
 
 
 class AttentionLoad:
-    """One layer's decode step of requests that hold so many packed blocks each.
+    """One layer's decode attention for requests with this many packed blocks each.
 
     num_bytes: of codes, scales and lowest values
     """
@@ -46,7 +46,7 @@ class AttentionLoad:
     def __init__(self, shape: Shape, num_blocks: list[int], device: str) -> None:
         rounding, dtype, num_reqs = rounding_of(shape), getattr(torch, shape.dtype), len(num_blocks)
         size = (sum(num_blocks), shape.block_size, shape.num_kv_heads, 2 * shape.head_dim)
-        # Whatever bits: scales are such as random numbers give.
+        # Random bits as codes; scales as quantising random numbers would give.
         layer = torch.empty(size, dtype=dtype, device=device).normal_(0, 0.1)
         self.keys, self.values = layer.split(shape.head_dim, dim=-1)
         layout = PackedLayout.of(PagedCache.from_layers([self.keys], [self.values]), rounding)

@@ -1,4 +1,4 @@
-"""Two panels: throughput against requests in flight (or by configuration), and the time of a step along the context."""
+"""Plot throughput by requests in flight (or by configuration), and step time by context length."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Draw what `kvllm bench throughput` measured; rows that failed are left out."""
+    """Plot a result of `kvllm bench throughput`, without failed rows."""
     import matplotlib
 
     matplotlib.use("Agg")

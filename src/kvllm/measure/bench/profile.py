@@ -1,4 +1,4 @@
-"""What KvLLM's own kernels take of an engine's steps, from the trace of vLLM's profiler. Needs a CUDA device."""
+"""Time of KvLLM's kernels per engine step, from a trace of vLLM's profiler. Needs a CUDA device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from kvllm.errors import UsageError
 
-# The Triton kernels of each part; methods without kernels of their own run in PyTorch, and are not told apart here.
+# The Triton kernels of each part. Methods that run in PyTorch cannot be identified.
 PARTS = {
     "compression": (
         "_weights_kernel",
@@ -31,7 +31,7 @@ STEP = "_join_kernel"  # runs once in every step
 
 
 def profiler_args(folder: Path) -> dict[str, Any]:
-    """EngineArgs that let `start_profile` write a trace of the GPU's kernels into this folder."""
+    """EngineArgs that make `start_profile` write a trace of GPU kernels to this folder."""
     config = {
         "profiler": "torch",
         "torch_profiler_dir": str(folder),
@@ -43,7 +43,7 @@ def profiler_args(folder: Path) -> dict[str, Any]:
 
 
 def read_kernels(folder: Path) -> list[tuple[str, float, float]]:
-    """(name, start, duration) in microseconds of the kernels in the folder's newest trace, by start."""
+    """(name, start, duration) of each kernel in the folder's newest trace, in microseconds, sorted by start."""
     traces = sorted(folder.glob("**/*.json*"), key=lambda path: path.stat().st_mtime)
     if not traces:
         raise ValueError("vLLM's profiler wrote no trace.")
@@ -54,13 +54,13 @@ def read_kernels(folder: Path) -> list[tuple[str, float, float]]:
 
 
 def profile_figures(kernels: list[tuple[str, float, float]]) -> dict[str, Any]:
-    """Times in milliseconds of each part: the mean of a step, the most of any step, and the share of the mean step.
+    """For each part: mean and maximum milliseconds per step, and share of the mean step time.
 
-    A step is counted from one joining of the block tables to the next. Raises UsageError where there are not two.
+    A step lasts from one call of the kernel that joins block tables to the next. Raises UsageError for fewer than two.
     """
     begins = np.array([start for name, start, _ in kernels if name == STEP])
     if len(begins) < 3:
-        raise UsageError(f"{len(begins)} steps of KvLLM in the trace: profile more steps.")
+        raise UsageError(f"the trace has only {len(begins)} steps with KvLLM; profile more steps.")
     steps = np.diff(begins)
     figures: dict[str, Any] = {"num_steps": len(steps), "step_ms": steps.mean() / 1e3}
     for part, names in PARTS.items():

@@ -1,4 +1,4 @@
-"""Models by their shape alone: a folder with a config.json, which vLLM fills with random weights."""
+"""Model shapes: a folder with only a config.json, for which vLLM generates random weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LLAMA: dict[str, Any] = {
 }
 
 
-# gpt-oss-20b: every other layer looks back over 128 tokens.
+# gpt-oss-20b: every other layer has a sliding window of 128 tokens.
 GPT_OSS: dict[str, Any] = {
     "architectures": ["GptOssForCausalLM"],
     "model_type": "gpt_oss",

@@ -1,4 +1,4 @@
-"""What `kvllm bench throughput` measures: the options, and the configurations written like `kara:0.3`."""
+"""Options of `kvllm bench throughput`, and the syntax of configurations such as `kara:0.3`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ CONFIG_SYNTAX = "stock, off (plugin loaded, nothing configured) or METHOD:RATIO[
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to serve. `options` are KvConfig's; None leaves KvLLM unconfigured."""
+    """A configuration to measure. options: fields of KvConfig; None: KvLLM is not configured."""
 
     label: str
     options: dict[str, Any] | None = None
 
     @classmethod
     def parse(cls, text: str) -> Configuration:
-        """From text such as `stock`, `kara:0.3` or `snapkv:0.5:policy=budget,budget_size=1024`.
+        """Parse text such as `stock`, `kara:0.3` or `snapkv:0.5:policy=budget,budget_size=1024`.
 
-        A value is JSON where it can be, and `method_options.NAME` sets an option of the method.
+        Values are parsed as JSON if possible, else taken as strings; `method_options.NAME` sets a method option.
         """
         if text in (STOCK, OFF):
             return cls(text)
@@ -47,16 +47,16 @@ class Configuration:
                 options.setdefault(name, {})[inner] = _value(value)
             else:
                 options[name] = _value(value)
-        checked_config(options)  # refuses what is wrong before any engine starts
+        checked_config(options)  # raises UsageError before any engine starts
         return cls(text, options)
 
     @property
     def plugins(self) -> str:
-        """VLLM_PLUGINS of the engine's process: the plugins that it may load."""
+        """Value of VLLM_PLUGINS in the engine's process."""
         return "" if self.label == STOCK else CONFIG_KEY
 
     def engine_key(self) -> tuple[str, str]:
-        """Equal for configurations that one engine can serve: a request carries its own ratio."""
+        """Equal for configurations that can share an engine: those that differ in the ratio, which is per request."""
         if self.options is None:
             return (self.label, "")
         return ("", json.dumps({k: v for k, v in self.options.items() if k != "retention_ratio"}, sort_keys=True))
@@ -70,7 +70,7 @@ def _value(text: str) -> Any:
 
 
 def option(default: Any, help: str) -> Any:
-    """A dataclass field that the command line shows with this help."""
+    """A dataclass field with the help text of its command-line option."""
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: default.copy(), metadata={"help": help})
     return field(default=default, metadata={"help": help})
@@ -78,42 +78,42 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSpec:
-    """The one home of the benchmark's defaults: the command line takes its options from here."""
+    """All options of the benchmark with their defaults; the command line is generated from these fields."""
 
-    model: str = option("qwen3-8b", f"A model folder, or a shape with random weights: {', '.join(SHAPES)}.")
-    config: list[str] = option([STOCK, "kara:0.3"], f"What to compare (repeatable): {CONFIG_SYNTAX}.")
+    model: str = option("qwen3-8b", f"A model's folder, or a shape with random weights: {', '.join(SHAPES)}.")
+    config: list[str] = option([STOCK, "kara:0.3"], f"Configuration to measure (repeatable): {CONFIG_SYNTAX}.")
     concurrency: list[int] = option([64], "Maximum number of requests in flight (repeatable).")
-    num_requests: int | None = option(None, "Number of requests of a run; default: four times the concurrency.")
-    prompt_len: int = option(256, "Tokens of each prompt, random and all different.")
-    output_len: int = option(8192, "Tokens that each request generates.")
-    stagger: bool = option(False, "Spread the first requests' lengths, so that lengths are mixed once they end.")
-    seconds: float | None = option(None, "Stop after this much of the steady state; left out: at the last request.")
-    max_seconds: float = option(480.0, "Stop a run after this long, whatever its state.")
+    num_requests: int | None = option(None, "Number of requests per run. Default: four times the concurrency.")
+    prompt_len: int = option(256, "Prompt length in tokens; prompts are random and all different.")
+    output_len: int = option(8192, "Number of tokens that each request generates.")
+    stagger: bool = option(False, "Vary the lengths of the first requests, so that requests do not finish in step.")
+    seconds: float | None = option(None, "Length of the steady state to measure. Default: until the last request.")
+    max_seconds: float = option(480.0, "Stop a run after this time in any case.")
     profile_steps: int | None = option(
-        None, "Profile this many steps of each steady state: what KvLLM's kernels take. The profiler slows the run."
+        None, "Profile KvLLM's kernels for this many steps of each steady state, which slows down the run."
     )
-    warmup_seconds: float = option(5.0, "Serve this long before an engine's first run of each configuration.")
-    max_num_seqs: int | None = option(None, "As in vLLM; left out: the largest concurrency.")
-    max_model_len: int | None = option(None, "As in vLLM; left out: what a request needs.")
+    warmup_seconds: float = option(5.0, "Warm-up time before an engine's first run of each configuration.")
+    max_num_seqs: int | None = option(None, "As in vLLM. Default: the largest concurrency.")
+    max_model_len: int | None = option(None, "As in vLLM. Default: prompt and output length.")
     max_num_batched_tokens: int | None = option(None, "As in vLLM.")
     gpu_memory_utilization: float | None = option(None, "As in vLLM.")
-    num_gpu_blocks: int | None = option(None, "Size of the KV pool in blocks, one of them the null block.")
-    block_size: int | None = option(None, "As in vLLM; left out: KvLLM's default, for stock too.")
+    num_gpu_blocks: int | None = option(None, "Size of the KV pool in blocks, including the null block.")
+    block_size: int | None = option(None, "As in vLLM. Default: KvLLM's, also for stock vLLM.")
     dtype: str = option("auto", "As in vLLM.")
     enforce_eager: bool = option(False, "As in vLLM: no CUDA graphs, no torch.compile.")
-    capture_sizes: list[int] = option([], "Batch size to capture CUDA graphs for (repeatable).")
-    engine_args: dict[str, Any] = option({}, "More of vLLM's EngineArgs, as JSON.")
-    temperature: float = option(0.0, "Of sampling.")
-    seed: int = option(0, "Of the prompts.")
+    capture_sizes: list[int] = option([], "Batch size to capture a CUDA graph for (repeatable).")
+    engine_args: dict[str, Any] = option({}, "Further fields of vLLM's EngineArgs, as JSON.")
+    temperature: float = option(0.0, "Sampling temperature; 0 = greedy.")
+    seed: int = option(0, "Random seed of the prompts.")
 
     def __post_init__(self) -> None:
         for name in ("prompt_len", "output_len", "max_seconds"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name}={getattr(self, name)}: must be positive.")
         if not self.config or not self.concurrency or min(self.concurrency) < 1:
-            raise UsageError("give at least one --config and one --concurrency of 1 or more.")
+            raise UsageError("give at least one --config and one --concurrency, 1 or more.")
         if self.model not in SHAPES and not (Path(self.model) / "config.json").is_file():
-            raise UsageError(f"model={self.model!r}: no folder with a config.json, and none of {', '.join(SHAPES)}.")
+            raise UsageError(f"model={self.model!r}: no folder with a config.json, nor one of {', '.join(SHAPES)}.")
         self.configurations()
 
     @classmethod
@@ -134,7 +134,7 @@ class BenchSpec:
 
     def vllm_args(self, model_dir: str) -> dict[str, Any]:
         """EngineArgs that all configurations share."""
-        # The last token is sampled and never fed back; one spare keeps vLLM from cutting the output short.
+        # + 1: otherwise vLLM would cut the output short by the last token.
         args: dict[str, Any] = {
             "model": model_dir,
             "max_model_len": self.max_model_len or self.prompt_len + self.output_len + 1,
@@ -159,7 +159,7 @@ class BenchSpec:
 
 @dataclass(frozen=True)
 class Run:
-    """One line of the table."""
+    """One run, a row of the result table."""
 
     label: str
     concurrency: int
@@ -168,15 +168,15 @@ class Run:
 
 @dataclass(frozen=True)
 class EngineJob:
-    """One engine process, and the runs that it serves in turn."""
+    """One engine process and the runs that it serves, in order."""
 
     plugins: str
-    options: dict[str, Any] | None  # of the engine; a run's own ratio travels with its requests
+    options: dict[str, Any] | None  # of the engine; a run's ratio is sent with its requests
     runs: list[Run]
 
 
 def engine_jobs(spec: BenchSpec) -> list[EngineJob]:
-    """The engines to start, in the order in which their configurations were named."""
+    """The engines to start, in the order of their configurations."""
     groups: list[tuple[tuple[str, str], list[Configuration]]] = []
     for configuration in spec.configurations():
         shared = [group for key, group in groups if configuration.options and key == configuration.engine_key()]
@@ -192,7 +192,11 @@ def engine_jobs(spec: BenchSpec) -> list[EngineJob]:
 
 
 def _engine_options(group: list[Configuration]) -> dict[str, Any] | None:
-    """The largest ratio plans the pool most carefully; 1.0 only where no run compresses. Requests may choose any."""
+    """Options of an engine that serves all configurations of a group.
+
+    Its default is the largest ratio, the most conservative for admission, and 1.0 only if no run compresses. Requests
+    may choose any of the group's ratios.
+    """
     if group[0].options is None:
         return None
     ratios = [c.options["retention_ratio"] for c in group if c.options]

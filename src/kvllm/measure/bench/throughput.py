@@ -1,4 +1,4 @@
-"""Stock vLLM and KvLLM on the same requests, one engine process after the other.
+"""Compare stock vLLM and KvLLM on the same requests, one engine process after another.
 
 kvllm bench throughput qwen3-8b --config stock --config kara:0.3 --concurrency 64
 python -m kvllm bench throughput --spec '{"model": "qwen3-8b", "concurrency": [64]}' --json out.json
@@ -50,7 +50,7 @@ COLUMNS: Sequence[tuple[str, str, str]] = (
 
 
 def bench_throughput(spec: BenchSpec, json_path: Path | None = None, plot_path: Path | None = None) -> dict[str, Any]:
-    """Measure, print a line for each run as it ends and the whole table last; returns what the JSON file holds."""
+    """Measure, print a line after each run and the table at the end; returns the content of the JSON file."""
     result: dict[str, Any] = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": commit(),
@@ -85,14 +85,14 @@ def bench_throughput(spec: BenchSpec, json_path: Path | None = None, plot_path: 
 
 
 def run_job(spec: BenchSpec, job: EngineJob, model_dir: Path, out: Path, log: Path) -> dict[str, Any]:
-    """One worker process; the runs that it did not get to are reported with its last line."""
+    """Run one worker process. If it fails, the missing runs are reported with its error."""
     job_file = out.with_suffix(".job.json")
     job_file.write_text(json.dumps({**asdict(job), "spec": spec.to_dict(), "model_dir": str(model_dir)}))
     command = [sys.executable, "-m", "kvllm.measure.bench.worker", str(job_file), str(out)]
     environment = {**os.environ, "VLLM_PLUGINS": job.plugins}
     limit = START_S + len(job.runs) * (spec.max_seconds + spec.warmup_seconds + 120)
     with log.open("w") as stream:
-        # A session of its own, so that the engine core goes with it.
+        # A new session, so that killing its process group also kills the engine core.
         process = subprocess.Popen(
             command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -111,7 +111,7 @@ def run_job(spec: BenchSpec, job: EngineJob, model_dir: Path, out: Path, log: Pa
 
 
 def why(log: Path) -> str:
-    """The first error that a log names, or its last line."""
+    """The first error in a log, or its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error: " in line and "Engine core initialization failed" not in line]
     return (errors or lines or ["the worker said nothing"])[0 if errors else -1][-500:]

@@ -31,12 +31,12 @@ from kvllm.measure.bench.profile import profile_figures, profiler_args, read_ker
 from kvllm.measure.bench.spec import BenchSpec
 from kvllm.methods import checked_config
 
-SAMPLE_S = 0.1  # between two readings of the requests' lengths
+SAMPLE_S = 0.1  # seconds between two samples of the requests' lengths
 PROGRESS_S = 15.0
 
 
 class Recorder:
-    """A vLLM stat logger that fills the trace of the run at hand."""
+    """A vLLM stat logger that fills the trace of the current run."""
 
     def __init__(self) -> None:
         self.trace = Trace()
@@ -47,7 +47,7 @@ class Recorder:
         self.trace, self.start = Trace(), time.perf_counter()
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
-        # Steps without tokens: prefill alone, or what is left of requests that were aborted.
+        # Steps without new tokens: prefill only, or requests that were aborted.
         if scheduler_stats is None or iteration_stats is None or not iteration_stats.num_generation_tokens:
             return
         trace = self.trace
@@ -79,7 +79,7 @@ def stat_logger(recorder: Recorder) -> Callable[[Any, int], Any]:
 
 @dataclass
 class Engine:
-    """vLLM's engine, with what the runs need to know of it."""
+    """vLLM's engine with the properties that runs need."""
 
     llm: Any  # vllm.v1.engine.llm_engine.LLMEngine
     recorder: Recorder
@@ -117,7 +117,7 @@ class Engine:
         return kernel_block_size(self.llm.vllm_config)
 
     def slots(self, geometry: RequestGeometry | None, num_prompt_tokens: int, num_tokens: int) -> int:
-        """Of the group that is compressed, what a request holds: tokens, or whole blocks where those hold hundreds."""
+        """What a request holds in the compressed group, in tokens; in whole blocks if these are hundreds of tokens."""
         size = self.block_size
         if size == self.kernel_block_size:
             return geometry.physical_len(num_prompt_tokens, num_tokens) if geometry else num_tokens
@@ -135,7 +135,7 @@ class Engine:
 
     @property
     def config(self) -> KvConfig | None:
-        """The engine's own, with layer budgets; None without KvLLM."""
+        """The engine's geometry, with layer budgets; None without KvLLM."""
         from kvllm.engine.settings import kv_config
 
         return kv_config(self.llm.vllm_config)
@@ -163,12 +163,12 @@ class Engine:
         return name
 
     def lengths(self, geometry: RequestGeometry | None) -> Lengths | None:
-        """Of the requests that got a token in the newest step."""
+        """Lengths of the requests that got a token in the latest step."""
         states = [s for s in self.llm.output_processor.request_states.values() if s.stats.num_generation_tokens]
         if not states:
             return None
         newest = max(s.stats.last_token_ts for s in states)
-        # The newest token is sampled, and not yet in the cache.
+        # The newest token has been sampled but is not in the cache yet.
         running = [
             (s.prompt_len, s.prompt_len + s.stats.num_generation_tokens - 1)
             for s in states
@@ -181,12 +181,12 @@ class Engine:
         return Lengths(time.perf_counter() - self.recorder.start, len(running), logical, physical, local)
 
     def clear(self) -> None:
-        """Abort what is left and empty the prefix cache, so that the next run starts like the first."""
+        """Abort remaining requests and clear the prefix cache, so that all runs start in the same state."""
         self.llm.abort_request(list(self.llm.output_processor.request_states), internal=True)
         deadline = time.perf_counter() + 60
         while not self.llm.reset_prefix_cache():
             if time.perf_counter() > deadline:
-                raise RuntimeError("the KV pool is not whole a minute after all requests were aborted.")
+                raise RuntimeError("KV blocks are still in use a minute after all requests were aborted.")
             time.sleep(0.1)
 
 
@@ -217,9 +217,12 @@ class Load:
         sent = finished = 0
         steady_from: float | None = None
         profiled = False
-        sampled, printed = -SAMPLE_S, 0.0  # the first reading at once: a tiny model's run is over in half a second
+        sampled, printed = (
+            -SAMPLE_S,
+            0.0,
+        )  # the first sample immediately: a tiny model's run may take only half a second
         while finished < self.num_requests:
-            # Until lengths are mixed, only as many as will run at once: more would start together, and grow together.
+            # Until lengths are mixed, send only as many as will run at once; more would start and grow together.
             limit = wave_size if wave_size and not wave_done_s else self.concurrency
             while sent < self.num_requests and sent - finished < limit:
                 name = engine.add(lengths[sent], self.extra_args, generator)
@@ -269,7 +272,7 @@ class Load:
         return min(self.concurrency, self.engine.llm.vllm_config.scheduler_config.max_num_seqs)
 
     def wave_size(self) -> int:
-        """Requests that run at once in the steady state, where a request is on average half through."""
+        """Number of concurrent requests in the steady state, where requests are on average half finished."""
         spec, engine = self.engine.spec, self.engine
         block = engine.block_size
         computed = range(spec.prompt_len, spec.prompt_len + spec.output_len, block)
@@ -281,7 +284,7 @@ class Load:
 
 
 def spread(num_requests: int, output_len: int) -> list[int]:
-    """Lengths evenly spaced up to `output_len`, in an order that does not change from run to run."""
+    """Lengths evenly spaced up to `output_len`, in an order that is the same for every run."""
     lengths = [ceil_div((i + 1) * output_len, num_requests) for i in range(num_requests)]
     random.Random(0).shuffle(lengths)
     return lengths
@@ -319,7 +322,7 @@ def run_one(engine: Engine, run: dict[str, Any], engine_options: dict[str, Any] 
         spec.seconds,
         spec.max_seconds,
         spec.stagger,
-        # Stock runs none of the kernels that the profile is about.
+        # Stock vLLM runs none of the profiled kernels.
         spec.profile_steps if options is not None else None,
     )
     if not warm and spec.warmup_seconds:
@@ -367,7 +370,7 @@ def main() -> None:
     for run in job["runs"]:
         result["rows"].append(run_one(engine, run, job["options"], run["label"] in warmed))
         warmed.add(run["label"])
-        # After each run, so that a crash in the next does not take this one's figures along.
+        # After each run, so that a crash in the next one does not lose these figures.
         out_file.write_text(json.dumps(result))
     engine.llm.engine_core.shutdown()
 

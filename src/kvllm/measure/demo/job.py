@@ -1,4 +1,4 @@
-"""What the demo asks of its processes, and what they report."""
+"""Messages between the demo and its worker processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from kvllm.layout import ceil_div
 from kvllm.measure.bench.spec import STOCK, BenchSpec
 
-BLOCK_SIZE = 32  # what vLLM's CPU attention is made for
+BLOCK_SIZE = 32  # the block size that vLLM's CPU attention is optimised for
 PROMPT_LEN = 96  # at most, chat template included
 TOPICS = (
     "how a computer adds two numbers",
@@ -47,7 +47,7 @@ class Job:
         return [QUESTION.format(TOPICS[i % len(TOPICS)]) for i in range(self.num_requests)]
 
     def spec(self) -> BenchSpec:
-        """For vLLM's engines: eager, since compiling needs a C++ compiler."""
+        """EngineArgs; eager, since torch.compile needs a C++ compiler."""
         return BenchSpec(
             model=self.model,
             config=[STOCK],
@@ -66,7 +66,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Status:
-    """A moment of a run."""
+    """State of a run at one moment."""
 
     seconds: float = 0.0
     finished: int = 0
@@ -77,7 +77,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A whole run. history: ten moments a second; mean_running: over the steps' time"""
+    """Result of a run. history: ten entries per second; mean_running: weighted by step time"""
 
     history: list[Status]
     seconds: float
@@ -93,7 +93,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Fed the same text, how often a compressed cache chooses the next token that the full cache chooses.
+    """How often compressed and full cache predict the same next token of the same text.
 
     ours, random: shares of `num_tokens`, all after the first compression
     """

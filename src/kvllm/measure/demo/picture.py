@@ -1,4 +1,4 @@
-"""The demo's run as a picture: requests finished, and requests running at once, over time."""
+"""Plot a run of the demo: finished and concurrent requests over time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from kvllm.measure.demo.job import Job, Outcome
 
 
 def draw(job: Job, outcomes: Mapping[str, Outcome], path: Path) -> bool:
-    """Write an SVG or PNG, by the path's suffix; False where matplotlib is not installed."""
+    """Write an SVG or PNG, depending on the suffix; returns False if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         return False
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "kvllm"  # the same run draws the same file
+    matplotlib.rcParams["svg.hashsalt"] = "kvllm"  # deterministic output
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""One process of the demo, seen from the command: its figures, and a log of all that it prints."""
+"""A worker process of the demo, seen from the parent: its reports, and a log of everything it prints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Process:
         environment = {
             **os.environ,
             "VLLM_PLUGINS": CONFIG_KEY if kind == "kvllm" else "",
-            # The engine lives in its worker's process: on two cores every further one costs time.
+            # The engine runs in the worker's process: on two cores, another process would cost time.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB to reserve at most; the pool is far smaller
@@ -33,7 +33,7 @@ class Process:
             )  # fmt: skip
 
     def next(self) -> dict[str, Any]:
-        """The next report of the process. Raises UsageError where it ends without one."""
+        """The next report of the process. Raises UsageError if it exits without one."""
         assert self.process.stdout is not None
         if line := self.process.stdout.readline():
             figures: dict[str, Any] = json.loads(line)
@@ -45,7 +45,7 @@ class Process:
         )
 
     def go(self) -> None:
-        """Let an engine that is ready start."""
+        """Start an engine that has reported ready."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()

@@ -1,4 +1,4 @@
-"""Runs the demo: both engines start side by side, then one after the other has the machine to itself."""
+"""Run the demo: both engines load at the same time, then run one after the other."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
+from kvllm.cli.measuring import INSTALL
 from kvllm.config import PRESET_KEY, with_preset
 from kvllm.engine.arguments import check_plugin_is_loaded
 from kvllm.errors import UsageError
@@ -69,9 +70,7 @@ def run(
     if draw(job, outcomes, picture):
         console.print(f"Picture: {picture}", highlight=False)
     else:
-        console.print(
-            "For a picture of the run, install matplotlib; in the checkout: uv pip install '.[bench]'.", highlight=False
-        )
+        console.print(f"For a picture of the run, install matplotlib: {INSTALL}.", highlight=False, markup=False)
     console.print(
         "\nNext:\n"
         f"  kvllm generate {model} --prompt 'Why is the sky blue?' --retention-ratio 0.3\n"
@@ -84,7 +83,7 @@ def run(
 def compete(
     job: Job, job_file: Path, out: Path, console: Console, stack: ExitStack
 ) -> tuple[dict[str, Outcome], dict[str, Any]]:
-    """Both runs, shown while they last; by engine its outcome, and what the replay needs of stock's answers."""
+    """Run both engines with a live view; returns their results, and stock's answers for the replay."""
     states: States = {STOCK: STARTING, OURS: STARTING}
     live = stack.enter_context(Live(live_table(job, states), console=console, transient=True, refresh_per_second=8))
     processes = {}
@@ -107,9 +106,9 @@ def compete(
         while "status" in (last := process.next()):
             history.append(Status(**last["status"]))
             show(label, history[-1])
-        process.end()  # vLLM would take seconds to go, and the other's time
+        process.end()  # vLLM takes seconds to shut down and would slow down the other engine
         texts = {name: last.pop(name) for name in ("texts", "prompt_lens")}
-        found = found or texts  # stock's, which come first
+        found = found or texts  # stock's, which runs first
         outcomes[label] = Outcome(history=history, num_requests=job.num_requests, **last)
         show(label, outcomes[label])
         console.print(f"{label}: {job.num_requests} answers in {outcomes[label].seconds:.0f} s", highlight=False)

@@ -1,4 +1,4 @@
-"""The demo's table, live while the engines run and filled in when they are done."""
+"""The demo's table: live figures while the engines run, results when they are done."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STOCK, OURS = "stock vLLM", "KvLLM"
 
 
 def live_table(job: Job, states: Mapping[str, Status | str | Outcome]) -> Table:
-    """One column for each engine: a word while it waits, a moment while it runs, its figures when it is done."""
+    """One column per engine: its status while it waits, live figures while it runs, results when it is done."""
     table = Table("", *states, expand=False, min_width=78)
     for heading, cells in (
         ("state", [_state(s) for s in states.values()]),
@@ -44,7 +44,7 @@ def summary(job: Job, stock: Outcome, ours: Outcome) -> Table:
 
 
 def sentence(agreement: Agreement) -> str:
-    """How close the answers are, for someone who has never heard of any of this."""
+    """How close the answers are to the full cache's, in words for newcomers."""
     if not agreement.num_tokens:
         return "The answers were too short for anything to be compressed, so they are those of the full cache."
     return (

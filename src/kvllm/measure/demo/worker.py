@@ -1,7 +1,7 @@
 """A process of the demo: `python -m kvllm.measure.demo.worker stock|kvllm|replay JOB.json`.
 
-Its standard output carries the figures, one JSON object a line; whatever else a library prints goes to standard error.
-An engine reports that it is ready and starts at the next line of standard input.
+Reports are JSON objects on standard output, one per line; everything that libraries print goes to standard error.
+An engine reports when it is ready, then waits for a line on standard input before it starts.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ def serve(job: Job, options: dict[str, Any] | None, report: Report) -> None:
     engine = Engine.start(job.spec(), job.model, options, Path("."))
 
     def add(number: int, max_tokens: int) -> None:
-        # Not greedy: the greedy answers of a small model end in a loop. No seed of their own: with one, vLLM 0.32 fails
-        # on a CPU where a prompt is computed in parts, as after a preemption.
+        # Not greedy: a small model's greedy answers end in loops. No per-request seed: on CPUs, vLLM 0.32 fails with
+        # one if a prefill is chunked, as after a preemption.
         params = SamplingParams(
             temperature=0.7, max_tokens=max_tokens, ignore_eos=True, detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
         engine.llm.add_request(f"{number}-{max_tokens}", {"prompt_token_ids": prompts[number]}, params)
 
-    add(0, 8)  # the first steps are slow
+    add(0, 8)  # warm-up
     while engine.llm.has_unfinished_requests():
         engine.llm.step()
     engine.clear()
     report({"ready": True})
     if not sys.stdin.readline():
-        return  # the command is gone
+        return  # the parent process has exited
 
     engine.recorder.begin()
     trace = engine.recorder.trace
@@ -81,11 +81,11 @@ def serve(job: Job, options: dict[str, Any] | None, report: Report) -> None:
 
 
 def replay(job: Job, texts: list[list[int]], prompt_lens: list[int], report: Report) -> None:
-    """Feed answers of the full cache to compressed ones, once as configured and once evicting at random."""
+    """Replay the full cache's answers with a compressed cache, as configured and with random eviction."""
     from kvllm import reference
 
     config = checked_config(job.options)
-    # Random eviction is the line that every claim must beat.
+    # Random eviction is the baseline.
     configs = [config, replace(config, method="random", method_options={})]
     loaded = reference.load_model(Path(job.model))
     same, total = [0.0, 0.0], 0
@@ -105,7 +105,7 @@ def replay(job: Job, texts: list[list[int]], prompt_lens: list[int], report: Rep
 
 def main() -> None:
     kind, job_file = sys.argv[1:3]
-    # What prints into standard output, in C++ too, prints into the log from here on.
+    # From here on, everything printed to standard output, also by C++ code, goes to the log.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

@@ -1,9 +1,9 @@
-"""Accuracy on problems with answers, over methods and retention ratios, with the length of the answers beside it.
+"""Accuracy and answer length on problems with known answers, by method and retention ratio.
 
     kvllm eval accuracy MODEL --task math500 --methods kara --ratios 0.2,0.3 --samples 4 --out DIR [vLLM's flags]
 
-One engine a method; its ratios, and the full cache, run in it side by side as the requests' own ratios. Each
-answer goes to DIR/samples.jsonl when it is done, and a run that finds some there does only the rest.
+Each method gets one engine; its ratios and the full cache run in it together, as per-request ratios. Every finished
+answer is appended to DIR/samples.jsonl, and a run continues from the answers that are already there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kvllm.methods import resolved
 
 Start = Callable[[dict[str, Any] | None], Engine]  # fields of KvConfig, None: stock vLLM
 
-# What must be the same for two parts of a run to belong together.
+# Must be equal for a run to be continued.
 RUN = "run.json"
 LOG = "samples.jsonl"
 ENDPOINT = "endpoint"
@@ -39,7 +39,7 @@ ENDPOINT = "endpoint"
 
 @dataclass(frozen=True)
 class Job:
-    """One answer to make."""
+    """One answer to generate."""
 
     problem: Asked
     sample: int
@@ -52,10 +52,10 @@ class Job:
 
 
 def plan(cases: Sequence[Case], problems: Sequence[Asked], samples: int) -> dict[str | None, list[Job]]:
-    """The jobs by the engine that does them: a JSON of KvConfig fields, None for stock vLLM.
+    """The jobs of each engine, whose key is its KvConfig fields as JSON, or None for stock vLLM.
 
-    The full cache runs in the first engine: at ratio 1.0 nothing in it is compressed. An engine's jobs are ordered by
-    sample, so that a run that is cut short has about as many of every configuration.
+    The full cache runs in the first engine, at ratio 1.0. Jobs are ordered by sample, so that an interrupted run has
+    about equally many of every configuration.
     """
     engines: dict[str | None, list[Job]] = {}
     asked = [(problem, sample) for sample in range(samples) for problem in problems]
@@ -63,8 +63,8 @@ def plan(cases: Sequence[Case], problems: Sequence[Asked], samples: int) -> dict
         if case.config.enabled:
             if case.config.budgets:
                 raise UsageError(
-                    f"{case.label}: requests carry their ratios, one for all layers. Serve the model with the table "
-                    "and use --endpoint."
+                    f"{case.label}: per-request ratios apply to all layers, so a table cannot be used here. Serve the "
+                    "model with the table and use --endpoint."
                 )
             options = case.config.to_dict()
             ratio = options.pop("retention_ratio")
@@ -77,9 +77,9 @@ def plan(cases: Sequence[Case], problems: Sequence[Asked], samples: int) -> dict
 
 
 def _allowing_ratios(engine: str | None, jobs: Sequence[Job]) -> str | None:
-    """The engine's options, with the ratios of its jobs among those that its requests may choose.
+    """The engine's options, which allow its requests the ratios of its jobs.
 
-    One of them is its own: the default's may not fit its windows and bits.
+    One of these is also the engine's own ratio, since the default may not fit its window size and bits.
     """
     if engine is None:
         return None
@@ -100,7 +100,7 @@ def run(
     grader: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Sample]:
-    """Do the jobs that the log does not hold yet; returns all of its samples."""
+    """Run the jobs that are missing from the log; returns all of its samples."""
     samples = read_samples(log_path) if log_path.exists() else []
     done = {sample.key for sample in samples}
     todo = {options: [job for job in jobs if job.key(task) not in done] for options, jobs in engines.items()}
@@ -110,7 +110,7 @@ def run(
             if not jobs:
                 continue
             engine = start(None if options is None else json.loads(options))
-            # Problem and sample alone make the seed, so configurations are compared on the same draws.
+            # The seed depends only on problem and sample, so configurations are compared with the same random numbers.
             seeds = [None if seed is None else hash_seed(seed, job.problem.id, job.sample) for job in jobs]
             questions = [
                 Question(j.problem.prompt, j.ratio, s, j.problem.examples) for j, s in zip(jobs, seeds, strict=True)
@@ -140,7 +140,7 @@ def run(
 
 
 def hash_seed(seed: int, problem_id: str, sample: int) -> int:
-    """A seed for one request, the same on every machine."""
+    """A request's seed, the same on every machine."""
     import hashlib
 
     return int.from_bytes(hashlib.sha256(f"{seed}/{problem_id}/{sample}".encode()).digest()[:4], "big")
@@ -148,12 +148,12 @@ def hash_seed(seed: int, problem_id: str, sample: int) -> int:
 
 @dataclass(frozen=True)
 class Summary:
-    """One configuration.
+    """Results of one configuration.
 
-    accuracy:      share of correct answers: Wilson's interval for one sample a problem, else problems are resampled
-    against_full:  difference to the full cache on the problems that both have, problems resampled in pairs
-    mean_tokens:   length of an answer
-    truncated:     share of answers that max_tokens cut off
+    accuracy:      share of correct answers; Wilson interval for one sample per problem, else bootstrap over problems
+    against_full:  difference from the full cache on their common problems, paired bootstrap over problems
+    mean_tokens:   mean answer length
+    truncated:     share of answers cut off by max_tokens
     """
 
     name: str
@@ -211,7 +211,7 @@ def _summary(group: Sequence[Sample], full: Sequence[Sample] | None) -> Summary:
 
 
 def _by_problem(group: Sequence[Sample]) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Correct answers, answers and tokens of each problem."""
+    """Number of correct answers, of answers and of tokens per problem."""
     correct: dict[str, int] = {}
     counts: dict[str, int] = {}
     tokens: dict[str, int] = {}
@@ -241,13 +241,13 @@ def table(summaries: Sequence[Summary]) -> str:
 
 
 def panels(summaries: Sequence[Summary]) -> list[Panel]:
-    """Accuracy and length of the answers against the share kept."""
+    """Plot accuracy and answer length against the retention ratio."""
     full = next((s for s in summaries if s.name == FULL), None)
     return panels_of(summaries, full, {"accuracy": "accuracy", "mean tokens an answer": "mean_tokens"})
 
 
 def write_results(folder: Path, samples: Sequence[Sample], about: Mapping[str, Any]) -> str:
-    """results.json, results.md and results.svg in the folder; returns the table."""
+    """Write results.json, results.md and results.svg to the folder; returns the table."""
     summaries = summarise(samples)
     results = {**about, **environment(), "results": [asdict(s) for s in summaries]}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -257,7 +257,7 @@ def write_results(folder: Path, samples: Sequence[Sample], about: Mapping[str, A
 
 
 def check_run(path: Path, about: Mapping[str, Any]) -> None:
-    """Write what the run is, or raise UsageError where the folder holds another."""
+    """Record the run's settings, or raise UsageError if the folder contains a run with others."""
     if not path.exists():
         path.write_text(json.dumps(about, indent=1) + "\n")
         return
@@ -268,7 +268,7 @@ def check_run(path: Path, about: Mapping[str, Any]) -> None:
 
 
 def at_endpoint(problems: Sequence[Asked], samples: int, ratios: Sequence[float | None]) -> dict[str | None, list[Job]]:
-    """The jobs of a server, whose method is its own; a ratio of None is the server's."""
+    """The jobs for a server, which has its own method; ratio None: the server's default."""
     asked = [(p, s) for s in range(samples) for p in problems]
     return {None: [Job(p, s, FULL if r == 1 else ENDPOINT, None, r) for r in ratios for p, s in asked]}
 
@@ -283,13 +283,13 @@ def answer(
     endpoint: str | None,
     concurrency: int,
 ) -> None:
-    """Do the jobs that the folder `out` does not hold yet, grade them, and write and print the results.
+    """Run the jobs that are missing from the folder `out`, grade them, and write and print the results.
 
     engine_flags: vLLM's
-    endpoint:     address of an OpenAI-compatible server that answers in the place of an engine
+    endpoint:     URL of an OpenAI-compatible server to use instead of an engine
     """
     if any(config is not None for config in engines):
-        check_plugin_is_loaded()  # before a stock engine answers for hours
+        check_plugin_is_loaded()  # fail before a stock engine runs for hours
     about = {
         "task": task,
         "prompt_version": PROMPT_VERSION,
@@ -308,7 +308,7 @@ def answer(
 def starter(
     model: str, sampling: Sampling, engine_flags: Sequence[str], endpoint: str | None = None, concurrency: int = 64
 ) -> Start:
-    """What starts an engine, or turns to the server at `endpoint`, whatever configuration is asked for."""
+    """A function that starts an engine with given options, or connects to the server at `endpoint`."""
 
     def start(config: dict[str, Any] | None) -> Engine:
         if endpoint:

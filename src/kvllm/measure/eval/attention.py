@@ -1,10 +1,10 @@
-"""Do the weights that a method scores with foretell what later queries look at? Bidirectional against causal attention.
+"""Compare how well bidirectional and causal attention weights predict the attention of later queries.
 
     kvllm eval attention --traces traces.jsonl --model DIR --plot attention.svg
 
-The question behind figure 3 of the Kara paper (arXiv:2607.01237), on every window of the traces: how much attention
-each place of a window gets from the stored queries, without a mask and with the causal one, and how much of the
-attention that the queries after the compression really pay to the window falls on the keys that each would keep.
+As in figure 3 of the Kara paper (arXiv:2607.01237), for every window of the traces: how much attention each position
+in the window gets from the stored queries, with and without a causal mask, and how much of the attention that queries
+after the compression pay to the window falls on the keys that each variant would keep.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ PLACES = 16  # of a window, for the means by place
 
 
 def accumulated(window: Window) -> Tensor:
-    """Causal weights summed up over the queries (H2O): old keys win by being seen more often."""
+    """Causal weights summed over the queries (H2O), which favours old keys, as more queries attend to them."""
     return attention_moment(window, "mean", bidirectional=False) * seen_by(window)
 
 
 def seen_by(window: Window) -> Tensor:
-    """[num_tokens]: number of queries that stand at or after each key."""
+    """[num_tokens]: number of queries at or after each key."""
     indices = torch.arange(window.num_tokens, device=window.keys.device)
     return (indices <= window.head_query_positions.unsqueeze(-1)).sum(dim=(0, 1))
 
 
 @dataclass
 class WindowFigures:
-    """One window, in the mean of all layers and heads.
+    """Results for one window, averaged over all layers and heads.
 
-    covered: of the attention that later queries pay to the window, the share on the keys with the highest scores
-    best:    the same for the keys that get most of it; even: for as many keys at random
-    weights: [PLACES] share of the scores by place in the window; `later` of the later queries' attention
+    covered: share of the later queries' attention to the window that falls on the keys with the highest scores
+    best:    the same for the keys with the most of that attention; even: for as many random keys
+    weights: [PLACES] share of the scores by position in the window; `later`: of the later queries' attention
     earlier: share of the bidirectional weights that come from queries before the key
     """
 
@@ -75,7 +75,7 @@ class WindowFigures:
 
 
 class Listener(Method):
-    """A method that keeps everything that it is shown, to look at it later, and evicts as Kara."""
+    """Kara, but recording every window that it is given."""
 
     def __init__(self) -> None:
         self.windows: list[tuple[Window, int]] = []
@@ -95,9 +95,9 @@ class Listener(Method):
 def measure_trace(
     model: PreTrainedModel, trace: Trace, config: KvConfig, block_size: int, later_tokens: int
 ) -> list[WindowFigures]:
-    """Every window of a text that nothing is evicted from: each is scored as if it were compressed first.
+    """Results for every window of a text from which nothing is evicted: each is scored as if it were the first one.
 
-    later_tokens: number of tokens after the compression whose queries are asked
+    later_tokens: number of tokens after the compression whose queries are used
     """
     full = Request(model, trace.num_prompt_tokens, max_queries=len(trace.token_ids))
     feed(full, trace.token_ids)
@@ -113,7 +113,7 @@ def measure_trace(
 
 
 def window_at(full: Request, start: int, end: int, config: KvConfig, block_size: int) -> tuple[Window, int]:
-    """What a method is shown of the window that begins at token `start`, when `end` tokens are computed."""
+    """The method's input for the window that begins at token `start`, once `end` tokens are computed."""
     request = Request(full.model, start, config, block_size)
     listener = request.method = Listener()
     for layer, whole in zip(request.layers, full.layers, strict=True):
@@ -128,7 +128,7 @@ def window_at(full: Request, start: int, end: int, config: KvConfig, block_size:
 
 
 def later_attention(full: Request, start: int, size: int, asking: range) -> Tensor:
-    """[num_layers, num_kv_heads, size]: mean weight that the queries of `asking` give to each key, of all they see."""
+    """[num_layers, num_kv_heads, size]: mean attention weight of the queries of `asking` to each key of the window."""
     weights = []
     for layer in full.compressed:
         queries = layer.queries[asking.start : asking.stop].float().unflatten(1, (layer.keys.shape[1], -1))
@@ -163,19 +163,19 @@ def window_figures(window: Window, num_kept: int, later: Tensor) -> WindowFigure
 
 
 def by_place(scores: Tensor) -> list[float]:
-    """[PLACES]: shares of the sum, mean over layers and heads; scores: [num_layers, num_kv_heads, num_tokens]"""
+    """[PLACES]: share of the scores by position, averaged over heads; scores: [num_layers, num_kv_heads, num_tokens]"""
     shares = scores / scores.sum(-1, keepdim=True).clamp(min=1e-12)
     return [float(part.sum(-1).mean()) for part in shares.tensor_split(PLACES, dim=-1)]
 
 
 @dataclass
 class Result:
-    """Figures of every window, by trace id."""
+    """Results of every window, by trace id."""
 
     windows: dict[str, list[WindowFigures]] = field(default_factory=dict)
 
     def covered(self, name: str) -> Estimate:
-        """Mean over windows within a trace, traces resampled."""
+        """Mean over the windows of a trace, bootstrapped over traces."""
         return bootstrap_mean([np.mean([w.covered[name] for w in made]) for made in self.windows.values()])
 
     def weights(self) -> dict[str, list[float]]:
@@ -233,7 +233,7 @@ def report(result: Result, **about: Any) -> dict[str, Any]:
 
 
 def plot(result: Result, path: Path) -> None:
-    """Weights by place in the window, and the attention that each choice covers."""
+    """Plot weights by position in the window, and the attention that each selection covers."""
     from kvllm.measure.eval.plots import plot_bars_and_lines
 
     lines = {**result.weights(), "later queries": result.mean(lambda w: w.later)}
@@ -254,7 +254,7 @@ def run(
     dtype: str,
     outputs: Outputs,
 ) -> None:
-    """Measure, print the table and write what `outputs` asks for; folder: of the model that wrote the traces."""
+    """Measure, print the table and write the files in `outputs`; folder: of the model that generated the traces."""
     traces = half_of(read_traces(traces_path), half)[:limit]
     model = load_model(folder, getattr(torch, dtype), device)
     start = time.perf_counter()

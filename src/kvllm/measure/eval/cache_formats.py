@@ -1,4 +1,4 @@
-"""Precisions of a whole KV cache, by the names of vLLM's `--kv-cache-dtype`, simulated in the reference."""
+"""Simulate the KV cache formats of vLLM's `--kv-cache-dtype` in the reference."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class TurboQuant:
     """TurboQuant as vLLM stores it, with vLLM's own sizes and centroids (arXiv:2504.19874, without its residual).
 
     Keys: divided by their norm, rotated by a Hadamard matrix, each coordinate replaced by the nearest centroid of a
-    normal distribution; values: rounded evenly between the smallest and the largest of a token. `exact_prefill`, since
-    vLLM computes the attention of a prompt's own pass before it stores the prompt.
+    normal distribution. Values: quantised uniformly between the minimum and maximum of each token. `exact_prefill`,
+    since vLLM computes the attention of a prefill before it quantises the keys and values.
     """
 
     exact_prefill: ClassVar[bool] = True
@@ -79,7 +79,7 @@ def cache_formats(name: str, config: Any) -> Sequence[CacheFormat | None]:
     """The format of each layer; None: the model's own dtype.
 
     config: a transformers config
-    Raises UsageError for a name that is not simulated, and for TurboQuant without vLLM or for heads that do not fit.
+    Raises UsageError for unsupported names, and for TurboQuant without vLLM or with an unsupported head_dim.
     """
     text = config.get_text_config()
     num_layers = text.num_hidden_layers
@@ -88,15 +88,17 @@ def cache_formats(name: str, config: Any) -> Sequence[CacheFormat | None]:
     if name == FP8:
         return [Fp8()] * num_layers
     if name not in TURBOQUANT:
-        raise UsageError(f"cache precision {name!r}: simulated are {', '.join(CACHE_DTYPES)}.")
+        raise UsageError(f"cache precision {name!r}: not supported; use one of {', '.join(CACHE_DTYPES)}.")
     if find_spec("vllm") is None:
-        raise UsageError(f"cache precision {name!r}: needs vLLM, whose quantiser it is; install it, or leave it out.")
+        raise UsageError(f"cache precision {name!r}: uses vLLM's quantiser; install vLLM, or leave this precision out.")
     from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if head_dim & (head_dim - 1):
-        raise UsageError(f"cache precision {name!r}: its rotation needs heads of a power of two, not {head_dim}.")
+        raise UsageError(
+            f"cache precision {name!r}: its rotation needs a head_dim that is a power of two, not {head_dim}."
+        )
     quantised = TurboQuant(TurboQuantConfig.from_cache_dtype(name, head_dim))
-    # vLLM leaves the first and the last layers alone.
+    # vLLM does not quantise the first and last layers.
     plain = TurboQuantConfig.get_boundary_skip_layers(SimpleNamespace(is_hybrid=False, hf_text_config=text))
     return [None if str(i) in plain else quantised for i in range(num_layers)]

@@ -1,4 +1,4 @@
-"""The query statistics that the method `triattention` needs, from texts that the model wrote."""
+"""Compute the query statistics that `triattention` needs from texts that the model generated."""
 
 from __future__ import annotations
 
@@ -31,22 +31,24 @@ def queries_before_rope(model: PreTrainedModel, trace: Trace, frequencies: Tenso
 
 
 def rope_frequencies(model: PreTrainedModel) -> Tensor:
-    """[head_dim / 2] in float64; UsageError where the model's RoPE is more than a rotation of every pair of halves."""
+    """[head_dim / 2] in float64. Raises UsageError unless RoPE only rotates all pairs (i, i + head_dim / 2)."""
     name, rope = type(model).__name__, rope_of(model)
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if rope is None or rope.interleaved or rope.frequencies.shape != (head_dim // 2,):
-        raise UsageError(f"{name}: not the same RoPE of all dimensions, by halves, in every layer; not done.")
+        raise UsageError(
+            f"{name}: not supported: RoPE must be the same in every layer and rotate all pairs (i, i + head_dim / 2)."
+        )
     scaling = getattr(model.get_decoder().rotary_emb, "attention_scaling", 1.0)
     if scaling != 1.0:
-        raise UsageError(f"{name}: its RoPE scales attention by {scaling}; not done.")
+        raise UsageError(f"{name}: not supported: its RoPE scales attention by {scaling}.")
     return rope.frequencies.cpu()
 
 
 def run(
     traces_path: Path, folder: str, out: Path, half: str | None, limit: int, stride: int, device: str, dtype: str
 ) -> None:
-    """Write the statistics of every `stride`-th query of the traces to `out`; folder: of the model that wrote them."""
+    """Write the statistics of every `stride`-th query of the traces to `out`; folder: of the traced model."""
     traces = half_of(read_traces(traces_path), half)[:limit]
     model = load_model(folder, getattr(torch, dtype), device)
     frequencies, progress = rope_frequencies(model), Progress("traces")

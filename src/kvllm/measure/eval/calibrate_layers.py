@@ -1,9 +1,9 @@
-"""A table of layer budgets for a model: which groups of layers keep more of a window than others, at the same mean.
+"""Find layer budgets for a model: a ratio for each group of layers, with a given mean.
 
     kvllm eval calibrate-layers --traces traces.jsonl --model DIR --half train --out table.json
 
-Rule `kl` moves budget from one group of layers to another as long as that lowers the KL from the full cache on the
-traces. Rule `cake` divides it by the layers' preferences (`kvllm.methods.cake`), `pyramid` as `pyramidkv` does.
+Rule `kl` moves budget between groups of layers as long as this lowers the KL from the full cache on the traces. Rule
+`cake` distributes it by the layers' preferences (`kvllm.methods.cake`), `pyramid` as `pyramidkv` does.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 
 UNIFORM = "one ratio"
 Budgets = tuple[Budget, ...]
-# KL on the traces of each of these tables; empty budgets stand for one ratio for all layers.
+# Returns the KL of each table on the traces; empty budgets: one ratio for all layers.
 Measure = Callable[[Sequence[Budgets]], list[Result]]
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The ratios that a group of layers may have: a window keeps at least one block, and less than all."""
+    """The smallest and largest ratio of a group of layers: a window keeps at least one block but not all."""
 
     low: float
     high: float
@@ -74,7 +74,7 @@ def name_of(budgets: Budgets) -> str:
 
 
 def moves(budgets: Budgets, step: float, bounds: Bounds) -> list[Budgets]:
-    """The tables in which one group has `step` more and another `step` less, as far as the bounds allow."""
+    """All tables in which one group has `step` more and another `step` less, within the bounds."""
     made = []
     for gains, loses in itertools.permutations(range(len(budgets)), 2):
         ratios = [budget.ratio for budget in budgets]
@@ -87,9 +87,9 @@ def moves(budgets: Budgets, step: float, bounds: Bounds) -> list[Budgets]:
 def descend(
     groups: Sequence[tuple[int, ...]], config: KvConfig, bounds: Bounds, steps: Sequence[float], run: Measure
 ) -> tuple[Budgets, list[Result]]:
-    """The table with the lowest KL that moves lead to, step by step, from one ratio for all; and all that was measured.
+    """Greedy search for the table with the lowest KL, starting from one ratio for all; also returns all measurements.
 
-    Of each round the best move is taken if it lowers the KL; else the next, smaller step is tried.
+    Each round makes the best move if it lowers the KL, else continues with the next smaller step.
     """
     best: Budgets = tuple(Budget(group, config.mean_ratio) for group in groups)
     (uniform,) = run([()])
@@ -111,7 +111,7 @@ def descend(
 def by_preference(
     groups: Sequence[tuple[int, ...]], preference: dict[int, float], mean: float, bounds: Bounds
 ) -> Budgets:
-    """Budgets in proportion to the mean preference of each group's layers; what a bound cuts off goes to the others.
+    """Budgets in proportion to the mean preference of each group's layers; excess over a bound goes to other groups.
 
     preference: by the layer's number
     """
@@ -126,12 +126,12 @@ def by_preference(
         ratios |= cut or shares
     rounded = [round(ratios[i], 4) for i in range(len(groups))]
     widest = rounded.index(max(rounded))
-    rounded[widest] = round(rounded[widest] + mean * len(groups) - sum(rounded), 10)  # so that the mean is exact
+    rounded[widest] = round(rounded[widest] + mean * len(groups) - sum(rounded), 10)  # makes the mean exact
     return tuple(Budget(group, ratio) for group, ratio in zip(groups, rounded, strict=True))
 
 
 class Observer(Method):
-    """The method, which also notes the preference of every layer at every event."""
+    """The method, which also records the preference of every layer at every event."""
 
     def __init__(self, method: Method, num_observed: int) -> None:
         self.method, self.num_observed = method, num_observed
@@ -165,7 +165,7 @@ def observed_preferences(
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown: each table of budgets with its KL, and that as a share of the KL with one ratio."""
+    """Markdown: each table of budgets, its KL, and its KL relative to one ratio for all layers."""
     uniform = next(result for result in results if result.case.name == UNIFORM)
     rows = [
         [result.case.name, interval(result.estimate("kl"), 4), interval(result.against(uniform), 2)]
@@ -188,12 +188,10 @@ def run(
     device: str,
     dtype: str,
 ) -> None:
-    """Write the table to `out`, as the value of `retention_ratio`, and print what was measured."""
+    """Write the table, a value for `retention_ratio`, to `out`, and print the measurements."""
     config = checked_config(options)
     if config.budgets or not config.enabled:
-        raise UsageError(
-            f"retention_ratio={config.retention_ratio}: give the mean that the table is to have, a number below 1."
-        )
+        raise UsageError(f"retention_ratio={config.retention_ratio}: give the table's mean, a number below 1.")
     traces = half_of(read_traces(traces_path), half)[:limit]
     model, start = load_model(folder, getattr(torch, dtype), device), time.perf_counter()
     layers = full_layers(layers_of(model))

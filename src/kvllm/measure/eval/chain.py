@@ -1,9 +1,8 @@
-"""Long chains of thought: many problems in one answer, then all results from memory, over methods and cache types.
+"""Long chains of thought: solve many problems in one answer, then repeat all results, by method and cache type.
 
     kvllm eval chain MODEL --configs chain --half test --chains 24 --length 24 --out DIR [vLLM's flags]
 
-Runs as `accuracy` does, with the same log. Intervals resample whole chains, in pairs where two configurations are
-compared.
+Runs and logs like `accuracy`. Intervals are bootstrapped over chains, paired for comparisons of two configurations.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ GRADER = f"chain score v{SCORE_VERSION}"
 
 
 def write_results(folder: Path, samples: Sequence[Sample], about: Mapping[str, Any]) -> str:
-    """results.json, results.md and results.svg in the folder; returns the tables."""
+    """Write results.json, results.md and results.svg to the folder; returns the tables."""
     from kvllm.measure.eval.plots import plot_bins
 
     summaries = summarise(samples)
@@ -55,14 +54,14 @@ def answer(
     sampling: Sampling,
     engine_flags: Sequence[str],
 ) -> None:
-    """Make the answers that the folder `out` does not hold yet, and write and print the results after each engine.
+    """Generate the answers missing from the folder `out`, and write and print the results after each engine.
 
-    cache_dtypes: of the caches that stock vLLM is measured with too (--kv-cache-dtype), such as fp8
+    cache_dtypes: values of --kv-cache-dtype, such as fp8, to measure stock vLLM with
     engine_flags: vLLM's
     """
     engines: dict[str | None, list[Job]] = plan(cases, chains, samples)
     if any(config is not None for config in engines):
-        check_plugin_is_loaded()  # before a stock engine answers for hours
+        check_plugin_is_loaded()  # fail before a stock engine runs for hours
     about = {
         "task": TASK,
         "chain_version": CHAIN_VERSION,
@@ -86,12 +85,12 @@ def answer(
 
 
 def stock_job(chain: Chain, sample: int, cache_dtype: str) -> Job:
-    """An answer of stock vLLM with another cache type, which compresses nothing."""
+    """An answer by stock vLLM with another cache type."""
     return Job(chain, sample, f"{cache_dtype} cache", {"kv_cache_dtype": cache_dtype}, 1.0)
 
 
 def is_perfect(text: str, expected: str) -> bool:
-    """Whether all of a chain is solved and all of it recalled; figures are made from the texts, not from this."""
+    """Whether all of a chain is solved and recalled, for the log; results are computed from the texts."""
     answers = json.loads(expected)
     made = score(Sample(TASK, "", 0, "", None, None, expected, text, 0, "stop"), answers)
     return all(made.correct) and all(made.recalled)

@@ -1,6 +1,6 @@
-"""What an answer to a chain contains: the result it comes to at each problem, and the list that repeats them.
+"""Parse an answer to a chain: the result of each problem, and the final list that repeats them.
 
-Models rarely keep to a form exactly, so headings and lines are read with or without Markdown, boxes, units and words.
+Models rarely follow the format exactly, so Markdown, boxes, units and extra words are tolerated.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 @dataclass(frozen=True)
 class Stated:
-    """A number in an answer. at: where it stands in the text, in characters"""
+    """A number in an answer. at: its offset in the text, in characters"""
 
     value: Decimal
     at: int
@@ -45,12 +45,12 @@ class Stated:
 
 @dataclass(frozen=True)
 class ChainScore:
-    """One answer to a chain, by problem.
+    """Scores of one answer to a chain, by problem.
 
-    correct:   whether the result that the answer comes to is the expected one; False where there is none
-    recalled:  whether the list repeats the result that the answer came to, right or wrong; None where it came to none
-    distance:  tokens from the result to the list's entry for it, or where it has none to the end of the answer;
-               estimated from characters. None where the answer came to no result
+    correct:   whether the answer's result is the expected one; False if it has none
+    recalled:  whether the list repeats the answer's own result, right or wrong; None if it has none
+    distance:  tokens from the result to its entry in the list, or to the end of the answer if there is no entry;
+               estimated from characters. None if there is no result
     finished:  whether the answer ended by itself, with a result and an entry for every problem
     """
 
@@ -65,7 +65,7 @@ class ChainScore:
 
     @property
     def recall(self) -> float:
-        """Share of the results come to that the list repeats; 0 where the answer came to none."""
+        """Share of the answer's results that the list repeats; 0 if it has none."""
         known = [recalled for recalled in self.recalled if recalled is not None]
         return sum(known) / len(known) if known else 0.0
 
@@ -93,7 +93,7 @@ def score(sample: Sample, expected: Sequence[str]) -> ChainScore:
 
 
 def number(text: str) -> Decimal | None:
-    """A number with or without thousands commas, a dollar or a minus sign; None where it is none."""
+    """Parse a number with optional thousands commas, dollar or minus sign; None if it is not one."""
     try:
         return Decimal(text.replace(",", "").replace("$", "").replace("\u2212", "-").strip())
     except InvalidOperation:
@@ -101,9 +101,9 @@ def number(text: str) -> Decimal | None:
 
 
 def read_results(text: str, count: int) -> dict[int, Stated]:
-    """The result of each problem, by its number from 1: of its answer line, or else the last number of its section.
+    """The result of each problem, by its number from 1: from its answer line, else the last number of its section.
 
-    The list at the end is no answer. Where a problem is answered twice, the first time counts.
+    The final list does not count as an answer. If a problem is answered twice, the first answer counts.
     """
     body = text[: _list_start(text, count)]
     results: dict[int, Stated] = {}
@@ -114,7 +114,7 @@ def read_results(text: str, count: int) -> dict[int, Stated]:
     headings = list(_HEADING.finditer(body))
     for i, heading in enumerate(headings):
         k, end = int(heading[1]), headings[i + 1].start() if i + 1 < len(headings) else len(body)
-        # The section that was being written when the answer was cut off came to no result.
+        # A section in which the answer was cut off has no result.
         if not 1 <= k <= count or k in results or (i + 1 == len(headings) and end == len(text)):
             continue
         section = body[heading.end() : end]
@@ -127,7 +127,7 @@ def read_results(text: str, count: int) -> dict[int, Stated]:
 
 
 def line_value(line: str) -> Decimal | None:
-    """What an answer line says: the boxed number, that after the last equals sign, or the first."""
+    """The number in an answer line: the boxed one, else the one after the last equals sign, else the first."""
     if boxed := _BOXED.search(line):
         line = boxed[1]
     numbers = re.findall(NUMBER, line.rpartition("=")[2]) or re.findall(NUMBER, line)
@@ -135,7 +135,7 @@ def line_value(line: str) -> Decimal | None:
 
 
 def read_list(text: str, count: int) -> dict[int, Stated]:
-    """The entries of the list at the end, by problem; of two for the same problem the first."""
+    """The entries of the final list, by problem; the first if there are two."""
     start = _list_start(text, count)
     entries: dict[int, Stated] = {}
     for match in _ENTRY.finditer(text, start):
@@ -146,9 +146,9 @@ def read_list(text: str, count: int) -> dict[int, Stated]:
 
 
 def _list_start(text: str, count: int) -> int:
-    """Where the list begins: at its heading, or without one behind the answer line of the last problem.
+    """Offset at which the list begins: at its heading, or without one, after the answer line of the last problem.
 
-    Only a heading behind the last section counts, so that "Summary:" inside a solution does not.
+    Only a heading after the last section counts, not a "Summary:" inside a solution.
     """
     sections = [m.start() for m in _HEADING.finditer(text)]
     last = sections[-1] if sections else 0

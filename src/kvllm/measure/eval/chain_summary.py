@@ -1,4 +1,4 @@
-"""What answers to chains come to: solved and recalled, in pairs with the full cache and with random eviction."""
+"""Summarise answers to chains: problems solved and recalled, compared with the full cache and random eviction."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ from kvllm.measure.eval.stats import Estimate, bootstrap_mean
 from kvllm.measure.eval.sweep import FULL
 
 PARTS = 4  # of a chain, for accuracy by position
-DISTANCES = (0, 512, 1024, 2048, 4096, 8192)  # lower ends of the bins of recall, in tokens; the last is open
+DISTANCES = (
+    0,
+    512,
+    1024,
+    2048,
+    4096,
+    8192,
+)  # lower bounds of the bins of recall by distance, in tokens; the last is open
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Results of all chains together. first: lower end of the bin, a position in the chain or a distance in tokens"""
+    """One bin over all chains. first: lower bound of the bin, a position in the chain or a distance in tokens"""
 
     first: int
     share: float
@@ -30,11 +37,11 @@ class Bin:
 
 @dataclass(frozen=True)
 class ChainSummary:
-    """One configuration.
+    """Results of one configuration.
 
-    accuracy:           share of a chain's problems that are solved, mean over chains; recall: of the results come to,
-                        the share that the list at the end repeats
-    *_less_full:        difference to the full cache, *_less_random: to random eviction of the same size, chain by chain
+    accuracy:           share of a chain's problems that are solved, mean over chains
+    recall:             share of the answer's own results that the final list repeats
+    *_less_full:        paired difference from the full cache; *_less_random: from random eviction of the same size
     finished:           share of chains with a result and an entry in the list for every problem
     by_position:        share solved, by position in the chain; by_distance: share recalled, by tokens in between
     """
@@ -61,7 +68,7 @@ Group = tuple[str, float | None, str]
 
 
 def summarise(samples: Sequence[Sample]) -> list[ChainSummary]:
-    """In the order of the log, the full cache first."""
+    """Results by configuration, in the order of the log, the full cache first."""
     groups: dict[Group, Scored] = {}
     for s in samples:
         key = (s.name, s.ratio, json.dumps(s.config, sort_keys=True))
@@ -72,7 +79,7 @@ def summarise(samples: Sequence[Sample]) -> list[ChainSummary]:
 
 
 def _random_like(key: Group, groups: Mapping[Group, Scored]) -> Scored | None:
-    """The random baseline of the same ratio and sizes as a configuration that is not random itself."""
+    """The random baseline with the same ratio and sizes; None for a random configuration."""
     mine = _sizes(key)
     if mine is None or mine["method"] == "random":
         return None
@@ -81,7 +88,7 @@ def _random_like(key: Group, groups: Mapping[Group, Scored]) -> Scored | None:
 
 
 def _sizes(key: Group) -> dict[str, Any] | None:
-    """Method, ratio and what decides how much is kept and stored; None where nothing is compressed by us."""
+    """Method, ratio and the options that determine the cache size; None if KvLLM compresses nothing."""
     config = json.loads(key[2]) or {}
     if "method" not in config:
         return None
@@ -114,7 +121,7 @@ def _summary(scored: Scored, full: Scored | None, random: Scored | None) -> Chai
 
 
 def _by_chain(scored: Scored, figure: Callable[[Sample, ChainScore], float]) -> dict[str, float]:
-    """The mean over a chain's samples, by chain: the samples of a chain are not independent."""
+    """Mean over each chain's samples, which are not independent."""
     values: dict[str, list[float]] = {}
     for sample, made in scored:
         values.setdefault(sample.problem_id, []).append(figure(sample, made))
@@ -128,7 +135,7 @@ def _difference(scored: Scored, others: Scored, name: str) -> Estimate | None:
 
 
 def _by_position(scored: Scored) -> list[Bin]:
-    """Solved of each part of the chain; `first` counts problems from 1."""
+    """Share solved in each part of the chain; `first` counts problems from 1."""
     length = len(scored[0][1].correct)
     starts = sorted({length * part // PARTS for part in range(PARTS)})
     bins = []
@@ -153,7 +160,7 @@ def _by_distance(scored: Scored) -> list[Bin]:
 
 
 def table(summaries: Sequence[ChainSummary]) -> str:
-    """Markdown: the figures of each configuration, then recall by distance and accuracy by position."""
+    """Markdown: results by configuration, then recall by distance and accuracy by position."""
 
     def percent(estimate: Estimate | None) -> str:
         return interval(estimate, 1, scale=100) if estimate else ""
@@ -191,6 +198,6 @@ def _binned(summaries: Sequence[ChainSummary], title: str, name: str) -> str:
 
 
 def label(summary: ChainSummary) -> str:
-    """The configuration in a word or two, unlike that of any other ratio."""
+    """A short label of the configuration that is unique for its ratio."""
     compressed = summary.ratio is not None and summary.ratio < 1
     return f"{summary.name} r={summary.ratio:g}" if compressed else summary.name

@@ -1,7 +1,7 @@
-"""Chains: many problems in one prompt, solved one after the other in a single answer that repeats all results last.
+"""Chains: prompts with many problems, solved one after another in a single answer that repeats all results at the end.
 
-The problems stand in the prompt, which is never compressed. What the answer has worked out stands only in its own
-windows, so the list at its end asks for facts that are thousands of tokens old by then.
+The problems are in the prompt, which is never compressed, but the results are only in the answer's own windows. So the
+list at the end tests recall of facts that are thousands of tokens old.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kvllm.errors import UsageError
 from kvllm.measure.eval.engines import Exchange
 from kvllm.measure.eval.problems import Problem, half_of
 
-# Raised when the prompt changes: figures of two versions do not compare.
+# Incremented when the prompt changes: results of different versions are not comparable.
 CHAIN_VERSION = 1
 LIST_HEADING = "All answers:"
 RULES = (
@@ -29,7 +29,7 @@ FORMATS = ("example", "rules", "restate")
 
 @dataclass(frozen=True)
 class Worked:
-    """A problem and the solution that the example shows. given: the problem's facts in other words."""
+    """A problem of the worked example and its solution. given: the problem's facts, restated"""
 
     problem: str
     given: str
@@ -80,8 +80,8 @@ WORKED = (
 class Chain:
     """Problems to be solved in one answer.
 
-    format: "rules": the rules alone; "example": a worked exchange before them; "restate": an exchange whose solutions
-            first say what is given, which makes answers longer
+    format: "rules": only the rules; "example": a worked example before them; "restate": an example whose solutions
+            first restate the given facts, which makes answers longer
     """
 
     id: str
@@ -105,13 +105,13 @@ class Chain:
 
 
 def request(problems: Sequence[str]) -> str:
-    """What the user asks for."""
+    """The user's message."""
     listed = [f"Problem {k}: {' '.join(problem.split())}" for k, problem in enumerate(problems, start=1)]
     return "\n\n".join([RULES.format(count=len(problems)), *listed])
 
 
 def worked_answer(restated: bool) -> str:
-    """The answer of the example, in the form that the rules ask for."""
+    """The example's answer, in the format that the rules require."""
     parts = []
     for k, worked in enumerate(WORKED, start=1):
         steps = f"{worked.given}\n{worked.steps}" if restated else worked.steps
@@ -123,12 +123,12 @@ def worked_answer(restated: bool) -> str:
 def make_chains(
     problems: Sequence[Problem], half: str | None, num_chains: int, length: int, format: str, seed: int = 0
 ) -> list[Chain]:
-    """Chains of `length` problems of the half, none of which comes again before all have been used."""
+    """Chains of `length` problems from the half; no problem repeats before all have been used."""
     if format not in FORMATS:
         raise UsageError(f"format {format!r}: must be one of {', '.join(FORMATS)}.")
     pool = half_of(problems, half)
     if not 1 <= length <= len(pool):
-        raise UsageError(f"{length} problems a chain: there are {len(pool)}.")
+        raise UsageError(f"--length {length}: there are only {len(pool)} problems; use at most that many.")
     rng = random.Random(f"{seed}/{half}")
     chains: list[Chain] = []
     while len(chains) < num_chains:

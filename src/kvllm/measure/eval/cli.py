@@ -1,4 +1,4 @@
-"""`kvllm eval`: the commands and their options; what they do is in the modules, imported when a command runs."""
+"""`kvllm eval`: commands and options. The implementations are in this package's modules, imported on use."""
 
 from __future__ import annotations
 
@@ -8,59 +8,68 @@ from typing import Annotated
 
 import typer
 
-from kvllm.cli.options import PASS_THROUGH, JsonFile, examples, in_a_folder
+from kvllm.cli.options import PASS_THROUGH, JsonFile, examples, in_a_folder, set_panels
 from kvllm.errors import UsageError
 from kvllm.measure.eval.sweep import BASELINES, Case, parse_cases
 from kvllm.measure.extras import require
 from kvllm.options import parse_json, parse_numbers
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Measure what compression changes.")
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, help="Measure how compression changes a model's output."
+)
 
 
 class Half(StrEnum):
-    """Every other trace, from the first or from the second on."""
+    """Every other trace, starting from the first (train) or the second (test)."""
 
     train = "train"
     test = "test"
 
 
 class LayerRule(StrEnum):
-    """How layer budgets are found."""
+    """How layer budgets are chosen."""
 
     kl = "kl"
     cake = "cake"
     pyramid = "pyramid"
 
 
-TracesFile = Annotated[Path, typer.Option("--traces", help="JSONL that `kvllm eval traces` wrote.", exists=True)]
-TracedModel = Annotated[str, typer.Option("--model", help="Folder of the model that wrote the traces.")]
+TracesFile = Annotated[Path, typer.Option("--traces", help="JSONL file written by `kvllm eval traces`.", exists=True)]
+TracedModel = Annotated[str, typer.Option("--model", help="Folder of the model that generated the traces.")]
 HalfOfTraces = Annotated[
-    Half | None, typer.Option("--half", help="Tune on train, report on test: every other trace.", show_default="all")
+    Half | None,
+    typer.Option(
+        "--half", help="Use one half of the traces (alternating): tune on train, report on test.", show_default="all"
+    ),
 ]
-Methods = Annotated[str | None, typer.Option("--methods", help="Comma-separated, each at every ratio.")]
+Methods = Annotated[
+    str | None, typer.Option("--methods", help="Comma-separated methods; each is measured at every ratio.")
+]
 Ratios = Annotated[
     str | None, typer.Option("--ratios", help="Comma-separated retention ratios.", show_default="KvLLM's default")
 ]
 Configs = Annotated[
     list[str] | None,
     typer.Option(
-        "--configs", help="A shipped sweep (methods, kara, chain), a file, or JSON (repeatable).", show_default=False
+        "--configs",
+        help="Configurations: a built-in sweep (methods, kara, chain), a JSON file, or JSON (repeatable).",
+        show_default=False,
     ),
 ]
-Common = Annotated[str, typer.Option("--common", help="JSON: options that all configurations share.")]
-BlockSize = Annotated[int, typer.Option("--block-size", help="Tokens in one KV block.", min=1)]
-Device = Annotated[str | None, typer.Option("--device", help="As in torch.", show_default="cuda if there is one")]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, ...; auto: float32 on the CPU, else bfloat16.")]
-MarkdownFile = Annotated[Path | None, typer.Option("--markdown", help="Write the table here.")]
+Common = Annotated[str, typer.Option("--common", help="Options that all configurations share, as JSON.")]
+BlockSize = Annotated[int, typer.Option("--block-size", help="Tokens per KV block.", min=1)]
+Device = Annotated[str | None, typer.Option("--device", help="torch device.", show_default="cuda if available")]
+Dtype = Annotated[str, typer.Option("--dtype", help="torch dtype; auto = float32 on the CPU, else bfloat16.")]
+MarkdownFile = Annotated[Path | None, typer.Option("--markdown", help="Also write the table to this Markdown file.")]
 Data = Annotated[
-    Path | None, typer.Option("--data", help="JSONL of `problem` and `answer`, for other problems.", exists=True)
+    Path | None, typer.Option("--data", help="Your own problems: JSONL with `problem` and `answer`.", exists=True)
 ]
 NumProblems = Annotated[
     int | None,
     typer.Option("--problems", help="Number of problems, evenly spaced over the task.", show_default="all", min=1),
 ]
 SamplingSeed = Annotated[
-    int | None, typer.Option("--sampling-seed", help="Gives each request a seed of its own, whatever its batch.")
+    int | None, typer.Option("--sampling-seed", help="Random seed; each request derives its own, in any batch.")
 ]
 
 
@@ -78,7 +87,7 @@ def placement(device: str | None, dtype: str) -> tuple[str, str]:
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UsageError(f"--dtype {dtype}: no dtype of torch; use auto, float32, bfloat16 or float16.")
+        raise UsageError(f"--dtype {dtype}: not a torch dtype; use auto, float32, bfloat16 or float16.")
     return device, dtype
 
 
@@ -93,23 +102,23 @@ def traces(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model's folder, or a name on the model hub.")],
     out: Annotated[Path, typer.Option(help="JSONL file to write.")],
-    task: Annotated[str, typer.Option(help="math500, gsm8k, or with --data a name of your own.")] = "math500",
+    task: Annotated[str, typer.Option(help="math500 or gsm8k; with --data, any name.")] = "math500",
     data: Data = None,
     problems: NumProblems = None,
     chain: Annotated[
-        int | None, typer.Option(help="Problems in a prompt, as in `chain`: long traces.", show_default="1", min=2)
+        int | None, typer.Option(help="Problems per prompt, as in `chain`, for long traces.", show_default="1", min=2)
     ] = None,
     keep: Annotated[
-        int | None, typer.Option(help="Traces to keep, evenly spaced over those long enough.", show_default="all")
+        int | None, typer.Option(help="Traces to keep, evenly spaced over those with --min-tokens.", show_default="all")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.", min=1)] = 1024,
-    min_tokens: Annotated[int, typer.Option(help="Drop shorter answers.", min=0)] = 0,
-    temperature: Annotated[float, typer.Option(help="Of sampling; 0 = greedy.", min=0)] = 0.7,
+    max_tokens: Annotated[int, typer.Option(help="Maximum answer length in tokens.", min=1)] = 1024,
+    min_tokens: Annotated[int, typer.Option(help="Drop answers shorter than this.", min=0)] = 0,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 = greedy.", min=0)] = 0.7,
     sampling_seed: SamplingSeed = None,
 ) -> None:
-    """Let a model answer problems through stock vLLM, and keep the token ids for `fidelity`.
+    """Let a model answer problems with stock vLLM and save the token ids for `fidelity`.
 
-    vLLM's CPU sampler cannot seed requests in chunked prefills, so leave --sampling-seed out there.
+    On CPUs, leave out --sampling-seed: vLLM's CPU sampler cannot seed requests whose prefill is chunked.
     """
     from kvllm.measure.eval.traces import run
 
@@ -130,18 +139,21 @@ def fidelity(
     configs: Configs = None,
     common: Common = "{}",
     half: HalfOfTraces = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first traces (of the half).", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N traces (of the half).", min=1)] = None,
     block_size: BlockSize = 16,
     device: Device = None,
     dtype: Dtype = "auto",
     json_file: JsonFile = None,
     markdown_file: MarkdownFile = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Draw KL and agreement against the ratio here (.svg, .png).")
+        Path | None, typer.Option("--plot", help="Plot KL and agreement against the ratio to this file (.svg, .png).")
     ] = None,
 ) -> None:
-    """Replay traces: KL, agreement and likelihood against the full cache; random and recent are always included."""
-    require("eval", "matplotlib", "scipy")
+    """Replay traces under compression and compare KL, agreement and likelihood with the full cache.
+
+    The methods random and recent are always included.
+    """
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.fidelity import run
     from kvllm.measure.eval.report import Outputs
 
@@ -155,21 +167,24 @@ def fidelity(
 def attention(
     traces: TracesFile,
     model: TracedModel,
-    common: Annotated[str, typer.Option("--common", help="JSON: sizes of the windows.")] = "{}",
+    common: Annotated[str, typer.Option("--common", help="Window and buffer sizes, as JSON.")] = "{}",
     half: HalfOfTraces = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first traces (of the half).", min=1)] = None,
-    later: Annotated[int, typer.Option(help="Tokens after each compression whose queries are asked.", min=1)] = 256,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N traces (of the half).", min=1)] = None,
+    later: Annotated[
+        int, typer.Option(help="Use the queries of this many tokens after each compression.", min=1)
+    ] = 256,
     block_size: BlockSize = 16,
     device: Device = None,
     dtype: Dtype = "auto",
     json_file: JsonFile = None,
     markdown_file: MarkdownFile = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Draw weights by place, and what they cover, here (.svg, .png).")
+        Path | None,
+        typer.Option("--plot", help="Plot weights by position, and their coverage, to this file (.svg, .png)."),
     ] = None,
 ) -> None:
-    """Compare bidirectional and causal attention weights by what later queries look at."""
-    require("eval", "matplotlib", "scipy")
+    """Compare how well bidirectional and causal attention weights predict the attention of later queries."""
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.attention import run
     from kvllm.measure.eval.report import Outputs
     from kvllm.methods import checked_config
@@ -189,9 +204,13 @@ def recall(
     ratios: Ratios = None,
     configs: Configs = None,
     common: Common = "{}",
-    distances: Annotated[str, typer.Option(help="Tokens between the prompt and the question.")] = "512,1024",
-    depths: Annotated[str, typer.Option(help="Position of the fact in them, 0 to 1.")] = "0.1,0.3,0.5,0.7,0.9",
-    samples: Annotated[int, typer.Option(help="Facts and fillers for each distance and depth.", min=1)] = 8,
+    distances: Annotated[
+        str, typer.Option(help="Comma-separated numbers of tokens between the prompt and the question.")
+    ] = "512,1024",
+    depths: Annotated[
+        str, typer.Option(help="Relative positions of the fact among these tokens, 0 to 1.")
+    ] = "0.1,0.3,0.5,0.7,0.9",
+    samples: Annotated[int, typer.Option(help="Number of samples per distance and depth.", min=1)] = 8,
     data: Data = None,
     block_size: BlockSize = 16,
     device: Device = None,
@@ -199,11 +218,14 @@ def recall(
     json_file: JsonFile = None,
     markdown_file: MarkdownFile = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Draw a heat map for each method here (.svg, .png).")
+        Path | None, typer.Option("--plot", help="Draw a heat map per method to this file (.svg, .png).")
     ] = None,
 ) -> None:
-    """State a fact in the reasoning and ask for it later; the full cache, random and recent are always included."""
-    require("eval", "matplotlib", "scipy")
+    """Insert a fact into the reasoning and ask for it later.
+
+    The full cache and the methods random and recent are always included.
+    """
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.recall import run
     from kvllm.measure.eval.report import Outputs
 
@@ -217,40 +239,49 @@ def recall(
 def frontier(
     traces: TracesFile,
     model: TracedModel,
-    methods: Annotated[str, typer.Option(help="Comma-separated; the first at every --caches, all with --bits.")] = (
-        "kara,random,keydiff,expected_attention"
-    ),
-    caches: Annotated[str, typer.Option(help="Precisions of the whole cache, as of vLLM's --kv-cache-dtype.")] = (
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated methods, all with all --bits; only the first with all --caches.")
+    ] = ("kara,random,keydiff,expected_attention"),
+    caches: Annotated[str, typer.Option(help="Precisions of the whole cache, as in vLLM's --kv-cache-dtype.")] = (
         "auto,fp8,turboquant_k8v4,turboquant_4bit_nc,turboquant_k3v4_nc,turboquant_3bit_nc"
     ),
-    bits: Annotated[str, typer.Option(help="Of survivors; 16 = the cache's own precision.")] = "16,8,4",
-    sizes: Annotated[str, typer.Option(help="Bytes of an old window, as shares of 16 bits.")] = "0.0625,0.125,0.25,0.5",
+    bits: Annotated[
+        str, typer.Option(help="Bits per number of the survivors; 16 = the cache's own precision.")
+    ] = "16,8,4",
+    sizes: Annotated[
+        str, typer.Option(help="Sizes of a compressed window, relative to 16 bits uncompressed.")
+    ] = "0.0625,0.125,0.25,0.5",
     common: Common = "{}",
     half: HalfOfTraces = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first traces (of the half).", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N traces (of the half).", min=1)] = None,
     recall_samples: Annotated[
-        int, typer.Option(help="Facts for each distance and depth of `recall`; 0 = no recall.", min=0)
+        int, typer.Option(help="Samples per distance and depth of `recall`; 0 = no recall.", min=0)
     ] = 0,
-    distances: Annotated[str, typer.Option(help="As of `recall`.")] = "512,1024",
-    depths: Annotated[str, typer.Option(help="As of `recall`.")] = "0.1,0.3,0.5,0.7",
+    distances: Annotated[str, typer.Option(help="As in `recall`.")] = "512,1024",
+    depths: Annotated[str, typer.Option(help="As in `recall`.")] = "0.1,0.3,0.5,0.7",
     data: Data = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Of the request whose bytes are reported.", min=1)] = 256,
-    answer_tokens: Annotated[int, typer.Option(help="Of the request whose bytes are reported.", min=1)] = 8192,
+    prompt_tokens: Annotated[
+        int, typer.Option(help="Prompt length of the request whose cache size is reported.", min=1)
+    ] = 256,
+    answer_tokens: Annotated[
+        int, typer.Option(help="Answer length of the request whose cache size is reported.", min=1)
+    ] = 8192,
     block_size: BlockSize = 16,
     minutes: Annotated[
-        float | None, typer.Option(help="Measure no longer; a call with the same --log does the rest.", min=0)
+        float | None, typer.Option(help="Stop after this time; run again with the same --log to continue.", min=0)
     ] = None,
     log: Annotated[
-        Path | None, typer.Option(help="Results one by one; a run there is continued.", callback=in_a_folder)
+        Path | None,
+        typer.Option(help="Log file of single results; an existing one is continued.", callback=in_a_folder),
     ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
     json_file: JsonFile = None,
     markdown_file: MarkdownFile = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw KL against bytes here (.svg, .png).")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Plot KL against bytes (.svg, .png).")] = None,
 ) -> None:
-    """Compare settings by what they lose for their bytes: KL and recall, with vLLM's own cache precisions."""
-    require("eval", "matplotlib", "scipy")
+    """Compare settings by quality (KL, recall) against cache size, including vLLM's own cache precisions."""
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.frontier import Plan, run
     from kvllm.measure.eval.report import Outputs
 
@@ -283,28 +314,31 @@ def frontier(
 )
 def accuracy(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model's folder or name; with --endpoint, the server's name for it.")],
-    out: Annotated[Path, typer.Option(help="Folder for the log and the results; a run there is continued.")],
-    task: Annotated[str, typer.Option(help="math500, gsm8k, or with --data a name of your own (aime24).")] = "math500",
+    model: Annotated[str, typer.Argument(help="A model's folder or name; with --endpoint, its name on the server.")],
+    out: Annotated[Path, typer.Option(help="Output folder for log and results; an unfinished run in it is continued.")],
+    task: Annotated[str, typer.Option(help="math500 or gsm8k; with --data, any name (aime24).")] = "math500",
     data: Data = None,
     methods: Methods = None,
     ratios: Ratios = None,
     configs: Configs = None,
     common: Common = "{}",
-    baselines: Annotated[str, typer.Option(help="Methods measured besides; '' for none.")] = ",".join(BASELINES),
+    baselines: Annotated[str, typer.Option(help="Additional methods to measure; '' = none.")] = ",".join(BASELINES),
     problems: NumProblems = None,
-    samples: Annotated[int, typer.Option(help="Answers to each problem.", min=1)] = 1,
-    max_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.", min=1)] = 4096,
-    temperature: Annotated[float, typer.Option(help="Of sampling; 0 = greedy.", min=0)] = 0.6,
-    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 0.95,
+    samples: Annotated[int, typer.Option(help="Answers per problem.", min=1)] = 1,
+    max_tokens: Annotated[int, typer.Option(help="Maximum answer length in tokens.", min=1)] = 4096,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 = greedy.", min=0)] = 0.6,
+    top_p: Annotated[float, typer.Option(help="As in vLLM: total probability of the tokens to sample from.")] = 0.95,
     sampling_seed: SamplingSeed = None,
     endpoint: Annotated[
-        str | None, typer.Option(help="Use this OpenAI-compatible server, such as http://localhost:8000/v1.")
+        str | None, typer.Option(help="URL of an OpenAI-compatible server to use, such as http://localhost:8000/v1.")
     ] = None,
-    concurrency: Annotated[int, typer.Option(help="Maximum number of requests in flight to it.", min=1)] = 64,
+    concurrency: Annotated[int, typer.Option(help="Maximum number of requests in flight to --endpoint.", min=1)] = 64,
 ) -> None:
-    """Answer problems under compression and grade the answers; the full cache is always included."""
-    require("eval", "math_verify", "matplotlib", "openai", "scipy")
+    """Answer problems under compression and grade the answers.
+
+    The full cache is always included.
+    """
+    require("math_verify", "matplotlib", "openai", "scipy")
     from kvllm.measure.eval import accuracy as task_accuracy
     from kvllm.measure.eval.engines import Sampling
     from kvllm.measure.eval.problems import load_problems, spread
@@ -312,7 +346,7 @@ def accuracy(
     asked = spread(load_problems(task, data), problems)
     if endpoint:
         if context.args or methods or configs:
-            raise UsageError("--endpoint: the server's method and flags are its own; only --ratios can be chosen.")
+            raise UsageError("--endpoint: methods and flags are set on the server; only --ratios can be chosen here.")
         chosen = parse_numbers("--ratios", ratios, float, "0.3,0.5") if ratios else [None]
         engines = task_accuracy.at_endpoint(asked, samples, chosen)
     else:
@@ -328,23 +362,23 @@ def accuracy(
 )
 def tracking(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder of a model that was trained on programs.")],
-    out: Annotated[Path, typer.Option(help="Folder for the log and the results; a run there is continued.")],
+    model: Annotated[str, typer.Argument(help="Folder of a model trained on programs.")],
+    out: Annotated[Path, typer.Option(help="Output folder for log and results; an unfinished run in it is continued.")],
     methods: Methods = None,
     ratios: Ratios = None,
     configs: Configs = None,
     common: Common = "{}",
-    baselines: Annotated[str, typer.Option(help="Methods measured besides; '' for none.")] = ",".join(BASELINES),
+    baselines: Annotated[str, typer.Option(help="Additional methods to measure; '' = none.")] = ",".join(BASELINES),
     programs: Annotated[int, typer.Option(help="Number of programs.", min=1)] = 1000,
-    lines: Annotated[int, typer.Option(help="Lines of a program, as many as the model was trained on.", min=5)] = 160,
-    asked: Annotated[int, typer.Option(help="Variables that are asked for at the end.", min=1)] = 4,
-    seed: Annotated[int, typer.Option(help="Of the programs.")] = 1,
+    lines: Annotated[int, typer.Option(help="Lines per program; must match the model's training.", min=5)] = 160,
+    asked: Annotated[int, typer.Option(help="Number of variables to ask for at the end.", min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="Random seed of the programs.")] = 1,
 ) -> None:
-    """Execute programs step by step with a small model that needs its old results; the full cache is always included.
+    """Let a small model execute programs step by step, for which it needs its earlier results.
 
-    The model is made by benchmarks/small_model/train.py of the repository.
+    The full cache is always included. The repository's benchmarks/small_model/train.py trains the model.
     """
-    require("eval", "matplotlib", "scipy")
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.tracking import answer
 
     cases = _cases(configs, methods, ratios, common, baselines)
@@ -359,28 +393,31 @@ def tracking(
 def chain(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model's folder, or a name on the model hub.")],
-    out: Annotated[Path, typer.Option(help="Folder for the log and the results; a run there is continued.")],
+    out: Annotated[Path, typer.Option(help="Output folder for log and results; an unfinished run in it is continued.")],
     data: Data = None,
     half: HalfOfTraces = None,
     chains: Annotated[int, typer.Option(help="Number of chains.", min=1)] = 24,
-    length: Annotated[int, typer.Option(help="Problems in a chain.", min=1)] = 24,
-    format: Annotated[str, typer.Option(help="Of the prompt: example, rules or restate.")] = "example",
+    length: Annotated[int, typer.Option(help="Problems per chain.", min=1)] = 24,
+    format: Annotated[str, typer.Option(help="Prompt format: example, rules or restate.")] = "example",
     methods: Methods = None,
     ratios: Ratios = None,
     configs: Configs = None,
     common: Common = "{}",
-    baselines: Annotated[str, typer.Option(help="Methods measured besides; '' for none.")] = "random",
+    baselines: Annotated[str, typer.Option(help="Additional methods to measure; '' = none.")] = "random",
     cache_dtypes: Annotated[
-        str, typer.Option(help="Stock vLLM's cache types (--kv-cache-dtype) measured besides, such as fp8.")
+        str, typer.Option(help="Also measure stock vLLM with these values of --kv-cache-dtype, such as fp8.")
     ] = "",
-    samples: Annotated[int, typer.Option(help="Answers to each chain.", min=1)] = 1,
-    max_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.", min=1)] = 12288,
-    temperature: Annotated[float, typer.Option(help="Of sampling; 0 = greedy.", min=0)] = 0.6,
-    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 0.95,
+    samples: Annotated[int, typer.Option(help="Answers per chain.", min=1)] = 1,
+    max_tokens: Annotated[int, typer.Option(help="Maximum answer length in tokens.", min=1)] = 12288,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 = greedy.", min=0)] = 0.6,
+    top_p: Annotated[float, typer.Option(help="As in vLLM: total probability of the tokens to sample from.")] = 0.95,
     sampling_seed: SamplingSeed = None,
 ) -> None:
-    """Solve many problems in one long answer, and repeat all results at its end; the full cache is always included."""
-    require("eval", "matplotlib", "scipy")
+    """Solve many problems in one long answer and repeat all results at the end.
+
+    The full cache is always included.
+    """
+    require("matplotlib", "scipy")
     from kvllm.measure.eval.chain import answer
     from kvllm.measure.eval.chains import make_chains
     from kvllm.measure.eval.engines import Sampling
@@ -400,11 +437,11 @@ def chain(
 )
 def grade(
     log: Annotated[
-        Path, typer.Argument(help="samples.jsonl of a run; the results beside it are written again.", exists=True)
+        Path, typer.Argument(help="samples.jsonl of a run; the results next to it are rewritten.", exists=True)
     ],
 ) -> None:
-    """Grade the log of `accuracy` again."""
-    require("eval", "math_verify", "matplotlib", "scipy")
+    """Grade the answers of an `accuracy` run again."""
+    require("math_verify", "matplotlib", "scipy")
     from kvllm.measure.eval.regrade import run
 
     run(log)
@@ -418,15 +455,15 @@ def grade(
 def calibrate(
     traces: TracesFile,
     model: TracedModel,
-    out: Annotated[Path, typer.Option(help="File to write: the option `statistics` of triattention.")],
+    out: Annotated[Path, typer.Option(help="File to write, for triattention's option `statistics`.")],
     half: HalfOfTraces = None,
     limit: Annotated[int, typer.Option(help="Maximum number of traces.", min=1)] = 32,
-    stride: Annotated[int, typer.Option(help="Use every n-th query.", min=1)] = 4,
+    stride: Annotated[int, typer.Option(help="Use every N-th query.", min=1)] = 4,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Compute the query statistics that the method triattention needs."""
-    require("eval", "scipy")
+    """Compute the query statistics that method triattention needs."""
+    require("scipy")
     from kvllm.measure.eval.calibrate import run
 
     run(traces, model, out, half, limit, stride, *placement(device, dtype))
@@ -445,25 +482,47 @@ def calibrate_layers(
         Path, typer.Option(help="File to write: a table for --retention-ratio, as JSON.", callback=in_a_folder)
     ],
     rule: Annotated[
-        LayerRule, typer.Option(help="kl: move budget while the KL falls; cake: by preference; pyramid: as pyramidkv.")
+        LayerRule, typer.Option(help="kl: move budget as long as KL falls; cake: by preference; pyramid: as pyramidkv.")
     ] = LayerRule.kl,
     ratio: Annotated[float, typer.Option(help="Mean retention ratio of the table.", min=0, max=1)] = 0.3,
-    method: Annotated[str, typer.Option(help="Method that selects.")] = "kara",
+    method: Annotated[str, typer.Option(help="Compression method.")] = "kara",
     common: Common = "{}",
     groups: Annotated[
-        int | None, typer.Option(help="Groups of layers, 2 to 4.", min=2, max=4, show_default="the most of equal size")
+        int | None,
+        typer.Option(
+            help="Number of layer groups, 2 to 4.", min=2, max=4, show_default="as many as possible of equal size"
+        ),
     ] = None,
-    steps: Annotated[str, typer.Option(help="Of rule kl: how much of a ratio to move, largest first.")] = "0.1,0.05",
+    steps: Annotated[
+        str, typer.Option(help="For rule kl: amounts of ratio to move between groups, largest first.")
+    ] = "0.1,0.05",
     half: HalfOfTraces = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first traces (of the half).", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N traces (of the half).", min=1)] = None,
     block_size: BlockSize = 16,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Find layer budgets for a model: a table for --retention-ratio. Measure it with `fidelity` on other traces."""
-    require("eval", "scipy")
+    """Find layer budgets for a model and write them as a table for --retention-ratio.
+
+    Measure the table with `fidelity` on other traces.
+    """
+    require("scipy")
     from kvllm.measure.eval.calibrate_layers import run
 
     options = {**parse_json("--common", common), "method": method, "retention_ratio": ratio}
     sizes = parse_numbers("--steps", steps, float, "0.1,0.05")
     run(traces, model, out, rule.value, options, groups, sizes, half, limit, block_size, *placement(device, dtype))
+
+
+set_panels(
+    app,
+    {
+        "What to compare": ("methods", "ratios", "configs", "baselines", "caches", "bits", "sizes", "cache_dtypes"),
+        "Sampling": ("max_tokens", "min_tokens", "temperature", "top_p", "sampling_seed"),
+        "Output": ("json_file", "markdown_file", "plot_file"),
+        "For experts": (
+            *("common", "later", "stride", "steps", "seed", "prompt_tokens", "answer_tokens"),
+            *("minutes", "log", "concurrency", "block_size", "device", "dtype"),
+        ),
+    },
+)

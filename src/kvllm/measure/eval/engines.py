@@ -1,4 +1,4 @@
-"""Who answers: vLLM in this process with one configuration, or any OpenAI-compatible endpoint."""
+"""Engines that answer questions: vLLM in this process, or any OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvllm.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn; the names are vLLM's. seed: a seed a request is made from it; None: the engine's own."""
+    """Sampling parameters, with vLLM's names. seed: each request's seed is derived from it; None: the engine's seed"""
 
     max_tokens: int
     temperature: float
@@ -25,7 +25,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a user asked before, and what they were answered: an example of the form that is wanted."""
+    """An earlier exchange in the chat that shows the required format."""
 
     asked: str
     answered: str
@@ -48,7 +48,7 @@ class Question:
         return [{"role": role, "content": text} for role, text in (*turns, ("user", self.prompt))]
 
     def token_ids(self, tokenizer: Any) -> list[int]:
-        """Through the model's chat template; as plain paragraphs for a model without one."""
+        """The prompt by the model's chat template, or as plain paragraphs if it has none."""
         if getattr(tokenizer, "chat_template", None) is None:
             return list(tokenizer.encode("\n\n".join(message["content"] for message in self.messages)))
         text = tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
@@ -64,10 +64,10 @@ class Completion:
 
 class Engine(Protocol):
     def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Completion]]:
-        """Each question's index and answer, in the order in which they are done."""
+        """Yields each question's index and answer, in the order in which they finish."""
 
     def close(self) -> None:
-        """Give back what it holds, so that another engine can start."""
+        """Free all resources, so that another engine can start."""
 
 
 class VllmEngine:
@@ -148,10 +148,12 @@ class Endpoint:
         )
         choice = response.choices[0]
         message = choice.message
-        # A reasoning parser splits the thoughts off; tokens are counted together either way.
+        # Reasoning parsers return thoughts separately; `usage` counts all tokens.
         thoughts = getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None) or ""
         if response.usage is None:
-            raise UsageError(f"{self.client.base_url} reports no usage, so the answer's length is not known.")
+            raise UsageError(
+                f"{self.client.base_url} does not report `usage`, which is needed for the answer's length."
+            )
         text = thoughts + (message.content or "")
         return Completion(text, response.usage.completion_tokens, str(choice.finish_reason))
 

@@ -1,9 +1,9 @@
-"""How far compression moves the next-token distribution: traces replayed under teacher forcing.
+"""Measure how compression changes the next-token distribution, by replaying traces with teacher forcing.
 
     kvllm eval fidelity --traces traces.jsonl --model DIR --methods kara,snapkv --ratios 0.2,0.3
 
-Needs torch and transformers, no vLLM. The full cache is replayed once a trace; each configuration goes on from the
-state in which that replay reaches its first compression, since no row before it can differ.
+Needs torch and transformers but not vLLM. The full cache is replayed once per trace; each configuration continues from
+that replay's state at its own first compression, since earlier rows are identical.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-# Lower ends of bins of rows; the last bin is open.
+# Lower bounds of bins of rows; the last bin is open.
 DISTANCES = (0, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens since the first compression
 EVENTS = (1, 2, 4, 8, 16, 32)  # compressions so far
 SINCE_EVENT = (0, 16, 32, 64, 128, 192)  # tokens since the latest of them
@@ -43,14 +43,14 @@ SINCE_EVENT = (0, 16, 32, 64, 128, 192)  # tokens since the latest of them
 
 @dataclass(frozen=True)
 class Rows:
-    """One configuration on one trace, from its first compression on. Arrays [num_rows].
+    """Results of one configuration on one trace, from its first compression on. Arrays [num_rows].
 
-    kl:          of the compressed next-token distribution from the full one, in nats
-    agreed:      whether both name the same token as the most likely
-    delta_nll:   rise of the negative log-likelihood of the token that follows
+    kl:          KL divergence of the compressed next-token distribution from the full cache's, in nats
+    agreed:      whether both have the same most likely token
+    delta_nll:   increase of the negative log-likelihood of the trace's next token
     distance:    computed tokens since the first compression
-    events:      compressions so far, 1 or more; 0 of a configuration that compresses nothing
-    since_event: computed tokens since the latest of them; -1 where there is none
+    events:      compressions so far, 1 or more; 0 for a configuration that never compresses
+    since_event: computed tokens since the latest compression; -1 if there is none
     """
 
     kl: NDArray[np.float64]
@@ -63,26 +63,26 @@ class Rows:
 
 @dataclass
 class Result:
-    """A configuration's rows on every trace that is long enough to be compressed, by trace id."""
+    """A configuration's rows by trace id, for all traces that are long enough to be compressed."""
 
     case: Case
     rows: dict[str, Rows] = field(default_factory=dict)
 
     def estimate(self, name: str) -> Estimate:
-        """Mean over all rows; traces are what is resampled."""
+        """Mean over all rows, bootstrapped over traces."""
         return bootstrap_ratio([getattr(r, name).sum() for r in self.rows.values()], self._counts())
 
     def against(self, other: Result) -> Estimate:
-        """Mean KL as a share of the other's, resampled in pairs."""
+        """Mean KL relative to the other's, by paired bootstrap."""
         both = [trace for trace in self.rows if trace in other.rows]
         return bootstrap_ratio(
             [self.rows[trace].kl.sum() for trace in both], [other.rows[trace].kl.sum() for trace in both]
         )
 
     def binned(self, name: str, firsts: Sequence[int]) -> list[dict[str, Any]]:
-        """Mean of each figure over the rows of a bin, all traces together; empty bins are left out.
+        """Mean of each metric per bin over the rows of all traces; empty bins are left out.
 
-        name: what is binned: distance, events or since_event; firsts: lower ends of the bins, the last of which is open
+        name: the variable to bin by: distance, events or since_event; firsts: lower bounds of the bins, the last open
         """
         place = np.concatenate([getattr(r, name) for r in self.rows.values()])
         means = []
@@ -129,8 +129,8 @@ def measure(
     block_size: int = 16,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Result]:
-    """Every case on every trace; progress is told after each of the len(traces) * len(cases) replays."""
-    # Before the first of many replays, not after the last.
+    """Replay every case on every trace; calls `progress` after each of the len(traces) * len(cases) replays."""
+    # Fail before the first replay, not after the last.
     lengths = [(trace.num_prompt_tokens, len(trace.token_ids) - 1) for trace in traces]
     if short := [c.label for c in cases if all(first_event(c.config, p, block_size) >= n for p, n in lengths)]:
         raise UsageError(f"no trace is long enough to be compressed by {', '.join(short)}; use longer traces.")
@@ -146,11 +146,11 @@ def measure(
 def measure_trace(
     model: PreTrainedModel, trace: Trace, cases: Sequence[Case], block_size: int, packed: bool = False
 ) -> list[Rows | None]:
-    """The rows of each case; None where the trace ends before the first compression.
+    """The rows of each case; None if the trace ends before the first compression.
 
-    The rows of a case that compresses nothing, but whose cache has another precision, begin where the first of the
-    others does, and at the end of the prompt where there is none.
-    packed: as of `Request`
+    For a case that never compresses, but whose cache has another precision, rows start at the earliest first
+    compression of the other cases, or at the end of the prompt if there is none.
+    packed: as in `Request`
     """
     ids, num_prompt = trace.token_ids, trace.num_prompt_tokens
     firsts = [first_event(case.config, num_prompt, block_size) for case in cases]
@@ -176,12 +176,12 @@ def measure_trace(
             first, geometry = request.num_computed_tokens, request.geometry
             compressed = feed(request, ids, keep_full=True)
             measured[chosen[j]] = rows_of(rows_from(expected, first - start), compressed, geometry, num_prompt, first)
-            request.layers.clear()  # its cache is not needed any more
+            request.layers.clear()  # free its cache
     return measured
 
 
 def joined(parts: Sequence[Replay]) -> Replay:
-    """Parts of one replay that follow each other, with the full logprobs of all."""
+    """Concatenate consecutive parts of one replay."""
     full = [part.full_logprobs for part in parts if part.full_logprobs is not None]
     assert len(full) == len(parts)
     logprobs, argmax = (torch.cat([getattr(part, name) for part in parts]) for name in ("logprobs", "argmax"))
@@ -189,7 +189,7 @@ def joined(parts: Sequence[Replay]) -> Replay:
 
 
 def rows_from(replay: Replay, first: int) -> Replay:
-    """The rows of a replay from `first` on."""
+    """The rows of a replay from row `first` on."""
     assert replay.full_logprobs is not None
     return Replay(replay.logprobs[first:], replay.argmax[first:], replay.full_logprobs[first:], [])
 
@@ -199,7 +199,7 @@ def rows_of(
 ) -> Rows:
     """Compare two replays of the same rows, which begin at token `first`.
 
-    geometry: of the compressed one, for which that token is where it first compresses; None: it compresses nothing
+    geometry: of the compressed replay, whose first compression is at that token; None: it never compresses
     """
     tokens: IntArray = first + np.arange(len(full.logprobs), dtype=np.int64)
     events, since_event = np.zeros_like(tokens), np.full_like(tokens, -1)
@@ -218,13 +218,13 @@ def rows_of(
 
 
 def random_like(result: Result, results: Sequence[Result]) -> Result | None:
-    """The random baseline of the same policy, ratio and sizes."""
+    """The random baseline with the same policy, ratio and sizes."""
     wanted = baseline_of(result.case.config)
     return next((other for other in results if other.case.config == wanted), None)
 
 
 def report(results: Sequence[Result], **about: Any) -> dict[str, Any]:
-    """What is written as JSON."""
+    """The content of the JSON file."""
     return {
         "task": "fidelity",
         **environment(),
@@ -252,7 +252,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def growth_table(results: Sequence[Result]) -> str:
-    """Markdown: mean KL by the number of compressions so far; rows of one trace are not independent of each other."""
+    """Markdown: mean KL by number of compressions so far. The rows of a trace are not independent."""
     firsts = sorted({each["from"] for result in results for each in result.binned("events", EVENTS)})
     rows = []
     for result in results:
@@ -262,7 +262,7 @@ def growth_table(results: Sequence[Result]) -> str:
 
 
 def panels(results: Sequence[Result]) -> list[Panel]:
-    """KL and top-1 agreement against the share kept; the full cache's are 0 and 1."""
+    """Plot KL and top-1 agreement against the retention ratio; the full cache's are 0 and 1."""
     made = [Panel("KL from the full cache, nats", 0.0), Panel("same most likely token, share", 1.0)]
     for result in results:
         for panel, name in zip(made, ("kl", "agreed"), strict=True):
@@ -281,7 +281,7 @@ def run(
     dtype: str,
     outputs: Outputs,
 ) -> None:
-    """Measure, print the table and write what `outputs` asks for; folder: of the model that wrote the traces."""
+    """Measure, print the table and write the files in `outputs`; folder: of the model that generated the traces."""
     traces = half_of(read_traces(traces_path), half)[:limit]
     model = load_model(folder, getattr(torch, dtype), device)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Many configurations on one text: what is before the first compression is computed once."""
+"""Replay many configurations on one text, computing the part before the first compression only once."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def first_event(config: KvConfig, num_prompt_tokens: int, block_size: int) -> int:
-    """The number of computed tokens at the first compression; past every text where nothing is compressed.
+    """Number of computed tokens at the first compression; larger than any text if nothing is compressed.
 
-    Packed blocks change nothing here: they hold what is left.
+    Independent of packed blocks, which only affect the survivors.
     """
     geometry = request_geometry(config, block_size)
     return geometry.event_at(num_prompt_tokens, 0) if geometry else sys.maxsize
@@ -34,13 +34,13 @@ def fork_all(
     formats: Sequence[CacheFormat | None] | None = None,
     keep_from: int | None = None,
 ) -> tuple[Request, list[Replay], dict[int, Request]]:
-    """A request that compresses nothing, fed up to the last of the configurations' first compressions.
+    """Feed a text to an uncompressed request and fork it at each configuration's first compression.
 
-    packed, formats: as of `Request`
-    keep_from:       the first row whose `full_logprobs` are wanted, if that is before the first of them
-    returns that request, the replays of it between one first compression and the next (the rows up to the first of
-    them without `full_logprobs`), and for each configuration that compresses anything in this text its own request,
-    which stands at its first compression
+    packed, formats: as in `Request`
+    keep_from:       first row to return `full_logprobs` for, if before the earliest first compression
+    returns the uncompressed request, fed up to the latest first compression; its replays between consecutive first
+            compressions (without `full_logprobs` up to the earliest); and for each configuration that compresses
+            anything in this text, its own request, positioned at its first compression
     """
     firsts = [first_event(config, num_prompt_tokens, block_size) for config in configs]
     most_queries = max((config.query_span for config in configs), default=0)

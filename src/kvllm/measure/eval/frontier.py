@@ -1,9 +1,9 @@
-"""What each byte of KV cache buys: KL and recall of settings of every size, and of vLLM's own cache precisions.
+"""Quality (KL, recall) against KV cache size, for settings of all sizes and for vLLM's own cache precisions.
 
     kvllm eval frontier --traces traces.jsonl --model DIR --log frontier.jsonl --json out.json --plot out.svg
 
-Every trace and every text of recall that is done is a line of the log, and a run that finds some there does the rest.
-The table, the JSON and the plot hold all settings of the log.
+The log has one line per finished trace or recall text; a run continues from an existing log. Table, JSON and plot show
+all settings in the log.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def grid(
     head_dim: int,
     common: dict[str, Any],
 ) -> list[Case]:
-    """The settings to compare: methods, precisions of the cache and of survivors, and bytes of an old window.
+    """The settings to compare: methods, precisions of the cache and of survivors, and sizes of a compressed window.
 
-    sizes: bytes of an old window as shares of those in 16 bits; what does not fit a window is left out
-    Every precision is also measured with nothing evicted; the first method and random at the default ratio too.
-    Methods after the first are measured in caches of the model's own dtype. TurboQuant's caches are not compressed.
+    sizes: bytes of a compressed window relative to 16 bits uncompressed; sizes that do not fit a window are left out
+    Every precision is also measured without eviction, and the first method and random also at the default ratio. Other
+    methods are measured only in caches of the model's own dtype. TurboQuant caches are not compressed.
     """
     if unknown := [name for name in caches if name not in CACHE_DTYPES]:
         raise UsageError(f"--caches {', '.join(unknown)}: use {', '.join(CACHE_DTYPES)}.")
@@ -73,21 +73,21 @@ def grid(
 
 
 def with_few_queries(config: KvConfig) -> KvConfig:
-    """Random looks at no query, so it keeps few: the baseline of `sweep`."""
+    """The random baseline; it uses no queries, so it stores few."""
     return baseline_of(config) if config.method == "random" else config
 
 
 def ratios(
     bits: int, sizes: Sequence[float], cache: str, window_size: int, block_size: int, head_dim: int
 ) -> Iterator[float]:
-    """The retention ratios at which an old window takes these shares of its bytes in 16 bits."""
+    """The retention ratios at which a compressed window takes these shares of its uncompressed bytes in 16 bits."""
     packed = packed_block_tokens(block_size, head_dim, bits) if bits < PLAIN_BITS else block_size
     half = cache == "fp8" and bits == PLAIN_BITS  # survivors take the cache's own precision
     for size in sizes:
         blocks = size * window_size / block_size * (2 if half else 1)
         kept = blocks * packed
         if blocks >= 1 and kept <= window_size * (1 if bits < PLAIN_BITS else 0.99):
-            # At 1.0 nothing would be compressed, so nothing rounded.
+            # At 1.0 nothing would be compressed, and so nothing quantised.
             yield min(kept / window_size, 0.9999)
 
 
@@ -97,8 +97,8 @@ def key_of(case: Case) -> str:
 
 @dataclass
 class Point:
-    """One setting and what was measured of it so far: by trace the rows and the sums over them, by text whether the
-    fact was recalled."""
+    """One setting and its results so far: row counts and sums per trace, and per recall text whether the fact was
+    recalled."""
 
     case: Case
     traces: dict[str, tuple[int, float, float]] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class Point:
         return bootstrap_ratio([t[which] for t in self.traces.values()], [t[0] for t in self.traces.values()])
 
     def against(self, other: Point) -> Estimate:
-        """KL as a share of the other's, on the traces that both have, in pairs."""
+        """KL relative to the other's, by paired bootstrap over their common traces."""
         both = [name for name in self.traces if name in other.traces]
         return bootstrap_ratio([self.traces[n][1] for n in both], [other.traces[n][1] for n in both])
 
@@ -123,7 +123,7 @@ class Point:
 
 
 class Log:
-    """The lines of a run, and those that it adds. Raises UsageError where the file holds another run."""
+    """The log of a run. Raises UsageError if the file belongs to a run with other settings."""
 
     def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
         self.path = path
@@ -133,7 +133,7 @@ class Log:
             kind = line.pop("kind")
             if kind == RUN and line != about:
                 shown = ", ".join(f"{k}={line.get(k)!r}, now {v!r}" for k, v in about.items() if line.get(k) != v)
-                raise UsageError(f"--log {path}: holds another run ({shown}); use another file.")
+                raise UsageError(f"--log {path}: belongs to another run ({shown}); use another file.")
             if kind in (TRACE, RECALL):
                 try:
                     self._take(kind, line)
@@ -165,7 +165,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log. A last line that was cut off, as by a kill, is taken out of the file."""
+    """The lines of a log. An incomplete last line, as left by a kill, is removed from the file."""
     text = path.read_text()
     whole, _, rest = text.rpartition("\n")
     lines = whole.splitlines()
@@ -202,7 +202,7 @@ def measure_traces(
     goes_on: Callable[[], bool] = lambda: True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """What the log lacks, one trace after the other with all cases, while `goes_on`."""
+    """Measure what the log lacks, trace by trace with all cases, while `goes_on`."""
     for done, trace in enumerate(traces):
         progress(done, len(traces))
         todo = [case for case in cases if trace.id not in log.point(case).traces]
@@ -224,7 +224,7 @@ def measure_recall(
     goes_on: Callable[[], bool] = lambda: True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """The same of the texts of recall; a text whose fact the full cache does not recall counts for no case."""
+    """Measure the missing recall texts. Texts whose fact the full cache does not recall are not counted."""
     for done, item in enumerate(items):
         progress(done, len(items))
         unit = f"{item.distance}/{item.depth:g}/{item.sample}"
@@ -238,18 +238,18 @@ def measure_recall(
 
 
 def measured(log: Log) -> list[Point]:
-    """The points that have traces."""
+    """The points with results on traces."""
     return [point for point in log.points.values() if point.traces]
 
 
 def held(points: Iterable[Point], config: Any, block_size: int, lengths: tuple[int, int]) -> list[tuple[Point, Held]]:
-    """The points with their bytes, smallest first."""
+    """The points with their sizes in bytes, smallest first."""
     found = [(point, held_bytes(point.case, config, block_size, [lengths])) for point in points]
     return sorted(found, key=lambda each: (each[1].old, each[0].kl().value))
 
 
 def random_like(point: Point, points: Iterable[Point]) -> Point | None:
-    """Random survivors with the same bits, bytes and sizes."""
+    """The random baseline with the same bits, bytes and window sizes."""
     if not point.case.config.enabled:
         return None
     wanted = baseline_of(point.case.config)
@@ -257,7 +257,7 @@ def random_like(point: Point, points: Iterable[Point]) -> Point | None:
 
 
 def kept_of(case: Case, block_size: int, head_dim: int) -> str:
-    """Tokens that a window keeps."""
+    """Number of tokens that a window keeps."""
     geometry = geometry_of(case, block_size, head_dim)
     if geometry is None:
         return "all"
@@ -291,7 +291,7 @@ def table(rows: Sequence[tuple[Point, Held]], config: Any, block_size: int) -> s
 
 
 def report(rows: Sequence[tuple[Point, Held]], **about: Any) -> dict[str, Any]:
-    """What is written as JSON."""
+    """The content of the JSON file."""
     points, results = [point for point, _ in rows], []
     for point, size in rows:
         random, recalled = random_like(point, points), point.recall()
@@ -315,10 +315,10 @@ def report(rows: Sequence[tuple[Point, Held]], **about: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure, and with what.
+    """What to measure.
 
-    lengths: tokens of the prompt and the answer whose bytes are reported
-    minutes: of measuring, after which the rest is left for another call; None: no limit
+    lengths: prompt and answer length, in tokens, of the request whose cache size is reported
+    minutes: time limit, after which a further call can continue; None: no limit
     """
 
     methods: Sequence[str]
@@ -340,7 +340,7 @@ class Plan:
 def run(
     traces_path: Path, folder: str, plan: Plan, log_path: Path | None, device: str, dtype: str, outputs: Outputs
 ) -> None:
-    """Measure what the log lacks, print the table and write what `outputs` asks for."""
+    """Measure what the log lacks, print the table and write the files in `outputs`."""
     traces = half_of(read_traces(traces_path), plan.half)[: plan.limit]
     model = load_model(folder, getattr(torch, dtype), device)
     head_dim = head_dim_of(model.config.get_text_config())
@@ -363,7 +363,7 @@ def run(
 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         items = recall.make_items(tokenizer, plan.distances, plan.depths, plan.samples, data=plan.data)
-        items.sort(key=lambda item: item.sample)  # a run that stops early has every distance and depth
+        items.sort(key=lambda item: item.sample)  # so that a run that stops early covers every distance and depth
         measure_recall(model, tokenizer, items, cases, plan.block_size, log, goes_on, Progress("texts"))
     if not measured(log):
         raise UsageError(f"{traces_path}: no trace is long enough to be compressed; use longer traces.")

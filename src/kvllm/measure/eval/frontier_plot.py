@@ -1,4 +1,4 @@
-"""The plot of `kvllm eval frontier`: KL against bytes, in colours that are legible on light and on dark pages."""
+"""The plot of `kvllm eval frontier`: KL against bytes, legible on light and dark pages."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from kvllm.measure.eval.held_bytes import Held
 
 GREY = "#808080"
-# Okabe and Ito's, without black and yellow.
+# The palette of Okabe and Ito without black and yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = {16: "o", 8: "s", 4: "D"}
 LEAST_KL = 1e-5  # where nothing is lost
 
 
 def plot_frontier(rows: Sequence[tuple[Point, Held]], title: str, path: Path) -> None:
-    """One line for each method, precision of the cache and bits of survivors; a star for each whole cache."""
+    """One line per method, cache precision and survivor bits; a star for each cache without eviction."""
     figure, axis = plt.subplots(figsize=(9, 6))
     lines: dict[tuple[str, str, int], list[tuple[float, Any]]] = {}
     for point, size in rows:
@@ -68,7 +68,7 @@ def _star(axis: Any, size: float, kl: Any, cache: str) -> None:
 
 
 def _soften(axis: Any) -> None:
-    """Grey text and lines, which a white page and a black one both show."""
+    """Grey text and lines, visible on white and black pages."""
     axis.tick_params(colors=GREY, which="both")
     for part in (axis.xaxis.label, axis.yaxis.label, axis.title):
         part.set_color(GREY)

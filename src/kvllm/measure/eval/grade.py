@@ -1,4 +1,4 @@
-"""Whether a text ends with the expected answer, by math-verify."""
+"""Grade answers with math-verify."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import importlib.metadata
 
 from math_verify import parse, verify
 
-# Raised when grading changes.
+# Incremented when grading changes.
 GRADE_VERSION = 1
 GRADER = f"math-verify {importlib.metadata.version('math-verify')}, v{GRADE_VERSION}"
-TIMEOUT = 5  # seconds to parse, and to compare: sympy may never end
+TIMEOUT = 5  # seconds, for parsing and for comparing: sympy may not terminate
 
 
 def is_correct(text: str, expected: str) -> bool:
-    """Whether the answer that `text` comes to (a boxed one, or else its last formula or number) is `expected`.
+    """Whether the final answer of `text` (a boxed one, else its last formula or number) equals `expected`.
 
-    math-verify takes boxed answers that stand close together for one set, which is right for "the roots are ..." and
-    wrong after a correction; so the last boxed answer alone counts as well.
+    math-verify reads adjacent boxed answers as one set, which is right for "the roots are ..." but wrong after a
+    correction; so a text is also correct if its last boxed answer alone is.
 
-    expected: LaTeX or a number; what cannot be parsed or compared in time is not correct
+    expected: LaTeX or a number. Answers that cannot be parsed or compared within TIMEOUT count as wrong
     """
     last = text.rfind("\\boxed")
     return _equals(text, expected) or (last > 0 and _equals(text[last:], expected))

@@ -1,4 +1,4 @@
-"""Bytes of KV cache that a configuration holds, layers of full attention together, per token of the text."""
+"""KV cache bytes per token of text that a configuration holds, summed over the full-attention layers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from kvllm.support import PLAIN_BITS
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes for each token of the text.
+    """Bytes per token of text.
 
-    old:  of a token that was compressed long ago; without compression, of any
-    life: of all tokens, prompt and newest ones included, on average over the life of some answers
+    old:  for compressed tokens; without compression, for all
+    life: for all tokens, including prompt and buffer, on average while some answers are generated
     """
 
     old: float
@@ -31,14 +31,14 @@ class Held:
 
 
 def geometry_of(case: Case, block_size: int, head_dim: int) -> Geometry | None:
-    """The geometry whose windows keep whole packed blocks, as on GPUs; None where nothing is compressed.
+    """The geometry with whole packed blocks per window, as on GPUs; None if nothing is compressed.
 
-    Raises UsageError where the sizes do not fit.
+    Raises UsageError if the sizes do not fit.
     """
     if case.config.budgets:
         raise UsageError(
-            f"{case.label}: bytes a token are counted for one ratio for all layers. Give the mean of the table, which "
-            "takes as many."
+            f"{case.label}: tables of ratios are not supported here. Use the table's mean, which takes the same number "
+            "of bytes."
         )
     bits = case.config.survivor_bits
     tokens = packed_block_tokens(block_size, head_dim, bits) if bits < PLAIN_BITS else None
@@ -46,11 +46,11 @@ def geometry_of(case: Case, block_size: int, head_dim: int) -> Geometry | None:
 
 
 def held_bytes(case: Case, config: Any, block_size: int, lengths: list[tuple[int, int]]) -> Held:
-    """What a case holds in 16 bits or its cache's precision.
+    """Bytes per token of a case, in 16 bits or its cache's precision.
 
     config:  a transformers config
-    lengths: of prompts and of their answers, in tokens
-    Packed blocks take the bytes of plain ones in 16 bits, whatever the precision of the rest of the cache.
+    lengths: prompt and answer lengths, in tokens
+    A packed block has the size of a plain block in 16 bits, whatever the precision of the rest of the cache.
     """
     text = config.get_text_config()
     head_dim = head_dim_of(text)
@@ -63,7 +63,7 @@ def held_bytes(case: Case, config: Any, block_size: int, lengths: list[tuple[int
     if geometry is None:
         return Held(plain, plain)
     packed = geometry.packed_tokens is not None
-    # Of a token's space in a block of survivors.
+    # Relative to a token's space in a plain block.
     survivor = num_kv_heads * full * len(formats) if packed else plain
     held = texts = 0.0
     for num_prompt, num_answer in lengths:
@@ -78,5 +78,5 @@ def held_bytes(case: Case, config: Any, block_size: int, lengths: list[tuple[int
 
 
 def full_bytes(config: Any) -> float:
-    """Bytes of a token in 16 bits."""
+    """Bytes per token in 16 bits."""
     return held_bytes(Case("", KvConfig(retention_ratio=1.0)), config, 16, []).old

@@ -1,4 +1,4 @@
-"""Plots of estimates and shares, whatever task they come from."""
+"""Plots of estimates and shares, shared by all tasks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvllm.measure.eval.sweep import BASELINES
 
 @dataclass
 class Panel:
-    """Curves over the retention ratio, one line a name; full: the full cache's value, drawn dashed."""
+    """Curves over the retention ratio, one line per name; full: the full cache's value, dashed."""
 
     title: str
     full: float | None = None
@@ -29,9 +29,9 @@ class Panel:
 
 
 def panels_of(rows: Sequence[Any], full: Any, figures: Mapping[str, str]) -> list[Panel]:
-    """A panel for each figure of rows that have a name and a ratio, and Estimates as attributes.
+    """One panel per metric, for rows with a name, a ratio and Estimates as attributes.
 
-    full: the row of the full cache, or None; figures: attributes by title
+    full: the row of the full cache, or None; figures: attribute names by title
     """
     made = []
     for title, attribute in figures.items():
@@ -44,7 +44,7 @@ def panels_of(rows: Sequence[Any], full: Any, figures: Mapping[str, str]) -> lis
 
 
 def plot_curves(panels: Sequence[Panel], path: Path) -> None:
-    """The panels side by side."""
+    """Draw panels side by side."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
         draw_curves(axis, panel.curves, panel.full)
@@ -55,7 +55,7 @@ def plot_curves(panels: Sequence[Panel], path: Path) -> None:
 
 
 def plot_grids(grids: Mapping[str, Mapping[tuple[int, float], float]], path: Path) -> None:
-    """A heat map for each title of the share recalled: distance across, depth down."""
+    """One heat map per title of the share recalled, distance by depth."""
     figure, axes = plt.subplots(1, len(grids), figsize=(1 + 2.6 * len(grids), 3.4), sharey=True, squeeze=False)
     for axis, (title, cells) in zip(axes[0], grids.items(), strict=True):
         distances, depths = sorted({d for d, _ in cells}), sorted({x for _, x in cells})
@@ -75,7 +75,7 @@ def plot_grids(grids: Mapping[str, Mapping[tuple[int, float], float]], path: Pat
 
 
 def plot_bins(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], path: Path) -> None:
-    """Side by side for each title: a share by the lower ends of bins, one line a name."""
+    """One panel per title: a share by the lower bounds of bins, one line per name."""
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), sharey=True, squeeze=False)
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         firsts = sorted({first for points in lines.values() for first, _ in points})
@@ -94,7 +94,7 @@ def plot_bins(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], p
 def plot_bars_and_lines(
     lines: Mapping[str, Sequence[float]], bars: Mapping[str, Estimate], limits: Mapping[str, float], path: Path
 ) -> None:
-    """Shares by place in the window beside what each choice covers, with the limits as dashed lines."""
+    """Shares by position in the window, next to the attention that each selection covers; limits are dashed."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
     for name, shares in lines.items():
         places = [(i + 0.5) / len(shares) for i in range(len(shares))]
@@ -119,7 +119,7 @@ def plot_bars_and_lines(
 
 
 def draw_curves(axis: Any, curves: dict[str, list[tuple[float, Estimate]]], full: float | None) -> None:
-    """Value and interval by retention ratio, one line a name."""
+    """Value and interval by retention ratio, one line per name."""
     for name, points in curves.items():
         points = sorted(points, key=lambda point: point[0])
         ratios = [ratio for ratio, _ in points]

@@ -1,4 +1,4 @@
-"""Problems with answers: the two sets in a checkout of the repository, or any JSONL file of the same form."""
+"""Problems with answers: the two sets in a checkout of the repository, or any JSONL file in the same format."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Protocol, TypeVar
 from kvllm.errors import UsageError
 from kvllm.measure.eval.engines import Exchange
 
-# In a checkout; an installed package carries no data.
+# Only in a checkout; the package contains no data.
 DATA = Path(__file__).parents[4] / "benchmarks" / "data"
 SHIPPED = {"math500": DATA / "math500.jsonl", "gsm8k": DATA / "gsm8k_test.jsonl"}
 NOT_SHIPPED = ("aime24", "aime25")
 
-# Raised when the prompt or what is graded changes: figures of two versions do not compare.
+# Incremented when the prompt or the grading changes: results of different versions are not comparable.
 PROMPT_VERSION = 1
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Asked(Protocol):
-    """What an answer is made to: a problem, or a chain of them."""
+    """A question to answer: a problem, or a chain of problems."""
 
     @property
     def id(self) -> str: ...
@@ -55,10 +55,10 @@ class Problem:
 
 
 def load_problems(task: str, data: Path | None = None) -> list[Problem]:
-    """The problems of a task in `benchmarks/data`, or of the file `data` (then `task` is only a name)."""
+    """The problems of a task in `benchmarks/data`, or of the file `data` (`task` is then only a name)."""
     if data is None:
         if task in NOT_SHIPPED:
-            raise UsageError(f"task {task}: its text has no open licence and does not ship; name a file with --data.")
+            raise UsageError(f"task {task}: not included, since its text has no open licence; name a file with --data.")
         if task not in SHIPPED:
             raise UsageError(f"no task named {task!r}; use {', '.join(SHIPPED)}, or name a file with --data.")
         data = SHIPPED[task]
@@ -81,12 +81,12 @@ def spread(items: Sequence[T], count: int | None) -> list[T]:
     if count is None or count >= len(items):
         return list(items)
     if count < 1:
-        raise UsageError(f"{count} of {len(items)} items: must be 1 or more.")
+        raise UsageError(f"--problems {count} (of {len(items)}): must be 1 or more.")
     return [items[i * len(items) // count] for i in range(count)]
 
 
 def half_of(items: Sequence[T], half: str | None) -> list[T]:
-    """train: the first, third, ... trace or problem, to tune on; test: the others, to report on; None: all."""
+    """One half of the items. train: the first, third, ..., to tune on; test: the others, to report on; None: all."""
     if half is None:
         return list(items)
     if half not in HALVES:

@@ -1,13 +1,13 @@
-"""Programs to be executed step by step: problems whose answer needs what was written long before.
+"""Programs to execute step by step, for which the answer needs its own earlier results.
 
     v0 7 +1 ; v1 v0 -3 ; v2 v0 +2 ; ask v1 v2 run
 
-says that v1 is v0 minus 3. The answer repeats each line with the value of its variable, looked up in the answer so far,
-and its result, and ends with the values that were asked for:
+Here v1 is v0 minus 3. The answer repeats each line with the value of its operand, looked up in the answer so far, and
+the result, and ends with the requested values:
 
     v0 7 +1 : 7 7 v0 8 ; v1 v0 -3 : v0 8 v1 5 ; v2 v0 +2 : v0 8 v2 0 ; answer v1 5 v2 0
 
-Values count modulo 10. Results stand in the answer only, so a lost one cannot be read in the prompt.
+Values are modulo 10. Results appear only in the answer, so an evicted one cannot be recovered from the prompt.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import numpy.typing as npt
 from kvllm.errors import UsageError
 from kvllm.measure.eval.problems import Problem
 
-# Raised when programs change: figures of two versions do not compare.
+# Incremented when programs change: results of different versions are not comparable.
 PROGRAMS_VERSION = 1
 NUM_ROOTS = 4  # first lines, which use no variable
 MAX_LINES = 256
 MODULUS = 10
-STEP = 3  # most that a line adds or subtracts
+STEP = 3  # largest number that a line adds or subtracts
 PROMPT_LINE, ANSWER_LINE = 4, 9  # tokens
 
 Ids = npt.NDArray[np.int64]
 
-# One token a word.
+# One token per word.
 PAD, END, COLON, SEMICOLON, ASK, RUN, ANSWER = range(7)
 DIGITS = 7
 PLUS = DIGITS + MODULUS  # "+1" and so on
@@ -47,12 +47,12 @@ VOCABULARY = (
 
 @dataclass(frozen=True)
 class Programs:
-    """Programs of one length and their answers, as token ids.
+    """A batch of programs of one length and their answers, as token ids.
 
     prompts: [count, num_prompt_tokens]
     answers: [count, num_answer_tokens], with END as the last
-    asked:   [count, num_asked], numbers of the variables
-    values:  [count, num_asked], theirs
+    asked:   [count, num_asked], numbers of the requested variables
+    values:  [count, num_asked], their values
     """
 
     prompts: Ids
@@ -62,9 +62,9 @@ class Programs:
 
 
 def programs(count: int, num_lines: int, num_asked: int, rng: np.random.Generator) -> Programs:
-    """Programs whose line n sets vn to an earlier variable, any of them equally likely, plus or minus a small number.
+    """Random programs whose line n sets vn to a uniformly chosen earlier variable plus or minus a small number.
 
-    The first `NUM_ROOTS` lines use a number in the place of a variable.
+    The first `NUM_ROOTS` lines use a number instead of a variable.
     """
     if not NUM_ROOTS < num_lines <= MAX_LINES or not 0 < num_asked <= num_lines:
         raise UsageError(
@@ -101,7 +101,7 @@ def programs(count: int, num_lines: int, num_asked: int, rng: np.random.Generato
 
 
 def _interleaved(*columns: Ids) -> Ids:
-    """[count, num_lines * num_columns]: one token of each column for each line."""
+    """[count, num_lines * num_columns]: the columns' tokens, line by line."""
     return np.stack(columns, axis=-1).reshape(len(columns[0]), -1)
 
 
@@ -110,7 +110,7 @@ def words(ids: npt.ArrayLike) -> str:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """A tokenizer of these words, in a form that transformers and vLLM load."""
+    """A word-level tokenizer that transformers and vLLM can load."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -124,7 +124,7 @@ def save_tokenizer(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Program(Problem):
-    """A program as a prompt of its own, without the instruction that other problems get."""
+    """A program as the whole prompt, without the instruction that other problems get."""
 
     @property
     def prompt(self) -> str:
@@ -132,7 +132,7 @@ class Program(Problem):
 
 
 def problems(count: int, num_lines: int, num_asked: int, seed: int) -> list[Program]:
-    """The answer to each is its last words, such as "v17 4 v3 9"."""
+    """The programs as problems, whose answers are the last words, such as "v17 4 v3 9"."""
     drawn = programs(count, num_lines, num_asked, np.random.default_rng(seed))
     return [
         Program(f"{seed}/{i}", words(prompt), words(answer[-2 * num_asked - 1 :]))
@@ -141,7 +141,7 @@ def problems(count: int, num_lines: int, num_asked: int, seed: int) -> list[Prog
 
 
 def execute(program: str) -> dict[str, int]:
-    """The value of each variable of a program in words."""
+    """The value of each variable of a program, given as words."""
     values: dict[str, int] = {}
     for line in program.split(" ask ")[0].split(";"):
         if line.strip():
@@ -151,7 +151,7 @@ def execute(program: str) -> dict[str, int]:
 
 
 def is_correct(text: str, expected: str) -> bool:
-    """Whether the last words of an answer are the variables that were asked for and their values."""
+    """Whether an answer ends with the requested variables and their values."""
     return answered(text) == expected.split()
 
 
@@ -161,13 +161,13 @@ def answered(text: str) -> list[str]:
 
 
 def values_right(text: str, expected: str) -> float:
-    """Share of the values asked for that are right."""
+    """Share of the requested values that are correct."""
     given, wanted = answered(text)[1::2], expected.split()[1::2]
     return sum(a == b for a, b in zip(given, wanted, strict=False)) / len(wanted)
 
 
 def lines_right(text: str, program: Program) -> float:
-    """Share of the program's lines whose result is right in the answer; a line that is not written is not."""
+    """Share of the program's lines whose result is correct in the answer; missing lines count as wrong."""
     written: dict[str, int] = {}
     for line in text.split("answer ")[0].split(";"):
         if len(words := line.split()) == ANSWER_LINE - 1 and words[-1].isdigit():

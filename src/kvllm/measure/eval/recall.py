@@ -1,10 +1,10 @@
-"""A needle in the reasoning: a fact stated once in the generated part and asked for later.
+"""Needle in the reasoning: a fact is stated once in the generated text and asked for later.
 
     kvllm eval recall --model DIR --methods kara --ratios 0.3 --distances 256,512,1024 --json out.json
 
-The text is prompt, filler with the needle in it, question; all of it but the prompt counts as generated, so windows are
-compressed as they would be during decoding. The answer is then generated greedily. A method that evicts at random
-cannot keep a number whose tokens are looked at only later, so this shows what mean KL hides.
+The text consists of prompt, filler with the needle, and question. Everything after the prompt counts as generated, so
+it is compressed as during decoding. The answer is then generated greedily. Random eviction cannot keep a number that is
+attended to only later, so this shows losses that mean KL hides.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PLACES = ("vault", "cellar", "tower", "library", "harbour", "garden", "station",
 
 @dataclass(frozen=True)
 class Needle:
-    """A fact that no reasoning can find again once it is forgotten."""
+    """A fact that cannot be derived again once it is evicted."""
 
     place: str
     code: str
@@ -60,10 +60,10 @@ class Needle:
 
 @dataclass(frozen=True)
 class Item:
-    """One text to remember in.
+    """One text with a needle.
 
-    distance: tokens of filler, needle included, between the prompt and the question
-    depth:    where in them the needle stands: 0 at the start, 1 right before the question
+    distance: tokens of filler, including the needle, between prompt and question
+    depth:    relative position of the needle in the filler: 0 at the start, 1 right before the question
     """
 
     distance: int
@@ -97,9 +97,9 @@ def make_items(
     seed: int = 0,
     data: Path | None = None,
 ) -> list[Item]:
-    """Texts of every distance and depth; sample i has the same filler and needle at all of them.
+    """Texts for every distance and depth; sample i has the same filler and needle in all of them.
 
-    data: problems that the filler is made of; None: GSM8K
+    data: file of problems that make up the filler; None: GSM8K
     """
     problems = load_problems("gsm8k", data)
     rng = random.Random(seed)
@@ -116,7 +116,9 @@ def make_items(
                 asked = tokenizer.encode(needle.question, add_special_tokens=False)
                 room = distance - len(stated)
                 if room < 0:
-                    raise UsageError(f"distance {distance}: the needle alone takes {len(stated)} tokens.")
+                    raise UsageError(
+                        f"--distances {distance}: the needle alone takes {len(stated)} tokens; use a larger distance."
+                    )
                 before = round(depth * room)
                 text = [*prompt, *filler[:before], *stated, *filler[before:room], *asked]
                 items.append(Item(distance, depth, sample, needle, text, len(prompt)))
@@ -124,7 +126,7 @@ def make_items(
 
 
 def filler_ids(tokenizer: Any, problems: Sequence[Problem], count: int, rng: random.Random) -> list[int]:
-    """Problems and answers in a row, as a model might restate them: tokens of ordinary mathematical text."""
+    """Token ids of filler: problems and answers one after another, as a model might restate them."""
     ids: list[int] = []
     while len(ids) < count:
         problem = rng.choice(problems)
@@ -141,7 +143,7 @@ def measure(
     max_tokens: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[Answer]]:
-    """Answers to every item, by the case's label, and with the full cache under FULL."""
+    """Answers to every item by case label; those of the full cache under FULL."""
     answers: dict[str, list[Answer]] = {label: [] for label in (FULL, *(case.label for case in cases))}
     for done, item in enumerate(items, start=1):
         for label, answer in zip(
@@ -161,10 +163,10 @@ def answer_item(
     max_tokens: int = 8,
     packed: bool = False,
 ) -> list[Answer]:
-    """The full cache's answer to one item, then that of each case.
+    """The full cache's answer to one item, then each case's.
 
-    A case that compresses nothing before the question has the answer of the whole cache in its precision.
-    packed: as of `Request`
+    If a case compresses nothing before the question, its answer is that of the whole cache in its precision.
+    packed: as in `Request`
     """
 
     def ask(request: Request) -> Answer:
@@ -185,7 +187,7 @@ def answer_item(
 
 
 def continue_greedily(request: Request, token_ids: Sequence[int], max_tokens: int) -> list[int]:
-    """The most likely tokens after the text, of which the request may already hold a part."""
+    """Greedy continuation of the text; the request may already hold a part of it."""
     if request.num_computed_tokens < len(token_ids) - 1:
         feed(request, token_ids)
     tokens = [token_ids[-1]]
@@ -207,7 +209,7 @@ def grid(answers: Sequence[Answer]) -> dict[tuple[int, float], float]:
 
 
 def table(answers: Mapping[str, Sequence[Answer]]) -> str:
-    """Markdown: all items together, then by distance."""
+    """Markdown: recall over all items, then by distance."""
     distances = sorted({a.distance for a in next(iter(answers.values()))})
     rows = [
         [
@@ -221,7 +223,7 @@ def table(answers: Mapping[str, Sequence[Answer]]) -> str:
 
 
 def report(answers: Mapping[str, Sequence[Answer]], cases: Sequence[Case], **about: Any) -> dict[str, Any]:
-    """What is written as JSON: every answer too, so that it can be graded again."""
+    """The content of the JSON file, including all answers, so that they can be graded again."""
     configs = {case.label: resolved(case.config) for case in cases}
     return {
         "task": "recall",
@@ -253,7 +255,7 @@ def run(
     outputs: Outputs,
     data: Path | None = None,
 ) -> None:
-    """Measure, print the table and write what `outputs` asks for; folder: the model's."""
+    """Measure, print the table and write the files in `outputs`; folder: of the model."""
     model = load_model(folder, getattr(torch, dtype), device)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     items = make_items(tokenizer, distances, depths, samples, data=data)

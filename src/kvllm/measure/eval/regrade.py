@@ -1,4 +1,4 @@
-"""Grade the answers of `kvllm eval accuracy` again, such as with a newer math-verify, and write its results anew."""
+"""Grade the answers of `kvllm eval accuracy` again, for example with a newer math-verify, and rewrite its results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvllm.measure.eval.samples import read_samples, regrade
 
 
 def run(log: Path) -> None:
-    """log: samples.jsonl of a run; results.* beside it are written anew."""
+    """log: samples.jsonl of a run; results.* in its folder are rewritten."""
     found = read_samples(log)
     for sample in found:
         if sample.grader is not None and not sample.grader.startswith("math-verify"):

@@ -1,4 +1,4 @@
-"""How results are shown: Markdown tables, intervals, progress, and the files that a command was asked for."""
+"""Output of results: Markdown tables, intervals, progress bars and files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def interval(estimate: Estimate, digits: int, scale: float = 1.0) -> str:
 
 
 class Progress:
-    """A progress bar on stderr, redrawn less often where that is no terminal; called with what is done, of how much."""
+    """A progress bar on stderr, redrawn less often if that is not a terminal; call it with (done, total)."""
 
     def __init__(self, what: str) -> None:
         self.bar: Any = tqdm(unit=f" {what}", mininterval=0.5 if sys.stderr.isatty() else 15.0, file=sys.stderr)
@@ -35,14 +35,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outputs:
-    """The files to write, each None where none was asked for."""
+    """The files to write; None: not wanted."""
 
     json: Path | None = None
     markdown: Path | None = None
     plot: Path | None = None
 
     def write(self, table: str, report: Mapping[str, Any], plot: Callable[[Path], None]) -> None:
-        """Print the table, and write the table, the figures and the plot."""
+        """Print the table, and write the table, JSON and plot."""
         if self.json:
             self.json.write_text(json.dumps(report, indent=1) + "\n")
         print(table)

@@ -1,4 +1,4 @@
-"""The log of a run: every answer with what was asked, so that it can be graded again and a killed run goes on."""
+"""The log of a run: all questions and answers, so that they can be graded again and an interrupted run continued."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any, TextIO
 class Sample:
     """One answer to one problem.
 
-    name:       what the configuration is called in tables
-    config:     fields of KvConfig; None: the full cache, or an endpoint's own
-    ratio:      1.0 for the full cache; None where an endpoint chose
+    name:       the configuration's label in tables
+    config:     fields of KvConfig; None: the full cache, or an endpoint's own configuration
+    ratio:      1.0 for the full cache; None: the endpoint's default
     correct:    None: not graded yet
     """
 
@@ -34,7 +34,7 @@ class Sample:
 
     @property
     def key(self) -> str:
-        """What a resumed run need not do again."""
+        """Identifies the answer; a continued run skips the keys in its log."""
         return sample_key(self.task, self.problem_id, self.sample, self.config, self.ratio)
 
 
@@ -43,13 +43,13 @@ def sample_key(task: str, problem_id: str, sample: int, config: Mapping[str, Any
 
 
 def write_sample(log: TextIO, sample: Sample) -> None:
-    """Append one line and hand it to the system, so that a kill loses no more than what is being written."""
+    """Append one line and flush it, so that a kill loses at most this line."""
     log.write(json.dumps(asdict(sample)) + "\n")
     log.flush()
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """All whole lines of the log; what a kill left of a last one is cut off the file."""
+    """All complete lines of the log; an incomplete last line, as left by a kill, is removed from the file."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
@@ -59,7 +59,7 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def regrade(path: Path) -> list[Sample]:
-    """Grade every answer of the log again and put the result in its place."""
+    """Grade every answer of the log again and replace the log."""
     from kvllm.measure.eval.grade import GRADER, is_correct
 
     samples = [replace(s, correct=is_correct(s.text, s.expected), grader=GRADER) for s in read_samples(path)]

@@ -1,4 +1,4 @@
-"""Intervals: bootstrap over what was drawn at random (traces, problems), Wilson for plain shares."""
+"""Confidence intervals: bootstrap over sampling units (traces, problems), Wilson for shares."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Estimate:
 
 
 def bootstrap_ratio(numerators: npt.ArrayLike, denominators: npt.ArrayLike, seed: int = 0) -> Estimate:
-    """The ratio of two sums over the same units, whole units resampled with replacement.
+    """The ratio of two sums over the same units, with a bootstrap interval over units.
 
-    With row counts as denominators this is a mean over rows whose units are traces; with another method's sums, the
+    With row counts as denominators, this is a mean over rows, with traces as units; with another method's sums, the
     paired ratio of two methods.
 
     numerators, denominators: [num_units]
     """
     top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     if top.shape != bottom.shape or top.ndim != 1 or not len(top):
-        raise ValueError(f"one numerator and one denominator a unit, not {top.shape} and {bottom.shape}.")
+        raise ValueError(f"expected one numerator and one denominator per unit, not {top.shape} and {bottom.shape}.")
     drawn = np.random.default_rng(seed).integers(len(top), size=(NUM_RESAMPLES, len(top)))
     ratio = _divide(top[drawn].sum(axis=1), bottom[drawn].sum(axis=1))
     low, high = np.nanquantile(ratio, (0.025, 0.975)) if not np.isnan(ratio).all() else (math.nan, math.nan)
@@ -42,13 +42,13 @@ def bootstrap_ratio(numerators: npt.ArrayLike, denominators: npt.ArrayLike, seed
 
 
 def bootstrap_mean(values: npt.ArrayLike, seed: int = 0) -> Estimate:
-    """The mean over units that are resampled; of paired differences, the mean difference."""
+    """The mean over units, with a bootstrap interval; for paired differences, the mean difference."""
     array = np.asarray(values, np.float64)
     return bootstrap_ratio(array, np.ones(len(array)), seed)
 
 
 def wilson(successes: int, trials: int) -> Estimate:
-    """A share of independent trials."""
+    """The share of successes in independent trials, with a Wilson interval."""
     if not 0 <= successes <= trials or trials == 0:
         raise ValueError(f"{successes} successes in {trials} trials.")
     interval = binomtest(successes, trials).proportion_ci(method="wilson")

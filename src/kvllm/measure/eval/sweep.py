@@ -1,4 +1,4 @@
-"""Which configurations to measure: JSON with lists where several values are wanted.
+"""Sweeps of configurations: JSON in which a list stands for several values.
 
 [{"method": "kara", "retention_ratio": [0.2, 0.3], "method_options": {"moment": ["mean", "rms"]}}, ...]
 """
@@ -18,15 +18,15 @@ from kvllm.errors import UsageError
 from kvllm.methods import checked_config
 from kvllm.options import parse_json, parse_numbers
 
-# A claim that does not beat these is worth nothing, so they are always measured.
+# Always measured: a method must at least beat these.
 BASELINES = ("random", "recent")
-FULL = "full cache"  # what it is called in tables
-SWEEPS = Path(__file__).parent / "sweeps"  # those that ship, by their names
+FULL = "full cache"  # key for a label in tables
+SWEEPS = Path(__file__).parent / "sweeps"  # built-in sweeps by name
 
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration and what it is called in tables: the method and the options that the sweep varies.
+    """A configuration and its label in tables: the method and the options that the sweep varies.
 
     cache: vLLM's --kv-cache-dtype, one of `cache_formats.CACHE_DTYPES`
     """
@@ -45,9 +45,9 @@ def cases(
     common: Mapping[str, Any] | None = None,
     baselines: Sequence[str] = BASELINES,
 ) -> list[Case]:
-    """Every combination of every entry, `common` below each; the baselines are added at each ratio and size.
+    """All combinations of every entry, which overrides `common`; baselines are added for each ratio and size.
 
-    An entry's key "name" takes the place of the name made from its options. Equal configurations are measured once.
+    An entry's key "name" replaces the label made from its options. Equal configurations are measured once.
     """
     common = common or {}
     found: dict[str, Case] = {}
@@ -74,7 +74,7 @@ def cases(
 
 
 def baseline_of(config: KvConfig, method: str = "random") -> KvConfig:
-    """A baseline of the same policy, mean ratio and sizes; it fills no chunk and looks at no query, so it keeps few."""
+    """A baseline with the same policy, mean ratio and sizes. It uses no queries, so it stores few."""
     sizes = [config.window_size, config.buffer_size]
     if config.policy == "budget":
         sizes += [config.budget_size, config.budget_interval]
@@ -83,7 +83,7 @@ def baseline_of(config: KvConfig, method: str = "random") -> KvConfig:
 
 
 def combinations(entry: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """One dict for each choice from the entry's lists; lists inside mappings count as well."""
+    """One dict for each combination of values from the entry's lists, including lists inside mappings."""
     choices = []
     for key, value in entry.items():
         if isinstance(value, Mapping):
@@ -95,7 +95,7 @@ def combinations(entry: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def name_of(options: Mapping[str, Any], common: Mapping[str, Any]) -> str:
-    """The method, and what differs from the defaults and from `common`; the ratio is shown beside it."""
+    """The method and the options that differ from the defaults and from `common`, without the ratio."""
     defaults = KvConfig()
     parts = [str(options.get("method", defaults.method))]
     for key, value in options.items():
@@ -116,7 +116,7 @@ def parse_cases(
     common: Mapping[str, Any] | None = None,
     baselines: Sequence[str] = BASELINES,
 ) -> list[Case]:
-    """From the command line: JSON of entries, files of it or shipped sweeps, and a grid of methods by ratios."""
+    """Cases from the command line: entries as JSON, JSON files or built-in sweeps, and a grid of methods and ratios."""
     entries: list[Mapping[str, Any]] = []
     shared = dict(common or {})
     if ratios:

@@ -1,4 +1,4 @@
-"""Traces: texts that a model wrote, as token ids, for `kvllm eval fidelity` to replay."""
+"""Traces: texts that a model generated, as token ids, which `kvllm eval fidelity` replays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trace:
-    """A prompt and what a model wrote after it."""
+    """A prompt and the model's answer, as token ids."""
 
     id: str
     token_ids: list[int]
@@ -28,7 +28,9 @@ class Trace:
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_prompt_tokens < len(self.token_ids):
-            raise UsageError(f"trace {self.id}: {len(self.token_ids)} tokens, {self.num_prompt_tokens} of the prompt.")
+            raise UsageError(
+                f"trace {self.id}: has {len(self.token_ids)} tokens, but a prompt of {self.num_prompt_tokens}."
+            )
 
 
 def write_traces(path: Path, traces: Sequence[Trace]) -> None:
@@ -36,25 +38,25 @@ def write_traces(path: Path, traces: Sequence[Trace]) -> None:
 
 
 def read_traces(path: Path, option: str = "--traces") -> list[Trace]:
-    """The traces of a file. Raises UsageError, naming the option and the line, for what is none."""
+    """The traces in a file. Raises UsageError, naming option and line, for an invalid one."""
     traces = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
             traces.append(trace_of(json.loads(line)))
         except (json.JSONDecodeError, TypeError, KeyError) as e:
             raise UsageError(
-                f"{option} {path}: not what `kvllm eval traces` writes (line {number}: {e}); give a file that it wrote."
+                f"{option} {path}: not a file of `kvllm eval traces` (line {number}: {e}); give a file that it wrote."
             ) from e
     return traces
 
 
 def trace_of(row: Any) -> Trace:
-    """Raises TypeError or KeyError for what `write_traces` does not write."""
+    """Parse one line. Raises TypeError or KeyError for anything that `write_traces` does not write."""
     ids, num_prompt_tokens = row["token_ids"], row["num_prompt_tokens"]
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise TypeError("token_ids is no list of whole numbers")
+        raise TypeError("token_ids is not a list of integers")
     if type(num_prompt_tokens) is not int:
-        raise TypeError("num_prompt_tokens is no whole number")
+        raise TypeError("num_prompt_tokens is not an integer")
     return Trace(str(row["id"]), ids, num_prompt_tokens)
 
 
@@ -67,7 +69,7 @@ def make_traces(
     temperature: float,
     seed: int | None,
 ) -> list[Trace]:
-    """Let stock vLLM answer the problems; answers shorter than `min_tokens` are left out."""
+    """Answer the problems with stock vLLM; answers shorter than `min_tokens` are dropped."""
     from vllm import SamplingParams
 
     tokenizer = llm.get_tokenizer()
@@ -84,7 +86,10 @@ def make_traces(
 
 
 def prompts_of(task: str, data: Path | None, num_prompts: int | None, chain_length: int | None) -> Sequence[Asked]:
-    """The task's problems, or chains of them that share none, evenly spaced over all; None: all, and no chains."""
+    """The task's problems, or disjoint chains of them, evenly spaced.
+
+    num_prompts: None: all; chain_length: None: no chains
+    """
     problems = load_problems(task, data)
     if chain_length is None:
         return spread(problems, num_prompts)
@@ -104,9 +109,9 @@ def run(
     temperature: float,
     seed: int | None,
 ) -> None:
-    """Make traces and write those to keep to `out`; arguments: MODEL and any of vLLM's engine flags.
+    """Generate traces and write those to keep to `out`; arguments: MODEL and any of vLLM's engine flags.
 
-    chain_length: make each prompt a chain of so many problems, and so answers of thousands of tokens; None: one problem
+    chain_length: problems per prompt, for answers of thousands of tokens; None: one
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM

@@ -1,9 +1,9 @@
-"""Programs executed step by step in one long answer, by a model that was trained to: does it find its old results?
+"""Let a model trained on programs execute them in one long answer, which needs its earlier results.
 
     kvllm eval tracking MODEL --methods kara,rkv --ratios 0.5,0.3,0.2,0.1 --out DIR [vLLM's flags]
 
-MODEL is what `benchmarks/small_model/train.py` makes. An answer is right if all values that were asked for are; beside
-that stands the share of lines whose result is right, which falls before the last value is lost.
+`benchmarks/small_model/train.py` trains MODEL. An answer is correct if all requested values are. Also reported is the
+share of lines with a correct result, which is a more sensitive measure.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ GRADER = f"tracking v{GRADE_VERSION}"
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration. answers, values, lines: shares that are right; values and lines with programs resampled."""
+    """Results of one configuration: shares of correct answers, values and lines.
+
+    The intervals of values and lines are bootstrapped over programs.
+    """
 
     name: str
     ratio: float | None
@@ -87,7 +90,7 @@ def panels(made: Sequence[Row]) -> list[Panel]:
 
 
 def write_results(folder: Path, samples: Sequence[Sample], asked: Sequence[Program], about: Mapping[str, Any]) -> str:
-    """results.json, results.md and results.svg in the folder; returns the table."""
+    """Write results.json, results.md and results.svg to the folder; returns the table."""
     made = rows(samples, asked)
     results = {**about, **environment(), "results": [asdict(row) for row in made]}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -106,7 +109,7 @@ def answer(
     seed: int,
     engine_flags: Sequence[str],
 ) -> None:
-    """Do what the folder `out` does not hold yet, and write and print the results. engine_flags: vLLM's"""
+    """Generate the answers missing from the folder `out`, and write and print the results. engine_flags: vLLM's"""
     asked = problems(num_programs, num_lines, num_asked, seed)
     engines = plan(cases, asked, samples=1)
     if any(config is not None for config in engines):

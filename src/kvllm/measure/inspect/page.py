@@ -1,4 +1,4 @@
-"""One self-contained page from recorded events: it opens offline, from a file."""
+"""Render recorded events as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvllm.measure.inspect.record import Event
 def page(
     tokens: Sequence[str], num_prompt_tokens: int, num_heads: int, events: Sequence[Event], about: Mapping[str, Any]
 ) -> str:
-    """HTML. num_heads: KV heads of a layer; about: what stands at the top, in order."""
+    """The page as HTML. num_heads: KV heads per layer; about: entries of the header, in order."""
     data = {
         "tokens": list(tokens),
         "numPrompt": num_prompt_tokens,

@@ -1,4 +1,4 @@
-"""What every compression of a text keeps, layer by layer and head by head, through the reference."""
+"""Record what each compression of a text keeps, per layer and head, with the reference implementation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvllm.reference import Request, feed
 
 @dataclass(frozen=True)
 class Span:
-    """How many heads of each layer hold each token of a stretch of the text, once an event is over.
+    """Number of heads per layer that hold each token of a range of the text after an event.
 
     start: position of the first token
     heads: [num_layers, num_tokens] (uint8)
@@ -32,11 +32,10 @@ class Span:
 class Event:
     """One compression.
 
-    num_tokens: of the text, when it happened
-    window:     [first, last) position of the raw tokens that it read
-    spans:      what it changed
-    percentile: [tokens of the window], the share of the window's tokens that score below this one, in the mean of all
-                heads
+    num_tokens: length of the text at the time
+    window:     [first, last) position of the raw tokens that were read
+    spans:      the ranges that changed
+    percentile: [tokens of the window], share of the window's tokens with a lower score, averaged over all heads
     """
 
     num_tokens: int
@@ -46,7 +45,7 @@ class Event:
 
 
 class Recorder(Method):
-    """A method that does what another does, and notes the scores of each call."""
+    """Wraps a method and records the scores of each call."""
 
     def __init__(self, method: Method) -> None:
         self.method = method
@@ -76,7 +75,7 @@ class Recorder(Method):
 def record(
     model: Any, token_ids: Sequence[int], num_prompt_tokens: int, config: KvConfig, block_size: int
 ) -> list[Event]:
-    """The events of a text that is fed as it was generated."""
+    """The compression events of a text, replayed as it was generated."""
     request = Request(model, num_prompt_tokens, config, block_size)
     assert isinstance(request.geometry, Geometry)
     recorder = request.method = Recorder(request.method)
@@ -87,7 +86,7 @@ def record(
         shape = request.geometry.shape(event)
         end = request.geometry.tail_start(num_prompt_tokens, event + 1)
         kept, survivors = follow(survivors, indices, request.geometry, event, end)
-        # An event that reads older survivors changes what is held of the whole text behind the prompt.
+        # An event that also reads older survivors changes the whole text after the prompt.
         first = request.geometry.protected_len(num_prompt_tokens) if shape.num_history else end - shape.num_raw
         spans = [padded(heads_at(survivors if shape.num_history else kept, end), first)]
         if event == 0 and request.kept_prompt is not None:
@@ -109,9 +108,9 @@ def record(
 def follow(
     survivors: Tensor | None, indices: Tensor, geometry: Geometry, event: int, end: int
 ) -> tuple[Tensor, Tensor]:
-    """Positions of what an event kept, and of all survivors after it, [num_layers, num_kv_heads, ...].
+    """Positions of the tokens that an event kept and of all survivors after it, [num_layers, num_kv_heads, ...].
 
-    survivors: the positions of those before it; indices: what it kept of its candidates
+    survivors: positions of the survivors before the event; indices: candidates that the event kept
     """
     shape = geometry.shape(event)
     raw = torch.arange(end - shape.num_raw, end).expand(*indices.shape[:2], -1)
@@ -122,7 +121,7 @@ def follow(
 
 
 def heads_at(positions: Tensor, end: int) -> Span:
-    """How many heads hold each position from the first that any holds; positions: [num_layers, num_kv_heads, any]."""
+    """Number of heads that hold each position, from the first held one; positions: [num_layers, num_kv_heads, n]."""
     start = int(positions.min())
     heads = torch.zeros(len(positions), end - start, dtype=torch.int64)
     flat = positions.flatten(1).cpu() - start
@@ -131,12 +130,12 @@ def heads_at(positions: Tensor, end: int) -> Span:
 
 
 def padded(span: Span, start: int) -> Span:
-    """The same from an earlier position, which no head holds."""
+    """The span extended to an earlier start; no head holds the added positions."""
     return Span(start, torch.nn.functional.pad(span.heads, (span.start - start, 0)))
 
 
 def percentiles(scores: Tensor | None, num_raw: int) -> Tensor:
-    """[num_raw]: of the raw tokens among the candidates, which are the last; all 1 where nothing was scored."""
+    """[num_raw]: percentile of each raw token among the candidates (the last ones); all 1 if nothing was scored."""
     if scores is None:
         return torch.ones(num_raw)
     order = scores[..., -num_raw:].float().argsort(dim=-1).argsort(dim=-1)

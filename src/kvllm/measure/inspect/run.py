@@ -1,4 +1,4 @@
-"""From a prompt or a trace to the page."""
+"""Build the page from a prompt or a trace."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(
     options: Mapping[str, Any],
     block_size: int,
 ) -> str:
-    """The page of one text: the model's greedy answer to `prompt`, or a trace."""
+    """The page for one text: the model's greedy answer to `prompt`, or a trace."""
     from transformers import AutoTokenizer
 
     from kvllm import reference
@@ -70,7 +70,7 @@ def run(
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> Sequence[int]:
-    """In the model's chat template, where it has one."""
+    """Tokenise the prompt with the model's chat template, if it has one."""
     if tokenizer.chat_template is None:
         return tokenizer(prompt)["input_ids"]
     messages = [{"role": "user", "content": prompt}]

@@ -1,4 +1,4 @@
-"""Which settings to use: the least loss for a wanted saving, or the greatest saving for a tolerated loss."""
+"""Choose settings: the smallest loss for a wanted saving, or the largest saving for an accepted loss."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 WINDOWS = (256, 128)
 SIZES = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5)
-FEWEST_TO_SPLIT = 4  # texts, of which one half chooses and the other reports
+FEWEST_TO_SPLIT = 4  # minimum number of texts to split into halves, one to choose by and one to report on
 
 
 @dataclass
 class Candidate:
-    """One setting.
+    """One setting and its measurements.
 
-    saving:  bytes of the full cache for one of its own, over the life of the texts
-    lost:    by text, the sum of KL over the answer's tokens, in nats; before the first compression it is 0
-    lengths: by text, the tokens of the answer
+    saving:  size of the full cache / size of this cache, averaged over the generation of the texts
+    lost:    sum of KL over each answer's tokens, in nats; 0 before the first compression
+    lengths: number of tokens of each answer
     """
 
     config: KvConfig
@@ -40,12 +40,12 @@ class Candidate:
     lengths: dict[str, int] = field(default_factory=dict)
 
     def kl(self, texts: Sequence[str]) -> Estimate:
-        """Mean over the answers' tokens."""
+        """Mean KL per answer token."""
         return bootstrap_ratio([self.lost[t] for t in texts], [self.lengths[t] for t in texts])
 
 
 def candidates(model_config: Any, texts: Sequence[Trace], block_size: int) -> list[Candidate]:
-    """Settings of many sizes, those in four bits only where GPUs pack survivors of this model."""
+    """Settings of many sizes; 4-bit ones only if the GPU kernels support this model."""
     text = model_config.get_text_config()
     head_dim, lengths = head_dim_of(text), [(t.num_prompt_tokens, answer_len(t)) for t in texts]
     bits = [PLAIN_BITS] if packed_problem(4, "bfloat16") else [PLAIN_BITS, 4]
@@ -73,7 +73,7 @@ def measure(
     block_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Fill in what each candidate loses on each text."""
+    """Fill in each candidate's loss on each text."""
     cases = [Case(config_label(each.config), each.config) for each in found]
     for done, text in enumerate(texts, start=1):
         for each, rows in zip(found, measure_trace(model, text, cases, block_size, packed=True), strict=True):
@@ -87,7 +87,7 @@ def config_label(config: KvConfig) -> str:
 
 
 def serve_flags(config: KvConfig) -> list[str]:
-    """What to pass to `kvllm serve`: a preset where there is one, else what differs from the defaults."""
+    """Flags for `kvllm serve`: a preset if one matches, else the options that differ from the defaults."""
     from kvllm.cli.options import flag
 
     defaults = KvConfig().to_dict()
@@ -99,15 +99,15 @@ def serve_flags(config: KvConfig) -> list[str]:
 
 
 def split(texts: Sequence[Trace]) -> tuple[list[str], list[str]]:
-    """Names of the texts to choose by and of those to report on; all for both where there are few."""
+    """Names of the texts to choose by and to report on; if there are few, all of them for both."""
     names = [text.id for text in texts]
     return (names[::2], names[1::2]) if len(names) >= FEWEST_TO_SPLIT else (names, names)
 
 
 def choose(found: Sequence[Candidate], texts: Sequence[str], saving: float | None, max_kl: float | None) -> Candidate:
-    """The best by the loss on some of the texts. Raises UsageError, with what is possible, where none will do.
+    """The best candidate on the given texts. Raises UsageError, which says what is possible, if none qualifies.
 
-    max_kl: bound on the upper end of the interval of KL
+    max_kl: limit on the upper end of KL's confidence interval
     """
     if saving is not None:
         enough = [each for each in found if each.saving >= saving]
@@ -130,7 +130,7 @@ def choose(found: Sequence[Candidate], texts: Sequence[str], saving: float | Non
 
 
 def pareto(found: Sequence[Candidate], texts: Sequence[str]) -> list[Candidate]:
-    """Those that no other beats in both loss and saving, smallest loss first."""
+    """The Pareto-optimal candidates by loss and saving, smallest loss first."""
     kept: list[Candidate] = []
     for each in sorted(found, key=lambda each: (each.kl(texts).value, -each.saving)):
         if not kept or each.saving > kept[-1].saving:

@@ -18,36 +18,38 @@ def tune(
     texts: Annotated[
         Path,
         typer.Argument(
-            help="JSONL of conversations, of prompts with or without answers, or of traces.",
+            help="JSONL file of conversations, prompts (with or without answers) or traces.",
             exists=True,
             dir_okay=False,
         ),
     ],
     saving: Annotated[
-        float | None, typer.Option(help="How many times less KV cache, over the life of these texts.", min=1)
+        float | None, typer.Option(help="Wanted saving: KV cache of these texts divided by this, on average.", min=1)
     ] = None,
     max_kl: Annotated[
-        float | None, typer.Option(help="Highest KL from the full cache, in nats a token, on these texts.", min=0)
+        float | None,
+        typer.Option(help="Accepted loss: maximum KL from the full cache on these texts, in nats per token.", min=0),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Of answers that the model writes here.", min=1)] = 1024,
-    temperature: Annotated[float, typer.Option(help="Of answers that the model writes here; 0 = greedy.", min=0)] = 0.7,
-    limit: Annotated[int | None, typer.Option(help="Use only the first texts.", min=1)] = None,
+    max_tokens: Annotated[int, typer.Option(help="Maximum length of generated answers in tokens.", min=1)] = 1024,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature of generated answers; 0 = greedy.", min=0)
+    ] = 0.7,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N texts.", min=1)] = None,
     save_traces: Annotated[
         Path | None,
-        typer.Option(
-            help="Write the texts here, as traces, so that answers need not be written again.", callback=in_a_folder
-        ),
+        typer.Option(help="Save the texts as traces to this file, to reuse generated answers.", callback=in_a_folder),
     ] = None,
     block_size: BlockSize = 16,
     device: Device = None,
     dtype: Dtype = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Find settings for your model and texts: the saving that you want, or the loss that you accept.
+    """Find the best settings for your model and texts, given a wanted saving or an accepted loss.
 
-    Replays each text with about twenty settings, with transformers alone, and prints the command that serves the best.
+    Replays each text with about twenty settings (with transformers, without vLLM), and prints the command that serves
+    the model with the best.
     """
-    require("eval", "matplotlib", "scipy")
+    require("matplotlib", "scipy")
     from kvllm.measure.tune.run import run
 
     where = placement(device, dtype)

@@ -1,4 +1,4 @@
-"""From a file of texts to settings."""
+"""Find settings for a file of texts."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def run(
     dtype: str,
     save_traces: Path | None,
 ) -> tuple[str, dict[str, Any]]:
-    """What to print, and what to write as JSON.
+    """Returns the text to print and the report for JSON.
 
-    saving, max_kl: one of them; see `choose`
+    saving, max_kl: exactly one of them; see `choose`
     """
     import torch
     from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""The texts to tune on, from JSONL: traces, conversations, or prompts with or without answers."""
+"""Read the texts to tune on from JSONL: traces, conversations, or prompts with or without answers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ FORMS = (
 def read_texts(
     path: Path, model: PreTrainedModel, tokenizer: Any, max_tokens: int, temperature: float, limit: int | None
 ) -> list[Trace]:
-    """The texts of a file. Where an answer is missing, the model writes one, of at most `max_tokens` tokens.
+    """The texts of a file. The model generates missing answers, of at most `max_tokens` tokens.
 
-    Raises UsageError, naming the line, for one in none of the FORMS.
+    Raises UsageError, naming the line, for a line in none of FORMS.
     """
     try:
         written = path.read_text(encoding="utf-8").split("\n")
@@ -52,13 +52,13 @@ def read_texts(
     if not texts:
         raise UsageError(f"{path}: holds no texts; each line is {FORMS}.")
     if len({text.id for text in texts}) < len(texts):
-        # Figures are kept by id.
+        # Results are stored by id.
         texts = [replace(text, id=f"{number}:{text.id}") for (number, _), text in zip(lines, texts, strict=True)]
     return texts
 
 
 def one_text(row: Mapping[str, Any], name: str, tokenizer: Any) -> Trace | list[int] | None:
-    """The text of one line; the prompt's token ids alone where it has no answer; None where it is something else."""
+    """The text of one line; only the prompt's token ids if it has no answer; None if the form is unknown."""
     if {"token_ids", "num_prompt_tokens"} <= row.keys():
         try:
             return trace_of({"id": name, **row})
@@ -82,7 +82,7 @@ def one_text(row: Mapping[str, Any], name: str, tokenizer: Any) -> Trace | list[
 
 
 def conversation(messages: Sequence[Any]) -> tuple[list[dict[str, Any]], str | None]:
-    """What was asked, and the answer of an assistant that has the last word."""
+    """The messages of the prompt, and the answer if the last message is the assistant's."""
     read = []
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -93,7 +93,7 @@ def conversation(messages: Sequence[Any]) -> tuple[list[dict[str, Any]], str | N
         return read, None
     if not asked:
         raise UsageError("messages: the assistant's alone; put what it answers before it.")
-    # A reasoning parser splits the thoughts off; they were in the cache too.
+    # Reasoning parsers return thoughts separately; these were in the cache too.
     return asked, plain(last.get("reasoning_content")) + last["content"]
 
 
@@ -111,7 +111,7 @@ def plain(content: Any) -> str:
 def write_answer(
     model: PreTrainedModel, prompt: Sequence[int], max_tokens: int, temperature: float, seed: int
 ) -> list[int]:
-    """What the model answers, sampled with transformers; temperature 0: greedy."""
+    """The model's answer, generated with transformers; temperature 0: greedy."""
     import torch
 
     torch.manual_seed(seed)
