@@ -21,6 +21,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from kvllm.config import KvConfig
 from kvllm.engine.admission import blocks_ahead
+from kvllm.engine.metrics import REPORT_INTERVAL, take_report
 from kvllm.engine.scheduler import KvAsyncScheduler
 from kvllm.engine.spec import KvSpec, will_cut_prompt
 from kvllm.engine.usage import KvUsage
@@ -47,6 +48,7 @@ def make(model_dir: Path) -> Callable[..., Any]:
             structured_output_manager=StructuredOutputManager(config),
             block_size=BLOCK_SIZE,
             hash_block_size=BLOCK_SIZE,
+            log_stats=True,
         )
 
     return scheduler
@@ -153,6 +155,29 @@ def test_blocks_follow_the_layout_whatever_happens(make: Callable[..., Any], kvl
     if not kvllm:
         kept, evicted = stats["num_tokens_kept"], stats["num_tokens_evicted"]
         assert kept + evicted == stats["num_windows_compressed"] * SIZES["window_size"]
+
+
+def test_reports_come_now_and_then_and_miss_nothing(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, clock = make(200, 4), [0.0]
+    monkeypatch.setattr("kvllm.engine.metrics.time.monotonic", lambda: clock[0])
+    scheduler.add_request(request("0", 20, 300))
+    steps, reports = Steps(scheduler), []
+    make_stats = scheduler.make_stats
+
+    def kept_stats(*args: Any, **kwargs: Any) -> Any:
+        made = make_stats(*args, **kwargs)
+        reports.append(take_report(made))
+        return made
+
+    monkeypatch.setattr(scheduler, "make_stats", kept_stats)
+    while scheduler.has_requests():
+        clock[0] += REPORT_INTERVAL / 8
+        steps.step()
+    sent = [report for report in reports if report is not None]
+    assert len(reports) // 8 <= len(sent) <= len(reports) // 8 + 5
+    assert sent[0]["query_bank_rows_used"] == 1 and sent[-1]["query_bank_rows_used"] == 0
+    windows = scheduler.engine_stats()["num_windows_compressed"]
+    assert windows > 2 and sum(report.get("windows_compressed", 0) for report in sent) == windows
 
 
 def test_headroom_of_mixed_ratios_equals_that_of_each_request(make: Callable[..., Any]) -> None:

@@ -217,8 +217,9 @@ class CompressionMixin(Base):
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """vLLM's statistics of a step, with our report."""
-        if (stats := super().make_stats(*args, **kwargs)) is not None:
+        """vLLM's statistics of a step, now and then with our report."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and self.report.is_due(bool(self.running)):
             add_report(stats, self.report.next(metric_values(self.engine_stats(), self.max_num_running_reqs)))
         return stats
 
