@@ -348,9 +348,9 @@ architecture that is not listed is served if each of its layers passes the check
 by name if not. Models with Mamba or linear-attention layers are served on GPUs only.
 
 On GPUs (H100, `tests/gpu/`) these equal the reference in float32 under CUDA graphs, with prefix caching, chunked
-prefill and preemption: Llama, Gemma 3, EXAONE 4, Qwen3-MoE, GLM-4.5, gpt-oss, Granite 4 (Mamba) and Qwen3-Next (linear
-attention), the last two with 200 requests, aborts and 89 and 101 preemptions; and on two GPUs Llama (tensor, pipeline and data parallel) and Qwen3-MoE (tensor
-and expert parallel).
+prefill and preemption: Llama, Gemma 3, EXAONE 4, Qwen3-MoE, GLM-4.5, gpt-oss, Granite 4 (Mamba) and Qwen3-Next
+(linear attention), the last two with 200 requests, aborts and 89 and 101 preemptions; and on two GPUs Llama (tensor,
+pipeline and data parallel) and Qwen3-MoE (tensor and expert parallel).
 
 Last run: {date}, vLLM {vllm}, transformers {transformers}, torch {torch}. `python -m tests.engine.families` runs all of
 them again and writes this page.
