@@ -204,7 +204,7 @@ def _families() -> dict[str, Family]:
 
 FAMILIES = _families()
 # Few, but of every kind: grouped queries and none, learned positions, windows of all and of some layers, refusals.
-# Models with layers that look back less far are in test_local_layers.py.
+# Models with local layers are in test_local_layers.py.
 ON_EVERY_RUN = (
     "Qwen3",
     "Mistral, window as long as the context",
