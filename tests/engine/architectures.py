@@ -24,6 +24,11 @@ ON_GPU = {
     "LlamaForCausalLM": "test_engine_gpu.py",
     "Gemma3ForCausalLM": "test_local_layers_gpu.py",
     "Exaone4ForCausalLM": "test_local_layers_gpu.py",
+    "Qwen3MoeForCausalLM": "test_moe_gpu.py",
+    "Glm4MoeForCausalLM": "test_moe_gpu.py",
+    "GptOssForCausalLM": "test_moe_gpu.py",
+    "GraniteMoeHybridForCausalLM": "test_linear_layers_gpu.py",
+    "Qwen3NextForCausalLM": "test_delta_nets_gpu.py",
 }
 NO_CONFIG = "transformers has no config of it"
 
