@@ -93,7 +93,7 @@ def test_a_request_too_short_to_be_cut_uses_the_prefix_cache(llm: Any) -> None:
 
 def test_a_prompt_that_fills_the_pool_before_it_is_cut_is_refused(llm: Any) -> None:
     message = (
-        r"prefix_budget_exhausted: a prompt of 950 tokens .*prompt_budget=64 once 106 .*33 KV blocks.*has 32.*most 74"
+        r"prefix_budget_exhausted: a prompt of 950 tokens .*prompt_budget=64 after 106 .*33 KV blocks.*has 32.*most 74"
     )
     with pytest.raises(VLLMValidationError, match=message):
         llm.generate([{"prompt_token_ids": small_words(950)}], params(75), use_tqdm=False)

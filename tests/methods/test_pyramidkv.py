@@ -42,7 +42,7 @@ def test_a_configuration_gets_the_table_of_its_model():
 def test_what_is_refused():
     with pytest.raises(ValueError, match=r"beta=20.0: .* of 0.6, the lowest layers would keep 1\."):
         PyramidKV().layer_budgets(0.6, range(28))
-    with pytest.raises(ValueError, match="num_groups=4: 30 layers"):
+    with pytest.raises(ValueError, match="num_groups=4: 30 full-attention layers must be divided"):
         PyramidKV(num_groups=4).layer_budgets(0.3, range(30))
     with pytest.raises(ValueError, match="beta=0.5: must be a number >= 1"):
         PyramidKV(beta=0.5)
