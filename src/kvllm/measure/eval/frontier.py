@@ -28,6 +28,7 @@ from kvllm.measure.eval.frontier_plot import plot_frontier
 from kvllm.measure.eval.held_bytes import Held, full_bytes, geometry_of, held_bytes
 from kvllm.measure.eval.problems import half_of
 from kvllm.measure.eval.report import Outputs, Progress, interval, markdown
+from kvllm.measure.eval.samples import without_cut_line
 from kvllm.measure.eval.stats import Estimate, bootstrap_ratio, wilson
 from kvllm.measure.eval.sweep import Case, baseline_of
 from kvllm.measure.eval.traces import Trace, read_traces
@@ -165,27 +166,20 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log. An incomplete last line, as left by a kill, is removed from the file."""
-    text = path.read_text()
-    whole, _, rest = text.rpartition("\n")
-    lines = whole.splitlines()
-    if rest:
-        try:
-            json.loads(rest)
-            lines.append(rest)
-        except json.JSONDecodeError:
-            pass
+    """The lines of a log. An incomplete last line is removed from the file, unless it is no log."""
+    content = path.read_bytes()
+    whole = without_cut_line(content)
     read: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(whole.splitlines(), start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as e:
+        except ValueError as e:
             raise not_a_log(path, number, e) from e
         if not isinstance(row, dict) or "kind" not in row:
             raise not_a_log(path, number, "no kind")
         read.append(row)
-    if rest:
-        path.write_text("".join(line + "\n" for line in lines))
+    if whole != content:
+        path.write_bytes(whole)
     return read
 
 

@@ -48,14 +48,25 @@ def write_sample(log: TextIO, sample: Sample) -> None:
     log.flush()
 
 
-def read_samples(path: Path) -> list[Sample]:
-    """All complete lines of the log; an incomplete last line, as left by a kill, is removed from the file."""
-    content = path.read_bytes()
+def without_cut_line(content: bytes) -> bytes:
+    """The content of a JSONL log, each line ended; an incomplete last line, as left by a kill, is left out."""
     whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as log:
-            log.truncate(whole)
-    return [Sample(**json.loads(line)) for line in content[:whole].splitlines()]
+    if whole == len(content):
+        return content
+    try:
+        json.loads(content[whole:])
+    except ValueError:
+        return content[:whole]
+    return content + b"\n"
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """All complete lines of the log; an incomplete last line is removed from the file."""
+    content = path.read_bytes()
+    whole = without_cut_line(content)
+    if whole != content:
+        path.write_bytes(whole)
+    return [Sample(**json.loads(line)) for line in whole.splitlines()]
 
 
 def regrade(path: Path) -> list[Sample]:
