@@ -65,7 +65,13 @@ def test_a_dtype_that_torch_lacks_is_refused(dtype):
         cli.placement("cpu", dtype)
 
 
-@pytest.mark.parametrize("name, option", [("calibrate-layers", "--out"), ("frontier", "--log"), ("frontier", "--json")])
+@pytest.mark.parametrize(
+    "name, option",
+    [
+        *(("calibrate-layers", "--out"), ("calibrate", "--out"), ("frontier", "--log"), ("frontier", "--json")),
+        *(("frontier", "--markdown"), ("frontier", "--plot"), ("fidelity", "--plot"), ("attention", "--plot")),
+    ],
+)
 def test_a_file_in_no_folder_is_refused_before_work_starts(tmp_path, name, option):
     with pytest.raises(UsageError, match=f"{option} .*/no/file: the folder .*/no does not exist; create it first"):
         kvllm("eval", name, "--traces", __file__, "--model", "m", option, str(tmp_path / "no" / "file"))

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvllm.cli.options import JsonFile, examples, set_panels
+from kvllm.cli.options import JsonFile, examples, in_a_folder, set_panels
 from kvllm.errors import UsageError
 from kvllm.measure.bench.kernel_shape import Shape
 from kvllm.measure.bench.spec import BenchSpec
@@ -80,7 +80,7 @@ def throughput(
     ] = None,
     json_file: JsonFile = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Plot the results to this file (.png, .svg).")
+        Path | None, typer.Option("--plot", help="Plot the results to this file (.png, .svg).", callback=in_a_folder)
     ] = None,
 ) -> None:
     """Compare stock vLLM and KvLLM on the same requests, one engine process after another."""

@@ -60,7 +60,10 @@ Common = Annotated[str, typer.Option("--common", help="Options that all configur
 BlockSize = Annotated[int, typer.Option("--block-size", help="Tokens per KV block.", min=1)]
 Device = Annotated[str | None, typer.Option("--device", help="torch device.", show_default="cuda if available")]
 Dtype = Annotated[str, typer.Option("--dtype", help="torch dtype; auto = float32 on the CPU, else bfloat16.")]
-MarkdownFile = Annotated[Path | None, typer.Option("--markdown", help="Also write the table to this Markdown file.")]
+MarkdownFile = Annotated[
+    Path | None,
+    typer.Option("--markdown", help="Also write the table to this Markdown file.", callback=in_a_folder),
+]
 Data = Annotated[
     Path | None, typer.Option("--data", help="Your own problems: JSONL with `problem` and `answer`.", exists=True)
 ]
@@ -101,7 +104,7 @@ def placement(device: str | None, dtype: str) -> tuple[str, str]:
 def traces(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model's folder, or a name on the model hub.")],
-    out: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write.", callback=in_a_folder)],
     task: Annotated[str, typer.Option(help="math500 or gsm8k; with --data, any name.")] = "math500",
     data: Data = None,
     problems: NumProblems = None,
@@ -146,7 +149,10 @@ def fidelity(
     json_file: JsonFile = None,
     markdown_file: MarkdownFile = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Plot KL and agreement against the ratio to this file (.svg, .png).")
+        Path | None,
+        typer.Option(
+            "--plot", help="Plot KL and agreement against the ratio to this file (.svg, .png).", callback=in_a_folder
+        ),
     ] = None,
 ) -> None:
     """Replay traces under compression and compare KL, agreement and likelihood with the full cache.
@@ -180,7 +186,11 @@ def attention(
     markdown_file: MarkdownFile = None,
     plot_file: Annotated[
         Path | None,
-        typer.Option("--plot", help="Plot weights by position, and their coverage, to this file (.svg, .png)."),
+        typer.Option(
+            "--plot",
+            help="Plot weights by position, and their coverage, to this file (.svg, .png).",
+            callback=in_a_folder,
+        ),
     ] = None,
 ) -> None:
     """Compare how well bidirectional and causal attention weights predict the attention of later queries."""
@@ -218,7 +228,8 @@ def recall(
     json_file: JsonFile = None,
     markdown_file: MarkdownFile = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Draw a heat map per method to this file (.svg, .png).")
+        Path | None,
+        typer.Option("--plot", help="Draw a heat map per method to this file (.svg, .png).", callback=in_a_folder),
     ] = None,
 ) -> None:
     """Insert a fact into the reasoning and ask for it later.
@@ -278,7 +289,9 @@ def frontier(
     dtype: Dtype = "auto",
     json_file: JsonFile = None,
     markdown_file: MarkdownFile = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Plot KL against bytes (.svg, .png).")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Plot KL against bytes (.svg, .png).", callback=in_a_folder)
+    ] = None,
 ) -> None:
     """Compare settings by quality (KL, recall) against cache size, including vLLM's own cache precisions."""
     require("matplotlib", "scipy")
@@ -455,7 +468,9 @@ def grade(
 def calibrate(
     traces: TracesFile,
     model: TracedModel,
-    out: Annotated[Path, typer.Option(help="File to write, for triattention's option `statistics`.")],
+    out: Annotated[
+        Path, typer.Option(help="File to write, for triattention's option `statistics`.", callback=in_a_folder)
+    ],
     half: HalfOfTraces = None,
     limit: Annotated[int, typer.Option(help="Maximum number of traces.", min=1)] = 32,
     stride: Annotated[int, typer.Option(help="Use every N-th query.", min=1)] = 4,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvllm.cli.options import with_config
+from kvllm.cli.options import in_a_folder, with_config
 from kvllm.errors import UsageError
 
 
@@ -25,7 +25,9 @@ def inspect(
         int, typer.Option(help="Maximum answer length in tokens; longer traces are cut.", min=1)
     ] = 1024,
     block_size: Annotated[int, typer.Option(help="Tokens per KV block.", min=1)] = 16,
-    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("inspect.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.", callback=in_a_folder)] = Path(
+        "inspect.html"
+    ),
 ) -> None:
     """Write an HTML page that shows which tokens of a text each compression kept. It works offline.
 
