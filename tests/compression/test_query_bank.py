@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from kvllm.compression.query_bank import QueryBank, dequantize, quantize
-from kvllm.compression.query_ring import query_shifts
+from kvllm.compression.query_ring import oldest_entry, query_shifts
+from kvllm.compression.rows import Due
+from kvllm.config import KvConfig
+from kvllm.layout import Geometry
+from kvllm.reference.cache import DenseStore, LayerCache
 
 HEAD_DIM, MAX_REQS = 8, 3
 
@@ -167,3 +171,26 @@ def test_zeros_stay_zeros():
     numbers, scales = quantize(torch.zeros(2, 8))
     assert (numbers == 0).all() and (scales > 0).all()
     assert (dequantize(numbers, scales) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_reference_scores_by_what_the_bank_holds(dtype):
+    """Bit for bit, at the first event of a request and at the second."""
+    config = KvConfig(window_size=32, buffer_size=16, query_stride=4, retention_ratio=0.5)
+    geometry, num_prompt_tokens = Geometry.from_config(config, 16), 5
+    assert geometry is not None
+    bank = QueryBank.allocate(1, MAX_REQS, config.num_queries, 6, 2, HEAD_DIM, config.query_stride, dtype)
+    cache, generator = LayerCache(config.query_span), torch.Generator().manual_seed(0)
+    done = 0
+    for event in (0, 1):
+        end = geometry.event_at(num_prompt_tokens, event)
+        query = torch.randn(end - done, 6, HEAD_DIM, generator=generator).to(dtype)
+        cache.append(query, query[:, :2], query[:, :2])
+        offsets = np.arange(done, end) - geometry.protected_len(num_prompt_tokens)
+        newest = (offsets >= 0) & (offsets > offsets[-1] - bank.period)
+        bank.store(0, query, torch.from_numpy(np.where(newest, bank.codes(2, offsets), -1)))
+        done = end
+        store = DenseStore(config, [cache])
+        expected = store.queries(store.candidates([Due(0, 0, geometry, num_prompt_tokens, event)]))
+        found = bank.of(bank.ring_start(2, oldest_entry(config, geometry, event)))
+        assert torch.equal(found, expected) and expected.abs().amax() > 1
