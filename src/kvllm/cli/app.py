@@ -127,9 +127,13 @@ def serve(
     All flags of `vllm serve` are accepted too (`vllm serve --help=all` lists them). Entries of --additional-config for
     other plugins are preserved.
     """
+    from kvllm.cli.doctor import model_and_rest
     from kvllm.engine import arguments
+    from kvllm.support import finding_model
 
-    arguments.run_server(arguments.serve_arguments(context.args, options))
+    command = arguments.serve_arguments(context.args, options)
+    with finding_model(model_and_rest(context.args)[0]):
+        arguments.run_server(command)
 
 
 @app.command(

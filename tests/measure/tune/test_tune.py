@@ -85,7 +85,9 @@ def test_a_folder_or_a_model_that_is_not_there_is_refused(tmp_path):
     assert result.exit_code == 2 and "Invalid value" in result.output and "directory" in result.output
     (tmp_path / "texts.jsonl").write_text("{}")
     options = ["tune", str(tmp_path / "none"), str(tmp_path / "texts.jsonl"), "--saving", "2", "--device", "cpu"]
-    with pytest.raises(UsageError, match="/none: no model found there .*; give a model's folder"):
+    with pytest.raises(
+        UsageError, match="/none: the model's config.json cannot be read .*; give the folder of a model"
+    ):
         kvllm(*options)
     for option in ("--json", "--save-traces"):
         with pytest.raises(UsageError, match=f"{option} .*/no/out: the folder .*/no does not exist; create it first"):
