@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -326,10 +327,30 @@ def test_serve_refuses_a_model_that_cannot_be_read(error: Exception, monkeypatch
         cli.app(["serve", "/models/qwen", "--port", "8001"], standalone_mode=False)
 
 
-def test_other_errors_of_a_server_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "number, raised, words",
+    [(errno.EADDRINUSE, UsageError, "port is in use; .* use another --port"), (errno.ENOSPC, OSError, "by the system")],
+)
+def test_only_a_port_in_use_is_an_error_of_the_user_s(
+    number: int, raised: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run_server(args: list[str]) -> None:
-        raise OSError(98, "Address already in use")
+        raise OSError(number, "said by the system")
 
     monkeypatch.setattr(arguments, "run_server", run_server)
-    with pytest.raises(OSError, match="Address already in use"):
+    with pytest.raises(raised, match=words):
         cli.app(["serve", "/models/qwen"], standalone_mode=False)
+
+
+def test_flags_of_ours_may_have_underscores_as_vllms_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+    monkeypatch.setattr(arguments, "serve_arguments", lambda args, options: [*args, options])
+    monkeypatch.setattr(arguments, "run_server", taken.extend)
+    cli.app(["serve", "MODEL", "--retention_ratio", "0.5", "--max_model_len=64"], standalone_mode=False)
+    assert taken == ["MODEL", "--max_model_len=64", {"retention_ratio": 0.5}]
+
+
+def test_a_misspelt_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.app(["serve", "MODEL", "--compresion", "8x", "--enforce-eager"], standalone_mode=False)
+    assert "--compresion: did you mean --compression?" in capsys.readouterr().err

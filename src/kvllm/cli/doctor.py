@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvllm import support
+from kvllm.cli.options import suggesting_flags
 from kvllm.errors import UsageError
 from kvllm.methods import checked_config
 
@@ -172,7 +173,7 @@ def check_model(model: str, arguments: Sequence[str], options: Mapping[str, Any]
     from kvllm.engine.arguments import serve_engine_args
 
     try:
-        with support.finding_model(model):
+        with support.finding_model(model), suggesting_flags(arguments):
             vllm_config = serve_engine_args([model, *arguments], options).create_engine_config()
     except SystemExit:  # vLLM's parser has printed the reason
         yield Finding("model", "error", "vLLM rejects a flag", "see its message above this table")

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kvllm.cli.doctor import model_and_rest
+from kvllm.cli.options import suggesting_flags
 from kvllm.errors import UsageError, message_of
 from kvllm.layout import ceil_div
 from kvllm.support import finding_model
@@ -85,7 +86,8 @@ def generate(
     from kvllm.engine.arguments import engine_args
 
     with finding_model(model_and_rest(arguments)[0]):
-        args = engine_args(arguments, options)
+        with suggesting_flags(arguments):
+            args = engine_args(arguments, options)
         try:
             with console.status(f"Starting vLLM with {args.model} ..."):
                 llm = LLM.from_engine_args(args)
