@@ -1,4 +1,4 @@
-"""Every bad option is refused when the config is built, naming the option, its value and what to do."""
+"""Every invalid option is refused when the config is built, with a message that names option, value and remedy."""
 
 import dataclasses
 import json

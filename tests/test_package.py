@@ -1,4 +1,4 @@
-"""What the two packages carry, code and no data, and that their wheels install into a fresh environment."""
+"""The contents of the two packages (code, no data), and installing their wheels into a fresh environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests on arrival, through vLLM's own input processor: what is refused, what is capped, what is said of it."""
+"""Requests on arrival, through vLLM's input processor: which are refused or capped, and with which message."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_a_streaming_input_session_may_outgrow_its_first_prompt(model_dir: Path)
 
 
 def ready(num_blocks: int, rank: int) -> bytes:
-    """What an engine sends to each of its front ends when it has started."""
+    """The message that an engine sends to each front end once it has started."""
     return msgspec.msgpack.encode(
         EngineCoreReadyResponse(
             max_model_len=1024, num_gpu_blocks=num_blocks, block_size=BLOCK_SIZE, dp_stats_address=None,

@@ -1,4 +1,4 @@
-"""What holds for every method, by name: a new one is tested by being registered."""
+"""Properties of every method, by name: a new one is tested by being registered."""
 
 from __future__ import annotations
 
