@@ -331,7 +331,7 @@ def test_serve_refuses_a_model_that_cannot_be_read(error: Exception, monkeypatch
     "number, raised, words",
     [(errno.EADDRINUSE, UsageError, "port is in use; .* use another --port"), (errno.ENOSPC, OSError, "by the system")],
 )
-def test_only_a_port_in_use_is_an_error_of_the_user_s(
+def test_a_port_in_use_is_refused_and_other_system_errors_are_not(
     number: int, raised: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run_server(args: list[str]) -> None:
@@ -342,7 +342,7 @@ def test_only_a_port_in_use_is_an_error_of_the_user_s(
         cli.app(["serve", "/models/qwen"], standalone_mode=False)
 
 
-def test_flags_of_ours_may_have_underscores_as_vllms_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_flags_accept_underscores_as_vllms_do(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
     monkeypatch.setattr(arguments, "serve_arguments", lambda args, options: [*args, options])
     monkeypatch.setattr(arguments, "run_server", taken.extend)

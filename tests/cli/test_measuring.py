@@ -58,7 +58,7 @@ def test_the_code_alone_is_enough(monkeypatch: pytest.MonkeyPatch, version: str 
     assert measuring.why_missing() is None
 
 
-def test_a_folder_that_was_left_is_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leftover_folder_is_not_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", installed(None))
     for found in (None, importlib.machinery.ModuleSpec("kvllm.measure", loader=None, is_package=True)):
         monkeypatch.setattr(measuring, "find_spec", lambda name, found=found: found)

@@ -162,7 +162,7 @@ def test_sizes(text: str, expected: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "1.2.3G", "80GX", "-1G", ".", "24,5G", "80 GiB each", "80.", "80G-1"])
-def test_what_is_no_size(text: str) -> None:
+def test_invalid_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="80GiB"):
         parse_bytes(text)
 

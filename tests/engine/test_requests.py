@@ -187,7 +187,7 @@ def test_a_prompt_that_cannot_fit_is_refused_as_that(
     assert arrive(703, ratio=ratio, max_tokens=1).max_tokens == 1
 
 
-def test_a_request_that_does_not_fit_is_told_what_would(model_dir: Path) -> None:
+def test_the_refusal_of_a_request_says_what_would_fit(model_dir: Path) -> None:
     arrive = arrival(vllm_config(model_dir, request_ratios="1.0"))
     parameter, message = refusal(arrive, 20, ratio=1.0, max_tokens=780)
     assert parameter == "max_tokens"

@@ -343,7 +343,7 @@ def test_releases_differ(tmp_path: Path) -> None:
     assert problems(tmp_path, new | {"_version.py": "__version__ = '0.34.0'"}, code, seam) == []
 
 
-def test_functions_to_read_again(tmp_path: Path) -> None:
+def test_changed_functions_are_listed(tmp_path: Path) -> None:
     """They are the changed functions among those that are declared or called."""
     write(tmp_path / "old", "vllm", VLLM)
     changed = {

@@ -176,7 +176,7 @@ def test_the_backends_take_nothing_that_was_not_considered(module: str, extra: t
     assert tuple(inspect.signature(impl.__init__).parameters) == known + extra
 
 
-def test_what_a_model_lacks_that_needs_torchvision_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_torchvision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM itself reports only that the architectures "failed to be inspected"."""
     arguments = SimpleNamespace(model="some/vl-model", additional_config={"kvllm": {}})
     failed = ValueError("Model architectures ['Qwen2_5_VLForConditionalGeneration'] failed to be inspected.")

@@ -67,7 +67,7 @@ def test_content_may_be_a_list_of_parts():
     ({"token_ids": [1, 2], "num_prompt_tokens": "1"}, "num_prompt_tokens is not an integer; give traces"),
     ({"token_ids": [1, 2], "num_prompt_tokens": 2}, "trace 2: has 2 tokens, but a prompt of 2"),
 ])  # fmt: skip
-def test_a_line_that_is_no_text_is_refused_with_its_number(tmp_path, row, message):
+def test_an_invalid_line_is_refused_with_its_number(tmp_path, row, message):
     path = tmp_path / "texts.jsonl"
     path.write_text("\n" + json.dumps(row) + "\n")
     with pytest.raises(UsageError, match=f"texts.jsonl, line 2: {message}"):
