@@ -13,7 +13,7 @@ from kvllm.cli.options import PASS_THROUGH
 from kvllm.errors import UsageError
 
 INSTALL = "uv pip install 'kvllm[measure]'; in a checkout: uv pip install '.[measure]'"
-PANEL = "Not installed; uv pip install 'kvllm\\[measure]' adds"  # the backslash: no markup
+PANEL = "Not installed; the extra 'measure' adds"
 COMMANDS = {
     "bench": "Measure the engine's throughput and the time of each kernel.",
     "eval": "Measure how compression changes a model's output.",
