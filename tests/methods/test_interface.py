@@ -161,7 +161,7 @@ BOUNDED = [(m, o.name) for m, cls in methods().items() for o in options_of(cls).
     [("a number in [1, 100]", 0.0), ("an integer >= 0", -1), ("a number > -2.5", -3.5), ("'pre' or 'post'", "no such")],
 )
 def test_a_new_option_needs_no_entry_here(accepts, value):
-    found = out_of_range(Option("new", "", None, accepts, ""))
+    found = out_of_range(Option("new", "", "number", accepts, ""))
     assert found == value and type(found) is type(value)
 
 
