@@ -1,4 +1,4 @@
-"""Several KV cache groups, without an engine: which is ours, which lengths each attends over, what each caches."""
+"""Several KV cache groups, without an engine: which are compressed, and what each attends to and caches."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_vllm_makes_the_same_groups_of_recurrent_layers(num_full: int, num_state
 def test_vllm_makes_the_same_groups_and_counts_the_same_blocks(
     local: Local, num_full: int, num_local: int, block_size: int
 ) -> None:
-    """vLLM's own grouping, and what its specs say of a request."""
+    """vLLM's own grouping, and the block counts of its specs for a request."""
     shape = SHAPE | {"block_size": block_size}
     other: Any = SlidingWindowSpec(sliding_window=local.size, **shape)
     if local.chunked:
@@ -176,7 +176,7 @@ class Group:
 
 
 def part_of(group: int, lengths: list[int], larger: bool) -> Any:
-    """What the V2 runner compresses alike, in a batch whose first request has 300 tokens of text."""
+    """Layers that the V2 runner compresses together, in a batch whose first request has 300 tokens of text."""
     part: Any = object.__new__(Part)
     part.group, part.seq_lens = group, torch.tensor(lengths, dtype=torch.int32)
     part.compression, part.num_removed = SimpleNamespace(codes=torch.zeros(4)), np.array([300 - lengths[0], 0])

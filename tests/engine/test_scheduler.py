@@ -1,4 +1,4 @@
-"""The scheduler alone, fed with made-up outputs: what it holds and frees is what the layout says, at every step."""
+"""The scheduler alone, with synthetic outputs: at every step it holds and frees the blocks that the layout says."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Steps:
 
 
 def check_blocks(scheduler: KvAsyncScheduler, before: dict[str, int]) -> None:
-    """Blocks of every request that the last step computed; before: computed tokens when it started."""
+    """Check the blocks of every request in the last step; before: computed tokens of each before that step."""
     for name, computed in before.items():
         if (running := scheduler.requests.get(name)) is None or running.num_computed_tokens <= computed:
             continue
@@ -100,7 +100,7 @@ def check_blocks(scheduler: KvAsyncScheduler, before: dict[str, int]) -> None:
 
 
 def check_tokens(scheduler: KvAsyncScheduler, before: dict[str, int]) -> None:
-    """The tokens that are reported as held are those that the layout says."""
+    """The reported number of held tokens is that of the layout."""
     removed = logical = 0
     for running in scheduler.running:
         found, computed = scheduler._compressed(running.request_id), running.num_computed_tokens
@@ -239,7 +239,7 @@ def test_a_request_that_only_our_headroom_keeps_waiting_is_counted(make: Callabl
 
 
 def test_the_front_end_works_out_what_the_scheduler_did(make: Callable[..., Any]) -> None:
-    """Answers that end just before, at and just behind an event; event 0 is 80 tokens behind the prompt's blocks."""
+    """Answers that end just before, at and just after an event; event 0 is 80 tokens after the prompt's blocks."""
     scheduler = make(200, 1)
     steps = Steps(scheduler)
     for i, (prompt, generated) in enumerate([(16, 1), (16, 80), (16, 81), (16, 82), (16, 146), (20, 300), (1, 95)]):

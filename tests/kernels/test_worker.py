@@ -65,7 +65,7 @@ def worker_state(config: KvConfig, cache: PagedCache, device: str, head_dim: int
 
 @dataclass
 class Running:
-    """A request in a row of the runner: its text, drawn anew, and the reference's cache of it."""
+    """A request in a row of the runner: a new random text, and the reference's cache of it."""
 
     row: int
     num_prompt_tokens: int
@@ -105,7 +105,7 @@ def all_kernels(config: KvConfig, device: str) -> bool:
 
 
 def begin_step(state: WorkerState, running: list[Running], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """What a runner does before a step's forward pass.
+    """The work of a runner before a step's forward pass.
 
     returns the batch's block tables and lengths as attention reads them, and the tokens removed
     """
@@ -215,7 +215,7 @@ def test_equals_reference(config: KvConfig, num_events: int, device: str, monkey
 def test_every_shape_that_a_request_may_choose_is_compiled_before_serving(
     history_size: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kernels are compiled for a number of candidates and one of survivors: none may be new to a live step."""
+    """Kernels are compiled per number of candidates and of survivors; no live step may need a new combination."""
     sizes = SIZES | {"window_size": 48, "retention_ratio": 0.2, "history_size": history_size}
     config = KvConfig(method="kara", request_ratios="0.3-0.33,0.85,1.0", **sizes)
     cache = random_cache(
