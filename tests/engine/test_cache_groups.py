@@ -158,6 +158,22 @@ def test_no_group_caches_more_than_a_request_has_hashes_for() -> None:
     assert seen == [5, 32, 32, 32]
 
 
+def test_a_request_with_nothing_more_to_cache_is_skipped_until_its_blocks_are_freed() -> None:
+    seen: list[tuple[str, int]] = []
+    all_cached: set[str] = set()
+    cache = only_hashed(lambda request, num_tokens: seen.append((request.request_id, num_tokens)), 16, all_cached)
+    compressed: Any = SimpleNamespace(request_id="a", block_hashes=[b"a", b"b"], _block_hasher=None)
+    other: Any = SimpleNamespace(request_id="b", block_hashes=[b"a", b"b"], _block_hasher=lambda request: [])
+    for num_tokens in (5, 31, 32, 33, 100):
+        cache(compressed, num_tokens)
+        cache(other, num_tokens)
+    assert [tokens for name, tokens in seen if name == "a"] == [5, 31, 32]
+    assert [tokens for name, tokens in seen if name == "b"] == [5, 31, 32, 32, 32]
+    all_cached.discard("a")
+    cache(compressed, 40)
+    assert seen[-1] == ("a", 32)
+
+
 class Group:
     """An attention group of vLLM's V2 runner, whose metadata is what it was built from."""
 

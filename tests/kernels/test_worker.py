@@ -6,7 +6,6 @@ Here and not beside the engine's tests, since the kernels run: on a GPU, or in T
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from kvllm.compression.query_ring import query_shifts
 from kvllm.compression.rows import TAIL, Due
 from kvllm.compression.worker import Layers, WorkerState
 from kvllm.config import KvConfig
-from kvllm.engine.runner_v2 import physical_lengths
 from kvllm.engine.settings import Geometries, allowed_geometries
 from kvllm.engine.store_gpu import GpuStore
 from kvllm.kernels import kara as kara_kernels
@@ -275,15 +273,6 @@ def test_plan_of_a_mixed_batch(device: str) -> None:
     assert host[state.plan_size :].tolist() == [*expected, *[-1] * 5]
     plan = host[: state.plan_size].reshape(4, -1)
     assert plan[TAIL].tolist() == [0, 0, 0, 0] and plan[3].tolist()[:3] == [2, 0, 1]
-
-
-def test_attention_sees_physical_lengths_and_the_batch_keeps_its_own() -> None:
-    logical, bound = torch.tensor([13, 40, 14]), torch.tensor([13, 40, 14, 0])
-    batch = SimpleNamespace(seq_lens=logical, seq_lens_cpu_upper_bound=bound)
-    with pytest.raises(KeyError), physical_lengths(batch, logical - 8, bound - 8):
-        assert batch.seq_lens.tolist() == [5, 32, 6] and batch.seq_lens_cpu_upper_bound.tolist() == [5, 32, 6, -8]
-        raise KeyError
-    assert batch.seq_lens is logical and batch.seq_lens_cpu_upper_bound is bound
 
 
 def test_a_request_that_skips_a_compression_is_an_error(device: str) -> None:
