@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from kvllm.errors import UsageError
+from kvllm.errors import UsageError, message_of
 from kvllm.groups import Groups
 from kvllm.layers import CACHELESS, RECURRENT, Local, Recurrent, layer_kinds, local_layers
 
@@ -498,14 +498,21 @@ def layers_reasons(layers: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def finding_model(name: object) -> Iterator[None]:
-    """Turn transformers' errors for a model that it cannot find or read into a UsageError."""
+    """Turn the errors of transformers, vLLM and the model hub for a model they cannot find or read into a UsageError.
+
+    Errors of the operating system, such as a port in use, pass through: unlike those, they have an `errno`.
+    """
     try:
         yield
+    except UsageError:
+        raise
     except (OSError, ValueError) as e:
-        # transformers raises a ValueError with these words for a folder without a config.json; others are real faults.
-        if not isinstance(e, OSError) and not str(e).startswith("Unrecognized model"):
+        text = message_of(e)
+        unreadable = ("Unrecognized model", "Invalid repository ID or local directory", "Repo id must be")
+        if e.errno is not None if isinstance(e, OSError) else not text.startswith(unreadable):
             raise
-        why = str(e).strip().partition("\n")[0]
+        why = text.strip().partition("\n")[0].rstrip(".")
         raise UsageError(
-            f"{name}: no model found there ({why}); give a model's folder, with its config.json and weights."
+            f"{name}: the model's config.json cannot be read ({why}); give the folder of a model, with its config.json "
+            "and weights, or its name on a model hub that this machine can reach."
         ) from e

@@ -1,4 +1,4 @@
-"""Start-up: what is refused, by name and with the remedy; and what stays vLLM's own."""
+"""Start-up: what is refused, by name and with a remedy, and what is left to vLLM."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def vllm_config(model_dir: Path, kvllm: Any = None, **options: Any) -> Any:
 def vllm_log(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> pytest.LogCaptureFixture:
-    """What is logged below "vllm", from INFO on."""
+    """Log records of the logger "vllm" and its children, at INFO and above."""
     vllm_config(model_dir)  # the first of a process sets vLLM's logger up
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to where pytest listens
     caplog.set_level(logging.INFO, "vllm")
@@ -87,7 +87,7 @@ def test_a_front_end_without_our_checks_is_refused(model_dir: Path, monkeypatch:
 
 
 def gpu_config(model_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, **options: Any) -> Any:
-    """A configuration of vLLM's as on a GPU, not yet prepared."""
+    """A vLLM configuration as on a GPU, before `prepare`."""
     config = vllm_config(model_dir)
     config.model_config.dtype = getattr(torch, dtype)
     monkeypatch.setattr("vllm.platforms.current_platform.device_type", "cuda")
@@ -226,7 +226,7 @@ def test_refused_by_name(model_dir: Path, kvllm: Any, options: dict[str, Any], m
 def test_angles_from_indices_are_wrong_behind_images(
     tmp_path: Path, uses_mrope: bool, text_only: bool, refused: bool
 ) -> None:
-    """As of a vision-language model, which no vLLM without torchvision loads."""
+    """The config of a vision-language model, which vLLM cannot load without torchvision."""
     file = str(tmp_path / "statistics")
     save_statistics(file, torch.randn(1, 1, 8, 64), torch.ones(32))
     model = SimpleNamespace(multimodal_config=SimpleNamespace(language_model_only=text_only), uses_mrope=uses_mrope)

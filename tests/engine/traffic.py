@@ -104,12 +104,12 @@ class Text:
         return torch.stack([owners, positions], dim=1)[:, None].float()
 
     def queries(self, first: int, end: int) -> Tensor:
-        """[end - first, NUM_HEADS, 2]: nobody shares these."""
+        """[end - first, NUM_HEADS, 2]: not shared between requests."""
         labels = torch.stack([torch.full((end - first,), self.owner), torch.arange(first, end)], dim=1)
         return labels[:, None].expand(-1, NUM_HEADS, -1).float()
 
     def begin_step(self, num_computed: int) -> None:
-        """Let happen what must before a step that starts with `num_computed` tokens."""
+        """Run the events that are due before a step that starts with `num_computed` tokens."""
         if not hasattr(self.layer, "keys"):
             self.append(num_computed)  # found in the prefix cache
         assert self.layer.num_appended == num_computed
@@ -126,7 +126,7 @@ class Text:
 
 @dataclass
 class Step:
-    """What a worker makes of one step: for each request, in the order of the batch."""
+    """A worker's results for one step, per request in batch order."""
 
     req_ids: list[str]
     counts: list[int]  # tokens scheduled
@@ -171,7 +171,7 @@ class SymbolicCompressor(CompressorV1):
 
 
 class WorkerV1:
-    """vLLM's V1 runner, as far as it keeps requests, with our compressor."""
+    """The request bookkeeping of vLLM's V1 runner, with our compressor."""
 
     def __init__(self, config: KvConfig, cache: PagedCache, max_num_seqs: int, is_async: bool) -> None:
         runner: Any = object.__new__(v1.GPUModelRunner)
@@ -222,7 +222,7 @@ class WorkerV1:
 
 
 class Tables:
-    """Of the V2 runner's block tables, what its bookkeeping calls."""
+    """The part of the V2 runner's block tables that its bookkeeping calls."""
 
     def __init__(self, max_num_seqs: int) -> None:
         self.rows = torch.zeros(max_num_seqs, MAX_LEN // BLOCK_SIZE, dtype=torch.int32)
@@ -236,7 +236,7 @@ class Tables:
 
 
 class SymbolicPart(Part):
-    """Layers that the V2 runner compresses alike, here one, over a cache of labels."""
+    """Layers that the V2 runner compresses together, here one, over a cache of labels."""
 
     def __init__(self, config: KvConfig, cache: PagedCache, max_num_seqs: int) -> None:
         self.config, self.cache, self.device, self.dtype = config, cache, torch.device("cpu"), torch.float32
@@ -256,7 +256,7 @@ class SymbolicState(KvModelState):
 
 
 class WorkerV2:
-    """vLLM's V2 runner, as far as it keeps requests, with our model state."""
+    """The request bookkeeping of vLLM's V2 runner, with our model state."""
 
     def __init__(self, config: KvConfig, cache: PagedCache, max_num_seqs: int, is_async: bool) -> None:
         runner: Any = object.__new__(v2.GPUModelRunner)
@@ -351,7 +351,7 @@ class Engine:
     # ------------------------------------------------------------------ what may happen
 
     def arrive(self, arrival: Arrival) -> None:
-        """Queue a request. As the engine does on arrival, leave out what could not run to its end alone."""
+        """Queue a request, unless it could not finish even alone, as the engine checks on arrival."""
         extra = None if arrival.ratio is None else {"kv_retention_ratio": arrival.ratio}
         params = SamplingParams(max_tokens=arrival.max_tokens, ignore_eos=True, extra_args=extra)
         total, geometry = arrival.num_prompt_tokens + arrival.max_tokens, self.geometries.of(params)
@@ -406,7 +406,7 @@ class Engine:
             scheduler.update_from_output(*self.in_flight.pop(0))
 
     def finish(self) -> None:
-        """Run until nothing is left, then check that nothing is: invariant 5, and no rows."""
+        """Run all requests to their end, then check that no blocks (invariant 5) and no rows are held."""
         for _ in range(20_000):
             if not (self.scheduler.has_requests() or self.in_flight):
                 break
@@ -479,7 +479,7 @@ class Engine:
         self.counts["left out"] += len(self.scheduler.running) - len(step.req_ids)
 
     def _check_rows(self) -> None:
-        """Rows are held by the running requests, each its own, however many requests there are."""
+        """Each running request holds a row of its own, and no other request holds one."""
         rows, running = self.worker.rows, {r.request_id for r in self.scheduler.running}
         compressed = {name for name in running if self.texts[name].geometry is not None}
         assert set(rows) == compressed

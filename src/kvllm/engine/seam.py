@@ -192,7 +192,8 @@ ASSIGNMENTS = (
         "carries our report to the front end, where our logger takes it out again", PLUGIN_STATS),
     Assignment("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator",
         "cache_blocks(self, request, num_computed_tokens)",
-        "managers of layers with a window cache no more blocks of a compressed request than have hashes",
+        "managers of layers with a window cache no more blocks of a compressed request than have hashes, and a request "
+        "that has nothing more to cache costs nothing",
         "a spec's manager decides what of a request is hashed and looked up"),
     Assignment("vllm.v1.request:Request", "_block_hasher skip_reading_prefix_cache",
         "blocks that will be overwritten are never hashed, nor found by hash",
@@ -220,9 +221,6 @@ ASSIGNMENTS = (
     Assignment("vllm.v1.worker.utils:AttentionGroup", "kernel_block_size",
         "a block table whose survivors have moved is in the kernels' blocks already, and is not mapped to them again",
         "vLLM's model state passes block tables in the kernels' blocks"),
-    Assignment("vllm.v1.worker.gpu.input_batch:InputBatch", "seq_lens seq_lens_cpu_upper_bound",
-        "attention metadata is built from the physical lengths; afterwards the logical ones are put back",
-        "vLLM's model state passes sequence lengths to `build_attn_metadata` separately"),
 )
 
 ADDITIONS = (
@@ -285,7 +283,7 @@ RELIANCES = (
         positions=None, is_prefilling=None,
         mm_req_doc_ranges=None, model_specific_attn_metadata=None, for_cudagraph_capture=False, causal=True,
         rswa_prefix_lens=None, ubatch_idx=0, fast_prefill=None, req_idx=None)""",
-        "skips KV cache groups without attention groups, so that each kind can get metadata with its own lengths",
+        "asks each attention group for its metadata, where ours builds them from the physical lengths",
         "vLLM passes sequence lengths to `build_attn_metadata` group by group"),
     Reliance("vllm.v1.core.kv_cache_utils", "_get_kv_cache_groups_uniform_page_size(kv_cache_spec)",
         "how vLLM groups the layers: `kvllm plan` and the front end predict it, and the scheduler compares",

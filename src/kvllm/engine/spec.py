@@ -106,6 +106,7 @@ class KvManager(FullAttentionManager):
         self.total_tokens_evicted = 0
         self.tokens_evicted = 0  # of the requests that hold blocks now
         self._last_admission = ("", 0)
+        self.all_cached: set[str] = set()  # ids of requests of which no further block will enter the prefix cache
 
     def bind(self, lookup: RequestLookup, num_late: int) -> None:
         """Give the manager the scheduler's lookup of geometries; num_late: from `num_late_events`"""
@@ -161,6 +162,7 @@ class KvManager(FullAttentionManager):
         progress.num_evicted += evicted
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self.all_cached.discard(request_id)
         if (progress := self._progress.pop(request_id, None)) is not None:
             # Counts an event of the last step; the step that would begin at the present length was never scheduled.
             self._free_events(progress, progress.request.num_computed_tokens - 1)
