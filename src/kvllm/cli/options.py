@@ -20,7 +20,7 @@ from kvllm.options import Option, options_of, parse_json
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Panels of --help. A new field is shown among the experts' options unless EVERYDAY lists it.
 PANEL, EXPERT_PANEL = "Compression", "Compression, for experts"
-EVERYDAY = ("method", "retention_ratio", "survivor_bits", "request_ratios")
+EVERYDAY = ("method", "retention_ratio", "survivor_bits", "request_ratios", "request_methods")
 TYPES = {"string": str, "integer": int, "number": float}  # all others are JSON
 # vLLM uses these flag names for something else.
 PREFIXED = ("seed",)
