@@ -74,6 +74,8 @@ class Schedule:
     policy: str
     is_async: bool
     rounds: list[Round]
+    host_chunks: int = 0  # see `Engine`
+    blocks_per_chunk: int = 1
 
 
 schedules = st.builds(
@@ -130,7 +132,10 @@ def play(vllm_config: Any, worker: type[WorkerV1] | type[WorkerV2], schedule: Sc
     own.scheduler_config.max_num_batched_tokens = schedule.max_num_seqs + schedule.tokens_per_step
     own.scheduler_config.max_num_scheduled_tokens = None
     own.scheduler_config.async_scheduling = schedule.is_async
-    engine = Engine(own, worker, schedule.config, schedule.num_blocks, schedule.max_num_seqs, schedule.is_async, counts)
+    engine = Engine(
+        own, worker, schedule.config, schedule.num_blocks, schedule.max_num_seqs, schedule.is_async, counts,
+        schedule.host_chunks, schedule.blocks_per_chunk,
+    )  # fmt: skip
     for each in schedule.rounds:
         for arrival in each.arrivals:
             engine.arrive(arrival)

@@ -14,6 +14,7 @@ from kvllm.compression.blocks import blocks_held
 from kvllm.engine.admission import blocks_ahead, most_ahead
 from kvllm.engine.cache_groups import checked_groups, compressed_block_size, only_hashed
 from kvllm.engine.metrics import Report, add_report, metric_values
+from kvllm.engine.offloading import offer_prompt_only
 from kvllm.engine.settings import Geometries, kv_config, num_late_events
 from kvllm.engine.spec import KvManager, will_cut_prompt
 from kvllm.engine.startup import summary
@@ -61,6 +62,7 @@ class CompressionMixin(Base):
         self.last_held_back = ""
         self.compression_seconds = 0.0
         self.report = Report()
+        self.was_connector_reset = False  # since the last step
         pages = self.kv_managers[0].kv_cache_spec.page_size_bytes
         num_blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is the null block
         geometry = self.geometries.of_ratio(config.mean_ratio)
@@ -87,6 +89,20 @@ class CompressionMixin(Base):
             if will_cut_prompt(geometry, request):
                 request.skip_reading_prefix_cache = True  # it will overwrite prompt blocks, so it must not share any
         super().add_request(request)
+        if geometry is not None and self.connector is not None:
+            offer_prompt_only(self.connector, request)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Empty host memory too where running requests are preempted, and first.
+
+        They may be resumed in the next step, which also reports them as preempted, and vLLM's connector asserts that
+        none of these is being loaded. It also asserts that it is emptied once between two steps.
+        """
+        if self.connector is not None and (reset_running_requests or reset_connector):
+            if not self.was_connector_reset:
+                self.reset_connector_cache()
+            self.was_connector_reset, reset_connector = True, False
+        return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     def _mamba_block_aligned_split(
         self,
@@ -118,6 +134,7 @@ class CompressionMixin(Base):
             self.kv_cache_manager.watermark_blocks = max(self.own_watermark_blocks, self._blocks_ahead())
             self._take_last_admission()
         output = super().schedule(*args, **kwargs)
+        self.was_connector_reset = False
         if may_admit and self.kv_cache_manager.watermark_blocks > self.own_watermark_blocks:
             self._count_held_back()
         self.peak_used_blocks = max(self.peak_used_blocks, self._num_used_blocks())

@@ -129,10 +129,12 @@ class KvManager(FullAttentionManager):
         The worker compacts before that step's forward pass, and runs steps in order: whichever request gets these
         blocks, in this step or a later one, writes them after the event, even if earlier steps are still in flight. A
         request that still lacks blocks is preempted, so it never misses an event that freed its blocks.
-        (vLLM waits for processed tokens because of KV connectors, which are refused here, and because new blocks may be
-        zeroed before a step's events. In models with recurrent layers they are, so there we wait as well.)
+        (vLLM waits for processed tokens because of KV connectors, of which the only one served here copies in the order
+        of the device (`engine/offloading.py`), and because new blocks may be zeroed before a step's events. In models
+        with recurrent layers they are, so there we wait as well. A finished request, for which a connector has this
+        called once more, begins no step: `pop_blocks_for_free` frees what is left.)
         """
-        if (progress := self._find(request_id)) is not None:
+        if (progress := self._find(request_id)) is not None and not progress.request.is_finished():
             late = self._num_late > 0
             self._free_events(progress, processed_computed_tokens - 1 if late else progress.request.num_computed_tokens)
 
