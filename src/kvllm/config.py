@@ -69,7 +69,7 @@ class KvConfig:
     window_size: Count = Field(256, description="Tokens compressed at once; a multiple of vLLM's block size.")
     buffer_size: Count = Field(128, description="Newest tokens, never compressed.")
     max_chunk_size: Count = Field(8, description="Maximum chunk length of Token2Chunk; 1 = no chunks.")
-    query_stride: Count = Field(8, description="Each head keeps the query of every n-th token for scoring.")
+    query_stride: Count = Field(4, description="Each head keeps the query of every n-th token for scoring.")
     history_size: int = Field(
         0,
         ge=0,

@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from kvllm.compression.query_bank import Targets
 from kvllm.compression.rows import RunningRequests
 from kvllm.compression.stopwatch import Stopwatch
 from kvllm.compression.worker import Layers, WorkerState
@@ -97,7 +98,7 @@ class CompressorV1:
         )
         self.running = RunningRequests(runner.max_num_reqs)
         # Of the current step: the queries to store, and the tokens that attention skips; None if there are none.
-        self.targets: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.targets: Targets | None = None
         self.captured: Tensor | None = None  # [num_layers, num_targets, num_heads, head_dim]
         self.num_captured = 0  # layers captured so far; after the last one, all are stored
         self.num_removed: IntArray | None = None
@@ -133,9 +134,9 @@ class CompressorV1:
         removed = self.state.begin_step(rows, computed, req_ids, table)
         size = self.state.plan_size + int(counts.sum())
         self.state.write_plan(self.state.step.numpy()[:size], rows, computed, counts)
-        codes = self.state.step[self.state.plan_size : size]
+        codes = self.state.step.numpy()[self.state.plan_size : size]
         if (codes >= 0).any():
-            self._expect(self.state.bank.targets(codes.long()))
+            self._expect(self.state.bank.targets(codes.astype(np.int64)))
         if removed.any():
             self.num_removed = removed
 
@@ -164,9 +165,9 @@ class CompressorV1:
             self.state.rows.set(row, own, request.num_prompt_tokens, method)
         return self.running[req_id]
 
-    def _expect(self, targets: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    def _expect(self, targets: Targets) -> None:
         """Capture these queries in the step that begins."""
-        if num_targets := len(targets[0]):
+        if num_targets := len(targets.tokens):
             layers = self.state.layers
             shape = (len(layers.numbers), num_targets, layers.num_heads, layers.head_dim)
             self.targets, self.captured, self.num_captured = targets, torch.empty(shape, dtype=layers.dtype), 0
@@ -174,7 +175,7 @@ class CompressorV1:
     def _capture(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         if self.captured is None or self.targets is None:
             return
-        torch.index_select(query, 0, self.targets[0], out=self.captured[layer])
+        torch.index_select(query, 0, self.targets.tokens, out=self.captured[layer])
         self.num_captured += 1
         if self.num_captured == len(self.captured):  # stored within the step, before any dummy run
             self.state.bank.put(self.captured, self.targets)

@@ -181,7 +181,7 @@ class Part:
             return
         state = self.compression
         assert query.shape[0] <= len(state.codes)
-        queries = query.view(-1, *state.bank.queries.shape[3:])
+        queries = query.view(-1, state.bank.num_heads, state.bank.head_dim)
         pairs = None if slot_mapping is None else NewPairs(key, value, self.cache, slot_mapping)
         store_tokens(queries, state.bank, layer, state.codes, pairs)
 
