@@ -61,7 +61,9 @@ def test_what_is_on(options: dict[str, Any], said: str) -> None:
 def test_what_requests_may_ask() -> None:
     assert "not choose a kv_retention_ratio other" in startup.what_requests_may_ask(KvConfig())
     text = startup.what_requests_may_ask(KvConfig(request_ratios="0.2-0.5,1.0"))
-    assert "0.2-0.5, 1.0 in vllm_xargs; the default is 0.3" in text
+    assert text.endswith("0.2-0.5, 1.0 in vllm_xargs; the default is 0.3.")
+    text = startup.what_requests_may_ask(KvConfig(request_methods="random,keydiff"))
+    assert text.endswith("allow it). They may choose kv_method random, keydiff; the default is kara.")
 
 
 def test_layers_with_a_window_count_too(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

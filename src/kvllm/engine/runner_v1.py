@@ -27,12 +27,11 @@ from kvllm.engine.attention import (
     shortening_backend,
 )
 from kvllm.engine.cache_groups import compressed_block_size, compressed_groups
-from kvllm.engine.rope import rope_of
-from kvllm.engine.settings import Geometries, kv_config
+from kvllm.engine.rope import rope_for
+from kvllm.engine.settings import Geometries, kv_config, request_method
 from kvllm.engine.store_cpu import CpuStore
 from kvllm.kernels.block_tables import join_segments_ref
 from kvllm.layout import IntArray
-from kvllm.methods import make_method
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -92,9 +91,7 @@ class CompressorV1:
         self.layers = list(named_layers.values())
         layer, numbers = self.layers[0], [extract_layer_index(name) for name in named_layers]
         shape = Layers(numbers, layer.num_heads, layer.num_kv_heads, layer.head_size, runner.model_config.dtype)
-        rope = None
-        if make_method(config).uses_rope:
-            rope = rope_of(runner.model, self.layers, runner.model_config, runner.device)
+        rope = rope_for(config, runner.model, self.layers, runner.model_config, runner.device)
         self.state = WorkerState(config, shape, rope, runner.max_num_reqs, runner.max_num_tokens, stopwatch=stopwatch)
         self.state.attach(
             CpuStore(config, self.state.bank, self.geometries.block_size, runner.max_model_len, layers=self.layers)
@@ -164,7 +161,8 @@ class CompressorV1:
             row = self.running.admit(req_id)
             geometry = self.geometries.of(request.sampling_params)
             own = None if geometry is None else geometry.groups[self.part]
-            self.state.rows.set(row, own, request.num_prompt_tokens)
+            method = request_method(self.config, request.sampling_params)
+            self.state.rows.set(row, own, request.num_prompt_tokens, method)
         return self.running[req_id]
 
     def _expect(self, targets: Targets) -> None:
