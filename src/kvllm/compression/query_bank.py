@@ -107,7 +107,7 @@ class QueryBank:
 
         codes: [num_tokens], from `codes`, or -1 to store nothing; no two tokens of a row may share a ring entry
         """
-        # In NumPy, which takes a third of PyTorch's time for so few numbers. Both [num_tokens, group_size].
+        # In NumPy, which is faster than PyTorch for so few numbers. Both [num_tokens, group_size].
         shifts = query_shifts(self.query_stride, self.group_size)
         stored, entries = entry_of(codes[:, None] % self.period, shifts, self.query_stride, self.num_queries)
         token, member = np.nonzero(stored & (codes >= 0)[:, None])
