@@ -95,8 +95,12 @@ class Rotation:
         """Rotate vectors [..., head_dim], to which the angles broadcast, in their own dtype."""
         cos, sin = self.cos.to(vectors), self.sin.to(vectors)
         if self.halves:
-            a, b = vectors.chunk(2, dim=-1)
-            return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+            rotated = vectors * torch.cat([cos, cos], dim=-1)
+            for half, other, sign in zip(
+                rotated.chunk(2, dim=-1), vectors.chunk(2, dim=-1)[::-1], (-1, 1), strict=True
+            ):
+                half.addcmul_(other, sin, value=sign)
+            return rotated
         a, b = vectors[..., self.first], vectors[..., self.second]
         rotated = torch.empty_like(vectors)
         rotated[..., self.first] = a * cos - b * sin
