@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -102,6 +103,7 @@ class CompressorV1:
         # Of the current step: the queries to store, and the tokens that attention skips; None if there are none.
         self.targets: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.captured: Tensor | None = None  # [num_layers, num_targets, num_heads, head_dim]
+        self.captured_layers: Sequence[Tensor] = ()  # the same, layer by layer
         self.num_captured = 0  # layers captured so far; after the last one, all are stored
         self.num_removed: IntArray | None = None
         capture_queries(self.layers, self._capture, "cpu")
@@ -172,11 +174,12 @@ class CompressorV1:
             layers = self.state.layers
             shape = (len(layers.numbers), num_targets, layers.num_heads, layers.head_dim)
             self.targets, self.captured, self.num_captured = targets, torch.empty(shape, dtype=layers.dtype), 0
+            self.captured_layers = self.captured.unbind()
 
     def _capture(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         if self.captured is None or self.targets is None:
             return
-        torch.index_select(query, 0, self.targets[0], out=self.captured[layer])
+        torch.index_select(query, 0, self.targets[0], out=self.captured_layers[layer])
         self.num_captured += 1
         if self.num_captured == len(self.captured):  # stored within the step, before any dummy run
             self.state.bank.put(self.captured, self.targets)

@@ -49,19 +49,19 @@ def refit(
     def equations(queries: Tensor, keys: Tensor, values: Tensor, outputs: Tensor, log_sums: Tensor) -> list[Tensor]:
         weights = (queries @ keys.transpose(-1, -2)).sub_(log_sums).exp_()  # with those of the evicted they sum to 1
         kept = weights.sum(dim=-1, keepdim=True)
-        found: list[Tensor] = []
+        made: list[Tensor] = []
         if key_ridge > 0:
-            found += normal_equations(queries, -kept.clamp(min=LEAST_KEPT).log())
+            made += normal_equations(queries, -kept.clamp(min=LEAST_KEPT).log())
         if value_ridge > 0:  # of what the values must change by
             gram, wanted = normal_equations(weights.div_(kept.clamp(min=SMALLEST)), outputs)
-            found += gram, wanted - gram @ values
-        return found
+            made += gram, wanted - gram @ values
+        return made
 
     found = by_member(equations, queries, keys, values, attended.outputs, attended.log_sums)
     if key_ridge > 0:
-        keys = keys + ridge_solve(*found[:2], key_ridge).transpose(-1, -2)
+        keys = keys + ridge_solve(found[0], found[1], key_ridge).transpose(-1, -2)
     if value_ridge > 0:
-        values = values + ridge_solve(*found[-2:], value_ridge)
+        values = values + ridge_solve(found[-2], found[-1], value_ridge)
     return keys, values
 
 
