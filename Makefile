@@ -37,6 +37,7 @@ $(INSTALLED): pyproject.toml .ci/local-torch.txt
 	    { echo "KvLLM needs Python 3.11 to 3.13; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.11"; exit 1; }
 	@echo "Installing KvLLM, vLLM and PyTorch for CPUs into .venv: once, some minutes, about 4 GB ..."
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@test -x $(UV) || .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null # uv makes environments without pip
 	@test -x $(UV) || .venv/bin/python -m pip install --quiet uv
 	@$(UV) pip install --python .venv/bin/python --editable '.[cpu,dev]'
 	@$(UV) pip install --python .venv/bin/python --no-deps kvpress==0.5.5

@@ -1,4 +1,4 @@
-"""What the operating system says of a server's processes."""
+"""Information from the operating system about a server's processes."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_a_configuration_stands_for_one_of_each_group() -> None:
         ([0.5], "must be a number in .* or a mapping of names to values, not a list"),
     ],
 )
-def test_what_is_no_table(table: Any, message: str) -> None:
+def test_invalid_tables_are_refused(table: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^retention_ratio=.*{message}"):
         KvConfig(retention_ratio=table)
 

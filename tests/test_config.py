@@ -1,4 +1,4 @@
-"""Every bad option is refused when the config is built, naming the option, its value and what to do."""
+"""Every invalid option is refused when the config is built, with a message that names option, value and remedy."""
 
 import dataclasses
 import json
@@ -201,7 +201,7 @@ def test_a_requests_ratio_of_the_wrong_type_is_refused_with_the_type():
         check_retention_ratio("0.5", name="kv_retention_ratio")
 
 
-def test_a_key_that_is_no_text_is_refused():
+def test_a_key_that_is_not_a_string_is_refused():
     assert refusal({1: 2}).startswith("1=2: no such option; options are method, ")
 
 
@@ -316,7 +316,7 @@ def test_text_that_is_not_json_is_refused(text):
 
 
 @pytest.mark.parametrize("text", ["[]", "0.3", '"recent"', "null"])
-def test_json_that_is_no_object_is_refused(text):
+def test_json_that_is_not_an_object_is_refused(text):
     with pytest.raises(ValueError, match="expected a mapping of options"):
         KvConfig.from_json(text)
 

@@ -1,4 +1,4 @@
-"""No import runs upwards: which part of the package may import which."""
+"""Which part of the package may import which: never a higher layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The closed forms of `layout` against a request that lives through every step, and against numbers worked out by hand.
+"""The closed forms of `layout` against a request simulated step by step, and against numbers worked out by
+hand.
 
 Where the blocks lie is in tests/compression/test_blocks.py.
 """
@@ -101,7 +102,7 @@ class Simulation:
             self.cache[:whole] = ["prompt"] * g.prompt_budget
 
     def passes_limit(self, kept: int) -> bool:
-        """Whether another window's survivors would pass what the history held at its first cut, or a whole cycle."""
+        """Whether another window's survivors would exceed the history's size at its first cut, or a whole cycle."""
         cuts = [i for i, (_, shape) in enumerate(self.events) if shape.num_history]
         return not cuts or len(self.events) - cuts[-1] == self.geometry.cycle
 

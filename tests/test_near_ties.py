@@ -1,4 +1,4 @@
-"""What the engines are compared by accepts another choice among equals, and nothing else."""
+"""The comparison of engines with the reference accepts near ties, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the two packages carry, code and no data, and that their wheels install into a fresh environment."""
+"""The contents of the two packages (code, no data), and installing their wheels into a fresh environment."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_without_kvllm_measure_its_commands_say_what_to_install(serving: Path) -
     assert refused.stderr.startswith("Error: kvllm eval: this needs the package kvllm-measure, not installed here; ")
     assert "uv pip install 'kvllm[measure]'" in refused.stderr and refused.stderr.count("\n") == 1
     shown = run(serving, "kvllm", "--help")
-    offered, rest = shown.split("Not installed; uv pip install 'kvllm[measure]' adds")
+    offered, rest = shown.split("Not installed; the extra 'measure' adds")
     assert all(f" {name} " in rest and f" {name} " not in offered for name in COMMANDS)
     assert all(f" {name} " in offered for name in ("serve", "generate", "plan", "doctor", "methods"))
 

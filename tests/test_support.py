@@ -1,4 +1,4 @@
-"""What is served and refused, from a model's config alone."""
+"""Which models are served or refused, by their config alone."""
 
 from __future__ import annotations
 

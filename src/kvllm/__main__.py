@@ -1,4 +1,4 @@
-"""The `kvllm` command, also as `python -m kvllm`: the commands that serve, and those that measure where installed."""
+"""The `kvllm` command, also `python -m kvllm`: serving commands and, if kvllm-measure is installed, measurements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvllm.errors import UsageError
 
 
 def add_measuring() -> None:
-    """The one place that imports `kvllm.measure` from outside: it is a package of its own, kvllm-measure."""
+    """The only import of `kvllm.measure` from outside it, since it is a separate package, kvllm-measure."""
     if why := why_missing():
         add_stand_ins(app, why)
     else:

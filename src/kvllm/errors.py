@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pydantic import ValidationError
+
 
 class UsageError(ValueError):
     """Something the user can fix: an option, a file, a combination that does not work.
@@ -21,3 +23,10 @@ def within(context: str) -> Iterator[None]:
         yield
     except UsageError as e:
         raise UsageError(f"{context}: {e}") from None
+
+
+def message_of(error: Exception) -> str:
+    """The error's message, without pydantic's additions if the validation of vLLM's config raised it."""
+    if isinstance(error, ValidationError):
+        return "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
+    return str(error)

@@ -176,7 +176,7 @@ class Geometry(Fitting):
         return Shape(history, raw, self._held(self.num_kept_blocks(event)))
 
     def num_kept_blocks(self, event: int) -> int:
-        """Blocks that hold what event number `event` keeps."""
+        """Number of blocks for the survivors of event number `event`."""
         return (self.survivors(event + 1) - self.num_left_alone(event)) // self.block_size
 
     def _held(self, num_blocks: int) -> int:
@@ -230,7 +230,7 @@ class Geometry(Fitting):
         return Shape(0, protected, self.prompt_budget) if 0 < self.prompt_budget < protected else None
 
     def prefix_len(self, num_prompt_tokens: Int, num_events: Int) -> Int:
-        """Tokens in the prefix segment: what is left of the prompt, then the survivors."""
+        """Tokens in the prefix segment: the kept part of the prompt, then the survivors."""
         return self.prompt_len(num_prompt_tokens, num_events) + self.survivors(num_events)
 
     def tail_start(self, num_prompt_tokens: Int, num_events: Int) -> Int:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from kvllm.errors import UsageError
+from kvllm.errors import UsageError, message_of
 from kvllm.groups import Groups
 from kvllm.layers import CACHELESS, RECURRENT, Local, Recurrent, layer_kinds, local_layers
 
@@ -29,6 +29,11 @@ CACHE_DTYPES = {
 DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "TRITON_ATTN")}
 
+OFFLOADING = "OffloadingConnector"  # the one KV connector of vLLM's that is served
+OFFLOADING_OPTIONS = {
+    "cpu_bytes_to_use", "blocks_per_chunk", "block_size", "eviction_policy", "offload_prompt_only", "store_threshold",
+    "max_tracker_size",
+}  # fmt: skip
 PLAIN_BITS = 16  # of survivors that are not rounded
 PACKED_BITS = 4  # of survivors that GPUs pack
 FP8_PACKED_BLOCK_SIZE = 32  # an fp8 block has half the bytes and scales as large: of 16 tokens it packs 24, of 32 56
@@ -182,6 +187,7 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
     one_group = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
     backend = vllm_config.attention_config.backend
     prefill_parallel = getattr(parallel, "prefill_context_parallel_size", 1)
+    transfer = vllm_config.kv_transfer_config
     before_model: list[tuple[bool, str, Any, str]] = [
         (model.runner_type != "generate", "runner", model.runner_type, "serve a model that generates text"),
     ]
@@ -213,10 +219,11 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
             "speculative decoding is not supported; leave it off",
         ),
         (
-            vllm_config.kv_transfer_config is not None,
-            "kv_transfer_config",
-            getattr(vllm_config.kv_transfer_config, "kv_connector", None),
-            "KV connectors would move blocks while they are compressed; leave it off",
+            transfer is not None and transfer.kv_connector != OFFLOADING,
+            "kv_connector",
+            getattr(transfer, "kv_connector", None),
+            "it may take blocks of generated tokens for what their hashes say, and compression rewrites them; leave it "
+            "off, or offload prompts with --kv-offloading-size",
         ),
         (
             one_group and any(local_layers(model.hf_config.get_text_config(), model.max_model_len)),
@@ -275,6 +282,66 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
         *model_reasons(model.hf_config, model.max_model_len),
         *(reason(what, value, why) for wrong, what, value, why in after_model if wrong),
     ]
+
+
+def offloading_reasons(vllm_config: Any, device: str, prompt_budget: int, num_parts: int) -> list[str]:
+    """Why an engine cannot copy prompts to host memory (--kv-offloading-size) and compress as well.
+
+    device: "cpu" or "cuda"; prompt_budget, num_parts: of the `KvConfig`, the latter the number of its parts
+    """
+    transfer, parallel, cache = vllm_config.kv_transfer_config, vllm_config.parallel_config, vllm_config.cache_config
+    if transfer is None:
+        return []
+    unknown = sorted(set(transfer.kv_connector_extra_config) - OFFLOADING_OPTIONS)
+    text, max_model_len = vllm_config.model_config.hf_config.get_text_config(), vllm_config.model_config.max_model_len
+    checks: list[tuple[bool, str, Any, str]] = [
+        (device == "cpu", "kv_offloading_size", cache.kv_offloading_size, "vLLM offloads from GPUs only; leave it off"),
+        (
+            bool(transfer.kv_connector_module_path),
+            "kv_connector_module_path",
+            transfer.kv_connector_module_path,
+            "only vLLM's own OffloadingConnector was checked; leave it out",
+        ),
+        (transfer.kv_role != "kv_both", "kv_role", transfer.kv_role, "offloading stores and loads; use kv_both"),
+        (
+            bool(unknown),
+            "kv_connector_extra_config",
+            ", ".join(unknown),
+            f"not checked with compression; use no others than {', '.join(sorted(OFFLOADING_OPTIONS))}",
+        ),
+        (
+            not cache.enable_prefix_caching,
+            "enable_prefix_caching",
+            False,
+            "offloading was checked as an extension of the prefix cache; leave it on, or --kv-offloading-size out",
+        ),
+        (
+            prompt_budget > 0,
+            "prompt_budget",
+            prompt_budget,
+            "prompts that are cut could be stored after the cut; use 0 with --kv-offloading-size",
+        ),
+        (
+            num_parts > 1 or any(local_layers(text, max_model_len)),
+            "kv_offloading_size",
+            cache.kv_offloading_size,
+            "with several KV cache groups (layer budgets, or layers other than full attention) it was not checked; "
+            "leave it off",
+        ),
+        (
+            parallel.world_size > 1,
+            "world_size",
+            parallel.world_size,
+            "offloading was checked with one GPU an engine; use one, or leave --kv-offloading-size out",
+        ),
+        (
+            parallel.data_parallel_size > 1,
+            "data_parallel_size",
+            parallel.data_parallel_size,
+            "offloading was checked with one engine; use 1, or leave --kv-offloading-size out",
+        ),
+    ]
+    return [reason(what, value, why) for wrong, what, value, why in checks if wrong]
 
 
 def torchvision_problem() -> str | None:
@@ -431,14 +498,21 @@ def layers_reasons(layers: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def finding_model(name: object) -> Iterator[None]:
-    """Turn transformers' errors for a model that it cannot find or read into a UsageError."""
+    """Turn the errors of transformers, vLLM and the model hub for a model they cannot find or read into a UsageError.
+
+    Errors of the operating system, such as a port in use, pass through: unlike those, they have an `errno`.
+    """
     try:
         yield
+    except UsageError:
+        raise
     except (OSError, ValueError) as e:
-        # transformers raises a ValueError with these words for a folder without a config.json; others are real faults.
-        if not isinstance(e, OSError) and not str(e).startswith("Unrecognized model"):
+        text = message_of(e)
+        unreadable = ("Unrecognized model", "Invalid repository ID or local directory", "Repo id must be")
+        if e.errno is not None if isinstance(e, OSError) else not text.startswith(unreadable):
             raise
-        why = str(e).strip().partition("\n")[0]
+        why = text.strip().partition("\n")[0].rstrip(".")
         raise UsageError(
-            f"{name}: no model found there ({why}); give a model's folder, with its config.json and weights."
+            f"{name}: the model's config.json cannot be read ({why}); give the folder of a model, with its config.json "
+            "and weights, or its name on a model hub that this machine can reach."
         ) from e

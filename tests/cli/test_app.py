@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from kvllm import __main__ as cli
 from kvllm.cli.options import flag, shown
 from kvllm.config import KvConfig
+from kvllm.engine import arguments
 from kvllm.engine.arguments import check_plugin_is_loaded
 from kvllm.errors import UsageError
 from kvllm.layout import Geometry
@@ -71,8 +73,6 @@ def test_every_field_of_the_config_is_a_flag(command: str) -> None:
 
 
 def test_only_options_that_were_given_override_other_choices(config_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvllm.engine import arguments
-
     taken: dict[str, object] = {}
     monkeypatch.setattr(arguments, "serve_arguments", lambda args, options: taken.update(options) or args)
     monkeypatch.setattr(arguments, "run_server", lambda args: None)
@@ -303,5 +303,54 @@ def test_plan_refuses_what_serve_refuses(tmp_path: Path, capsys: pytest.CaptureF
 def test_plan_refuses_a_model_that_is_not_there(tmp_path: Any) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("none", "empty"):
-        with pytest.raises(UsageError, match=f"/{name}: no model found there .*; give a model's folder"):
+        with pytest.raises(
+            UsageError, match=f"/{name}: the model's config.json cannot be read .*; give the folder of a model"
+        ):
             cli.app(["plan", str(tmp_path / name), "--memory", "8GiB"], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(
+            "We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cache."
+        ),
+        ValueError("Repo id must be in the form 'repo_name' or 'namespace/repo_name': '/models/qwen'."),
+    ],
+)
+def test_serve_refuses_a_model_that_cannot_be_read(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_server(args: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(arguments, "run_server", run_server)
+    with pytest.raises(UsageError, match="^/models/qwen: the model's config.json cannot be read .*; give the folder"):
+        cli.app(["serve", "/models/qwen", "--port", "8001"], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    "number, raised, words",
+    [(errno.EADDRINUSE, UsageError, "port is in use; .* use another --port"), (errno.ENOSPC, OSError, "by the system")],
+)
+def test_a_port_in_use_is_refused_and_other_system_errors_are_not(
+    number: int, raised: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_server(args: list[str]) -> None:
+        raise OSError(number, "said by the system")
+
+    monkeypatch.setattr(arguments, "run_server", run_server)
+    with pytest.raises(raised, match=words):
+        cli.app(["serve", "/models/qwen"], standalone_mode=False)
+
+
+def test_our_flags_accept_underscores_as_vllms_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+    monkeypatch.setattr(arguments, "serve_arguments", lambda args, options: [*args, options])
+    monkeypatch.setattr(arguments, "run_server", taken.extend)
+    cli.app(["serve", "MODEL", "--retention_ratio", "0.5", "--max_model_len=64"], standalone_mode=False)
+    assert taken == ["MODEL", "--max_model_len=64", {"retention_ratio": 0.5}]
+
+
+def test_a_misspelt_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.app(["serve", "MODEL", "--compresion", "8x", "--enforce-eager"], standalone_mode=False)
+    assert "--compresion: did you mean --compression?" in capsys.readouterr().err

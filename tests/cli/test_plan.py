@@ -10,6 +10,7 @@ from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2_5_V
 from kvllm.cli.plan import local_blocks, parse_bytes, parse_lengths, plan, pool_bytes
 from kvllm.compression.footprint import Footprint, default_max_num_seqs, fitting_max_num_seqs, footprint
 from kvllm.config import KvConfig
+from kvllm.errors import UsageError
 from kvllm.groups import Groups
 from kvllm.layers import Local
 from kvllm.layout import Geometry, request_geometry
@@ -161,7 +162,7 @@ def test_sizes(text: str, expected: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "1.2.3G", "80GX", "-1G", ".", "24,5G", "80 GiB each", "80.", "80G-1"])
-def test_what_is_no_size(text: str) -> None:
+def test_invalid_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="80GiB"):
         parse_bytes(text)
 
@@ -188,3 +189,9 @@ def test_a_vision_language_model_is_counted_by_its_language_model() -> None:
 def test_a_plan_packs_what_a_gpu_packs(bits: int, dtype: str, problem: str | None) -> None:
     found = packed_problem(bits, dtype)
     assert found is None if problem is None else found is not None and problem in found
+
+
+def test_a_size_without_its_unit_is_refused() -> None:
+    with pytest.raises(UsageError, match="--memory 80: without a unit .*; did you mean 80GiB?"):
+        parse_bytes("80")
+    assert parse_bytes("80000000000") == 80 * 10**9 and parse_bytes("0") == 0

@@ -1,4 +1,4 @@
-"""Requests in one pool, with allocator blocks as large as a kernel's and larger: nothing is lost or shared."""
+"""Requests in one pool, with allocator blocks of kernel size and larger: no data is lost or shared."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ class Request:
         self.names = BlockNames(self.geometry, self.num_prompt_tokens, self.pool.size)
 
     def row(self, index: int) -> tuple[int, int]:
-        """Where kernel block `index` of the list lies."""
+        """The cache row of kernel block `index` of the list."""
         per_block = self.pool.size // KERNEL_BLOCK
         block = self.blocks[index // per_block]
         assert block != NULL
         return block, index % per_block
 
     def rows(self) -> list[tuple[int, int]]:
-        """Where the kernel blocks that attention reads lie, in its order."""
+        """The cache rows of the kernel blocks that attention reads, in order."""
         prefix = self.geometry.prefix_len(self.num_prompt_tokens, self.num_events) // KERNEL_BLOCK
         tail = self.geometry.tail_start(self.num_prompt_tokens, self.num_events) // KERNEL_BLOCK
         end = ceil_div(self.computed, KERNEL_BLOCK)

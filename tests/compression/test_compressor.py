@@ -1,4 +1,4 @@
-"""What a method is shown of each event and what becomes of its answer, over a store of plain tensors."""
+"""What a method receives at each event, and how its result is applied, over a store of plain tensors."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class DenseStore:
         return of(self.keys), of(self.values)
 
     def write(self, candidates: list[Span], kept: Kept, layers: slice = ALL_LAYERS) -> None:
-        """As the reference's: the rest of the request moves up behind the survivors."""
+        """As in the reference: the rest of the request moves up to follow the survivors."""
         assert (kept.keys is None) == (kept.values is None)
         index = kept.indices.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, 3)
         before = self.read(candidates, layers)
@@ -138,13 +138,13 @@ def compressor_of(
 
 
 def due_at(store: DenseStore, geometry: Geometry, row: int, num_prompt_tokens: int, event: int) -> Due:
-    """The event, and a request that has come as far."""
+    """The event, and a request that has just reached it."""
     store.grow(row, geometry.event_at(num_prompt_tokens, event))
     return Due(0, row, geometry, num_prompt_tokens, event)
 
 
 def windows_of(compressor: Compressor) -> list[tuple[int, int]]:
-    """Batch and tokens of each window that the method was shown."""
+    """Batch size and token count of each window that the method received."""
     assert isinstance(compressor.method, Checking)
     return [(len(window.keys), window.num_tokens) for window in compressor.method.seen]
 
@@ -341,7 +341,7 @@ def test_new_keys_or_values_are_written_with_the_others_own(changes: str) -> Non
 
 @dataclass(frozen=True)
 class Rotating(Checking):
-    """Needs to know how the model rotates; only some rotary embeddings will do."""
+    """A method that needs the model's rotary embedding, and supports only some of them."""
 
     @property
     def uses_rope(self) -> bool:

@@ -1,4 +1,4 @@
-"""Where candidates lie in a paged cache, event after event, against a list of each request's blocks."""
+"""Locations of the candidates in a paged cache at each event, against a list of each request's blocks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NULL = 0
 
 
 class TableStore(PagedStore):
-    """Has no cache: what is read and written is the engines' matter."""
+    """Has no cache; reading and writing are tested with the engines."""
 
     def read(self, candidates: PagedCandidates, layers: slice = ALL_LAYERS) -> tuple[Tensor, Tensor]:
         raise NotImplementedError

@@ -13,7 +13,7 @@ HEAD_DIM, MAX_REQS = 8, 3
 
 
 def bank_of(num_queries: int, num_kv_heads: int, group_size: int, stride: int) -> QueryBank:
-    """One of two layers, full of what must be overwritten."""
+    """A bank of two layers, filled with values that must be overwritten."""
     bank = QueryBank.allocate(
         2, MAX_REQS, num_queries, num_kv_heads * group_size, num_kv_heads, HEAD_DIM, stride, torch.bfloat16
     )

@@ -1,4 +1,4 @@
-"""The ring's arithmetic against a ring that is really written, token by token."""
+"""The ring's arithmetic against a simulated ring, written token by token."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def tokens(num_tokens: int, head_dim: int = 64, seed: int = 0, dtype: torch.dtyp
 
 
 def bytes_of_a_head(rounded: Rounded, bits: int) -> float:
-    """Of one member of the batch and one head, once codes are packed."""
+    """Packed bytes of one batch member and one head."""
     batch, _, num_kv_heads, _ = rounded.codes.shape
     return (rounded.codes.numel() * bits / 8 + rounded.scale.nbytes + rounded.lowest.nbytes) / batch / num_kv_heads
 

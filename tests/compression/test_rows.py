@@ -1,4 +1,4 @@
-"""What is due, which columns describe it, and where each token's query goes; rows held by running requests only."""
+"""Due events and their columns, and where each token's query is stored; only running requests hold rows."""
 
 from __future__ import annotations
 

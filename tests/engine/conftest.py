@@ -156,7 +156,7 @@ def attention_tables(
 
 
 def watch_blocks(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """From now on every step checks invariant 3: the blocks that attention reads are the scheduler's live ones.
+    """Make every later step check invariant 3: attention reads exactly the scheduler's live blocks.
 
     returns a list that gets an entry for each request of each step, and each group of layers that has a ratio of its
     own: its id, and the events that it has behind it

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvllm.engine.admission import blocks_ahead
+from kvllm.engine.admission import Headroom, blocks_ahead
 from kvllm.groups import Groups
 from kvllm.layers import Local
 
@@ -64,3 +64,14 @@ def test_requests_in_step_need_a_whole_interval_and_spread_ones_little() -> None
     assert blocks_ahead(held, same, end, freed, INTERVAL, BLOCK) == count * INTERVAL // BLOCK
     assert blocks_ahead(held, spread, end, freed, INTERVAL, BLOCK) <= count * (INTERVAL // BLOCK - FREED)
     assert blocks_ahead(held[:0], same[:0], end[:0], freed[:0], INTERVAL, BLOCK) == 0
+
+
+def test_headroom_is_kept_for_a_few_steps_of_the_same_requests() -> None:
+    headroom = Headroom(4)
+    assert headroom.now(["a"], 10) is None
+    headroom.keep(["a"], 25)
+    assert [headroom.now(["a"], used) for used in (10, 12, 30)] == [15, 13, 0]
+    assert headroom.now(["a"], 10) is None
+    headroom.keep(["a"], 25)
+    assert headroom.now(["a", "b"], 10) is None
+    assert headroom.now(["a"], 10) == 15

@@ -1,4 +1,4 @@
-"""What vLLM gets of a command line that holds its flags and ours."""
+"""The arguments that vLLM receives from a command line with its flags and ours."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_no_options_at_all_turn_compression_on() -> None:
 
 
 class TestServe:
-    """`kvllm serve`, up to the call of vLLM's own entry point."""
+    """`kvllm serve`, up to the call of vLLM's entry point."""
 
     @pytest.fixture
     def served(self, monkeypatch: pytest.MonkeyPatch) -> Any:

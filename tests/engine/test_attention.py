@@ -1,4 +1,4 @@
-"""What a layer's two calls in a step, write to the cache and attention, become."""
+"""How a layer's two calls per step, the cache write and the attention, are replaced."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -52,7 +52,7 @@ def test_keys_and_values_are_stored_with_the_queries():
 
 
 def test_methods_see_queries_as_the_layer_scales_them():
-    """Methods multiply logits by head_dim ** -0.5, here 0.5; the layer itself is handed its queries as they are."""
+    """Methods multiply logits by head_dim ** -0.5, here 0.5; the layer itself receives its queries unscaled."""
     log: list = []
     layers = [layer_of(log, scale=0.25)]
     capture_queries(layers, lambda *arguments: log.append(arguments), "cuda")
@@ -73,7 +73,7 @@ def test_other_backends_are_refused(hook):
 
 @pytest.mark.parametrize("hook", [capture_queries, store_with_queries])
 def test_a_model_that_writes_the_cache_itself_is_refused(hook):
-    """As some of vLLM 0.33 do in one kernel with the rotation: their attention is called without keys and values."""
+    """As some models of vLLM 0.33 do, in one kernel with the rotation: attention is called without keys and values."""
     log: list[Any] = []
     layer = layer_of(log)
     hook([layer], lambda *arguments: log.append(arguments), "cuda")

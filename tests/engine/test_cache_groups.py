@@ -1,4 +1,4 @@
-"""Several KV cache groups, without an engine: which is ours, which lengths each attends over, what each caches."""
+"""Several KV cache groups, without an engine: which are compressed, and what each attends to and caches."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_vllm_makes_the_same_groups_of_recurrent_layers(num_full: int, num_state
 def test_vllm_makes_the_same_groups_and_counts_the_same_blocks(
     local: Local, num_full: int, num_local: int, block_size: int
 ) -> None:
-    """vLLM's own grouping, and what its specs say of a request."""
+    """vLLM's own grouping, and the block counts of its specs for a request."""
     shape = SHAPE | {"block_size": block_size}
     other: Any = SlidingWindowSpec(sliding_window=local.size, **shape)
     if local.chunked:
@@ -158,6 +158,22 @@ def test_no_group_caches_more_than_a_request_has_hashes_for() -> None:
     assert seen == [5, 32, 32, 32]
 
 
+def test_a_request_with_nothing_more_to_cache_is_skipped_until_its_blocks_are_freed() -> None:
+    seen: list[tuple[str, int]] = []
+    all_cached: set[str] = set()
+    cache = only_hashed(lambda request, num_tokens: seen.append((request.request_id, num_tokens)), 16, all_cached)
+    compressed: Any = SimpleNamespace(request_id="a", block_hashes=[b"a", b"b"], _block_hasher=None)
+    other: Any = SimpleNamespace(request_id="b", block_hashes=[b"a", b"b"], _block_hasher=lambda request: [])
+    for num_tokens in (5, 31, 32, 33, 100):
+        cache(compressed, num_tokens)
+        cache(other, num_tokens)
+    assert [tokens for name, tokens in seen if name == "a"] == [5, 31, 32]
+    assert [tokens for name, tokens in seen if name == "b"] == [5, 31, 32, 32, 32]
+    all_cached.discard("a")
+    cache(compressed, 40)
+    assert seen[-1] == ("a", 32)
+
+
 class Group:
     """An attention group of vLLM's V2 runner, whose metadata is what it was built from."""
 
@@ -176,7 +192,7 @@ class Group:
 
 
 def part_of(group: int, lengths: list[int], larger: bool) -> Any:
-    """What the V2 runner compresses alike, in a batch whose first request has 300 tokens of text."""
+    """Layers that the V2 runner compresses together, in a batch whose first request has 300 tokens of text."""
     part: Any = object.__new__(Part)
     part.group, part.seq_lens = group, torch.tensor(lengths, dtype=torch.int32)
     part.compression, part.num_removed = SimpleNamespace(codes=torch.zeros(4)), np.array([300 - lengths[0], 0])

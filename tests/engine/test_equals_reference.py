@@ -28,7 +28,7 @@ def greedy(llm: Any, prompts: list[list[int]], num_tokens: int = NUM_TOKENS, **e
 
 @pytest.fixture(scope="module")
 def batch(llm: Any) -> dict[str, Any]:
-    """One batch of prompts around block borders, the longest prefilled in chunks beside others that decode."""
+    """One batch of prompts with lengths around block boundaries; the longest is prefilled while others decode."""
     prompts = [words(n, seed=n) for n in (1, 15, 16, 17, 31, 32, 33, 500)]
     before = engine_stats(llm)
     answers = [list(output.outputs[0].token_ids) for output in greedy(llm, prompts)]
@@ -53,7 +53,7 @@ def test_prompts_around_block_borders_in_one_batch_with_chunked_prefill(
 
 @pytest.mark.parametrize("index", [3, 6])
 def test_same_tokens_alone_as_in_a_batch(llm: Any, batch: dict[str, Any], index: int) -> None:
-    """Invariant 6, as far as tokens show it: over two windows and some."""
+    """Invariant 6, as visible in the tokens, over more than two windows."""
     (alone,) = greedy(llm, [batch["prompts"][index]], 210)
     assert list(alone.outputs[0].token_ids) == batch["answers"][index][:210]
 

@@ -1,4 +1,4 @@
-"""Model families against the reference, as docs/compatibility.md has them."""
+"""Model families against the reference, as recorded in docs/compatibility.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Invariants 3 to 5 inside a running engine, and the bugs that others paid for, each by its name."""
+"""Invariants 3 to 5 inside a running engine, and known bugs of other implementations, by name."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_evicted_blocks_return_to_the_pool_while_the_request_runs(llm: Any) -> N
 
 
 def cached_blocks(llm: Any) -> dict[int, bytes]:
-    """The contents of every block that another request could find, by block id."""
+    """The contents of every block in the prefix cache, by block id."""
     manager = scheduler_of(llm).kv_cache_manager
     layers = compressor_of(llm).layers
     found = {}

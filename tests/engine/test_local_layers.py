@@ -1,4 +1,4 @@
-"""Models that mix full attention with layers of a window (gpt-oss) or a chunk (Llama 4), whose groups stay vLLM's."""
+"""Models that mix full attention with sliding windows (gpt-oss) or chunks (Llama 4), whose groups vLLM manages."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_prefix_cache_hit_and_a_request_that_is_not_compressed(name: str, serv
 
 @each
 def test_what_all_groups_together_can_not_hold_is_refused(name: str, served: Served) -> None:
-    """One token less fits, says the refusal, and does."""
+    """The refusal names the longest request that fits; one of that length is served."""
     prompt = [*prompts()[2], *prompts()[0]]
     needed = NUM_BLOCKS[name] + 1
     with pytest.raises(
@@ -108,7 +108,7 @@ def test_a_plan_s_blocks_are_the_engine_s(name: str, served: Served) -> None:
 
 
 def watch_local_groups(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """From now on every step checks that local groups hold no more blocks than stock's manager of their kind would.
+    """Make every later step check that local groups hold no more blocks than under stock vLLM.
 
     returns a list that gets the blocks that each decoding request holds in each local group, step by step
     """

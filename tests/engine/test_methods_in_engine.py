@@ -1,4 +1,4 @@
-"""Other methods, merging among them, and bounded memory: the engine equals the reference with all of them."""
+"""Other methods, merging ones included, and bounded memory: the engine equals the reference with each."""
 
 from __future__ import annotations
 

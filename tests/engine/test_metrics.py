@@ -1,4 +1,4 @@
-"""What a scheduler reports arrives in Prometheus once, whichever API servers it is sent to."""
+"""A scheduler's report reaches Prometheus exactly once, whichever API servers receive it."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ KvStatLogger(CONFIG, [0]).record(stats_with({{"windows_compressed": {windows}, "
 
 
 def test_two_api_servers_add_up(tmp_path: Path) -> None:
-    """Counters of both, gauges of the one that had the newest report."""
+    """Counters are summed over both; gauges come from the newest report."""
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     for windows, rows in ((3, 9), (4, 2)):
         script = API_SERVER.format(windows=windows, rows=rows)

@@ -1,4 +1,4 @@
-"""Several devices: tensor parallelism is vLLM's own, since the layout follows from two numbers alone.
+"""Several devices: vLLM's tensor parallelism works unchanged, since the layout depends on two numbers alone.
 
 Pipeline parallelism is not tested here: stock vLLM's CPU runner fails with it in eager mode, by an assertion.
 """

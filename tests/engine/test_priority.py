@@ -1,4 +1,4 @@
-"""Requests that overtake others by priority take their seats, and with them their rows of the query bank."""
+"""Requests with higher priority preempt others and take over their rows of the query bank."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def llm(small_model_dir: Path) -> Any:
 def test_better_priorities_arrive_while_all_seats_are_taken(
     llm: Any, small_reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A preempted request waits while others take its seat, so its row is theirs too."""
+    """While a preempted request waits, its row belongs to another request."""
     seen = watch_blocks(llm, monkeypatch)
     core, outputs, num_steps = llm.llm_engine, {}, 0
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -65,7 +65,7 @@ def test_better_priorities_arrive_while_all_seats_are_taken(
 
 
 def test_nothing_is_kept_of_preempted_and_finished_requests(llm: Any) -> None:
-    """Neither of requests that were preempted for good by an abort, nor of those that ended."""
+    """No rows or blocks remain of finished requests, nor of preempted ones that were aborted."""
     core, compressor = llm.llm_engine, compressor_of(llm)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     for name in ("first", "second"):

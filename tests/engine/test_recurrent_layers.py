@@ -21,7 +21,7 @@ from tests.engine.conftest import BLOCK_SIZE, CONFIG
 
 @pytest.mark.parametrize("block_size", [16, 272])
 def test_chunks_end_where_states_may_be_kept(block_size: int) -> None:
-    """No chunk passes a boundary and ends behind it, and every chunk moves on."""
+    """A chunk that crosses a boundary ends at one, and no chunk is empty."""
     rng = random.Random(0)
     for _ in range(1000):
         start, most = rng.randrange(4 * block_size), rng.randrange(1, 4 * block_size)

@@ -1,4 +1,4 @@
-"""Requests on arrival, through vLLM's own input processor: what is refused, what is capped, what is said of it."""
+"""Requests on arrival, through vLLM's input processor: which are refused or capped, and with which message."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_a_prompt_that_cannot_fit_is_refused_as_that(
     assert arrive(703, ratio=ratio, max_tokens=1).max_tokens == 1
 
 
-def test_a_request_that_does_not_fit_is_told_what_would(model_dir: Path) -> None:
+def test_the_refusal_of_a_request_says_what_would_fit(model_dir: Path) -> None:
     arrive = arrival(vllm_config(model_dir, request_ratios="1.0"))
     parameter, message = refusal(arrive, 20, ratio=1.0, max_tokens=780)
     assert parameter == "max_tokens"
@@ -223,7 +223,7 @@ def test_a_streaming_input_session_may_outgrow_its_first_prompt(model_dir: Path)
 
 
 def ready(num_blocks: int, rank: int) -> bytes:
-    """What an engine sends to each of its front ends when it has started."""
+    """The message that an engine sends to each front end once it has started."""
     return msgspec.msgpack.encode(
         EngineCoreReadyResponse(
             max_model_len=1024, num_gpu_blocks=num_blocks, block_size=BLOCK_SIZE, dp_stats_address=None,

@@ -1,4 +1,4 @@
-"""What each layer's queries are rotated by, as the engine measures it, and its answers against the reference's."""
+"""The rotation of each layer's queries, as the engine measures it, and its answers against the reference's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WIDE = SIZES | {"hidden_size": HIDDEN_SIZE}
 def rotary_of(
     config: PretrainedConfig, dtype: torch.dtype = torch.float32, neox: bool = True, max_model_len: int = 1024
 ) -> torch.nn.Module:
-    """The module that a model of vLLM gets with this config."""
+    """The rotary module that vLLM creates for this config."""
     parameters: dict[str, Any] = dict(config.rope_parameters)
     vllm_config = VllmConfig()
     vllm_config.model_config = SimpleNamespace(max_model_len=max_model_len)  # type: ignore[assignment]
@@ -51,7 +51,7 @@ def rotary_of(
 
 
 class Core(torch.nn.Module):
-    """In the place of vLLM's attention layer, whose inputs are all that counts."""
+    """Stands in for vLLM's attention layer; only its inputs matter."""
 
     num_heads, head_size = NUM_HEADS, HEAD_DIM
 
@@ -60,7 +60,7 @@ class Core(torch.nn.Module):
 
 
 class Attention(torch.nn.Module):
-    """An attention module in vLLM's way, with any rotary embedding or none."""
+    """An attention module as in vLLM's models, with any rotary embedding or none."""
 
     def __init__(self, rotary_emb: Any, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -83,14 +83,14 @@ class LearnedPositions(Attention):
 
 
 class GivenAngles(Attention):
-    """Rotated by an argument, of which nobody knows what it should be."""
+    """Its rotation depends on an argument whose value is unknown outside the model."""
 
     def forward(self, hidden_states: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return self.attn(*self.qkv_proj(hidden_states * freqs_cis).chunk(3, dim=-1))
 
 
 class ByItself(Attention):
-    """Rotates without a module of vLLM's rotary package."""
+    """Rotates without using vLLM's rotary package."""
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         query, key, value = self.qkv_proj(hidden_states).chunk(3, dim=-1)

@@ -1,4 +1,4 @@
-"""Rows of the query bank are held by running requests only, whatever the scheduler does. Needs no model.
+"""Only running requests hold rows of the query bank, whatever the scheduler does. Needs no model.
 
 KVLLM_TRAFFIC=N draws N random schedules for each runner, new ones in every run, in place of the fixed few.
 """
@@ -72,6 +72,8 @@ class Schedule:
     policy: str
     is_async: bool
     rounds: list[Round]
+    host_chunks: int = 0  # see `Engine`
+    blocks_per_chunk: int = 1
 
 
 schedules = st.builds(
@@ -120,7 +122,7 @@ def without_kernels() -> Iterator[None]:
 
 
 def play(vllm_config: Any, worker: type[WorkerV1] | type[WorkerV2], schedule: Schedule, counts: Counter[str]) -> None:
-    """Let everything happen, and then all requests come to their end; the engine checks every step."""
+    """Run all actions, then all requests to their end; the engine checks every step."""
     own = copy.copy(vllm_config)
     own.cache_config, own.scheduler_config = copy.copy(own.cache_config), copy.copy(own.scheduler_config)
     own.cache_config.block_size, own.cache_config.num_gpu_blocks = BLOCK_SIZE, schedule.num_blocks
@@ -128,7 +130,10 @@ def play(vllm_config: Any, worker: type[WorkerV1] | type[WorkerV2], schedule: Sc
     own.scheduler_config.max_num_batched_tokens = schedule.max_num_seqs + schedule.tokens_per_step
     own.scheduler_config.max_num_scheduled_tokens = None
     own.scheduler_config.async_scheduling = schedule.is_async
-    engine = Engine(own, worker, schedule.config, schedule.num_blocks, schedule.max_num_seqs, schedule.is_async, counts)
+    engine = Engine(
+        own, worker, schedule.config, schedule.num_blocks, schedule.max_num_seqs, schedule.is_async, counts,
+        schedule.host_chunks, schedule.blocks_per_chunk,
+    )  # fmt: skip
     for each in schedule.rounds:
         for arrival in each.arrivals:
             engine.arrive(arrival)

@@ -1,4 +1,4 @@
-"""The scheduler alone, fed with made-up outputs: what it holds and frees is what the layout says, at every step."""
+"""The scheduler alone, with synthetic outputs: at every step it holds and frees the blocks that the layout says."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Steps:
 
 
 def check_blocks(scheduler: KvAsyncScheduler, before: dict[str, int]) -> None:
-    """Blocks of every request that the last step computed; before: computed tokens when it started."""
+    """Check the blocks of every request in the last step; before: computed tokens of each before that step."""
     for name, computed in before.items():
         if (running := scheduler.requests.get(name)) is None or running.num_computed_tokens <= computed:
             continue
@@ -100,7 +100,7 @@ def check_blocks(scheduler: KvAsyncScheduler, before: dict[str, int]) -> None:
 
 
 def check_tokens(scheduler: KvAsyncScheduler, before: dict[str, int]) -> None:
-    """The tokens that are reported as held are those that the layout says."""
+    """The reported number of held tokens is that of the layout."""
     removed = logical = 0
     for running in scheduler.running:
         found, computed = scheduler._compressed(running.request_id), running.num_computed_tokens
@@ -149,7 +149,7 @@ def test_blocks_follow_the_layout_whatever_happens(make: Callable[..., Any], kvl
     assert (stats["num_prompts_cut"] > 0) == ("prompt_budget" in kvllm)
     assert stats["free_kv_blocks"] == stats["num_kv_blocks"]
     assert stats["num_physical_tokens"] == 0
-    assert not any(manager.tokens_evicted or manager._progress for manager in scheduler.kv_managers)
+    assert not any(m.tokens_evicted or m._progress or m.all_cached for m in scheduler.kv_managers)
     assert sum(m.total_tokens_evicted for m in scheduler.kv_managers) == stats["num_blocks_freed"] * BLOCK_SIZE
     assert stats["num_tokens_evicted"] == stats["num_blocks_freed"] * BLOCK_SIZE // num_parts
     if not kvllm:
@@ -220,6 +220,35 @@ def test_headroom_is_worked_out_only_where_a_request_can_be_admitted(
     assert calls == [0, 0]  # all six waiting; the last two, once the first four have ended
 
 
+def test_headroom_is_worked_out_once_in_a_block_of_decoding(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve requests that started at different times fill a pool, and others wait for blocks."""
+    scheduler = make(12 * 12 + 1, 40)
+    steps, calls, errors = Steps(scheduler), [0], []
+    original, headroom = scheduler._blocks_ahead, scheduler._headroom
+
+    def counting() -> int:
+        calls[0] += 1
+        return original()
+
+    def checking() -> int:
+        found = headroom()
+        errors.append(found - original())
+        return found
+
+    monkeypatch.setattr(scheduler, "_blocks_ahead", counting)
+    monkeypatch.setattr(scheduler, "_headroom", checking)
+    for i in range(24):
+        scheduler.add_request(request(str(i), 20, 400))
+        for _ in range(7):
+            steps.step()
+    while scheduler.has_unfinished_requests():
+        steps.step()
+    assert len(errors) > 250 and calls[0] < len(errors) / 4  # anew whenever the running requests change
+    assert np.abs(errors).max() <= 16 and abs(np.mean(errors)) < 2
+
+
 def test_a_request_that_only_our_headroom_keeps_waiting_is_counted(make: Callable[..., Any]) -> None:
     """Five requests of at most 10 blocks, in 24 blocks and then in 200."""
     scheduler = make(24, 16)
@@ -239,7 +268,7 @@ def test_a_request_that_only_our_headroom_keeps_waiting_is_counted(make: Callabl
 
 
 def test_the_front_end_works_out_what_the_scheduler_did(make: Callable[..., Any]) -> None:
-    """Answers that end just before, at and just behind an event; event 0 is 80 tokens behind the prompt's blocks."""
+    """Answers that end just before, at and just after an event; event 0 is 80 tokens after the prompt's blocks."""
     scheduler = make(200, 1)
     steps = Steps(scheduler)
     for i, (prompt, generated) in enumerate([(16, 1), (16, 80), (16, 81), (16, 82), (16, 146), (20, 300), (1, 95)]):

@@ -1,4 +1,4 @@
-"""The seam: what we use of vLLM is declared and is what we know; without configuration nothing changes."""
+"""The seam: everything we use of vLLM is declared and has the expected form; without our options nothing changes."""
 
 from __future__ import annotations
 
@@ -343,8 +343,8 @@ def test_releases_differ(tmp_path: Path) -> None:
     assert problems(tmp_path, new | {"_version.py": "__version__ = '0.34.0'"}, code, seam) == []
 
 
-def test_functions_to_read_again(tmp_path: Path) -> None:
-    """What is declared, and what is called."""
+def test_changed_functions_are_listed(tmp_path: Path) -> None:
+    """They are the changed functions among those that are declared or called."""
     write(tmp_path / "old", "vllm", VLLM)
     changed = {
         "pool.py": VLLM["pool.py"].replace("now=False): ...", "now=False): return 1"),
@@ -361,7 +361,7 @@ def test_functions_to_read_again(tmp_path: Path) -> None:
 
 
 def test_the_command_names_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`make check-seam VLLM=FOLDER` on a vLLM that has next to nothing."""
+    """`make check-seam VLLM=FOLDER` on a vLLM that lacks nearly everything."""
     write(tmp_path, "vllm", VLLM)
     assert main([str(tmp_path)]) == 1
     out = capsys.readouterr().out

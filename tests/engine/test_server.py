@@ -83,7 +83,7 @@ def test_sixteen_at_once_with_an_abort_midway_and_prefix_hits(client: Any, base_
 
 
 def test_compression_shows_in_the_metrics(client: Any, base_url: str) -> None:
-    """200 tokens behind a prompt of one block: windows of 64 at 96 and 160 tokens behind it."""
+    """200 tokens after a prompt of one block: windows of 64 close 96 and 160 tokens after it."""
     names = ("windows_compressed", "kv_tokens_kept", "kv_tokens_evicted", "kv_blocks_returned", "compression_seconds")
     before = {name: metric(base_url, f"kvllm:{name}_total") for name in names}
     client.completions.create(model="small", prompt="Hello", max_tokens=200, extra_body={"ignore_eos": True})
@@ -113,7 +113,7 @@ def test_a_bad_ratio_is_a_bad_request(client: Any, ratio: Any, message: str) -> 
 
 
 def test_usage_says_what_was_kept_when_asked(client: Any) -> None:
-    """Two answers of 132 tokens: each compresses one window of 64 tokens, 96 tokens behind the prompt's blocks."""
+    """Two answers of 132 tokens: each compresses one window of 64 tokens, 96 tokens after the prompt's blocks."""
 
     def usage_of(api: str, stream: bool) -> Any:
         body = {"ignore_eos": True, "vllm_xargs": {"kv_usage": True}}
@@ -178,7 +178,7 @@ def ask(client: Any, api: str, num_words: int, max_tokens: int | None, **xargs: 
 
 @pytest.mark.parametrize("api, num_words", [("chat", 1150), ("completions", 1270)])
 def test_a_max_tokens_that_was_left_out_ends_where_the_pool_does(client: Any, api: str, num_words: int) -> None:
-    """On the completions API 16 is what is left out."""
+    """The completions API uses a max_tokens of 16 if a request has none."""
     answer = ask(client, api, num_words, None)
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.total_tokens == POOL and answer.usage.completion_tokens > 0
@@ -194,7 +194,7 @@ def test_a_prompt_that_cannot_fit_is_refused_as_that(client: Any, api: str) -> N
 
 @pytest.mark.parametrize("api", ["chat", "completions"])
 def test_a_max_tokens_that_does_not_fit_is_named(client: Any, api: str) -> None:
-    """And the remedy is right: with the ratio that it names, the request is served in full."""
+    """The remedy works: with the ratio that it names, the request is served in full."""
     with pytest.raises(
         openai.BadRequestError, match=r"max_tokens=700: .*at most \d+, or kv_retention_ratio=0.75"
     ) as error:

@@ -1,4 +1,4 @@
-"""Start-up: what is refused, by name and with the remedy; and what stays vLLM's own."""
+"""Start-up: what is refused, by name and with a remedy, and what is left to vLLM."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from kvllm.compression.footprint import footprint
@@ -22,6 +23,8 @@ from kvllm.engine.settings import Geometries, kv_config, prepare
 from kvllm.errors import UsageError
 from kvllm.layout import Geometry, GroupedGeometry
 from kvllm.methods.triattention import save_statistics
+
+OTHER_CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
 
 
 def vllm_config(model_dir: Path, kvllm: Any = None, **options: Any) -> Any:
@@ -35,7 +38,7 @@ def vllm_config(model_dir: Path, kvllm: Any = None, **options: Any) -> Any:
 def vllm_log(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> pytest.LogCaptureFixture:
-    """What is logged below "vllm", from INFO on."""
+    """Log records of the logger "vllm" and its children, at INFO and above."""
     vllm_config(model_dir)  # the first of a process sets vLLM's logger up
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to where pytest listens
     caplog.set_level(logging.INFO, "vllm")
@@ -84,7 +87,7 @@ def test_a_front_end_without_our_checks_is_refused(model_dir: Path, monkeypatch:
 
 
 def gpu_config(model_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, **options: Any) -> Any:
-    """A configuration of vLLM's as on a GPU, not yet prepared."""
+    """A vLLM configuration as on a GPU, before `prepare`."""
     config = vllm_config(model_dir)
     config.model_config.dtype = getattr(torch, dtype)
     monkeypatch.setattr("vllm.platforms.current_platform.device_type", "cuda")
@@ -117,6 +120,36 @@ def test_what_gpus_pack(
         assert geometry.shape(0).num_kept == 2 * 56 and geometry.num_kept_blocks(0) == 2
         return
     with pytest.raises(ValueError, match=message):
+        prepare(config)
+
+
+@pytest.mark.parametrize(
+    "kvllm, attribute, value, message",
+    [
+        ({}, "", None, None),
+        ({"survivor_bits": 4, "retention_ratio": 0.4375}, "", None, None),
+        ({"prompt_budget": 256}, "", None, "prompt_budget=256: .*could be stored after the cut"),
+        ({"retention_ratio": {"0-14": 0.5, "15-29": 0.25}}, "", None, "kv_offloading_size=.*several KV cache groups"),
+        ({}, "kv_transfer_config.kv_role", "kv_producer", "kv_role=kv_producer: .*use kv_both"),
+        ({}, "kv_transfer_config.kv_connector_module_path", "mine", "kv_connector_module_path=mine: "),
+        ({}, "kv_transfer_config.kv_connector_extra_config", {"spec_name": "Tiers"}, "=spec_name: not checked"),
+        ({}, "cache_config.enable_prefix_caching", False, "enable_prefix_caching=False: "),
+        ({}, "parallel_config.world_size", 2, "world_size=2: .*one GPU an engine"),
+        ({}, "parallel_config.data_parallel_size", 2, "data_parallel_size=2: "),
+    ],
+)
+def test_where_prompts_are_offloaded(
+    kvllm: Any, attribute: str, value: Any, message: str | None, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = gpu_config(model_dir, monkeypatch, "bfloat16", **kvllm)
+    options = {"cpu_bytes_to_use": 2**30}
+    config.kv_transfer_config = KVTransferConfig(
+        kv_connector="OffloadingConnector", kv_role="kv_both", kv_connector_extra_config=options
+    )
+    if attribute:
+        owner, _, name = attribute.partition(".")
+        monkeypatch.setattr(getattr(config, owner), name, value)
+    with pytest.raises(UsageError, match=message) if message else nullcontext():
         prepare(config)
 
 
@@ -177,6 +210,8 @@ def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memor
         ("0.3", {}, r"kvllm='0.3': expected a mapping"),
         ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, r"speculative_config=ngram"),
         ({}, {"kv_cache_dtype": "fp8"}, r"kv_cache_dtype=fp8.*: use one of auto"),
+        ({}, {"kv_offloading_size": 1}, r"kv_offloading_size=1.*: vLLM offloads from GPUs only"),
+        ({}, {"kv_transfer_config": OTHER_CONNECTOR}, r"kv_connector=ExampleConnector: .*--kv-offloading-size"),
         ({}, {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, r"scheduler_cls="),
     ],
 )
@@ -191,7 +226,7 @@ def test_refused_by_name(model_dir: Path, kvllm: Any, options: dict[str, Any], m
 def test_angles_from_indices_are_wrong_behind_images(
     tmp_path: Path, uses_mrope: bool, text_only: bool, refused: bool
 ) -> None:
-    """As of a vision-language model, which no vLLM without torchvision loads."""
+    """The config of a vision-language model, which vLLM cannot load without torchvision."""
     file = str(tmp_path / "statistics")
     save_statistics(file, torch.randn(1, 1, 8, 64), torch.ones(32))
     model = SimpleNamespace(multimodal_config=SimpleNamespace(language_model_only=text_only), uses_mrope=uses_mrope)

@@ -1,4 +1,4 @@
-"""What an engine says of itself when it starts."""
+"""The summary that an engine logs when it starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of a loaded model's layers are compressed: those known to be full attention, and nothing beside them."""
+"""Which layers of a loaded model are compressed: only those known to be full attention."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_cache_beside_attention_is_refused_and_a_layer_without_one_left_alone(
 
 
 def test_layers_that_look_back_less_far_are_left_alone() -> None:
-    """Whatever their heads are like; but a KV cache of another layer, or attention that is not causal, is refused."""
+    """Any head sizes are served; a KV cache shared with another layer, or attention that is not causal, is refused."""
     window = layer(sliding_window=MAX_MODEL_LEN - 1, num_kv_heads=4, head_size_v=16, impl={"chunk_lookback": 1})
     chunked = ChunkedLocalAttention.__new__(ChunkedLocalAttention)
     torch.nn.Module.__init__(chunked)
@@ -176,8 +176,8 @@ def test_the_backends_take_nothing_that_was_not_considered(module: str, extra: t
     assert tuple(inspect.signature(impl.__init__).parameters) == known + extra
 
 
-def test_what_a_model_lacks_that_needs_torchvision_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM itself says only that the architectures "failed to be inspected"."""
+def test_a_missing_torchvision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM itself reports only that the architectures "failed to be inspected"."""
     arguments = SimpleNamespace(model="some/vl-model", additional_config={"kvllm": {}})
     failed = ValueError("Model architectures ['Qwen2_5_VLForConditionalGeneration'] failed to be inspected.")
     monkeypatch.setitem(__import__("sys").modules, "torchvision", None)  # import raises ModuleNotFoundError

@@ -47,6 +47,7 @@ from kvllm.layout import Geometry, GroupedGeometry, ceil_div
 from kvllm.methods.base import Kept, Method, Window
 from kvllm.reference.cache import DenseStore, LayerCache
 from tests.engine.conftest import attention_tables
+from tests.engine.host_memory import HostMemory, transfer_config
 
 BLOCK_SIZE, MAX_LEN, NUM_HEADS = 4, 256, 2  # two heads, one KV head: the heads' queries are of different tokens
 PROMPT_KINDS = 2  # prompts of one kind begin alike, so they share blocks
@@ -103,12 +104,12 @@ class Text:
         return torch.stack([owners, positions], dim=1)[:, None].float()
 
     def queries(self, first: int, end: int) -> Tensor:
-        """[end - first, NUM_HEADS, 2]: nobody shares these."""
+        """[end - first, NUM_HEADS, 2]: not shared between requests."""
         labels = torch.stack([torch.full((end - first,), self.owner), torch.arange(first, end)], dim=1)
         return labels[:, None].expand(-1, NUM_HEADS, -1).float()
 
     def begin_step(self, num_computed: int) -> None:
-        """Let happen what must before a step that starts with `num_computed` tokens."""
+        """Run the events that are due before a step that starts with `num_computed` tokens."""
         if not hasattr(self.layer, "keys"):
             self.append(num_computed)  # found in the prefix cache
         assert self.layer.num_appended == num_computed
@@ -125,7 +126,7 @@ class Text:
 
 @dataclass
 class Step:
-    """What a worker makes of one step: for each request, in the order of the batch."""
+    """A worker's results for one step, per request in batch order."""
 
     req_ids: list[str]
     counts: list[int]  # tokens scheduled
@@ -170,7 +171,7 @@ class SymbolicCompressor(CompressorV1):
 
 
 class WorkerV1:
-    """vLLM's V1 runner, as far as it keeps requests, with our compressor."""
+    """The request bookkeeping of vLLM's V1 runner, with our compressor."""
 
     def __init__(self, config: KvConfig, cache: PagedCache, max_num_seqs: int, is_async: bool) -> None:
         runner: Any = object.__new__(v1.GPUModelRunner)
@@ -221,7 +222,7 @@ class WorkerV1:
 
 
 class Tables:
-    """Of the V2 runner's block tables, what its bookkeeping calls."""
+    """The part of the V2 runner's block tables that its bookkeeping calls."""
 
     def __init__(self, max_num_seqs: int) -> None:
         self.rows = torch.zeros(max_num_seqs, MAX_LEN // BLOCK_SIZE, dtype=torch.int32)
@@ -235,7 +236,7 @@ class Tables:
 
 
 class SymbolicPart(Part):
-    """Layers that the V2 runner compresses alike, here one, over a cache of labels."""
+    """Layers that the V2 runner compresses together, here one, over a cache of labels."""
 
     def __init__(self, config: KvConfig, cache: PagedCache, max_num_seqs: int) -> None:
         self.config, self.cache, self.device, self.dtype = config, cache, torch.device("cpu"), torch.float32
@@ -255,7 +256,7 @@ class SymbolicState(KvModelState):
 
 
 class WorkerV2:
-    """vLLM's V2 runner, as far as it keeps requests, with our model state."""
+    """The request bookkeeping of vLLM's V2 runner, with our model state."""
 
     def __init__(self, config: KvConfig, cache: PagedCache, max_num_seqs: int, is_async: bool) -> None:
         runner: Any = object.__new__(v2.GPUModelRunner)
@@ -318,6 +319,8 @@ class Engine:
     max_num_seqs: int
     is_async: bool
     counts: Counter[str]
+    host_chunks: int = 0  # of prompts that host memory holds; 0: none are offloaded
+    blocks_per_chunk: int = 1
     texts: dict[str, Text] = field(default_factory=dict)
     arrivals: dict[str, Arrival] = field(default_factory=dict)
     in_flight: list[tuple[SchedulerOutput, ModelRunnerOutput]] = field(default_factory=list)
@@ -325,6 +328,8 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.vllm_config.additional_config = {"kvllm": self.config.to_dict()}
+        if self.host_chunks:
+            self.vllm_config.kv_transfer_config = transfer_config(self.host_chunks, self.blocks_per_chunk)
         spec = KvSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=2, dtype=torch.float32)
         self.scheduler = (KvAsyncScheduler if self.is_async else KvScheduler)(
             vllm_config=self.vllm_config,
@@ -336,6 +341,7 @@ class Engine:
         self.scheduler.use_v2_model_runner = self.worker_class is WorkerV2
         keys, values = (torch.full((self.num_blocks, BLOCK_SIZE, 1, 2), torch.nan) for _ in range(2))
         self.cache = PagedCache.from_layers([keys], [values])
+        self.host = HostMemory(keys, values, self.blocks_per_chunk, seed=self.num_blocks) if self.host_chunks else None
         self.worker = self.worker_class(self.config, self.cache, self.max_num_seqs, self.is_async)
         self.geometries = Geometries(self.config, BLOCK_SIZE)
         self.hash_fn = get_hash_fn_by_name("sha256")
@@ -345,7 +351,7 @@ class Engine:
     # ------------------------------------------------------------------ what may happen
 
     def arrive(self, arrival: Arrival) -> None:
-        """Queue a request. As the engine does on arrival, leave out what could not run to its end alone."""
+        """Queue a request, unless it could not finish even alone, as the engine checks on arrival."""
         extra = None if arrival.ratio is None else {"kv_retention_ratio": arrival.ratio}
         params = SamplingParams(max_tokens=arrival.max_tokens, ignore_eos=True, extra_args=extra)
         total, geometry = arrival.num_prompt_tokens + arrival.max_tokens, self.geometries.of(params)
@@ -371,7 +377,10 @@ class Engine:
 
     def preempt_all(self) -> None:
         """As when the prefix cache is emptied while requests run: they may be resumed in the very next step."""
-        self.scheduler.reset_prefix_cache(reset_running_requests=True)
+        try:
+            self.scheduler.reset_prefix_cache(reset_running_requests=True)
+        except RuntimeError as e:  # raised once all are preempted: a prompt is being loaded, or blocks are kept
+            assert self.host is not None and "waiting for remote KV transfer" in str(e)
         self.counts["resets"] += 1
 
     def step(self, throttle_prefills: bool = False) -> None:
@@ -380,19 +389,24 @@ class Engine:
         counts["steps"] += 1
         counts["preempted"] += len(scheduled.preempted_req_ids or ())
         self._begin_texts(scheduled)
-        if (step := self.worker.execute(scheduled)) is not None:
+        step = self.worker.execute(scheduled)  # its events come before the copies of vLLM's runner
+        if self.host is not None:
+            self.host.before_forward(scheduled.kv_connector_metadata)
+        if step is not None:
             self._check_step(step)
             self._forward(step)
         self._check_rows()
         names = list(scheduled.num_scheduled_tokens)
         tokens = [[] if scheduler.requests[n].is_prefill_chunk else [FIRST_OUTPUT + int(n)] for n in names]
         output = ModelRunnerOutput(names, {n: i for i, n in enumerate(names)}, tokens)
+        if self.host is not None:
+            output.kv_connector_output = self.host.after_forward(scheduled.kv_connector_metadata)
         self.in_flight.append((scheduled, output))
         while len(self.in_flight) > (1 if self.is_async and names else 0):
             scheduler.update_from_output(*self.in_flight.pop(0))
 
     def finish(self) -> None:
-        """Run until nothing is left, then check that nothing is: invariant 5, and no rows."""
+        """Run all requests to their end, then check that no blocks (invariant 5) and no rows are held."""
         for _ in range(20_000):
             if not (self.scheduler.has_requests() or self.in_flight):
                 break
@@ -404,6 +418,9 @@ class Engine:
         assert not manager._progress and not manager.req_to_blocks and not self.worker.rows
         self.counts["events"] += stats["num_windows_compressed"]
         self.counts["engines"] += 1
+        if self.host is not None:
+            self.counts["blocks stored"] += self.host.num_copied[True]
+            self.counts["blocks loaded"] += self.host.num_copied[False]
 
     # ------------------------------------------------------------------ what must hold
 
@@ -462,10 +479,13 @@ class Engine:
         self.counts["left out"] += len(self.scheduler.running) - len(step.req_ids)
 
     def _check_rows(self) -> None:
-        """Rows are held by the running requests, each its own, however many requests there are."""
+        """Each running request holds a row of its own, and no other request holds one."""
         rows, running = self.worker.rows, {r.request_id for r in self.scheduler.running}
         compressed = {name for name in running if self.texts[name].geometry is not None}
         assert set(rows) == compressed
         assert len(set(rows.values())) == len(rows) and set(rows.values()) <= set(range(self.max_num_seqs))
-        used = {b.block_id for n in running for b in self.scheduler.kv_managers[0].req_to_blocks[n] if not b.is_null}
+        held = self.scheduler.kv_managers[0].req_to_blocks
+        assert self.host is not None or set(held) == running  # prompts are loaded before a request runs
+        blocks = [*held.values(), *(blocks for _, blocks in self.scheduler.deferred_frees)]
+        used = {b.block_id for each in blocks for b in each if not b.is_null}
         assert len(used) == self.scheduler._num_used_blocks()  # nobody else holds blocks

@@ -1,4 +1,4 @@
-"""Paged caches with shuffled blocks, every unused byte poisoned."""
+"""Paged caches with shuffled blocks and every unused byte poisoned."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ Here and not beside the engine's tests, since the kernels run: on a GPU, or in T
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from kvllm.compression.query_ring import query_shifts
 from kvllm.compression.rows import TAIL, Due
 from kvllm.compression.worker import Layers, WorkerState
 from kvllm.config import KvConfig
-from kvllm.engine.runner_v2 import physical_lengths
 from kvllm.engine.settings import Geometries, allowed_geometries
 from kvllm.engine.store_gpu import GpuStore
 from kvllm.kernels import kara as kara_kernels
@@ -65,7 +63,7 @@ def worker_state(config: KvConfig, cache: PagedCache, device: str, head_dim: int
 
 @dataclass
 class Running:
-    """A request in a row of the runner: its text, drawn anew, and the reference's cache of it."""
+    """A request in a row of the runner: a new random text, and the reference's cache of it."""
 
     row: int
     num_prompt_tokens: int
@@ -105,7 +103,7 @@ def all_kernels(config: KvConfig, device: str) -> bool:
 
 
 def begin_step(state: WorkerState, running: list[Running], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """What a runner does before a step's forward pass.
+    """The work of a runner before a step's forward pass.
 
     returns the batch's block tables and lengths as attention reads them, and the tokens removed
     """
@@ -215,7 +213,7 @@ def test_equals_reference(config: KvConfig, num_events: int, device: str, monkey
 def test_every_shape_that_a_request_may_choose_is_compiled_before_serving(
     history_size: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kernels are compiled for a number of candidates and one of survivors: none may be new to a live step."""
+    """Kernels are compiled per number of candidates and of survivors; no live step may need a new combination."""
     sizes = SIZES | {"window_size": 48, "retention_ratio": 0.2, "history_size": history_size}
     config = KvConfig(method="kara", request_ratios="0.3-0.33,0.85,1.0", **sizes)
     cache = random_cache(
@@ -275,15 +273,6 @@ def test_plan_of_a_mixed_batch(device: str) -> None:
     assert host[state.plan_size :].tolist() == [*expected, *[-1] * 5]
     plan = host[: state.plan_size].reshape(4, -1)
     assert plan[TAIL].tolist() == [0, 0, 0, 0] and plan[3].tolist()[:3] == [2, 0, 1]
-
-
-def test_attention_sees_physical_lengths_and_the_batch_keeps_its_own() -> None:
-    logical, bound = torch.tensor([13, 40, 14]), torch.tensor([13, 40, 14, 0])
-    batch = SimpleNamespace(seq_lens=logical, seq_lens_cpu_upper_bound=bound)
-    with pytest.raises(KeyError), physical_lengths(batch, logical - 8, bound - 8):
-        assert batch.seq_lens.tolist() == [5, 32, 6] and batch.seq_lens_cpu_upper_bound.tolist() == [5, 32, 6, -8]
-        raise KeyError
-    assert batch.seq_lens is logical and batch.seq_lens_cpu_upper_bound is bound
 
 
 def test_a_request_that_skips_a_compression_is_an_error(device: str) -> None:

@@ -1,4 +1,4 @@
-"""What every registered method must do: a new one is tested by being registered."""
+"""Requirements on every registered method: a new one is tested by being registered."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_batch_equals_its_members_bit_for_bit(method, name):
 
 @pytest.mark.parametrize("name", ["window", "budget"])
 def test_the_order_of_the_query_ring_does_not_matter(method, name):
-    """The same queries in other entries: the same tokens stay."""
+    """The same queries in other entries of the ring: the same tokens are kept."""
     window = WINDOWS[name]
     entries = torch.tensor([3, 0, 4, 1, 2])
     shuffled = replace(window, queries=window.queries[:, entries], query_positions=window.query_positions[entries])

@@ -1,4 +1,4 @@
-"""Who sees whom, where the heads of a query group take turns in the query ring."""
+"""Which queries see which tokens if the heads of a query group take turns in the query ring."""
 
 from __future__ import annotations
 

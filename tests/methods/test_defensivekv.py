@@ -57,7 +57,7 @@ def test_both_stages_are_at_work_in_the_test_above():
 
 
 def test_one_query_is_enough_to_save_a_token():
-    """A key that a single query needs stays, though its mean attention is small."""
+    """A key that a single query needs is kept, although its mean attention is small."""
     window = random_window(batch=1, num_tokens=40, num_queries=20, num_kv_heads=1, group_size=1)
     window.queries[:] = 0.0
     window.query_positions[:] = torch.arange(39, 59)

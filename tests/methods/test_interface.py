@@ -1,9 +1,10 @@
-"""What holds for every method, by name: a new one is tested by being registered."""
+"""Properties of every method, by name: a new one is tested by being registered."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, fields
 from types import NoneType
@@ -17,7 +18,7 @@ from kvllm.errors import UsageError
 from kvllm.methods import SHARED_OPTIONS, all_options, make_method, methods, resolved
 from kvllm.methods.base import top_k
 from kvllm.methods.kara import Kara
-from kvllm.options import options_of
+from kvllm.options import Option, options_of
 from tests.methods.windows import one_of, random_window, tensors_of
 
 
@@ -131,7 +132,7 @@ def test_every_option_of_every_method_refuses_other_types_by_name(method, name, 
     assert options_of(methods()[method])[name].accepts in message
 
 
-# One value just outside of what each bounded option accepts.
+# A value just outside the bounds of an option; `out_of_range` finds one for options that are not listed.
 OUT_OF_RANGE = {
     "anchor_share": 0.51, "attention_floor": -1, "beta": 0.5, "chunk_fill": 1, "chunk_length": 0, "core_share": 0.51,
     "decay": 0, "epsilon": -0.1, "execution_above": -0.1, "execution_share": 1.1, "first_mass": 1.1, "gamma": -1,
@@ -143,12 +144,30 @@ OUT_OF_RANGE = {
     "rope_theta": 1, "segment_mass": 1.1, "similarity_threshold": -1.1, "value_ridge": 2e6, "variant": "papre",
 }  # fmt: skip
 UNBOUNDED = {"a string", "true or false", "a mapping of names to values", "an integer"}
+
+
+def out_of_range(option: Option) -> Any:
+    if option.name in OUT_OF_RANGE:
+        return OUT_OF_RANGE[option.name]
+    lower = re.search(r"(?:>=? |in [\[(])(-?[\d.]+)", option.accepts)
+    return float(lower[1]) - 1 if lower and "a number" in option.accepts else int(lower[1]) - 1 if lower else "no such"
+
+
 BOUNDED = [(m, o.name) for m, cls in methods().items() for o in options_of(cls).values() if o.accepts not in UNBOUNDED]
+
+
+@pytest.mark.parametrize(
+    "accepts, value",
+    [("a number in [1, 100]", 0.0), ("an integer >= 0", -1), ("a number > -2.5", -3.5), ("'pre' or 'post'", "no such")],
+)
+def test_a_new_option_needs_no_entry_here(accepts, value):
+    found = out_of_range(Option("new", "", "number", accepts, ""))
+    assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize("method, name", BOUNDED)
 def test_every_bounded_option_refuses_what_is_out_of_range_by_name(method, name):
-    value = OUT_OF_RANGE[name]
+    value = out_of_range(options_of(methods()[method])[name])
     with pytest.raises(UsageError) as error:
         make_method(KvConfig(method=method, method_options={name: value}))
     assert str(error.value).startswith(f"method_options of {method}: {name}={value!r}: must be ")

@@ -168,7 +168,7 @@ def test_the_defaults_equal_the_definition(moment):
 
 
 def test_with_a_high_floor_attention_does_not_matter():
-    """What is left is the value's length and the key's distance."""
+    """Only the value's length and the key's distance remain."""
     window = random_window()
     expected = distinctness_by_loops(window) ** 2 * window.values.double().norm(dim=-1).transpose(1, 2)
     scores = Kara(attention_floor=1e6).score(window) / (1e6 / window.num_tokens)

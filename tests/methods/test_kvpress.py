@@ -56,7 +56,7 @@ class Layer:
             self.attentions = self.module(self.hidden, position_embeddings=self.rotary, attention_mask=mask)[1]
 
     def window(self) -> Window:
-        """Every token a candidate and its query stored."""
+        """All tokens are candidates, and all their queries are stored."""
         return Window(
             queries=self.queries.transpose(1, 2),
             query_positions=torch.arange(TOKENS),

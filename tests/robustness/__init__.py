@@ -8,5 +8,5 @@ LONG = os.environ.get("KVLLM_LONG") == "1"
 
 
 def examples(short: int, long: int) -> int:
-    """How many a test of random input draws."""
+    """Number of examples that a test of random input draws."""
     return long if LONG else short

@@ -1,4 +1,4 @@
-"""What an operator does to a server in mid-answer: pause, sleep, empty the prefix cache, load weights again.
+"""Administration while a server is answering: pause, sleep, reset the prefix cache, reload weights.
 
 vLLM offers these over HTTP with VLLM_SERVER_DEV_MODE=1. Each greedy answer is the one given without the interruption.
 Long form only: the server is one of its own.
@@ -63,7 +63,7 @@ async def reload_weights(client: httpx.AsyncClient) -> None:
 
 
 def interrupted(server: Server, act: Act) -> tuple[list[str | None], list[str | None]]:
-    """The answers alone, and those of the same requests all at once, `act` in the middle of them."""
+    """The answers of each request alone, and of all at once with `act` called in the middle."""
     bodies = [
         {"model": "small", "prompt": f"w{i} w{7 * i} w{i + 900}", "temperature": 0, "max_tokens": MAX_TOKENS,
          "ignore_eos": True}

@@ -1,4 +1,4 @@
-"""Processes that are stopped or killed in mid-answer: clients learn of it, and nothing hangs. Long form only.
+"""Processes stopped or killed while answering: clients get an error, and nothing hangs. Long form only.
 
 Each test needs a server of its own, since none of them survives.
 """

@@ -1,4 +1,4 @@
-"""Whatever is given as an option of compression is either right or refused in a message that names it."""
+"""Any value of a compression option is either accepted or refused with a message that names the option."""
 
 from __future__ import annotations
 

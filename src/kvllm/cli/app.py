@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from errno import EADDRINUSE
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kvllm
-from kvllm.cli.options import PASS_THROUGH, JsonFile, examples, flag, shown, with_config
+from kvllm.cli.options import PASS_THROUGH, JsonFile, examples, flag, shown, suggesting_flags, with_config
 from kvllm.errors import UsageError
 from kvllm.options import options_of
 
@@ -127,9 +128,19 @@ def serve(
     All flags of `vllm serve` are accepted too (`vllm serve --help=all` lists them). Entries of --additional-config for
     other plugins are preserved.
     """
+    from kvllm.cli.doctor import model_and_rest
     from kvllm.engine import arguments
+    from kvllm.support import finding_model
 
-    arguments.run_server(arguments.serve_arguments(context.args, options))
+    with suggesting_flags(context.args):
+        command = arguments.serve_arguments(context.args, options)
+    with finding_model(model_and_rest(context.args)[0]):
+        try:
+            arguments.run_server(command)
+        except OSError as e:
+            if e.errno != EADDRINUSE:
+                raise
+            raise UsageError("the server's port is in use; stop the other server, or use another --port.") from e
 
 
 @app.command(

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvllm import support
+from kvllm.cli.options import suggesting_flags
 from kvllm.errors import UsageError
 from kvllm.methods import checked_config
 
@@ -172,11 +173,15 @@ def check_model(model: str, arguments: Sequence[str], options: Mapping[str, Any]
     from kvllm.engine.arguments import serve_engine_args
 
     try:
-        vllm_config = serve_engine_args([model, *arguments], options).create_engine_config()
+        with support.finding_model(model), suggesting_flags(arguments):
+            vllm_config = serve_engine_args([model, *arguments], options).create_engine_config()
     except SystemExit:  # vLLM's parser has printed the reason
         yield Finding("model", "error", "vLLM rejects a flag", "see its message above this table")
         return
-    except Exception as e:  # ours, vLLM's, or from reading the model's files
+    except UsageError as e:
+        yield _refusal("model", e)
+        return
+    except Exception as e:  # vLLM's, or from reading the model's files
         remedy = "change the option or file that it names; for a traceback: KVLLM_TRACEBACK=1 kvllm serve ..."
         yield Finding("model", "error", str(e), remedy)
         return
@@ -214,9 +219,13 @@ def _refused(check: str, call: Callable[[], Any], fine: str) -> Finding:
     try:
         call()
     except UsageError as e:
-        what, _, remedy = str(e).partition("; ")
-        return Finding(check, "error", what, remedy or "change the option that it names")
+        return _refusal(check, e)
     return Finding(check, "ok", fine)
+
+
+def _refusal(check: str, error: UsageError) -> Finding:
+    what, _, remedy = str(error).partition("; ")
+    return Finding(check, "error", what, remedy or "change the option or file that it names")
 
 
 def _imported(module: str, what: str, remedy: str) -> Finding:

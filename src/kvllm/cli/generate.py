@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvllm.errors import UsageError
+from kvllm.cli.doctor import model_and_rest
+from kvllm.cli.options import suggesting_flags
+from kvllm.errors import UsageError, message_of
 from kvllm.layout import ceil_div
+from kvllm.support import finding_model
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -83,12 +85,14 @@ def generate(
 
     from kvllm.engine.arguments import engine_args
 
-    args = engine_args(arguments, options)
-    try:
-        with console.status(f"Starting vLLM with {args.model} ..."):
-            llm = LLM.from_engine_args(args)
-    except ValueError as e:
-        raise UsageError(f"the engine refused to start: {_reason(e)}") from e
+    with finding_model(model_and_rest(arguments)[0]):
+        with suggesting_flags(arguments):
+            args = engine_args(arguments, options)
+        try:
+            with console.status(f"Starting vLLM with {args.model} ..."):
+                llm = LLM.from_engine_args(args)
+        except ValueError as e:
+            raise UsageError(f"the engine refused to start: {' '.join(message_of(e).split())}") from e
     stats = _stock_stats(llm) if options is None else _engine_stats(llm)
     prompt_ids = encode(llm.get_tokenizer(), prompt, chat)
     engine = llm.llm_engine
@@ -128,14 +132,6 @@ def _stock_blocks(llm: LLM, num_prompt_tokens: int, num_tokens: int, block_size:
     in_prefill = min(num_prompt_tokens, config.scheduler_config.max_num_batched_tokens)
     local = groups.peak_local_blocks(num_prompt_tokens, num_tokens, block_size, in_prefill, decode_in_flight=1)
     return local + groups.num_full * ceil_div(num_tokens, block_size)
-
-
-def _reason(error: ValueError) -> str:
-    """The error message on one line, without pydantic's additions if vLLM's config validation raised it."""
-    text = str(error)
-    if isinstance(error, ValidationError):
-        text = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
-    return " ".join(text.split())
 
 
 # Returns (peak KV blocks in use, windows compressed, block size).

@@ -1,4 +1,4 @@
-"""Stand-ins for the commands of the package kvllm-measure where it is missing: each says what to install."""
+"""Stand-ins for the commands of kvllm-measure if it is not installed; each explains how to install it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvllm.cli.options import PASS_THROUGH
 from kvllm.errors import UsageError
 
 INSTALL = "uv pip install 'kvllm[measure]'; in a checkout: uv pip install '.[measure]'"
-PANEL = "Not installed; uv pip install 'kvllm\\[measure]' adds"  # the backslash: no markup
+PANEL = "Not installed; the extra 'measure' adds"
 COMMANDS = {
     "bench": "Measure the engine's throughput and the time of each kernel.",
     "eval": "Measure how compression changes a model's output.",
@@ -38,7 +38,7 @@ def why_missing() -> str | None:
 
 
 def add_stand_ins(app: typer.Typer, why: str) -> None:
-    """Commands that refuse, whatever their arguments, --help among them."""
+    """Add commands that fail with `why` for any arguments, including --help."""
     for name, help in COMMANDS.items():
         options = dict(help=help, rich_help_panel=PANEL, context_settings=PASS_THROUGH, add_help_option=False)
         app.command(name, **options)(_stand_in(name, why))  # type: ignore[arg-type]

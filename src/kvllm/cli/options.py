@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,8 +18,12 @@ from kvllm.config import PRESET_KEY, PRESETS, KvConfig
 from kvllm.errors import UsageError
 from kvllm.options import Option, options_of, parse_json
 
-# Unknown arguments are passed on to vLLM's own parser.
-PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+# Unknown arguments are passed on to vLLM's own parser. As there, flags may be written with underscores.
+PASS_THROUGH: dict[str, Any] = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "token_normalize_func": lambda flag: flag.replace("_", "-"),
+}
 # Panels of --help. A new field is shown among the experts' options unless EVERYDAY lists it.
 PANEL, EXPERT_PANEL = "Compression", "Compression, for experts"
 EVERYDAY = ("method", "retention_ratio", "survivor_bits", "request_ratios")
@@ -56,6 +62,19 @@ def set_panels(app: typer.Typer, panels: Mapping[str, Collection[str]]) -> None:
 
     for command in app.registered_commands:
         command.cls = Grouped
+
+
+@contextmanager
+def suggesting_flags(arguments: Sequence[str]) -> Iterator[None]:
+    """After vLLM's parser has rejected `arguments`, print which flag of ours a misspelt one is close to."""
+    try:
+        yield
+    except SystemExit:
+        ours = [flag(name) for name in (PRESET_KEY, *options_of(KvConfig))]
+        for name in (argument.partition("=")[0].replace("_", "-") for argument in arguments):
+            if name.startswith("--") and (close := get_close_matches(name, ours, 1, 0.8)):
+                typer.echo(f"{name}: did you mean {close[0]}?", err=True)
+        raise
 
 
 def examples(*commands: str) -> str:

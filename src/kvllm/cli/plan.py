@@ -136,7 +136,10 @@ def parse_bytes(text: str, option: str = "--memory") -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if not match or match[2] not in UNITS:
         raise UsageError(f"{option} {text}: expected a size such as 80GiB, 24GB or 512MiB.")
-    return int(float(match[1]) * UNITS[match[2]])
+    size = int(float(match[1]) * UNITS[match[2]])
+    if not match[2] and 0 < size < 1024:
+        raise UsageError(f"{option} {text}: without a unit this is a number of bytes; did you mean {text.strip()}GiB?")
+    return size
 
 
 def parse_lengths(text: str) -> list[int]:

@@ -113,7 +113,7 @@ class Compressor:
             self.observe(Kept(torch.cat([each.indices for each in kept])), False)
 
     def _layers_at_once(self, shape: Shape) -> list[slice]:
-        """The layers in parts; on a CPU small ones, whose intermediate results stay in a core's cache."""
+        """The layers in parts; on a CPU, parts are small enough for a core's cache to hold intermediate results."""
         if not self.layers.is_cpu:
             return [ALL_LAYERS]
         num_layers, num_heads = self.store.num_layers, self.store.num_kv_heads * len(self.shifts)

@@ -57,3 +57,32 @@ def blocks_ahead(
     happened = freed * (to_event < steps)
     gone = np.where(to_end < steps, held + grown - happened, 0)
     return max(0, int((grown - happened - gone).sum(axis=1).max(initial=0)))
+
+
+class Headroom:
+    """Keeps the result of `most_ahead` or `blocks_ahead` for a few steps: for 75 requests it takes half a millisecond.
+
+    While the same requests decode, each holds at most one block more or less than foreseen, and the blocks in use say
+    how much of the foreseen growth has happened.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        """num_steps: how many steps a result is good for"""
+        self.num_steps = num_steps
+        self._key: list[object] = []
+        self._most_used = self._steps_left = 0
+
+    def keep(self, key: list[object], most_used: int) -> None:
+        """Keep a result that was just worked out.
+
+        key:       what it depends on: equal while the same requests run
+        most_used: the most blocks of the pool that will be in use
+        """
+        self._key, self._most_used, self._steps_left = key, most_used, self.num_steps - 1
+
+    def now(self, key: list[object], used: int) -> int | None:
+        """Blocks beyond the `used` ones that the running requests will need; None: work it out again."""
+        if not self._steps_left or key != self._key:
+            return None
+        self._steps_left -= 1
+        return max(0, self._most_used - used)

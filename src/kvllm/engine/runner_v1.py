@@ -50,7 +50,7 @@ def compressor_v1(runner: Any) -> CompressorV1 | CompressorsV1:
 
 
 class CompressorsV1:
-    """A compressor for each group of layers that has a ratio of its own (`KvConfig.parts`)."""
+    """One compressor for each group of layers with its own ratio (`KvConfig.parts`)."""
 
     def __init__(self, parts: list[CompressorV1]) -> None:
         self.parts = parts

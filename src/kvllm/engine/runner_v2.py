@@ -7,19 +7,19 @@ place.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils.platform_utils import is_pin_memory_available
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.gpu.buffer_utils import UvaBufferPool
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
@@ -117,6 +117,16 @@ class Part:
         # Wraps the above: attention over packed survivors does not depend on what a layer stores, so it starts first.
         self.packed = PackedSurvivors(self.layers, rounding, self.dtype) if rounding is not None else None
 
+    @cached_property
+    def host(self) -> npt.NDArray[np.int32]:
+        """A step's plan and codes, as they are written."""
+        return np.zeros(len(self.compression.step), np.int32)
+
+    @cached_property
+    def staged(self) -> UvaBufferPool:
+        """Pinned buffers for `host`, one for each step in flight, since the GPU may read it after the step."""
+        return UvaBufferPool(len(self.host), torch.int32)
+
     def set_group(self, group: int, allocator_block_size: int, block_table: Tensor) -> None:
         """Set the KV cache group.
 
@@ -180,14 +190,12 @@ class Part:
         table = in_kernel_blocks(block_table, self.blocks_per_block, self.kernel_table)
         rows, computed = input_batch.idx_mapping_np[:num_reqs], input_batch.num_computed_tokens_np[:num_reqs]
         self.num_removed = state.begin_step(rows, computed, input_batch.req_ids, table)
-        # A new pinned tensor for every step, since the GPU may read it after the step.
         size = state.plan_size + input_batch.num_tokens_after_padding
-        staged = torch.empty(size, dtype=torch.int32, pin_memory=is_pin_memory_available())
         counts = input_batch.num_scheduled_tokens[:num_reqs]
-        plan = state.write_plan(staged.numpy(), rows, computed, counts)
+        plan = state.write_plan(self.host[:size], rows, computed, counts)
         if self.packed is not None:
             self.packed.write_plan(plan, counts)
-        state.step[:size].copy_(staged, non_blocking=True)
+        self.staged.copy_to_gpu(self.host[:size], out=state.step[:size])
         assert state.store is not None
         seq_lens = input_batch.seq_lens
         join_segments(
@@ -195,18 +203,18 @@ class Part:
             state.plan, state.store.block_size, self.packed is not None,
         )  # fmt: skip
 
-    def lengths(self, input_batch: InputBatch, is_real: bool) -> tuple[Tensor, Tensor]:
-        """Attention's `seq_lens` and `seq_lens_cpu_upper_bound`: the physical ones; in a dummy run the batch's own."""
+    def physical(self, input_batch: InputBatch, is_real: bool, attn_groups: list[Any]) -> list[Any]:
+        """The part's attention groups, with its physical lengths; in a dummy run with the batch's own."""
         seq_lens = self.seq_lens[: input_batch.seq_lens.shape[0]]
-        upper_bound = input_batch.seq_lens_cpu_upper_bound.clone()
         if is_real:
-            upper_bound.numpy()[: len(self.num_removed)] -= self.num_removed
-        else:
-            seq_lens.copy_(input_batch.seq_lens)
-            self.compression.codes.fill_(-1)
-            if self.packed is not None and self.packed.attention is not None:
-                self.packed.idle()
-        return seq_lens, upper_bound
+            upper_bound = input_batch.seq_lens_cpu_upper_bound.numpy().copy()
+            upper_bound[: len(self.num_removed)] -= self.num_removed
+            return [PhysicalGroup(group, seq_lens, upper_bound) for group in attn_groups]
+        seq_lens.copy_(input_batch.seq_lens)
+        self.compression.codes.fill_(-1)
+        if self.packed is not None and self.packed.attention is not None:
+            self.packed.idle()
+        return [PhysicalGroup(group, seq_lens, None) for group in attn_groups]
 
     def tables(self, block_tables: tuple[Tensor, ...], attn_groups: list[Any]) -> tuple[Tensor, ...]:
         """A step's block tables, in kernel blocks for the part's own attention groups `attn_groups`."""
@@ -305,25 +313,14 @@ class StateMixin(Base):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Attention metadata with the physical lengths; in dummy runs with the batch's own.
-
-        Calls vLLM's `prepare_attn` once for each part, and once, with the logical lengths, for all other groups.
-        """
-
-        def prepare(wanted: Collection[int], tables: tuple[Tensor, ...]) -> dict[str, Any]:
-            groups = [group if i in wanted else [] for i, group in enumerate(attn_groups)]
-            return super(StateMixin, self).prepare_attn(
-                input_batch, cudagraph_mode, tables, slot_mappings, groups, *args, **kwargs
-            )
-
-        others = set(range(len(attn_groups))) - {part.group for part in self.parts}
-        made = prepare(others, block_tables) if others else {}
+        """Attention metadata, in the parts' groups with the physical lengths; in dummy runs with the batch's own."""
         is_real, self.prepared = input_batch is self.prepared, None
+        groups = list(attn_groups)
         for part in self.parts:
-            tables = part.tables(block_tables, attn_groups[part.group])
-            with physical_lengths(input_batch, *part.lengths(input_batch, is_real)):
-                made |= prepare({part.group}, tables)
-        return made
+            own = attn_groups[part.group]
+            block_tables = part.tables(block_tables, own)
+            groups[part.group] = part.physical(input_batch, is_real, own)
+        return super().prepare_attn(input_batch, cudagraph_mode, block_tables, slot_mappings, groups, *args, **kwargs)
 
 
 class KvModelState(StateMixin, DefaultModelState):
@@ -334,15 +331,30 @@ class KvHybridModelState(StateMixin, MambaHybridModelState):
     """The state of a model that also has recurrent layers, which are left to vLLM."""
 
 
-@contextmanager
-def physical_lengths(input_batch: Any, seq_lens: Tensor, upper_bound: Tensor) -> Iterator[None]:
-    """Within this context the batch has these lengths. Afterwards it has its own again, which sampling needs.
+class PhysicalGroup:
+    """An attention group of vLLM whose metadata is built from the physical lengths.
 
-    In place, since copying the batch would take ten times as long.
+    seq_lens:    [at least num_reqs] int32, on the device; a captured graph reads its address
+    upper_bound: [at least num_reqs] int32; None: the batch's own
     """
-    logical = input_batch.seq_lens, input_batch.seq_lens_cpu_upper_bound
-    input_batch.seq_lens, input_batch.seq_lens_cpu_upper_bound = seq_lens, upper_bound
-    try:
-        yield
-    finally:
-        input_batch.seq_lens, input_batch.seq_lens_cpu_upper_bound = logical
+
+    def __init__(self, group: Any, seq_lens: Tensor, upper_bound: npt.NDArray[np.int32] | None) -> None:
+        self._group = group
+        self._seq_lens, self._upper_bound = seq_lens, upper_bound
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+    def build_metadata(self, common: CommonAttentionMetadata, *args: Any, **kwargs: Any) -> Any:
+        most = {} if self._upper_bound is None else {"max_seq_len": int(self._upper_bound[: common.num_reqs].max())}
+        return self._group.build_metadata(self._with_lengths(common, **most), *args, **kwargs)
+
+    def build_metadata_for_cudagraph_capture(self, common: CommonAttentionMetadata, *args: Any) -> Any:
+        return self._group.build_metadata_for_cudagraph_capture(self._with_lengths(common), *args)
+
+    def _with_lengths(self, common: CommonAttentionMetadata, **others: int) -> CommonAttentionMetadata:
+        bound = common.seq_lens_cpu_upper_bound
+        if self._upper_bound is not None:
+            bound = torch.from_numpy(self._upper_bound[: common.num_reqs])
+        seq_lens = self._seq_lens[: common.num_reqs]
+        return common.replace(seq_lens=seq_lens, seq_lens_cpu_upper_bound=bound, **others)

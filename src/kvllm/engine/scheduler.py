@@ -11,13 +11,15 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from kvllm.compression.blocks import blocks_held
-from kvllm.engine.admission import blocks_ahead, most_ahead
+from kvllm.engine.admission import Headroom, blocks_ahead, most_ahead
 from kvllm.engine.cache_groups import checked_groups, compressed_block_size, only_hashed
 from kvllm.engine.metrics import Report, add_report, metric_values
+from kvllm.engine.offloading import offer_prompt_only
 from kvllm.engine.settings import Geometries, kv_config, num_late_events
 from kvllm.engine.spec import KvManager, will_cut_prompt
 from kvllm.engine.startup import summary
 from kvllm.engine.stats import EngineStats, take_seconds
+from kvllm.layers import Recurrent
 from kvllm.layout import ceil_div
 
 if TYPE_CHECKING:
@@ -52,20 +54,24 @@ class CompressionMixin(Base):
         self.kv_managers = [m for m in coordinator.single_type_managers if isinstance(m, KvManager)]
         for manager in self.kv_managers:
             manager.bind(self._compressed, self.num_late)
-        if self.groups.local is not None:
-            # The other groups' managers do not know that generated tokens of compressed requests have no hashes.
-            coordinator.cache_blocks = only_hashed(coordinator.cache_blocks, self.hash_block_size)
+        # The other groups' managers do not know that generated tokens of compressed requests have no hashes. Those of
+        # recurrent layers also cache states between two blocks.
+        recurrent = isinstance(self.groups.local, Recurrent)
+        all_cached = None if recurrent else self.kv_managers[0].all_cached
+        coordinator.cache_blocks = only_hashed(coordinator.cache_blocks, self.hash_block_size, all_cached)
         self.peak_used_blocks = 0
         self.num_preemptions = 0
         self.num_held_back = 0
         self.last_held_back = ""
         self.compression_seconds = 0.0
         self.report = Report()
+        self.was_connector_reset = False  # since the last step
         pages = self.kv_managers[0].kv_cache_spec.page_size_bytes
         num_blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is the null block
         geometry = self.geometries.of_ratio(config.mean_ratio)
         logger.info("%s", summary(self.vllm_config, config, geometry, num_blocks, pages, self.kv_block_size))
         self.own_watermark_blocks = self.kv_cache_manager.watermark_blocks
+        self.headroom = Headroom(self.kv_block_size)
         # Makes vLLM call `_mamba_block_aligned_split` for every chunk. vLLM uses it to end prefill chunks, including
         # those of resumed requests, where it keeps recurrent states.
         self.aligns_states = bool(vars(self)["need_mamba_block_aligned_split"])
@@ -87,6 +93,20 @@ class CompressionMixin(Base):
             if will_cut_prompt(geometry, request):
                 request.skip_reading_prefix_cache = True  # it will overwrite prompt blocks, so it must not share any
         super().add_request(request)
+        if geometry is not None and self.connector is not None:
+            offer_prompt_only(self.connector, request)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Empty host memory too where running requests are preempted, and first.
+
+        They may be resumed in the next step, which also reports them as preempted, and vLLM's connector asserts that
+        none of these is being loaded. It also asserts that it is emptied once between two steps.
+        """
+        if self.connector is not None and (reset_running_requests or reset_connector):
+            if not self.was_connector_reset:
+                self.reset_connector_cache()
+            self.was_connector_reset, reset_connector = True, False
+        return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     def _mamba_block_aligned_split(
         self,
@@ -115,9 +135,10 @@ class CompressionMixin(Base):
         may_admit = self.waiting and len(self.running) < self.max_num_active_reqs
         if may_admit:
             # vLLM's own watermark for admission: blocks that stay free unless nothing else runs.
-            self.kv_cache_manager.watermark_blocks = max(self.own_watermark_blocks, self._blocks_ahead())
+            self.kv_cache_manager.watermark_blocks = max(self.own_watermark_blocks, self._headroom())
             self._take_last_admission()
         output = super().schedule(*args, **kwargs)
+        self.was_connector_reset = False
         if may_admit and self.kv_cache_manager.watermark_blocks > self.own_watermark_blocks:
             self._count_held_back()
         self.peak_used_blocks = max(self.peak_used_blocks, self._num_used_blocks())
@@ -137,6 +158,16 @@ class CompressionMixin(Base):
         if num_blocks + self.own_watermark_blocks <= self.kv_cache_manager.block_pool.get_num_free_blocks():
             self.num_held_back += 1
             self.last_held_back = asked
+
+    def _headroom(self) -> int:
+        """`_blocks_ahead`, worked out once in as many steps as a block has tokens while the same requests decode."""
+        used, key = self._num_used_blocks(), [self.num_preemptions, *(request.request_id for request in self.running)]
+        ahead = self.headroom.now(key, used)
+        if ahead is None:
+            ahead = self._blocks_ahead()
+            if self.running and not any(request.is_prefill_chunk for request in self.running):
+                self.headroom.keep(key, used + ahead)
+        return ahead
 
     def _blocks_ahead(self) -> int:
         """Blocks that running requests will need over the next interval."""

@@ -23,6 +23,7 @@ PLUGIN_STATS = "vLLM reports a plugin's statistics"
 FLOAT_ROPE = "rotary embeddings expose their frequencies in float32"
 
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+OFFLOADING = "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler"
 MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
 ATTENTION = "vllm.model_executor.layers.attention.attention:Attention"
 RUNNER_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
@@ -116,6 +117,7 @@ OVERRIDES = (
         _mamba_block_aligned_split(self, request, num_new_tokens, num_new_local_computed_tokens=0,
         num_external_computed_tokens=0)
         schedule(self, throttle_prefills=False)
+        reset_prefix_cache(self, reset_running_requests=False, reset_connector=False)
         update_from_output(self, scheduler_output, model_runner_output)
         make_stats(self, spec_decoding_stats=None, kv_connector_stats=None, cudagraph_stats=None, perf_stats=None,
         ec_connector_stats=None)
@@ -190,11 +192,15 @@ ASSIGNMENTS = (
         "carries our report to the front end, where our logger takes it out again", PLUGIN_STATS),
     Assignment("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator",
         "cache_blocks(self, request, num_computed_tokens)",
-        "managers of layers with a window cache no more blocks of a compressed request than have hashes",
+        "managers of layers with a window cache no more blocks of a compressed request than have hashes, and a request "
+        "that has nothing more to cache costs nothing",
         "a spec's manager decides what of a request is hashed and looked up"),
     Assignment("vllm.v1.request:Request", "_block_hasher skip_reading_prefix_cache",
         "blocks that will be overwritten are never hashed, nor found by hash",
         "a spec's manager decides what of a request is hashed and looked up"),
+    Assignment(f"{OFFLOADING}:RequestOffloadState", "req",
+        "of a compressed request the connector sees the prompt alone: resumed, it has full blocks without hashes",
+        "the connector takes no more of a request than has hashes"),
     Assignment(ATTENTION, "attn_backend", "on CPUs, attention metadata is built by our subclass of the layer's backend",
         CPU_ON_V2),
     Assignment(ATTENTION, "sliding_window",
@@ -215,9 +221,6 @@ ASSIGNMENTS = (
     Assignment("vllm.v1.worker.utils:AttentionGroup", "kernel_block_size",
         "a block table whose survivors have moved is in the kernels' blocks already, and is not mapped to them again",
         "vLLM's model state passes block tables in the kernels' blocks"),
-    Assignment("vllm.v1.worker.gpu.input_batch:InputBatch", "seq_lens seq_lens_cpu_upper_bound",
-        "attention metadata is built from the physical lengths; afterwards the logical ones are put back",
-        "vLLM's model state passes sequence lengths to `build_attn_metadata` separately"),
 )
 
 ADDITIONS = (
@@ -254,6 +257,8 @@ READS = (
         "an output that is copied to the host asynchronously carries the seconds as well", CPU_ON_V2),
     Read("vllm.v1.worker.gpu.async_utils:AsyncOutput", "model_runner_output",
         "an output that is copied to the host asynchronously carries the seconds as well", PLUGIN_STATS),
+    Read(f"{OFFLOADING}:OffloadingConnectorScheduler", "_req_status", "what the connector knows of a request",
+        "the connector takes no more of a request than has hashes"),
     Read(ATTENTION, "layer_name", "numbers the layers", PUBLIC),
     Read("vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder", "_set_isa_to_layers.isa",
         "the instruction set that a layer's cache is packed for", CPU_ON_V2),
@@ -278,7 +283,7 @@ RELIANCES = (
         positions=None, is_prefilling=None,
         mm_req_doc_ranges=None, model_specific_attn_metadata=None, for_cudagraph_capture=False, causal=True,
         rswa_prefix_lens=None, ubatch_idx=0, fast_prefill=None, req_idx=None)""",
-        "skips KV cache groups without attention groups, so that each kind can get metadata with its own lengths",
+        "asks each attention group for its metadata, where ours builds them from the physical lengths",
         "vLLM passes sequence lengths to `build_attn_metadata` group by group"),
     Reliance("vllm.v1.core.kv_cache_utils", "_get_kv_cache_groups_uniform_page_size(kv_cache_spec)",
         "how vLLM groups the layers: `kvllm plan` and the front end predict it, and the scheduler compares",
@@ -294,6 +299,10 @@ RELIANCES = (
         full_sequence_must_fit=False, reserved_blocks=0, has_scheduled_reqs=True, skip_zeroing_group_ids=())""",
         "removes skipped blocks before it allocates, and distinguishes admission from growth",
         "never: this is how the pool sees what a spec's manager frees"),
+    Reliance("vllm.v1.kv_offload.cpu.gpu_worker:SingleDirectionOffloadingHandler",
+        "transfer_async(self, job_id, src_spec, dst_spec)",
+        "copies wait for the compute stream, so a load fills a block that an event emptied only after the event",
+        "never: copies are ordered with the writes of the blocks that they read and fill"),
     Reliance(SCHEDULER, """_update_request_with_output(self, request, new_token_ids, is_stale=False)
         update_from_output(self, scheduler_output, model_runner_output)""",
         "when computed tokens are counted and blocks are cached, on which events in scheduler and worker depend",
@@ -327,6 +336,7 @@ SEAM: tuple[Touch, ...] = (
 # up every member that we use of them, and whether the functions among these take the arguments that we pass.
 OBJECTS = {
     "kvllm.engine.attention": {"layer": ATTENTION, "layer.impl": "vllm.v1.attention.backend:AttentionImpl"},
+    "kvllm.engine.offloading": {"status": f"{OFFLOADING}:RequestOffloadState"},
     "kvllm.engine.packed": {"layer.impl": "vllm.v1.attention.backend:AttentionImpl"},
     "kvllm.engine.rope": {"layer": ATTENTION, "config": "vllm.config:ModelConfig"},
     "kvllm.engine.runner_v1": {

@@ -134,7 +134,8 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     _check_survivor_bits(config, device, cache, vllm_config.model_config)
     block_size = kernel_block_size(vllm_config)
     _check_geometry(config, block_size, vllm_config.model_config.max_model_len, packed_tokens(vllm_config))
-    for found in support.engine_reasons(vllm_config, device):
+    offloading = support.offloading_reasons(vllm_config, device, config.prompt_budget, len(config.parts))
+    for found in (*support.engine_reasons(vllm_config, device), *offloading):
         raise UsageError(f"KvLLM does not support {found}.")
     if envs.VLLM_USE_RUST_FRONTEND:
         raise UsageError(

@@ -106,6 +106,7 @@ class KvManager(FullAttentionManager):
         self.total_tokens_evicted = 0
         self.tokens_evicted = 0  # of the requests that hold blocks now
         self._last_admission = ("", 0)
+        self.all_cached: set[str] = set()  # ids of requests of which no further block will enter the prefix cache
 
     def bind(self, lookup: RequestLookup, num_late: int) -> None:
         """Give the manager the scheduler's lookup of geometries; num_late: from `num_late_events`"""
@@ -129,10 +130,12 @@ class KvManager(FullAttentionManager):
         The worker compacts before that step's forward pass, and runs steps in order: whichever request gets these
         blocks, in this step or a later one, writes them after the event, even if earlier steps are still in flight. A
         request that still lacks blocks is preempted, so it never misses an event that freed its blocks.
-        (vLLM waits for processed tokens because of KV connectors, which are refused here, and because new blocks may be
-        zeroed before a step's events. In models with recurrent layers they are, so there we wait as well.)
+        (vLLM waits for processed tokens because of KV connectors, of which the only one served here copies in the order
+        of the device (`engine/offloading.py`), and because new blocks may be zeroed before a step's events. In models
+        with recurrent layers they are, so there we wait as well. A finished request, for which a connector has this
+        called once more, begins no step: `pop_blocks_for_free` frees what is left.)
         """
-        if (progress := self._find(request_id)) is not None:
+        if (progress := self._find(request_id)) is not None and not progress.request.is_finished():
             late = self._num_late > 0
             self._free_events(progress, processed_computed_tokens - 1 if late else progress.request.num_computed_tokens)
 
@@ -159,6 +162,7 @@ class KvManager(FullAttentionManager):
         progress.num_evicted += evicted
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self.all_cached.discard(request_id)
         if (progress := self._progress.pop(request_id, None)) is not None:
             # Counts an event of the last step; the step that would begin at the present length was never scheduled.
             self._free_events(progress, progress.request.num_computed_tokens - 1)

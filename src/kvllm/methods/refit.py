@@ -101,5 +101,5 @@ def ridge_solve(gram: Tensor, wanted: Tensor, ridge: float, steps: int = STEPS) 
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b is: a column that is solved has nowhere left to go."""
+    """a / b, or 0 if b is 0: a converged column needs no further step."""
     return torch.where(b > 0, a / b, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvllm.errors import UsageError
 from kvllm.measure.bench.spec import BenchSpec, Configuration, engine_jobs
 from kvllm.measure.bench.worker import spread
 
@@ -41,6 +42,16 @@ def test_a_wrong_model_or_option_is_refused() -> None:
         BenchSpec(model="no/such/folder")
     with pytest.raises(ValueError, match="concurency"):
         BenchSpec.from_dict({"model": "tiny", "concurency": [4]})
+
+
+def test_experts_are_drawn_at_random_only_where_weights_are_random() -> None:
+    simulated = pytest.importorskip("vllm.model_executor.layers.fused_moe.router.routing_simulator_router")
+    assert BenchSpec(model="gpt-oss-20b").environment() == {}
+    for model in ("gpt-oss-20b", "qwen3-next-24l"):
+        (strategy,) = BenchSpec(model=model, random_experts=True).environment().values()
+        assert strategy in simulated.RoutingSimulator.get_available_strategies()
+    with pytest.raises(UsageError, match="random_experts: only for a shape .* which 'qwen3-8b' is not"):
+        BenchSpec(model="qwen3-8b", random_experts=True)
 
 
 def test_ratios_share_an_engine_and_stock_has_its_own() -> None:

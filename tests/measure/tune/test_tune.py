@@ -67,7 +67,7 @@ def test_content_may_be_a_list_of_parts():
     ({"token_ids": [1, 2], "num_prompt_tokens": "1"}, "num_prompt_tokens is not an integer; give traces"),
     ({"token_ids": [1, 2], "num_prompt_tokens": 2}, "trace 2: has 2 tokens, but a prompt of 2"),
 ])  # fmt: skip
-def test_a_line_that_is_no_text_is_refused_with_its_number(tmp_path, row, message):
+def test_an_invalid_line_is_refused_with_its_number(tmp_path, row, message):
     path = tmp_path / "texts.jsonl"
     path.write_text("\n" + json.dumps(row) + "\n")
     with pytest.raises(UsageError, match=f"texts.jsonl, line 2: {message}"):
@@ -85,7 +85,9 @@ def test_a_folder_or_a_model_that_is_not_there_is_refused(tmp_path):
     assert result.exit_code == 2 and "Invalid value" in result.output and "directory" in result.output
     (tmp_path / "texts.jsonl").write_text("{}")
     options = ["tune", str(tmp_path / "none"), str(tmp_path / "texts.jsonl"), "--saving", "2", "--device", "cpu"]
-    with pytest.raises(UsageError, match="/none: no model found there .*; give a model's folder"):
+    with pytest.raises(
+        UsageError, match="/none: the model's config.json cannot be read .*; give the folder of a model"
+    ):
         kvllm(*options)
     for option in ("--json", "--save-traces"):
         with pytest.raises(UsageError, match=f"{option} .*/no/out: the folder .*/no does not exist; create it first"):

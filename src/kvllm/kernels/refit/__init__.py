@@ -1,4 +1,4 @@
-"""Survivors fitted to what was evicted, on their way to where they are kept."""
+"""Kernels that move survivors and refit them to compensate for evicted tokens."""
 
 from kvllm.kernels.refit.launch import MOST_DIMS as MOST_DIMS
 from kvllm.kernels.refit.launch import refit as refit

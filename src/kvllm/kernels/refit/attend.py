@@ -88,7 +88,7 @@ def _attend_kernel(
     if FIT_VALUES:
         p = tl.where(counts[:, None], p / total_kept[:, None], 0.0).to(DOT_DTYPE)
         tl.store(shares + (batch * PADDED_ROWS + rows)[:, None] * BLOCK_K + survivors[None, :], p)
-        # Subtracted before anything is rounded: what is missing is small beside either.
+        # Subtracted before rounding: the difference is small compared with either term.
         v = load_tile(value_ptrs, offsets, valid, layer, dims, KV_DTYPE, ALIGNMENT, HEAD_DIM).to(DOT_DTYPE)
         output = tl.dot(-p, v, acc=output, input_precision="ieee")
         if HAS_SCALE:

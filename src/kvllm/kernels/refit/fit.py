@@ -109,7 +109,7 @@ def _stored(x, scale, KV_DTYPE: tl.constexpr, HAS_SCALE: tl.constexpr, FP8_MAX: 
 
 @triton.jit
 def _ratio(a, b):
-    """a / b, and 0 where b is: a column that is solved has nowhere left to go."""
+    """a / b, or 0 if b is 0: a converged column needs no further step."""
     return tl.where(b > 0.0, a / tl.where(b > 0.0, b, 1.0), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Survivors moved as `compact` does, and fitted on the way to what was evicted (`kvllm.methods.refit`)."""
+"""Move survivors as `compact` does, and refit them to compensate for evicted tokens (`kvllm.methods.refit`)."""
 
 from __future__ import annotations
 

@@ -134,6 +134,15 @@ set_panels(
             *("block_size", "dtype", "enforce_eager", "capture_sizes", "engine_args"),
         ),
         "Output": ("json_file", "plot_file"),
-        "For experts": ("stagger", "max_seconds", "profile_steps", "warmup_seconds", "temperature", "seed", "spec"),
+        "For experts": (
+            "stagger",
+            "max_seconds",
+            "profile_steps",
+            "warmup_seconds",
+            "random_experts",
+            "temperature",
+            "seed",
+            "spec",
+        ),
     },
 )

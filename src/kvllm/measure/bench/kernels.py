@@ -367,7 +367,7 @@ def check(shape: Shape) -> dict[str, float]:
 
 
 def refit_error(queries: DueQueries, kept: Tensor, blocks: Tensor, cache: PagedCache) -> float:
-    """Of what a refit adds to the survivors that `compact` leaves, the larger of the keys' and the values' error."""
+    """Error of the refit's changes to the survivors, relative to `compact` alone: the larger of keys and values."""
     actual, expected, moved = copy_of(cache), copy_of(cache), copy_of(cache)
     refit(queries, kept, blocks, actual, 1.0, 1.0)
     refit_ref(queries, kept, blocks, expected, 1.0, 1.0)

@@ -103,6 +103,11 @@ class BenchSpec:
     enforce_eager: bool = option(False, "As in vLLM: no CUDA graphs, no torch.compile.")
     capture_sizes: list[int] = option([], "Batch size to capture a CUDA graph for (repeatable).")
     engine_args: dict[str, Any] = option({}, "Further fields of vLLM's EngineArgs, as JSON.")
+    random_experts: bool = option(
+        False,
+        "For a mixture of experts with random weights, which send all tokens to the same few experts: each token goes "
+        "to experts drawn at random (vLLM's routing simulation), so that all weights are read, as of a trained model.",
+    )
     temperature: float = option(0.0, "Sampling temperature; 0 = greedy.")
     seed: int = option(0, "Random seed of the prompts.")
 
@@ -114,6 +119,11 @@ class BenchSpec:
             raise UsageError("give at least one --config and one --concurrency, 1 or more.")
         if self.model not in SHAPES and not (Path(self.model) / "config.json").is_file():
             raise UsageError(f"model={self.model!r}: no folder with a config.json, nor one of {', '.join(SHAPES)}.")
+        if self.random_experts and not {"num_local_experts", "num_experts"} & SHAPES.get(self.model, {}).keys():
+            raise UsageError(
+                f"random_experts: only for a shape that is a mixture of experts, which {self.model!r} is not; leave it "
+                "out. The router of a trained model spreads the tokens itself."
+            )
         self.configurations()
 
     @classmethod
@@ -131,6 +141,10 @@ class BenchSpec:
 
     def requests_of(self, concurrency: int) -> int:
         return self.num_requests or 4 * concurrency
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables that all engines share."""
+        return {"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random"} if self.random_experts else {}
 
     def vllm_args(self, model_dir: str) -> dict[str, Any]:
         """EngineArgs that all configurations share."""

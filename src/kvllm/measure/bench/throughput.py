@@ -89,7 +89,7 @@ def run_job(spec: BenchSpec, job: EngineJob, model_dir: Path, out: Path, log: Pa
     job_file = out.with_suffix(".job.json")
     job_file.write_text(json.dumps({**asdict(job), "spec": spec.to_dict(), "model_dir": str(model_dir)}))
     command = [sys.executable, "-m", "kvllm.measure.bench.worker", str(job_file), str(out)]
-    environment = {**os.environ, "VLLM_PLUGINS": job.plugins}
+    environment = {**os.environ, **spec.environment(), "VLLM_PLUGINS": job.plugins}
     limit = START_S + len(job.runs) * (spec.max_seconds + spec.warmup_seconds + 120)
     with log.open("w") as stream:
         # A new session, so that killing its process group also kills the engine core.

@@ -179,7 +179,7 @@ class Result:
         return bootstrap_mean([np.mean([w.covered[name] for w in made]) for made in self.windows.values()])
 
     def weights(self) -> dict[str, list[float]]:
-        """Mean share of each place of a window, by what is scored with."""
+        """Mean attention share per position in the window, by scoring queries."""
         windows = [w for made in self.windows.values() for w in made]
         return {name: np.mean([w.weights[name] for w in windows], axis=0).tolist() for name in SCORES}
 

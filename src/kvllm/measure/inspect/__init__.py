@@ -1,1 +1,1 @@
-"""`kvllm inspect`: one text and what its compressions kept, as a page."""
+"""`kvllm inspect`: an HTML page that shows which tokens of a text each compression kept."""
