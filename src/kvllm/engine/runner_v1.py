@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from kvllm.compression.query_bank import Targets
 from kvllm.compression.rows import RunningRequests
 from kvllm.compression.stopwatch import Stopwatch
 from kvllm.compression.worker import Layers, WorkerState
@@ -27,12 +27,11 @@ from kvllm.engine.attention import (
     shortening_backend,
 )
 from kvllm.engine.cache_groups import compressed_block_size, compressed_groups
-from kvllm.engine.rope import rope_of
-from kvllm.engine.settings import Geometries, kv_config
+from kvllm.engine.rope import rope_for
+from kvllm.engine.settings import Geometries, kv_config, request_method
 from kvllm.engine.store_cpu import CpuStore
 from kvllm.kernels.block_tables import join_segments_ref
 from kvllm.layout import IntArray
-from kvllm.methods import make_method
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -92,18 +91,15 @@ class CompressorV1:
         self.layers = list(named_layers.values())
         layer, numbers = self.layers[0], [extract_layer_index(name) for name in named_layers]
         shape = Layers(numbers, layer.num_heads, layer.num_kv_heads, layer.head_size, runner.model_config.dtype)
-        rope = None
-        if make_method(config).uses_rope:
-            rope = rope_of(runner.model, self.layers, runner.model_config, runner.device)
+        rope = rope_for(config, runner.model, self.layers, runner.model_config, runner.device)
         self.state = WorkerState(config, shape, rope, runner.max_num_reqs, runner.max_num_tokens, stopwatch=stopwatch)
         self.state.attach(
             CpuStore(config, self.state.bank, self.geometries.block_size, runner.max_model_len, layers=self.layers)
         )
         self.running = RunningRequests(runner.max_num_reqs)
         # Of the current step: the queries to store, and the tokens that attention skips; None if there are none.
-        self.targets: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.targets: Targets | None = None
         self.captured: Tensor | None = None  # [num_layers, num_targets, num_heads, head_dim]
-        self.captured_layers: Sequence[Tensor] = ()  # the same, layer by layer
         self.num_captured = 0  # layers captured so far; after the last one, all are stored
         self.num_removed: IntArray | None = None
         capture_queries(self.layers, self._capture, "cpu")
@@ -138,9 +134,9 @@ class CompressorV1:
         removed = self.state.begin_step(rows, computed, req_ids, table)
         size = self.state.plan_size + int(counts.sum())
         self.state.write_plan(self.state.step.numpy()[:size], rows, computed, counts)
-        codes = self.state.step[self.state.plan_size : size]
+        codes = self.state.step.numpy()[self.state.plan_size : size]
         if (codes >= 0).any():
-            self._expect(self.state.bank.targets(codes.long()))
+            self._expect(self.state.bank.targets(codes.astype(np.int64)))
         if removed.any():
             self.num_removed = removed
 
@@ -165,21 +161,21 @@ class CompressorV1:
             row = self.running.admit(req_id)
             geometry = self.geometries.of(request.sampling_params)
             own = None if geometry is None else geometry.groups[self.part]
-            self.state.rows.set(row, own, request.num_prompt_tokens)
+            method = request_method(self.config, request.sampling_params)
+            self.state.rows.set(row, own, request.num_prompt_tokens, method)
         return self.running[req_id]
 
-    def _expect(self, targets: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    def _expect(self, targets: Targets) -> None:
         """Capture these queries in the step that begins."""
-        if num_targets := len(targets[0]):
+        if num_targets := len(targets.tokens):
             layers = self.state.layers
             shape = (len(layers.numbers), num_targets, layers.num_heads, layers.head_dim)
             self.targets, self.captured, self.num_captured = targets, torch.empty(shape, dtype=layers.dtype), 0
-            self.captured_layers = self.captured.unbind()
 
     def _capture(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         if self.captured is None or self.targets is None:
             return
-        torch.index_select(query, 0, self.targets[0], out=self.captured_layers[layer])
+        torch.index_select(query, 0, self.targets.tokens, out=self.captured[layer])
         self.num_captured += 1
         if self.num_captured == len(self.captured):  # stored within the step, before any dummy run
             self.state.bank.put(self.captured, self.targets)
