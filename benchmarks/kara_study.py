@@ -65,7 +65,11 @@ class StudyKara(Kara):
     )
     steps: int = Field(4, ge=0, description="Of conjugate gradients.")
     precondition: bool = Field(True, description="Divide each unknown by its diagonal first, as Kara does.")
-    query_bits: Literal[4, 8] = Field(8, description="4: stored queries are rounded to 15 levels, one scale for each.")
+    query_bits: Literal[4, 32] = Field(
+        32,
+        description="4: queries are rounded to 15 levels, one scale for each. Only for float32 models: the bank rounds "
+        "those of others.",
+    )
     rotate_queries: bool = Field(
         False, description="Round them in a basis in which no channel stands out: random signs, then Hadamard's matrix."
     )
@@ -279,9 +283,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         entry("lookahead 600", lookahead=600),
     ],
     "queries": [
-        entry("stride 4", query_stride=4),
-        entry("stride 4 + 4-bit queries", query_stride=4, query_bits=4),
-        entry("stride 4 + rotated 4-bit queries", query_stride=4, query_bits=4, rotate_queries=True),
+        entry("stride 8", query_stride=8),
+        entry("4-bit queries", query_bits=4),
+        entry("rotated 4-bit queries", query_bits=4, rotate_queries=True),
     ],
 }
 

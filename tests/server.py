@@ -34,7 +34,7 @@ def kvllm_serve(model_dir: Path, log: Path, *arguments: str) -> Iterator[Server]
         port = probe.getsockname()[1]
     command = [
         sys.executable, "-m", "kvllm", "serve", str(model_dir), "--retention-ratio", "0.5",
-        "--request-ratios", "0.5-0.75,1.0", "--window-size", "64",
+        "--request-ratios", "0.5-0.75,1.0", "--request-methods", "random", "--window-size", "64",
         "--buffer-size", "32", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--block-size", "32",
         "--max-model-len", "2048", "--num-gpu-blocks-override", str(POOL // 32 + 1), "--max-num-seqs", "16",
         "--dtype", "float32", "--served-model-name", MODEL, "--enable-log-requests",

@@ -9,7 +9,7 @@ import pytest
 from kvllm.config import PRESETS, KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
 from kvllm.layout import Geometry
-from kvllm.methods import checked_config, make_method
+from kvllm.methods import checked_config, make_method, make_methods
 from kvllm.methods.h2o import H2O
 from kvllm.methods.recent import Recent
 from kvllm.options import options_of
@@ -21,6 +21,7 @@ FULL: dict[str, Any] = {
     "retention_ratio": 0.25,
     "survivor_bits": 16,
     "request_ratios": "0.2-0.5,1.0",
+    "request_methods": "random,keydiff",
     "window_size": 512,
     "buffer_size": 32,
     "max_chunk_size": 4,
@@ -87,6 +88,43 @@ def test_request_ratios_are_ratios_and_ranges(text, ranges):
 def test_request_ratios_that_are_none_are_refused(value, message):
     said = refusal({"request_ratios": value})
     assert said.startswith(f"request_ratios={value!r}: ") and message in said
+
+
+@pytest.mark.parametrize(
+    "given, options",
+    [
+        ("", {}),
+        (" random, keydiff ", {"random": {}, "keydiff": {}}),
+        ({"snapkv": {"kernel_size": 7}, "random": {}}, {"snapkv": {"kernel_size": 7}, "random": {}}),
+    ],
+)
+def test_request_methods_are_names_or_names_with_options(given, options):
+    config = checked_config({"method": "recent", "request_methods": given, "seed": 3})
+    assert config.request_method_options == options and config.methods == ("recent", *options)
+    assert KvConfig.from_json(json.dumps(config.to_dict())) == config
+    made = make_methods(config)
+    assert list(made) == ["recent", *options]
+    for name in options:  # each is what an engine with that method alone would have
+        alone = KvConfig(method=name, method_options=options[name], seed=3)
+        assert made[name] == make_method(alone) and config.of_method(name) == alone
+    assert config.of_method("recent") == KvConfig(method="recent", seed=3)
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("random,", "request_methods='random,': a name is missing beside a comma; use "),
+        ("random,recent", "request_methods='random,recent': recent is the engine's own method, which requests may alw"),
+        ({"recent": {}}, "request_methods={'recent': {}}: recent is the engine's own method"),
+        ("randon", "request_methods='randon': no such method; did you mean 'random'?"),
+        ({"random": 5}, "request_methods={'random': 5}: random=5: must be a mapping of the method's options; use {}"),
+        ({"snapkv": {"kernel_size": 4}}, "request_methods of snapkv: kernel_size=4: must be odd"),
+        ({"random": {"x": 1}}, "request_methods of random: x=1: no such option"),
+        (["random"], "request_methods=['random']: must be a string or a mapping of names to values, not a list"),
+    ],
+)
+def test_request_methods_that_are_none_are_refused(value, message):
+    assert refusal({"request_methods": value}).startswith(message)
 
 
 SIZES = ("window_size", "buffer_size", "max_chunk_size", "query_stride", "budget_size", "budget_interval")

@@ -57,7 +57,8 @@ class Refusal:
 # Messages that only wrap another one, which is listed separately.
 CARRIERS = re.compile(
     r"KvLLM does not support (layer )?…( with …)?(: …)?\.|KvLLM does not support survivor_bits=… with …\.|"
-    r"request_ratios=…: …|the engine refused to start: …|…=…: …|…=…: …\.…|kvllm …: …\.|no such …; …s are …\."
+    r"request_ratios=…: …|request_methods=…: …: …|the engine refused to start: …|…=…: …|…=…: …\.…|kvllm …: …\.|"
+    r"no such …; …s are …\."
 )
 # Remedies for messages without one, by file and a part of the message ("": any).
 STOCK = "Serve this model with stock vLLM. [Compatibility](compatibility.md) lists models that are served."

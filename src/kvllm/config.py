@@ -25,7 +25,9 @@ RetentionRatio = Annotated[
 # Keys of our options in vLLM's `additional_config`, and of a request's own options in its `extra_args`.
 CONFIG_KEY = "kvllm"
 RATIO_KEY = "kv_retention_ratio"
+METHOD_KEY = "kv_method"
 USAGE_KEY = "kv_usage"  # whether the response's usage reports what was kept and evicted
+REQUEST_KEYS = (RATIO_KEY, METHOD_KEY, USAGE_KEY)
 
 # Presets for windows of 256 tokens, named after how many times smaller a compressed window is. docs/choosing.md gives
 # the cost of each.
@@ -37,6 +39,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 RETENTION_RATIO = TypeAdapter(RetentionRatio, config=STRICT)
+METHOD_NAME = TypeAdapter(str, config=STRICT)
 
 
 @strict_dataclass(kw_only=True)
@@ -66,7 +69,7 @@ class KvConfig:
     window_size: Count = Field(256, description="Tokens compressed at once; a multiple of vLLM's block size.")
     buffer_size: Count = Field(128, description="Newest tokens, never compressed.")
     max_chunk_size: Count = Field(8, description="Maximum chunk length of Token2Chunk; 1 = no chunks.")
-    query_stride: Count = Field(8, description="Each head keeps the query of every n-th token for scoring.")
+    query_stride: Count = Field(4, description="Each head keeps the query of every n-th token for scoring.")
     history_size: int = Field(
         0,
         ge=0,
@@ -82,6 +85,11 @@ class KvConfig:
         "",
         description=f"Ratios that requests may choose with {RATIO_KEY} besides the engine's own: single ratios "
         "and ranges, such as 0.2-0.5,1.0. Empty: none.",
+    )
+    request_methods: str | Mapping[str, Any] = Field(
+        "",
+        description=f"Methods that requests may choose with {METHOD_KEY} besides the engine's own: names, such as "
+        'random,keydiff, or names with options: {"random": {}, "snapkv": {"kernel_size": 5}}. Empty: none.',
     )
     budget_size: Count = Field(
         2048, description="policy=budget: generated tokens kept; a multiple of vLLM's block size."
@@ -99,6 +107,11 @@ class KvConfig:
 
     def __post_init__(self) -> None:
         parse_ratios(self.request_ratios)
+        if self.method in parse_methods(self.request_methods):
+            raise UsageError(
+                f"request_methods={self.request_methods!r}: {self.method} is the engine's own method, which requests "
+                "may always choose. Leave it out; its options are method_options."
+            )
         self._check_table()
         if self.history_size and self.policy != "window":
             raise UsageError(
@@ -209,6 +222,22 @@ class KvConfig:
         return min(self.all_ratios, key=lambda other: abs(other - ratio))
 
     @property
+    def request_method_options(self) -> dict[str, Mapping[str, Any]]:
+        """The methods that a request may choose besides the engine's own, and their options."""
+        return parse_methods(self.request_methods)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Every method that a request can be served with, the engine's own first."""
+        return (self.method, *self.request_method_options)
+
+    def of_method(self, name: str) -> KvConfig:
+        """The configuration of an engine that serves only this one of `methods`."""
+        own = name == self.method
+        options = self.method_options if own else self.request_method_options[name]
+        return replace(self, method=name, method_options=options, request_methods="")
+
+    @property
     def query_span(self) -> int:
         """Number of newest tokens whose queries are kept: a window plus the buffer."""
         return self.window_size + self.buffer_size
@@ -286,3 +315,22 @@ def parse_ratios(text: str) -> tuple[tuple[float, float], ...]:
             raise UsageError(f"request_ratios={text!r}: the range {item.strip()} ends below its start; swap its ends.")
         ranges.append((low, high))
     return tuple(ranges)
+
+
+def parse_methods(given: str | Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The names in `request_methods` and the options of each; whether they exist, `kvllm.methods` checks."""
+    if isinstance(given, str):
+        names = [item.strip() for item in given.split(",")] if given.strip() else []
+        if "" in names:
+            raise UsageError(
+                f"request_methods={given!r}: a name is missing beside a comma; use for instance 'random,keydiff', or "
+                "'' to allow none."
+            )
+        return dict.fromkeys(names, {})
+    for name, options in given.items():
+        if not isinstance(options, Mapping):
+            raise UsageError(
+                f"request_methods={given!r}: {name}={options!r}: must be a mapping of the method's options; use {{}} "
+                "for its defaults."
+            )
+    return dict(given)

@@ -287,7 +287,7 @@ def test_plan_writes_what_it_prints(config_dir: Path, tmp_path: Path) -> None:
         assert row["kvllm_requests"] == (written["num_blocks"] - 1) // row["kvllm_blocks"]
         assert row["stock_requests"] == (written["stock_num_blocks"] - 1) // row["stock_blocks"]
         assert str(row["kvllm_requests"]) in printed
-    assert written["footprint"]["query_bank"] == 256 * 48 * 3 * 4 * (16 + 4)  # requests, queries, layers, heads, bytes
+    assert written["footprint"]["query_bank"] == 256 * 96 * 3 * 4 * (8 + 2)  # requests, queries, layers, heads, bytes
 
 
 def test_plan_refuses_what_serve_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

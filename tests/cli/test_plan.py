@@ -27,8 +27,8 @@ PARAMETERS = 1000 * 64 + 3 * (LAYER_MATRICES + 2 * 64) + 64
 
 def test_footprint_of_a_llama() -> None:
     # A token's KV: keys and values of 3 layers, 2 heads of 16 numbers, 2 bytes each.
-    # 16 requests have 48 queries of 3 layers and 4 heads, each 16 bytes and a scale of four.
-    bank = 16 * 48 * 3 * 4 * (16 + 4)
+    # 16 requests have 96 queries of 3 layers and 4 heads, each 16 numbers of half a byte and a scale of two.
+    bank = 16 * 96 * 3 * 4 * (8 + 2)
     expected = Footprint(2 * PARAMETERS, kv_per_token=2 * 3 * 2 * 16 * 2, query_bank=bank, groups=Groups(3))
     assert footprint(LlamaConfig(**SHAPE, tie_word_embeddings=True), KvConfig(), max_num_seqs=16) == expected
 
@@ -36,7 +36,7 @@ def test_footprint_of_a_llama() -> None:
 def test_the_query_bank_follows_window_buffer_stride_and_dtype() -> None:
     config = LlamaConfig(**SHAPE | {"dtype": "float32"})
     thin = KvConfig(window_size=128, buffer_size=32, query_stride=8)
-    assert footprint(config, thin, 5).query_bank == 5 * 20 * 3 * 4 * (16 * 4 + 4)
+    assert footprint(config, thin, 5).query_bank == 5 * 20 * 3 * 4 * (16 * 4 + 2)
 
 
 def test_max_num_seqs_as_vllm_chooses_it() -> None:
@@ -92,7 +92,7 @@ def test_layers_with_a_window_have_groups_of_their_own_and_no_bank() -> None:
     found = footprint(Gemma3TextConfig(**shape, sliding_window=128, layer_types=kinds), KvConfig(), 1)
     assert found.groups == Groups(2, 1, 2, Local(128))
     assert found.kv_per_token == 2 * 2 * 2 * 16 * 2
-    assert found.query_bank == 48 * 2 * 4 * (16 + 4)
+    assert found.query_bank == 96 * 2 * 4 * (8 + 2)
     assert local_blocks(found.groups, 16, 1, 100) == 2 * 7
     assert local_blocks(found.groups, 16, 1, 5000) == 2 * 10  # 127 tokens and two in flight, anywhere in their blocks
     assert local_blocks(found.groups, 16, 1000, 5000) == 2 * 63  # the prompt, computed in one step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from tests.near_ties import check_greedy
 
 pytestmark = pytest.mark.engine
 
+METHODS = replace(CONFIG, request_methods={"random": {}, "snapkv": {"kernel_size": 3}, "cask": {}})
+
 
 @pytest.fixture(scope="module")
 def llm(small_model_dir: Path) -> Any:
-    with engine(small_model_dir, **SHARED) as made:
+    with engine(small_model_dir, METHODS, **SHARED) as made:
         yield made
 
 
@@ -151,6 +154,34 @@ def test_queries_are_captured_in_mixed_batches(llm: Any, small_reference: Any) -
             if result.request_id == "decodes" and result.finished:
                 output = list(result.outputs[0].token_ids)
     check_greedy(small_reference, prompt, output, CONFIG, BLOCK_SIZE, num_variants=0)
+
+
+def test_methods_mix_in_a_batch(llm: Any, small_reference: Any) -> None:
+    """Each answer is what the reference gives with that method, and no two are alike."""
+    prompt = small_words(40, seed=17)
+    requests = {name: (prompt, params(230, kv_method=name)) for name in METHODS.methods}
+    requests["full"] = (prompt, params(230, kv_method="random", kv_retention_ratio=1.0))
+    requests["default"] = (prompt, params(230))
+    answers = run(llm, requests, lambda: None)
+    assert answers.pop("default") == answers["kara"]
+    assert len({tuple(answer) for answer in answers.values()}) == len(answers) == 5
+    check_greedy(small_reference, prompt, answers.pop("full"), None, BLOCK_SIZE, num_variants=0)
+    for name, answer in answers.items():
+        check_greedy(small_reference, prompt, answer, METHODS.of_method(name), BLOCK_SIZE, num_variants=0)
+    assert_pool_whole(llm)
+
+
+def test_the_sequences_of_a_request_have_its_method(llm: Any) -> None:
+    compressor, core, seen = compressor_of(llm), llm.llm_engine, set()
+    sampling = SamplingParams(n=2, seed=7, max_tokens=4, ignore_eos=True, extra_args={"kv_method": "random"})
+    core.add_request("two", {"prompt_token_ids": small_words(10)}, sampling)
+    core.add_request("one", {"prompt_token_ids": small_words(10)}, params(4))
+    while core.has_unfinished_requests():
+        core.step()
+        seen |= {
+            (name.split("-")[0], compressor.state.rows.methods[compressor.running[name]]) for name in compressor.running
+        }
+    assert sorted(method for _, method in seen) == ["kara", "random", "random"]
 
 
 def test_rope_positions_are_logical(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,8 +71,9 @@ def served(name: str, tmp_path_factory: pytest.TempPathFactory) -> Served:
     def start() -> Any:
         save_random(MODELS[name], folder)
         return engine(
-            folder, config_of(name, request_ratios="1.0"), max_model_len=MAX_MODEL_LEN, skip_tokenizer_init=True,
-            max_num_seqs=8, max_num_batched_tokens=64, num_gpu_blocks_override=NUM_BLOCKS[name] + 1,
+            folder, config_of(name, request_ratios="1.0", request_methods="random"), max_model_len=MAX_MODEL_LEN,
+            skip_tokenizer_init=True, max_num_seqs=8, max_num_batched_tokens=64,
+            num_gpu_blocks_override=NUM_BLOCKS[name] + 1,
         )  # fmt: skip
 
     llm = group_resources.get(f"budgets, {name}", start)
@@ -144,6 +145,12 @@ def test_a_request_with_a_ratio_of_its_own_is_refused(name: str, served: Served)
         served.greedy(words(5), num_tokens=5, kv_retention_ratio=0.5)
     (own,) = served.greedy(words(40, 40), num_tokens=160, kv_retention_ratio=0.545)
     served.check(words(40, 40), own, config_of(name))
+
+
+@pytest.mark.parametrize("name", ["Llama"])
+def test_a_request_may_choose_its_method(name: str, served: Served) -> None:
+    (output,) = served.greedy(words(40, 40), num_tokens=160, kv_method="random")
+    served.check(words(40, 40), output, config_of(name, method="random"))
 
 
 def test_a_table_that_does_not_name_the_model_s_layers_is_refused(tmp_path: Path) -> None:

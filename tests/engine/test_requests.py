@@ -44,8 +44,11 @@ def arrival(config: Any, num_blocks: int = NUM_BLOCKS) -> Arrive:
     config.cache_config.num_gpu_blocks = num_blocks + 1
     processor = InputProcessor(config)
 
-    def arrive(num_prompt_tokens: int, *, ratio: Any = None, resumable: bool = False, **sampling: Any) -> Any:
-        extra = None if ratio is None else {"kv_retention_ratio": ratio}
+    def arrive(
+        num_prompt_tokens: int, *, ratio: Any = None, method: Any = None, resumable: bool = False, **sampling: Any
+    ) -> Any:
+        chosen = {"kv_retention_ratio": ratio, "kv_method": method}
+        extra = {name: value for name, value in chosen.items() if value is not None} or None
         prompt = {"type": "token", "prompt_token_ids": [7] * num_prompt_tokens}
         params = SamplingParams(extra_args=extra, **sampling)
         return processor.process_inputs("id", prompt, params, ("generate",), resumable=resumable).sampling_params
@@ -89,6 +92,53 @@ def test_a_ratio_of_the_wrong_type_is_refused_by_its_type(model_dir: Path, ratio
     parameter, message = refusal(arrival(vllm_config(model_dir)), 10, max_tokens=5, ratio=ratio)
     assert parameter == "kv_retention_ratio"
     assert f"kv_retention_ratio={ratio!r}: must be a number in (0, 1], not {name}." in message
+
+
+@pytest.mark.parametrize(
+    "offered, accepted, said",
+    [
+        ("", (None, "kara"), "only its own method, kara"),
+        ("random,keydiff", (None, "kara", "random", "keydiff"), "kara, random, keydiff"),
+        ({"snapkv": {"kernel_size": 7}}, ("kara", "snapkv"), "kara, snapkv"),
+    ],
+)
+def test_a_request_chooses_among_the_methods_that_the_engine_holds(
+    model_dir: Path, offered: Any, accepted: tuple[Any, ...], said: str
+) -> None:
+    arrive = arrival(vllm_config(model_dir, request_methods=offered))
+    for method in accepted:
+        arrive(10, max_tokens=5, method=method)
+    for method in ("h2o", "randon", "", "KARA"):
+        parameter, message = refusal(arrive, 10, max_tokens=5, method=method)
+        assert parameter == "kv_method"
+        assert f"kv_method={method!r}: this server allows {said}. Leave kv_method out" in message
+        assert "--request-methods" in message
+    for value, name in ((5, "an integer"), (True, "a boolean"), (["random"], "a list")):
+        parameter, message = refusal(arrive, 10, max_tokens=5, method=value)
+        assert parameter == "kv_method" and f"kv_method={value!r}: must be a string, not {name}." in message
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"request_methods": "randon"}, "request_methods='randon': no such method; did you mean 'random'"),
+        ({"request_methods": "kara"}, "request_methods='kara': kara is the engine's own method"),
+        (
+            {"request_methods": "pyramidkv"},
+            "request_methods='pyramidkv': cannot be combined with pyramidkv, because it",
+        ),
+        (
+            {"method": "pyramidkv", "request_methods": "snapkv"},
+            "request_methods='snapkv': cannot be combined with pyramidkv, .* Leave pyramidkv out, or serve it as",
+        ),
+        ({"request_methods": "trimkv"}, "request_methods of trimkv: .*gates"),
+    ],
+)
+def test_methods_that_an_engine_cannot_hold_are_refused_at_start(
+    model_dir: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        vllm_config(model_dir, **options)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.models.transformers import base
 
 from kvllm.config import KvConfig
-from kvllm.engine.rope import rope_of
+from kvllm.engine.rope import rope_for
 from kvllm.methods.rope import Rope
 from kvllm.reference import load_model
 from kvllm.reference.rope import rope_of as reference_rope_of
@@ -36,6 +36,7 @@ from tests.reference.test_rope import HALF, LLAMA3, SIZES, YARN, longrope
 
 HEAD_DIM, NUM_HEADS, HIDDEN_SIZE = 64, 2, 128
 WIDE = SIZES | {"hidden_size": HIDDEN_SIZE}
+KARA = KvConfig()
 
 
 def rotary_of(
@@ -98,11 +99,14 @@ class ByItself(Attention):
         return self.attn(rotation.apply(query.view(-1, NUM_HEADS, HEAD_DIM)).flatten(1), key, value)
 
 
-def measured(*attentions: Attention, extra: torch.nn.Module | None = None, max_model_len: int = 1024) -> Rope | None:
+def measured(
+    *attentions: Attention, extra: torch.nn.Module | None = None, max_model_len: int = 1024, config: KvConfig = KARA
+) -> Rope | None:
+    """With a config whose method looks ahead, `rope_of` these layers."""
     model = torch.nn.ModuleList([*attentions, *([extra] if extra else [])])
     dtype = attentions[0].qkv_proj.weight.dtype
-    config = SimpleNamespace(max_model_len=max_model_len, dtype=dtype, get_hidden_size=lambda: HIDDEN_SIZE)
-    return rope_of(model, [attention.attn for attention in attentions], config, "cpu")
+    model_config = SimpleNamespace(max_model_len=max_model_len, dtype=dtype, get_hidden_size=lambda: HIDDEN_SIZE)
+    return rope_for(config, model, [attention.attn for attention in attentions], model_config, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -164,6 +168,9 @@ def test_what_is_not_known_is_refused():
     for attention in (ByItself(None), GivenAngles(None)):
         with pytest.raises(ValueError, match=remedy):
             measured(attention)
+        with pytest.raises(ValueError, match="request_methods='tova,kara': kara: KvLLM " + remedy):
+            measured(attention, config=KvConfig(method="random", request_methods="tova,kara"))
+        assert measured(attention, config=KvConfig(method="random", request_methods="tova")) is None
     with pytest.raises(ValueError, match="pair the dimensions of their rotary embeddings differently"):
         halves = rotary_of(LlamaConfig(**WIDE)), rotary_of(LlamaConfig(**WIDE, rope_parameters=HALF))
         measured(*map(Attention, halves))

@@ -30,7 +30,8 @@ from tests.engine.traffic import BLOCK_SIZE, MAX_LEN, PROMPT_KINDS, Arrival, Eng
 
 NUM_SCHEDULES = int(os.environ.get("KVLLM_TRAFFIC", "0"))
 SIZES: dict[str, Any] = {
-    "method": "recent",  # in whose place the worker has its own
+    "method": "recent",  # in whose place the worker has its own, and so for the other
+    "request_methods": "random",
     "window_size": 2 * BLOCK_SIZE,
     "buffer_size": BLOCK_SIZE,
     "retention_ratio": 0.5,
@@ -49,6 +50,7 @@ arrivals = st.builds(
     num_prompt_tokens=st.integers(1, 24),
     max_tokens=st.integers(5, 60),
     ratio=st.sampled_from([None, None, None, 1.0]),
+    method=st.sampled_from([None, "recent", "random", "random"]),
     priority=st.integers(0, 2),
 )
 

@@ -97,19 +97,29 @@ def test_compression_shows_in_the_metrics(client: Any, base_url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "ratio, message",
+    "name, value, message",
     [
-        (1.5, r"kv_retention_ratio=1.5: .*in \(0, 1\]"),
-        ("0.5", r"kv_retention_ratio='0.5': must be a number in \(0, 1\], not a string\."),
-        (0.2, r"kv_retention_ratio=0.2: this server allows 0.5, 0.5-0.75, 1.0. Leave .* out .*--request-ratios"),
+        ("retention_ratio", 1.5, r"kv_retention_ratio=1.5: .*in \(0, 1\]"),
+        ("retention_ratio", "0.5", r"kv_retention_ratio='0.5': must be a number in \(0, 1\], not a string\."),
+        (
+            "retention_ratio",
+            0.2,
+            r"kv_retention_ratio=0.2: this server allows 0.5, 0.5-0.75, 1.0. Leave .*--request-rat",
+        ),
+        ("method", 5, r"kv_method=5: must be a string, not an integer\."),
+        (
+            "method",
+            "keydiff",
+            r"kv_method='keydiff': this server allows kara, random. Leave .* out .*--request-methods",
+        ),
     ],
 )
-def test_a_bad_ratio_is_a_bad_request(client: Any, ratio: Any, message: str) -> None:
+def test_a_bad_choice_is_a_bad_request(client: Any, name: str, value: Any, message: str) -> None:
     with pytest.raises(openai.BadRequestError, match=message) as error:
         client.completions.create(
-            model="small", prompt="Hello", max_tokens=4, extra_body={"vllm_xargs": {"kv_retention_ratio": ratio}}
+            model="small", prompt="Hello", max_tokens=4, extra_body={"vllm_xargs": {f"kv_{name}": value}}
         )
-    assert error.value.param == "kv_retention_ratio"
+    assert error.value.param == f"kv_{name}"
 
 
 def test_usage_says_what_was_kept_when_asked(client: Any) -> None:
@@ -138,12 +148,11 @@ def test_usage_says_nothing_of_it_unasked(client: Any) -> None:
 
 
 def test_a_line_in_the_log_for_each_answer_on_demand(client: Any, log: Path) -> None:
-    answer = client.completions.create(
-        model="small", prompt="Hello", max_tokens=140, extra_body={"ignore_eos": True, "request_id": "logged"}
-    )
+    body = {"ignore_eos": True, "request_id": "logged", "vllm_xargs": {"kv_method": "random"}}
+    answer = client.completions.create(model="small", prompt="Hello", max_tokens=140, extra_body=body)
     assert answer.id == "cmpl-logged"
     (line,) = [line for line in log.read_text().splitlines() if "KvLLM: request cmpl-logged" in line]
-    assert "140 generated, kv_retention_ratio=0.5: 108 KV tokens kept, 32 evicted in 1 compressions" in line
+    assert "140 generated, kv_retention_ratio=0.5, kv_method=random: 108 KV tokens kept, 32 evicted in 1 comp" in line
 
 
 @pytest.mark.parametrize(
@@ -152,6 +161,8 @@ def test_a_line_in_the_log_for_each_answer_on_demand(client: Any, log: Path) -> 
         ({"vllm_xargs": {"kv_retention": 0.5}}, "kv_retention", "did you mean 'kv_retention_ratio'"),
         ({"vllm_xargs": {"kv_usage": "yes"}}, "kv_usage", "kv_usage='yes': must be true or false"),
         ({"kv_retention_ratio": 0.5}, "kv_retention_ratio", 'send it as "vllm_xargs"'),
+        ({"kv_method": "random"}, "kv_method", 'send it as "vllm_xargs"'),
+        ({"vllm_xargs": {"kv_methods": "random"}}, "kv_methods", "did you mean 'kv_method'"),
         ({"vllm_xargs": {"kv_usage": True}, "use_beam_search": True, "n": 2}, "kv_usage", "beam search"),
     ],
 )

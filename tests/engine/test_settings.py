@@ -233,6 +233,9 @@ def test_angles_from_indices_are_wrong_behind_images(
     config = KvConfig(method="triattention", method_options={"statistics": file})
     with pytest.raises(UsageError, match="method=triattention") if refused else nullcontext():
         settings._check_positions(config, model)
+    other = KvConfig(request_methods={"random": {}, "triattention": {"statistics": file}})
+    with pytest.raises(UsageError, match="request_methods=triattention") if refused else nullcontext():
+        settings._check_positions(other, model)
     settings._check_positions(KvConfig(), model)
     settings._check_positions(config, SimpleNamespace(multimodal_config=None, uses_mrope=uses_mrope))
 

@@ -29,7 +29,7 @@ def vllm_config(model_dir: Path) -> Any:
 def test_how_many_fit_and_what_the_bank_takes(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = kv_config(vllm_config)
     assert config is not None
-    bank = QueryBank.allocate(30, 16, 12, 9, 3, 64, 8, vllm_config.model_config.dtype, device="meta").num_bytes
+    bank = QueryBank.allocate(30, 16, 24, 9, 3, 64, 4, vllm_config.model_config.dtype, device="meta").num_bytes
     assert startup.bank_bytes(vllm_config, config) == bank
     geometry = Geometry.from_config(config, 32)
     assert geometry is not None
@@ -61,7 +61,9 @@ def test_what_is_on(options: dict[str, Any], said: str) -> None:
 def test_what_requests_may_ask() -> None:
     assert "not choose a kv_retention_ratio other" in startup.what_requests_may_ask(KvConfig())
     text = startup.what_requests_may_ask(KvConfig(request_ratios="0.2-0.5,1.0"))
-    assert "0.2-0.5, 1.0 in vllm_xargs; the default is 0.3" in text
+    assert text.endswith("0.2-0.5, 1.0 in vllm_xargs; the default is 0.3.")
+    text = startup.what_requests_may_ask(KvConfig(request_methods="random,keydiff"))
+    assert text.endswith("allow it). They may choose kv_method random, keydiff; the default is kara.")
 
 
 def test_layers_with_a_window_count_too(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,5 +79,5 @@ def test_layers_with_a_window_count_too(vllm_config: Any, monkeypatch: pytest.Mo
     text = startup.summary(vllm_config, config, geometry, 2000, 2 * 32 * 3 * 64 * 4, 32)
     assert f"fit at once: {2000 // (geometry.peak_blocks(256, 1024) + in_prefill)}; " in text
     assert f"KV cache: {2000 // (32 + in_prefill)}; max_num_seqs lets 16 run" in text
-    bank = QueryBank.allocate(5, 16, 12, 9, 3, 64, 8, vllm_config.model_config.dtype, device="meta").num_bytes
+    bank = QueryBank.allocate(5, 16, 24, 9, 3, 64, 4, vllm_config.model_config.dtype, device="meta").num_bytes
     assert startup.bank_bytes(vllm_config, config) == bank

@@ -55,7 +55,13 @@ FIRST_OUTPUT = 10_000  # request n answers with this token plus n, over and over
 
 
 class LabelMethod(Method):
-    """Keeps tokens by their positions, and checks that candidates and queries are those of one request's event."""
+    """Keeps tokens by their positions, and checks that candidates and queries are those of one request's event.
+
+    factor: methods with different ones keep different tokens
+    """
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
 
     def score(self, window: Window) -> Tensor:
         positions = window.positions  # [batch, num_kv_heads, num_tokens]
@@ -68,10 +74,15 @@ class LabelMethod(Method):
         # From the end the text is dense: the newest candidate's position says where the queries stand.
         expected = window.head_query_positions + positions[..., -1:, None] + 1 - window.num_tokens
         assert torch.equal(queries[..., 1].long(), expected)
-        return (positions * 7919 % 31).float()
+        return (positions * self.factor % 31).float()
 
     def compress_prompt(self, window: Window, num_kept: int) -> Kept:
         return self.compress(window, num_kept)
+
+
+def label_methods(config: KvConfig) -> dict[str, Method]:
+    """In the place of each method that requests may choose, one that keeps other tokens."""
+    return {name: LabelMethod(factor) for name, factor in zip(config.methods, (7919, 6007), strict=True)}
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,7 @@ class Arrival:
     num_prompt_tokens: int
     max_tokens: int
     ratio: float | None
+    method: str | None
     priority: int
 
 
@@ -87,11 +99,12 @@ class Text:
     """What the reference has of a request, and the labels of its tokens. A preempted request gets a new one."""
 
     def __init__(self, owner: int, arrival: Arrival, config: KvConfig, geometry: Geometry | None) -> None:
+        method = label_methods(config)[arrival.method or config.method]
         self.owner, self.arrival, self.config, self.geometry = owner, arrival, config, geometry
         self.num_events = 0
         self.layer = LayerCache(config.query_span)
         self.compressor = Compressor(
-            config, LabelMethod(), DenseStore(config, [self.layer]), torch.zeros(1, dtype=torch.int64),
+            config, method, DenseStore(config, [self.layer]), torch.zeros(1, dtype=torch.int64),
             torch.from_numpy(query_shifts(config.query_stride, NUM_HEADS)), None,
             torch.zeros(1, 1, 1, most_survivors(config), dtype=torch.int32),
         )  # fmt: skip
@@ -152,7 +165,7 @@ class LabelStore(GpuStore):
 def label_state(config: KvConfig, cache: PagedCache, max_num_seqs: int) -> tuple[WorkerState, LabelStore]:
     """One layer, one KV head."""
     state = WorkerState(config, Layers([0], NUM_HEADS, 1, 2, torch.float32), None, max_num_seqs, MAX_LEN)
-    state.method = LabelMethod()
+    state.methods = label_methods(config)
     store = LabelStore(config, state.bank, BLOCK_SIZE, MAX_LEN, cache=cache, dtype=torch.float32)
     state.attach(store)
     return state, store
@@ -352,8 +365,9 @@ class Engine:
 
     def arrive(self, arrival: Arrival) -> None:
         """Queue a request, unless it could not finish even alone, as the engine checks on arrival."""
-        extra = None if arrival.ratio is None else {"kv_retention_ratio": arrival.ratio}
-        params = SamplingParams(max_tokens=arrival.max_tokens, ignore_eos=True, extra_args=extra)
+        chosen = {"kv_retention_ratio": arrival.ratio, "kv_method": arrival.method}
+        extra = {name: value for name, value in chosen.items() if value is not None}
+        params = SamplingParams(max_tokens=arrival.max_tokens, ignore_eos=True, extra_args=extra or None)
         total, geometry = arrival.num_prompt_tokens + arrival.max_tokens, self.geometries.of(params)
         needed = ceil_div(total, BLOCK_SIZE)
         if geometry is not None:

@@ -165,6 +165,25 @@ def test_generic_methods(method: str, model_dir: Path, reference_model: Any) -> 
     llm.llm_engine.engine_core.shutdown()
 
 
+def test_methods_mix_in_a_batch(model_dir: Path, reference_model: Any) -> None:
+    """Under CUDA graphs: requests that have kernels of their own beside others, with histories."""
+    config = replace(CONFIG, history_size=128, request_methods={"random": {}, "snapkv": {"kernel_size": 3}, "cask": {}})
+    llm = start(model_dir, config)
+    asked = [(prompt(n, n), name) for n in (5, 64) for name in config.methods]
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=500, ignore_eos=True, detokenize=False, extra_args={"kv_method": name}
+        )
+        for _, name in asked
+    ]  # fmt: skip
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids, _ in asked], params, use_tqdm=False)
+    answers = [list(output.outputs[0].token_ids) for output in outputs]
+    assert len({tuple(answer) for answer in answers}) == len(asked)
+    for (ids, name), answer in zip(asked, answers, strict=True):
+        check(reference_model, ids, answer, config.of_method(name))
+    llm.llm_engine.engine_core.shutdown()
+
+
 @pytest.mark.parametrize("method", ["kara", "random"])
 def test_history_is_compressed_again(method: str, model_dir: Path, reference_model: Any) -> None:
     """Under CUDA graphs: after four windows every other event takes the history too; other ratios, other cycles."""

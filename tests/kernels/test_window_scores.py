@@ -35,7 +35,7 @@ def make(num_candidates, num_heads, num_kv_heads, head_dim, dtype, device, *, bl
         **kwargs,
     )
     bank = QueryBank.allocate(cache.num_layers, 4, num_queries, num_heads, num_kv_heads, head_dim, 4, dtype, device)
-    numbers, scales = quantize(torch.randn(bank.queries.shape, device=device), bank.queries.dtype)
+    numbers, scales = quantize(torch.randn(*bank.scales.shape, head_dim, device=device), bank.queries.dtype)
     bank.queries.copy_(numbers)
     bank.scales.copy_(scales)
     starts = torch.tensor([bank.ring_start(3, 2), bank.ring_start(1, num_queries - 1)], device=device)

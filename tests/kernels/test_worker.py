@@ -27,7 +27,7 @@ from kvllm.kernels.fused import fused_kernels, has_fused_kernels
 from kvllm.kernels.paged import PagedCache
 from kvllm.kernels.store_tokens import NewPairs, store_tokens, store_tokens_ref
 from kvllm.layout import Geometry
-from kvllm.methods import make_method
+from kvllm.methods import make_method, make_methods
 from kvllm.methods.rope import Rope, frequencies
 from kvllm.reference.cache import DenseStore, LayerCache
 from tests.kernels.paged_caches import random_cache
@@ -47,17 +47,21 @@ def rope_on(device: str) -> Rope:
 
 def worker_state(config: KvConfig, cache: PagedCache, device: str, head_dim: int = HEAD_DIM) -> WorkerState:
     """What the V2 runner keeps, over a cache made here."""
-    method = make_method(config)
+    methods = make_methods(config).values()
     layers = Layers(range(NUM_LAYERS), NUM_HEADS, NUM_KV_HEADS, head_dim, torch.float32)
     state = WorkerState(
-        config, layers, rope_on(device) if method.uses_rope else None, MAX_REQS, 64, device,
-        has_fused_kernels(method, head_dim),
+        config, layers, rope_on(device) if any(method.uses_rope for method in methods) else None, MAX_REQS, 64, device,
+        all(has_fused_kernels(method, head_dim) for method in methods),
     )  # fmt: skip
     store = GpuStore(
         config, state.bank, BLOCK_SIZE, MAX_BLOCKS * BLOCK_SIZE,
         lambda numbers: torch.tensor(numbers, device=device), cache=cache, dtype=torch.float32,
     )  # fmt: skip
-    state.attach(store, fused_kernels(method, config, state.bank, cache, state.rope))
+    kernels = {
+        name: fused_kernels(method, config, state.bank, cache, state.rope_for(method))
+        for name, method in state.methods.items()
+    }
+    state.attach(store, kernels)
     return state
 
 
@@ -65,6 +69,7 @@ def worker_state(config: KvConfig, cache: PagedCache, device: str, head_dim: int
 class Running:
     """A request in a row of the runner: a new random text, and the reference's cache of it."""
 
+    method: str
     row: int
     num_prompt_tokens: int
     block_ids: Tensor  # [MAX_BLOCKS]
@@ -138,15 +143,17 @@ def begin_step(state: WorkerState, running: list[Running], device: str) -> tuple
         (KvConfig(method="kara", method_options={"key_ridge": 0.0}, prompt_budget=16, **SIZES), 3),
         (KvConfig(method="cask", prompt_budget=8, history_size=8, **SIZES), 4),
         (KvConfig(method="random", prompt_budget=8, policy="budget", **BUDGET, **SIZES), 5),
+        (KvConfig(method="random", request_methods={"kara": NO_REFIT}, history_size=24, **SIZES), 4),
     ],
     ids=(
         "windows still generic refitted refitted-history history history-random history-merged budget budget-random "
-        "prompt prompt-refitted prompt-cask prompt-budget"
+        "prompt prompt-refitted prompt-cask prompt-budget history-of-two-methods"
     ).split(),
 )
 def test_equals_reference(config: KvConfig, num_events: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two requests, the second three windows behind: what meets are rings that start elsewhere, events of both shapes,
-    and histories of two lengths.
+    and histories of two lengths. Where requests may choose their method, they have different ones: kernels for one of
+    them, and PyTorch for the other.
     """
     if config.prompt_budget:
         monkeypatch.setattr(GpuStore, "max_batch", 1)  # a prompt of three blocks then goes one layer at a time
@@ -170,18 +177,19 @@ def test_equals_reference(config: KvConfig, num_events: int, device: str, monkey
     while len(running) < 2 or running[0].computed < last:
         if not running or (len(running) == 1 and running[0].computed == 20 + 3 * config.window_size - 1):
             request = Running(
+                config.methods[len(running) % len(config.methods)],
                 row=2 - len(running),
                 num_prompt_tokens=20,
                 block_ids=block_ids[len(running)],
                 layers=[LayerCache(config.query_span) for _ in range(NUM_LAYERS)],
             )
-            state.rows.set(request.row, geometry, request.num_prompt_tokens)
+            state.rows.set(request.row, geometry, request.num_prompt_tokens, request.method)
             running.insert(0, request)
         for request in running:
             request.draw(generator)
         tables, seq_lens, removed = begin_step(state, running, device)
         for i, request in enumerate(running):
-            request.compress_if_due(config, geometry)
+            request.compress_if_due(config.of_method(request.method), geometry)
             num_new = request.new[0].shape[1]
             length = len(request.layers[0].keys) if request.computed else 0
             assert int(seq_lens[i]) == length + num_new
@@ -221,12 +229,12 @@ def test_every_shape_that_a_request_may_choose_is_compiled_before_serving(
         head_dim=HEAD_DIM, dtype=torch.float32, device=device,
     )  # fmt: skip
     state, compiled = worker_state(config, cache, device), []
-    assert state.compressor is not None and state.compressor.fused is not None
+    assert state.compressors["kara"].fused is not None
 
     def fused(candidates: PagedCandidates, num_kept: int) -> None:
         compiled.append((candidates.blocks.shape[1] * BLOCK_SIZE, num_kept))
 
-    monkeypatch.setattr(state.compressor, "fused", fused)
+    monkeypatch.setattr(state.compressors["kara"], "fused", fused)
     geometries = Geometries(config, BLOCK_SIZE)
     state.warm_up(allowed_geometries(config, BLOCK_SIZE))
     ratios = [0.2, 0.85, *np.random.default_rng(0).uniform(0.3, 0.33, 200)]

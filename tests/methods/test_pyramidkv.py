@@ -46,3 +46,8 @@ def test_what_is_refused():
         PyramidKV(num_groups=4).layer_budgets(0.3, range(30))
     with pytest.raises(ValueError, match="beta=0.5: must be a number >= 1"):
         PyramidKV(beta=0.5)
+    for method, others in (("kara", "random,pyramidkv"), ("pyramidkv", "kara")):
+        with pytest.raises(ValueError, match=f"request_methods='{others}': cannot be combined with pyramidkv, because"):
+            with_budgets(KvConfig(method=method, request_methods=others), range(4))
+    table = KvConfig(method="kara", request_methods="pyramidkv", retention_ratio={"0": 0.4, "1": 0.2})
+    assert with_budgets(table, range(2)) is table  # given by the operator, and so for all methods

@@ -18,9 +18,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
 
 values = st.one_of(
     st.floats(), st.integers(-5, 5), st.sampled_from([0.5, 0.6, 0.75, 1.0, 1, 10**400, True]), st.text(max_size=5),
-    st.none(), st.lists(st.floats(allow_nan=False), max_size=2),
+    st.just("random"), st.none(), st.lists(st.floats(allow_nan=False), max_size=2),
 )  # fmt: skip
-keys = st.sampled_from(["kv_retention_ratio", "kv_retention_ratio", "kv_usage", "kv_usages", "kv_", "other"])
+keys = st.sampled_from(["kv_retention_ratio", "kv_method", "kv_usage", "kv_usages", "kv_", "other"])
 bodies = st.fixed_dictionaries(
     {"prompt": st.sampled_from(["Hello", "", [1, 2, 3], " word" * 200, ["one", "two"], [], 7])},
     optional={

@@ -56,7 +56,7 @@ def soaked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def kinds() -> list[dict[str, Any]]:
-    """Requests of all sorts: a third share a long beginning; ratios, lengths and stop strings are mixed."""
+    """Requests of all sorts: a third share a long beginning; ratios, methods, lengths and stop strings are mixed."""
     draw = random.Random(7)
     shared = [f"w{draw.randrange(2048)}" for _ in range(96)]
     made = []
@@ -68,6 +68,8 @@ def kinds() -> list[dict[str, Any]]:
         }  # fmt: skip
         if (ratio := draw.choice([None, None, 0.5, 0.6, 0.75, 1.0])) is not None:
             body["vllm_xargs"] = {"kv_retention_ratio": ratio}
+        if i % 4 == 3:
+            body["vllm_xargs"] = {**body.get("vllm_xargs", {}), "kv_method": "random"}
         if i % 4 == 1:
             body["stop"] = [f"w{draw.randrange(2048)}" for _ in range(2)] + ["w1", "w77"]
         made.append(body)

@@ -26,7 +26,7 @@ PASS_THROUGH: dict[str, Any] = {
 }
 # Panels of --help. A new field is shown among the experts' options unless EVERYDAY lists it.
 PANEL, EXPERT_PANEL = "Compression", "Compression, for experts"
-EVERYDAY = ("method", "retention_ratio", "survivor_bits", "request_ratios")
+EVERYDAY = ("method", "retention_ratio", "survivor_bits", "request_ratios", "request_methods")
 TYPES = {"string": str, "integer": int, "number": float}  # all others are JSON
 # vLLM uses these flag names for something else.
 PREFIXED = ("seed",)

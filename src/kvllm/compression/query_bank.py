@@ -1,31 +1,46 @@
-"""The queries that the engines keep for scoring: a ring buffer for each request and layer, in int8.
+"""The queries that the engines keep for scoring: a ring buffer for each request and layer, in four bits per element.
 
 The queries of a token take more memory than its KV pairs (four times as many heads as KV heads, at 8B scale), so the
-bank holds every `query_stride`-th query of a head (`kvllm.compression.query_ring`) in int8, with one scale for each
-vector. The queries of a float32 model are stored unquantized, since such a model is used for comparisons: quantization
-would amplify differences in the last bit, and sometimes change which tokens are kept.
+bank holds every `query_stride`-th query of a head (`kvllm.compression.query_ring`) in four bits per element, with one
+scale for each vector. The queries of a float32 model are stored unquantized, since such a model is used for
+comparisons: quantization would amplify differences in the last bit, and sometimes change which tokens are kept.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvllm.compression.query_ring import entry_of, query_shifts
 from kvllm.layout import IntArray
 
-LEVELS = 127
+LEVELS = 7
 SMALLEST = 1e-30  # avoids division by zero for a query of zeros
+
+
+class Targets(NamedTuple):
+    """Which queries of a step are kept and where, the same in every layer.
+
+    tokens:  [num_targets] int64, the token of each head of a query group whose query is kept
+    sources: [num_targets * num_kv_heads] int64, each kept query's index among all heads of `tokens`
+    places:  [num_targets * num_kv_heads] int64, its index among all heads of all entries of all rows
+    """
+
+    tokens: Tensor
+    sources: Tensor
+    places: Tensor
 
 
 @dataclass(frozen=True)
 class QueryBank:
-    """queries: [num_layers, max_num_reqs, num_queries, num_heads, head_dim] int8 or float32, after RoPE
-    scales:  [num_layers, max_num_reqs, num_queries, num_heads] float32; a query is its codes times its scale
+    """queries: [num_layers, max_num_reqs, num_queries, num_heads, head_dim / 2] int8 as of `quantize`, or
+             [..., head_dim] float32; after RoPE
+    scales:  [num_layers, max_num_reqs, num_queries, num_heads] bfloat16; a query is its codes times its scale
     """
 
     queries: Tensor
@@ -47,20 +62,29 @@ class QueryBank:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> QueryBank:
-        """dtype: the model's"""
+        """dtype: the model's; head_dim: even"""
         shape = (num_layers, max_num_reqs, num_queries, num_heads)
-        stored = torch.float32 if dtype == torch.float32 else torch.int8
-        queries = torch.zeros(*shape, head_dim, dtype=stored, device=device)
+        size, stored = (head_dim, torch.float32) if dtype == torch.float32 else (head_dim // 2, torch.int8)
+        queries = torch.zeros(*shape, size, dtype=stored, device=device)
+        scales = torch.zeros(shape, dtype=torch.bfloat16, device=device)
         shifts = torch.from_numpy(query_shifts(query_stride, num_heads // num_kv_heads)).to(device)
-        return cls(queries, torch.zeros(shape, device=device), num_kv_heads, query_stride, shifts)
+        return cls(queries, scales, num_kv_heads, query_stride, shifts)
 
     @cached_property
     def num_queries(self) -> int:
         return self.queries.shape[2]
 
     @cached_property
+    def num_heads(self) -> int:
+        return self.queries.shape[3]
+
+    @cached_property
+    def head_dim(self) -> int:
+        return self.queries.shape[4] * (1 if self.queries.dtype == torch.float32 else 2)
+
+    @cached_property
     def group_size(self) -> int:
-        return self.queries.shape[3] // self.num_kv_heads
+        return self.num_heads // self.num_kv_heads
 
     @cached_property
     def period(self) -> int:
@@ -78,38 +102,40 @@ class QueryBank:
         """
         return rows * self.period + offsets % self.period
 
-    def targets(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Which queries of a step are kept and where, the same in every layer: the argument of `put`.
+    def targets(self, codes: IntArray) -> Targets:
+        """Where the queries of a step go: the argument of `put`.
 
-        codes:  [num_tokens] int64, from `codes`, or -1 to store nothing; no two tokens of a row may share a ring entry
-        returns four [num_targets] tensors: token, head within its query group, row, and ring entry of each kept query
+        codes: [num_tokens], from `codes`, or -1 to store nothing; no two tokens of a row may share a ring entry
         """
-        # Both [num_tokens, group_size].
-        stored, entries = entry_of(codes[:, None] % self.period, self.shifts, self.query_stride, self.num_queries)
-        token, member = (stored & (codes >= 0)[:, None]).nonzero(as_tuple=True)
-        return token, member, codes[token] // self.period, entries[token, member]
+        # In NumPy, which takes a third of PyTorch's time for so few numbers. Both [num_tokens, group_size].
+        shifts = query_shifts(self.query_stride, self.group_size)
+        stored, entries = entry_of(codes[:, None] % self.period, shifts, self.query_stride, self.num_queries)
+        token, member = np.nonzero(stored & (codes >= 0)[:, None])
+        entry = codes[token] // self.period * self.num_queries + entries[token, member]
+        heads = np.arange(self.num_kv_heads) * self.group_size + member[:, None]  # [num_targets, num_kv_heads]
+        sources = np.arange(len(token))[:, None] * self.num_heads + heads
+        indices = token, sources.ravel(), (entry[:, None] * self.num_heads + heads).ravel()
+        return Targets(*(torch.from_numpy(each).to(self.queries.device) for each in indices))
 
     def store(self, layer: int, query: Tensor, codes: Tensor) -> None:
         """Store the queries of a step's tokens in one layer.
 
-        query: [num_tokens, num_heads, head_dim], after RoPE; codes: as in `targets`
+        query: [num_tokens, num_heads, head_dim], after RoPE; codes: [num_tokens], as in `targets`
         """
-        targets = self.targets(codes)
-        self.put(query[None, targets[0]], targets, slice(layer, layer + 1))
+        targets = self.targets(codes.cpu().numpy().astype(np.int64))
+        self.put(query[None, targets.tokens], targets, slice(layer, layer + 1))
 
-    def put(self, queries: Tensor, targets: tuple[Tensor, Tensor, Tensor, Tensor], layers: slice = slice(None)) -> None:
+    def put(self, queries: Tensor, targets: Targets, layers: slice = slice(None)) -> None:
         """Store the queries that `targets` chose.
 
         queries: [num_layers, num_targets, num_heads, head_dim], all heads of the targets' tokens, after RoPE
 
         Takes all layers at once: one call per layer would take longer than a small model's attention.
         """
-        _, member, row, entry = targets
-        shape = (self.num_kv_heads, self.group_size)
-        chosen = torch.arange(len(member), device=member.device)
-        numbers, scales = quantize(queries.unflatten(2, shape)[:, chosen, :, member], self.queries.dtype)
-        self.queries[layers].unflatten(3, shape)[:, row, entry, :, member] = numbers
-        self.scales[layers].unflatten(3, shape)[:, row, entry, :, member] = scales
+        chosen = queries.flatten(1, 2).index_select(1, targets.sources)
+        numbers, scales = quantize(chosen, self.queries.dtype)
+        self.queries[layers].flatten(1, 3).index_copy_(1, targets.places, numbers)
+        self.scales[layers].flatten(1, 3).index_copy_(1, targets.places, scales)
 
     def ring_start(self, row: Any, oldest_entry: Any) -> Any:
         """One integer per request for readers: its row in the bank, and its ring's oldest entry.
@@ -135,14 +161,23 @@ class QueryBank:
 
 
 def quantize(vectors: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """Codes of the same shape in `dtype` (int8 or float32), and a float32 scale for each vector (the last axis)."""
+    """Codes of vectors (the last axis) of even length, and a bfloat16 scale for each.
+
+    dtype: int8 packs two codes, of -7 to 7, into each number: number i is code i plus 16 times code i + head_dim / 2,
+           so that most models' RoPE rotates the two together. float32 leaves the vectors as they are
+    """
     vectors = vectors.float()
     if dtype == torch.float32:
-        return vectors, torch.ones_like(vectors[..., 0])
+        return vectors, torch.ones_like(vectors[..., 0], dtype=torch.bfloat16)
     # Multiplied by the reciprocal, as PyTorch does on GPUs: dividing would give other scales on CPUs.
-    scales = vectors.abs().amax(dim=-1).clamp(min=SMALLEST) * (1 / LEVELS)
-    return (vectors / scales.unsqueeze(-1)).round().to(torch.int8), scales
+    scales = (vectors.abs().amax(dim=-1).clamp(min=SMALLEST) * (1 / LEVELS)).bfloat16()
+    low, high = (vectors / scales.float().unsqueeze(-1)).round().chunk(2, dim=-1)
+    return torch.add(low, high, alpha=16).to(torch.int8), scales
 
 
 def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
-    return numbers.float() * scales.unsqueeze(-1)
+    """The vectors of `quantize` in float32."""
+    if numbers.dtype == torch.int8:
+        high = (numbers + 8) >> 4
+        numbers = torch.cat([numbers - (high << 4), high], dim=-1)
+    return numbers.float() * scales.float().unsqueeze(-1)

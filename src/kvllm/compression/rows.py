@@ -26,7 +26,7 @@ class Due(NamedTuple):
 
 
 class RequestRows:
-    """The request in each row: its geometry, and where its two segments are.
+    """The request in each row: its geometry, its method, and where its two segments are.
 
     columns: [6, max_num_reqs] int64:
              PROMPT   blocks of the prompt that remain; 0 before the first event
@@ -40,6 +40,8 @@ class RequestRows:
     def __init__(self, config: KvConfig, max_num_reqs: int) -> None:
         self.geometries: list[Geometry | None] = [None] * max_num_reqs
         self.num_prompt_tokens = [0] * max_num_reqs
+        self.methods = [config.method] * max_num_reqs
+        self._own_method = config.method
         self.columns: IntArray = np.zeros((6, max_num_reqs), np.int64)
         self.columns[START] = np.iinfo(np.int64).max // 2
         # When an event happens does not depend on a request's ratio.
@@ -47,9 +49,13 @@ class RequestRows:
         self._interval = config.budget_interval if budget else config.window_size
         self._waiting = config.buffer_size + (config.budget_size if budget else 0)
 
-    def set(self, row: int, geometry: Geometry | None, num_prompt_tokens: int) -> None:
-        """Reset a row for a request that starts, or restarts after preemption."""
+    def set(self, row: int, geometry: Geometry | None, num_prompt_tokens: int, method: str | None = None) -> None:
+        """Reset a row for a request that starts, or restarts after preemption.
+
+        method: its name; None: the engine's own
+        """
         self.geometries[row], self.num_prompt_tokens[row] = geometry, num_prompt_tokens
+        self.methods[row] = method or self._own_method
         column = self.columns[:, row]
         column[:] = 0
         column[START] = np.iinfo(np.int64).max // 2

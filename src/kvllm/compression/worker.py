@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,8 @@ from kvllm.compression.rows import NUM_PLANNED, PREFIX, PROMPT, REMOVED, TAIL, D
 from kvllm.compression.stopwatch import Stopwatch
 from kvllm.config import KvConfig
 from kvllm.layout import Geometry, IntArray, Shape, ceil_div
-from kvllm.methods import make_method
-from kvllm.methods.base import LayerShape
+from kvllm.methods import make_methods
+from kvllm.methods.base import LayerShape, Method
 from kvllm.methods.rope import Rope
 
 assert (PROMPT, PREFIX, TAIL) == tuple(range(NUM_PLANNED))  # the plan's first rows; the request's own row follows
@@ -42,7 +42,7 @@ class Layers:
 
 
 class WorkerState:
-    """The stored queries, the rows of the running requests, and the compressor of their cache.
+    """The stored queries, the rows of the running requests, and the compressors of their cache, one for each method.
 
     Created with the model, so that vLLM's memory profiling counts it before sizing the KV pool. `attach` follows once
     the cache exists.
@@ -61,15 +61,15 @@ class WorkerState:
         stopwatch: Stopwatch | None = None,
     ) -> None:
         """
-        fused:       whether `attach` will get fused kernels, which do not need the survivors' positions
+        fused:       whether `attach` will get fused kernels for all methods; these do not need the survivors' positions
         packed_rows: further rows of the plan, for the kernels that attend to packed survivors
         stopwatch:   shared with another state, to add up the seconds of both
         """
         self.config = config
-        self.method = make_method(config)
-        self.method.check_layers(
-            LayerShape(1 + max(layers.numbers), layers.num_heads, layers.num_kv_heads, layers.head_dim)
-        )
+        self.methods = make_methods(config)
+        shape = LayerShape(1 + max(layers.numbers), layers.num_heads, layers.num_kv_heads, layers.head_dim)
+        for method in self.methods.values():
+            method.check_layers(shape)
         self.layers = layers
         self.rope = rope
         self.rows = RequestRows(config, max_num_reqs)
@@ -80,10 +80,11 @@ class WorkerState:
         self.stopwatch = stopwatch or Stopwatch(device)
         self.positions: Tensor | None = None
         if (most := most_survivors(config)) and not fused:
-            shape = (max_num_reqs, len(layers.numbers), layers.num_kv_heads, most)
-            self.positions = torch.zeros(shape, dtype=torch.int32, device=device)
+            self.positions = torch.zeros(
+                max_num_reqs, len(layers.numbers), layers.num_kv_heads, most, dtype=torch.int32, device=device
+            )
         self.store: PagedStore | None = None
-        self.compressor: Compressor | None = None
+        self.compressors: dict[str, Compressor] = {}
         # The step's input on the device: the plan of `join_segments` and the bank's codes, adjacent so that one copy
         # sends both.
         self.plan_stride = ceil_div(max_num_reqs, 4) * 4  # every row starts at a multiple of 16 bytes
@@ -94,23 +95,34 @@ class WorkerState:
         self.codes = self.step[self.plan_size :]
         self.codes.fill_(-1)
 
+    def rope_for(self, method: Method) -> Rope | None:
+        """What the method and its kernels get: nothing, if it does not look ahead."""
+        return self.rope if method.uses_rope else None
+
     def attach(
-        self, store: PagedStore, fused: Fused | None = None, pack: Pack | None = None, cache_dtype: str = "auto"
+        self,
+        store: PagedStore,
+        fused: Mapping[str, Fused | None] | None = None,
+        pack: Pack | None = None,
+        cache_dtype: str = "auto",
     ) -> None:
         """Compress in this store from now on.
 
+        fused:       the kernels of each method
         cache_dtype: vLLM's --kv-cache-dtype
         """
         self.store = store
         numbers = torch.tensor(self.layers.numbers, device=self.bank.queries.device)
-        self.compressor = Compressor(
-            self.config, self.method, store, numbers, self.bank.shifts, self.rope, self.positions, fused,
-            rounding=Rounding.from_config(self.config, store.block_size, self.layers.head_dim, cache_dtype), pack=pack,
-        )  # fmt: skip
+        rounding = Rounding.from_config(self.config, store.block_size, self.layers.head_dim, cache_dtype)
+        for name, method in self.methods.items():
+            self.compressors[name] = Compressor(
+                self.config, method, store, numbers, self.bank.shifts, self.rope_for(method), self.positions,
+                (fused or {}).get(name), rounding=rounding, pack=pack,
+            )  # fmt: skip
 
     def warm_up(self, geometries: Iterable[Geometry]) -> None:
         """Compile the kernels for every shape that an event can have, so that no step has to."""
-        assert self.store is not None and self.compressor is not None
+        assert self.store is not None
         done: set[Shape] = set()
         for geometry in geometries:
             for shape, event in geometry.shapes().items():
@@ -121,7 +133,8 @@ class WorkerState:
                 num_blocks = shape.num_candidates // geometry.block_size
                 blocks = torch.zeros(1, num_blocks, dtype=torch.int32, device=self.step.device)
                 candidates = PagedCandidates(blocks, self.store.to_device([0]))
-                self.compressor.compress_batch([Due(0, 0, geometry, 1, event)], shape, candidates)
+                for compressor in self.compressors.values():
+                    compressor.compress_batch([Due(0, 0, geometry, 1, event)], shape, candidates)
 
     def begin_step(
         self, rows: IntArray, num_computed_tokens: IntArray, names: Sequence[str], block_table: Tensor
@@ -130,11 +143,15 @@ class WorkerState:
 
         rows, num_computed_tokens: [num_reqs]; names: request ids; block_table: [num_reqs, any], by logical index
         """
-        assert self.store is not None and self.compressor is not None
+        assert self.store is not None
         if due := self.rows.begin_step(rows, num_computed_tokens, names):
+            by_method: dict[str, list[Due]] = {}
+            for each in due:
+                by_method.setdefault(self.rows.methods[each.row], []).append(each)
             with self.stopwatch.running():
                 self.store.begin_step(block_table)
-                self.compressor.compress(due)
+                for method, its_own in by_method.items():
+                    self.compressors[method].compress(its_own)
                 self.store.settle()
         return self.rows.columns[REMOVED, rows]
 

@@ -12,8 +12,15 @@ from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from kvllm.compression.blocks import peak_allocator_blocks
-from kvllm.config import RATIO_KEY, USAGE_KEY
-from kvllm.engine.settings import Geometries, groups_of_engine, kv_config, num_late_events, request_ratio
+from kvllm.config import METHOD_KEY, RATIO_KEY, REQUEST_KEYS, USAGE_KEY
+from kvllm.engine.settings import (
+    Geometries,
+    groups_of_engine,
+    kv_config,
+    num_late_events,
+    request_method,
+    request_ratio,
+)
 from kvllm.engine.usage import Watch
 from kvllm.errors import UsageError
 from kvllm.layout import RequestGeometry, ceil_div, most_that_fits
@@ -28,7 +35,6 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
-PARAMETERS = (RATIO_KEY, USAGE_KEY)
 _SMALLEST_POOL = "kvllm_smallest_pool"  # attribute of vLLM's CacheConfig
 
 
@@ -58,7 +64,8 @@ def watch_request(processor: OutputProcessor, request: EngineCoreRequest, queue:
     if params is not None and front_end is not None:
         check, log = front_end
         ratio = check.config.nearest_ratio(request_ratio(check.config, params))
-        vars(queue)["kvllm_watch"] = Watch(check.geometries.of_ratio(ratio), ratio, log)
+        method = request_method(check.config, params) if check.config.request_methods else None
+        vars(queue)["kvllm_watch"] = Watch(check.geometries.of_ratio(ratio), ratio, log, method)
 
 
 def note_beam_search(vllm_config: VllmConfig, params: object) -> None:
@@ -103,6 +110,7 @@ class RequestCheck:
     def __call__(self, request: EngineCoreRequest, params: SamplingParams) -> SamplingParams:
         """The parameters to run the request with: `params`, or a copy with a lower `max_tokens`."""
         self._check_names(params)
+        self._check_method(params)
         geometry = self._geometry(params)
         num_blocks = usable_blocks(self.vllm_config.cache_config)
         if request.resumable:
@@ -117,10 +125,24 @@ class RequestCheck:
         """Refuse misspelt names of our parameters, which would have no effect."""
         extra = params.extra_args or {}
         for name in extra:
-            if name not in PARAMETERS and (meant := difflib.get_close_matches(str(name), PARAMETERS, 1, 0.8)):
+            if name not in REQUEST_KEYS and (meant := difflib.get_close_matches(str(name), REQUEST_KEYS, 1, 0.8)):
                 raise VLLMValidationError(f"no parameter named {name!r}; did you mean {meant[0]!r}?", parameter=name)
         if (wanted := extra.get(USAGE_KEY, False)) not in (0, 1):
             raise VLLMValidationError(f"{USAGE_KEY}={wanted!r}: must be true or false.", parameter=USAGE_KEY)
+
+    def _check_method(self, params: SamplingParams) -> None:
+        try:
+            method = request_method(self.config, params)
+        except UsageError as e:
+            raise VLLMValidationError(str(e), parameter=METHOD_KEY) from e
+        own, *others = self.config.methods
+        if method not in (own, *others):
+            allowed = ", ".join((own, *others)) if others else f"only its own method, {own}"
+            raise VLLMValidationError(
+                f"{METHOD_KEY}={method[:50]!r}: this server allows {allowed}. Leave {METHOD_KEY} out to use the "
+                "server's own method; its operator can allow others with --request-methods.",
+                parameter=METHOD_KEY,
+            )
 
     def _geometry(self, params: SamplingParams) -> RequestGeometry | None:
         try:

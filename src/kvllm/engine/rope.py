@@ -24,7 +24,9 @@ from kvllm.compression.rope_probe import (
     same_hidden_states,
     transformers_candidates,
 )
+from kvllm.config import KvConfig
 from kvllm.errors import UsageError
+from kvllm.methods import make_methods
 from kvllm.methods.rope import Rope
 
 _POSITIONS = ("positions", "position_ids")
@@ -56,6 +58,19 @@ def rope_of(model: nn.Module, layers: Sequence[Any], config: Any, device: torch.
             f"KvLLM could not determine the rotary embedding of {type(model).__name__} ({type(e).__name__}: {e}); "
             f"{REMEDY}."
         ) from e
+
+
+def rope_for(config: KvConfig, *arguments: Any) -> Rope | None:
+    """`rope_of`, with its other arguments, if one of the methods that requests may have needs it; else None."""
+    looking = [name for name, method in make_methods(config).items() if method.uses_rope]
+    if not looking:
+        return None
+    try:
+        return rope_of(*arguments)
+    except UsageError as e:
+        if config.method in looking:
+            raise
+        raise UsageError(f"request_methods={config.request_methods!r}: {looking[0]}: {e}") from e
 
 
 def _parent_of(layer: nn.Module, model: nn.Module) -> nn.Module:

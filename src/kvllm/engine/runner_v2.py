@@ -39,15 +39,15 @@ from kvllm.engine.attention import (
 from kvllm.engine.cache_groups import compressed_block_size, compressed_groups
 from kvllm.engine.compat import is_quantized_kv_cache
 from kvllm.engine.packed import PackedSurvivors
-from kvllm.engine.rope import rope_of
-from kvllm.engine.settings import Geometries, allowed_geometries, kv_config
+from kvllm.engine.rope import rope_for
+from kvllm.engine.settings import Geometries, allowed_geometries, kv_config, request_method
 from kvllm.engine.store_gpu import GpuStore
 from kvllm.errors import UsageError
 from kvllm.kernels.block_tables import join_segments
 from kvllm.kernels.fused import fused_kernels, has_fused_kernels
 from kvllm.kernels.paged import PagedCache
 from kvllm.kernels.store_tokens import NewPairs, store_tokens
-from kvllm.methods import make_method
+from kvllm.methods import make_methods
 from kvllm.methods.rope import Rope
 from kvllm.support import model_state_reasons
 
@@ -96,7 +96,7 @@ class Part:
         block_size, layer = self.geometries.block_size, self.layers[0]
         numbers = [extract_layer_index(name) for name in layers]
         shape = Layers(numbers, layer.num_heads, layer.num_kv_heads, layer.head_size, self.dtype)
-        fused = has_fused_kernels(make_method(config), layer.head_size)
+        fused = all(has_fused_kernels(method, layer.head_size) for method in make_methods(config).values())
         self.cache_dtype = state.vllm_config.cache_config.cache_dtype
         rounding = Rounding.from_config(config, block_size, layer.head_size, self.cache_dtype)
         num_reqs = state.max_num_reqs
@@ -158,7 +158,11 @@ class Part:
             cache=cache, dtype=self.dtype,
         )  # fmt: skip
         store.allocator_block_size = self.blocks_per_block * store.block_size
-        fused, pack = fused_kernels(state.method, self.config, state.bank, cache, state.rope), None
+        fused = {
+            name: fused_kernels(method, self.config, state.bank, cache, state.rope_for(method))
+            for name, method in state.methods.items()
+        }
+        pack = None
         if self.packed is not None:
             self.packed.attach(cache, store.survivor_blocks, state.plan)
             pack = self.packed.pack
@@ -177,7 +181,7 @@ class Part:
             return
         state = self.compression
         assert query.shape[0] <= len(state.codes)
-        queries = query.view(-1, *state.bank.queries.shape[3:])
+        queries = query.view(-1, state.bank.num_heads, state.bank.head_dim)
         pairs = None if slot_mapping is None else NewPairs(key, value, self.cache, slot_mapping)
         store_tokens(queries, state.bank, layer, state.codes, pairs)
 
@@ -242,11 +246,11 @@ class StateMixin(Base):
         assert config is not None
         self.config = config
         self.geometries = Geometries.of_engine(vllm_config)
-        named_layers, uses_rope = compressed_layers(vllm_config), make_method(config).uses_rope
+        named_layers = compressed_layers(vllm_config)
         self.parts = []
         for number, part_config in enumerate(config.parts):
             layers = {name: layer for name, layer in named_layers.items() if in_part(config, number, name)}
-            rope = rope_of(model, list(layers.values()), vllm_config.model_config, device) if uses_rope else None
+            rope = rope_for(config, model, list(layers.values()), vllm_config.model_config, device)
             stopwatch = self.compression.stopwatch if self.parts else None
             self.parts.append(Part(self, part_config, layers, rope, stopwatch))
         self.prepared: InputBatch | None = None  # the real batch for which preprocess_state was called
@@ -271,9 +275,10 @@ class StateMixin(Base):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
         geometry = self.geometries.of(new_req_data.sampling_params)
+        method = request_method(self.config, new_req_data.sampling_params)
         for number, part in enumerate(self.parts):
             own = None if geometry is None else geometry.groups[number]
-            part.compression.rows.set(req_index, own, new_req_data.prompt_len)
+            part.compression.rows.set(req_index, own, new_req_data.prompt_len, method)
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)

@@ -12,13 +12,14 @@ from vllm.logger import init_logger
 from kvllm import support
 from kvllm.compression.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
 from kvllm.compression.rounding import Rounding, packed_block_tokens
-from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig, check_retention_ratio
+from kvllm.config import CONFIG_KEY, METHOD_KEY, METHOD_NAME, RATIO_KEY, KvConfig, check_retention_ratio
 from kvllm.engine.compat import is_quantized_kv_cache
 from kvllm.errors import UsageError
 from kvllm.groups import Groups, full_layers, groups_of
 from kvllm.layers import LayerKind, local_layers
 from kvllm.layout import Geometry, RequestGeometry, request_geometry
-from kvllm.methods import checked_config, make_method, with_budgets
+from kvllm.methods import checked_config, make_methods, with_budgets
+from kvllm.options import check_value
 from kvllm.support import DEFAULT_BLOCK_SIZE, PLAIN_BITS
 
 if TYPE_CHECKING:
@@ -48,6 +49,15 @@ def request_ratio(config: KvConfig, params: SamplingParams | None) -> float:
     if RATIO_KEY not in extra:
         return config.mean_ratio
     return check_retention_ratio(extra[RATIO_KEY], RATIO_KEY)
+
+
+def request_method(config: KvConfig, params: SamplingParams | None) -> str:
+    """The name of one request's method: its own `kv_method`, or the engine's.
+
+    Raises UsageError unless it is a string. `engine/requests.py` checks on arrival whether the engine has it.
+    """
+    extra = (params.extra_args or {}) if params is not None else {}
+    return check_value(METHOD_NAME, METHOD_KEY, extra[METHOD_KEY]) if METHOD_KEY in extra else config.method
 
 
 def kernel_block_size(vllm_config: VllmConfig) -> int:
@@ -189,9 +199,11 @@ def _check_positions(config: KvConfig, model_config: Any) -> None:
     multimodal = model_config.multimodal_config
     if multimodal is None or multimodal.language_model_only or not model_config.uses_mrope:
         return
-    if make_method(config).counts_positions:
-        found = support.reason("method", config.method, support.COUNTS_POSITIONS)
-        raise UsageError(f"KvLLM does not support {found}, or --language-model-only to accept no images.")
+    for name, method in make_methods(config).items():
+        if method.counts_positions:
+            option = "method" if name == config.method else "request_methods"
+            found = support.reason(option, name, support.COUNTS_POSITIONS)
+            raise UsageError(f"KvLLM does not support {found}, or --language-model-only to accept no images.")
 
 
 def why_not_inspected(engine_args: Any, error: ValueError) -> str | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import kvllm
 from kvllm.compression.blocks import peak_allocator_blocks
 from kvllm.compression.query_bank import QueryBank
-from kvllm.config import RATIO_KEY, KvConfig
+from kvllm.config import METHOD_KEY, RATIO_KEY, KvConfig
 from kvllm.engine.settings import local_layers_of, num_late_events
 from kvllm.groups import Groups
 from kvllm.layers import LayerKind
@@ -87,10 +87,14 @@ def what_is_on(config: KvConfig) -> str:
 
 def what_requests_may_ask(config: KvConfig) -> str:
     (own, _), *others = config.request_ratio_ranges
-    if not others:
-        return f"Requests may not choose a {RATIO_KEY} other than {own} (--request-ratios would allow it)."
     allowed = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in others)
-    return f"Requests may choose {RATIO_KEY} {allowed} in vllm_xargs; the default is {own}."
+    ratios = f"Requests may choose {RATIO_KEY} {allowed} in vllm_xargs; the default is {own}."
+    if not others:
+        ratios = f"Requests may not choose a {RATIO_KEY} other than {own} (--request-ratios would allow it)."
+    own_method, *other_methods = config.methods
+    if not other_methods:
+        return ratios
+    return f"{ratios} They may choose {METHOD_KEY} {', '.join(other_methods)}; the default is {own_method}."
 
 
 def stage_layers(vllm_config: VllmConfig) -> list[LayerKind]:

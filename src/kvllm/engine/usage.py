@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
-from kvllm.config import RATIO_KEY, USAGE_KEY
+from kvllm.config import METHOD_KEY, RATIO_KEY, REQUEST_KEYS, USAGE_KEY
 from kvllm.layout import RequestGeometry
 
 if TYPE_CHECKING:
@@ -58,12 +58,15 @@ _asking: ContextVar[KvUsage | None] = ContextVar("kvllm_asking", default=None)
 
 
 class Watch:
-    """Counts one request; an attribute of the output queue that its sequences share."""
+    """Counts one request; an attribute of the output queue that its sequences share.
 
-    def __init__(self, geometry: RequestGeometry | None, ratio: float, log: bool) -> None:
+    method: None: requests of this engine have no choice
+    """
+
+    def __init__(self, geometry: RequestGeometry | None, ratio: float, log: bool, method: str | None = None) -> None:
         self.geometry = geometry
-        self.ratio = ratio
         self.log = log
+        self.chosen = f"{RATIO_KEY}={ratio:g}" + (f", {METHOD_KEY}={method}" if method else "")
         self.response = _asking.get()
 
     def finish(self, state: RequestState) -> None:
@@ -75,16 +78,16 @@ class Watch:
         own = total.add(self.geometry, state.prompt_len, num_generated)
         if self.log:
             logger.info(
-                "KvLLM: request %s: %d prompt tokens (%d cached), %d generated, %s=%g: %d KV tokens kept, %d evicted "
+                "KvLLM: request %s: %d prompt tokens (%d cached), %d generated, %s: %d KV tokens kept, %d evicted "
                 "in %d compressions.",
-                state.external_req_id, state.prompt_len, state.num_cached_tokens, num_generated, RATIO_KEY, self.ratio,
+                state.external_req_id, state.prompt_len, state.num_cached_tokens, num_generated, self.chosen,
                 own.kept_tokens, own.evicted_tokens, own.compressions,
             )  # fmt: skip
 
 
 def check_body(request: Any) -> None:
     """Raise VLLMValidationError if our parameters would have no effect: outside `vllm_xargs`, or with beam search."""
-    for key in (RATIO_KEY, USAGE_KEY):
+    for key in REQUEST_KEYS:
         if key in (request.model_extra or {}):
             raise VLLMValidationError(
                 f'{key} has no effect here: send it as "vllm_xargs": {{"{key}": ...}}.', parameter=key

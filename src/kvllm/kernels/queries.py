@@ -58,15 +58,14 @@ class DueQueries:
 
     def sizes(self, dot_dtype: torch.dtype) -> dict[str, Any]:
         """The kernel constants that go with `arguments`."""
-        num_heads, head_dim = self.bank.queries.shape[3:]
         return dict(
-            NUM_HEADS=num_heads,
+            NUM_HEADS=self.bank.num_heads,
             GROUP_SIZE=self.bank.group_size,
             NUM_ROWS=self.num_rows,
             DOT_DTYPE=TL_DTYPES[dot_dtype],
             NUM_ROTATIONS=num_rotations(self.rotation),
             HALVES=self.rotation is None or self.rotation.halves,
-            BLOCK_H=max(16, next_power_of_2(head_dim // 2)),
+            BLOCK_H=max(16, next_power_of_2(self.bank.head_dim // 2)),
         )
 
 
@@ -108,7 +107,7 @@ def ring(ring_starts, max_num_reqs, due, layer, NUM_QUERIES: tl.constexpr):
 def load_queries(
     numbers, scales, cos, sin, rows, layer, layer_row, oldest, head, firsts, seconds,
     NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    NUM_ROTATIONS: tl.constexpr, DOT_DTYPE: tl.constexpr, BLOCK_H: tl.constexpr,
+    NUM_ROTATIONS: tl.constexpr, HALVES: tl.constexpr, DOT_DTYPE: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The first and second dimensions of the rotated queries, [BLOCK_Q, BLOCK_H] each, and their scales, [BLOCK_Q].
 
@@ -120,9 +119,19 @@ def load_queries(
     vectors = (layer_row * num_queries + entries) * NUM_HEADS + head * GROUP_SIZE + rows % GROUP_SIZE
     pairs = tl.arange(0, BLOCK_H)
     mask = (rows < NUM_ROWS)[:, None] & (pairs < num_pairs)[None, :]
-    numbers += vectors[:, None] * HEAD_DIM
-    a = tl.load(numbers + firsts[None, :], mask=mask, other=0).to(tl.float32)
-    b = tl.load(numbers + seconds[None, :], mask=mask, other=0).to(tl.float32)
+    if numbers.dtype.element_ty == tl.float32:
+        numbers += vectors[:, None] * HEAD_DIM
+        a = tl.load(numbers + firsts[None, :], mask=mask, other=0.0)
+        b = tl.load(numbers + seconds[None, :], mask=mask, other=0.0)
+    else:
+        numbers += vectors[:, None] * num_pairs
+        if HALVES:  # both codes of a number
+            packed = tl.load(numbers + pairs[None, :], mask=mask, other=0).to(tl.int32)
+            b = (packed + 8) >> 4
+            a = packed - b * 16
+        else:
+            a, b = _codes(numbers, firsts, mask, num_pairs), _codes(numbers, seconds, mask, num_pairs)
+        a, b = a.to(tl.float32), b.to(tl.float32)
     if NUM_ROTATIONS > 0:
         if NUM_ROTATIONS > 1:
             cos += layer * NUM_ROWS * num_pairs
@@ -131,7 +140,16 @@ def load_queries(
         c = tl.load(cos + angles, mask=mask, other=0.0).to(tl.float32)
         s = tl.load(sin + angles, mask=mask, other=0.0).to(tl.float32)
         a, b = a * c - b * s, a * s + b * c
-    return a.to(DOT_DTYPE), b.to(DOT_DTYPE), tl.load(scales + vectors, mask=rows < NUM_ROWS, other=0.0)
+    scale = tl.load(scales + vectors, mask=rows < NUM_ROWS, other=0.0).to(tl.float32)
+    return a.to(DOT_DTYPE), b.to(DOT_DTYPE), scale
+
+
+@triton.jit
+def _codes(numbers, dims, mask, NUM_PAIRS: tl.constexpr):
+    """The codes of some dimensions, packed as by `kvllm.compression.query_bank.quantize`."""
+    packed = tl.load(numbers + (dims % NUM_PAIRS)[None, :], mask=mask, other=0).to(tl.int32)
+    high = (packed + 8) >> 4
+    return tl.where((dims < NUM_PAIRS)[None, :], packed - high * 16, high)
 
 
 @triton.jit

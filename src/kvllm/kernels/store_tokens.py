@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvllm.compression.query_bank import LEVELS, SMALLEST, QueryBank
 from kvllm.kernels.paged import PagedCache, next_power_of_2
+from kvllm.kernels.rounding import rounded, rounded_to_bfloat16
 from kvllm.layout import ceil_div
 
 _HEADS = 8  # per program
@@ -55,6 +56,7 @@ def store_tokens(query: Tensor, bank: QueryBank, layer: int, codes: Tensor, pair
     num_tokens, num_heads, head_dim = query.shape
     assert query.stride(2) == 1 and query.stride(1) == head_dim
     assert bank.queries.is_contiguous() and bank.scales.is_contiguous()
+    assert (num_heads, head_dim) == (bank.num_heads, bank.head_dim)
     if not num_tokens:
         return
     block_h = min(_HEADS, next_power_of_2(num_heads))
@@ -94,6 +96,7 @@ def store_tokens(query: Tensor, bank: QueryBank, layer: int, codes: Tensor, pair
         NUM_QUERY_PROGRAMS=num_query_programs,
         BLOCK_H=block_h,
         BLOCK_D=next_power_of_2(head_dim),
+        BLOCK_P=next_power_of_2(head_dim // 2),
         num_warps=2,
     )
 
@@ -107,7 +110,7 @@ def _store_tokens_kernel(
     NUM_QUERIES: tl.constexpr, NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
     STRIDE: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.constexpr, EXACT: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_QUERY_PROGRAMS: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
@@ -129,10 +132,12 @@ def _store_tokens_kernel(
                 )  # fmt: skip
             return
     heads = program * BLOCK_H + tl.arange(0, BLOCK_H)
-    dims = tl.arange(0, BLOCK_D)
-    inside = (heads < NUM_HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
-    # Loaded before the code says which heads are stored, so that the two loads overlap.
-    x = tl.load(query + token * stride_query + heads[:, None] * HEAD_DIM + dims[None, :], mask=inside, other=0.0)
+    half: tl.constexpr = HEAD_DIM // 2
+    pairs = tl.arange(0, BLOCK_P)
+    inside = (heads < NUM_HEADS)[:, None] & (pairs < half)[None, :]
+    # Loaded before the code says which heads are stored, so that the loads overlap.
+    source = query + token * stride_query + heads[:, None] * HEAD_DIM + pairs[None, :]
+    low, high = tl.load(source, mask=inside, other=0.0), tl.load(source + half, mask=inside, other=0.0)
     code = tl.load(codes + token)
     if code < 0:
         return
@@ -140,16 +145,20 @@ def _store_tokens_kernel(
     row, offset = (code // period).to(tl.int64), code % period
     at = (offset + heads % GROUP_SIZE * STRIDE // GROUP_SIZE) % period
     stored = (at % STRIDE == STRIDE - 1) & (heads < NUM_HEADS)
-    x = x.to(tl.float32)
-    scale = tl.full([BLOCK_H], 1.0, tl.float32)
-    if not EXACT:
-        scale = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST) * (1.0 / LEVELS)
-        # Adding and subtracting 1.5 * 2**23 rounds to the nearest integer, half to even, as PyTorch does.
-        x = (tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + 12582912.0) - 12582912.0
+    low, high = low.to(tl.float32), high.to(tl.float32)
     target = (row * NUM_QUERIES + at // STRIDE) * NUM_HEADS + heads
-    x = x.to(numbers.dtype.element_ty)
-    tl.store(numbers + target[:, None] * HEAD_DIM + dims[None, :], x, mask=stored[:, None] & inside)
-    tl.store(scales + target, scale, mask=stored)
+    mask = stored[:, None] & inside
+    scale = tl.full([BLOCK_H], 1.0, tl.float32)
+    if EXACT:
+        tl.store(numbers + target[:, None] * HEAD_DIM + pairs[None, :], low, mask=mask)
+        tl.store(numbers + target[:, None] * HEAD_DIM + half + pairs[None, :], high, mask=mask)
+    else:
+        largest = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), axis=1)
+        scale = rounded_to_bfloat16(tl.maximum(largest, SMALLEST) * (1.0 / LEVELS))
+        steps = tl.broadcast_to(scale[:, None], low.shape)
+        packed = rounded(tl.div_rn(low, steps)) + 16.0 * rounded(tl.div_rn(high, steps))
+        tl.store(numbers + target[:, None] * half + pairs[None, :], packed.to(tl.int8), mask=mask)
+    tl.store(scales + target, scale.to(tl.bfloat16), mask=stored)
 
 
 @triton.jit

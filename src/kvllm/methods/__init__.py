@@ -48,29 +48,51 @@ def _import_modules() -> None:
 
 
 def checked_config(options: Mapping[str, Any]) -> KvConfig:
-    """`KvConfig.from_dict` that also validates the method's name and options; for all front ends."""
+    """`KvConfig.from_dict` that also validates the methods' names and options; for all front ends."""
     config = KvConfig.from_dict(options)
-    make_method(config)
+    make_methods(config)
     return config
 
 
 def make_method(config: KvConfig) -> Method:
     """Build the method that `config` names, with its options. Raises UsageError for an unknown or invalid option."""
     cls = method_class("method", config.method)
-    shared = {name: getattr(config, name) for name in SHARED_OPTIONS if name in options_of(cls)}
-    return build(cls, config.method, "method_options", {**shared, **config.method_options})
+    return build(cls, config.method, "method_options", {**_shared_options(config, cls), **config.method_options})
+
+
+def make_methods(config: KvConfig) -> dict[str, Method]:
+    """The engine's own method, and those of `request_methods`, by name and in the order of `KvConfig.methods`.
+
+    Raises UsageError for an unknown or invalid option.
+    """
+    made = {config.method: make_method(config)}
+    for name, options in config.request_method_options.items():
+        cls = method_class("request_methods", name)
+        made[name] = build(cls, name, "request_methods", {**_shared_options(config, cls), **options})
+    return made
+
+
+def _shared_options(config: KvConfig, cls: type[Method]) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in SHARED_OPTIONS if name in options_of(cls)}
 
 
 def with_budgets(config: KvConfig, layers: Sequence[int]) -> KvConfig:
     """`config` with one ratio per group of layers, if its method sets layer budgets itself (`pyramidkv`).
 
     layers: numbers of the model's full-attention layers
-    Raises UsageError if the method cannot divide these layers into groups.
+    Raises UsageError if the method cannot divide these layers into groups, or if requests may choose another one.
     """
     if config.budgets or not config.enabled:
         return config
-    made = make_method(config).layer_budgets(config.mean_ratio, layers)
-    return replace(config, retention_ratio=table_of(made)) if made else config
+    budgets = {name: made.layer_budgets(config.mean_ratio, layers) for name, made in make_methods(config).items()}
+    if config.request_methods and (setting := [name for name in budgets if budgets[name]]):
+        raise UsageError(
+            f"request_methods={config.request_methods!r}: cannot be combined with {setting[0]}, because it gives "
+            "groups of layers ratios of their own, and an engine has the same groups for all requests. Leave "
+            f"{setting[0]} out, or serve it as the only method."
+        )
+    own = budgets[config.method]
+    return replace(config, retention_ratio=table_of(own)) if own else config
 
 
 def method_class(option: str, name: str) -> type[Method]:

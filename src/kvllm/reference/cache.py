@@ -113,7 +113,7 @@ class DenseStore:
         members = torch.arange(group_size, device=device)
         grouped = layer.queries.unflatten(1, (-1, group_size))  # [num_tokens, num_kv_heads, group_size, head_dim]
         chosen = grouped[behind[:, None] - shifts, :, members]  # [num_queries, group_size, num_kv_heads, head_dim]
-        stored = torch.float32 if chosen.dtype == torch.float32 else torch.int8
+        stored = torch.float32 if chosen.dtype == torch.float32 else torch.int8  # as in the bank
         return dequantize(*quantize(chosen.transpose(1, 2).flatten(1, 2), stored))
 
     def read(self, candidates: Span, layers: slice = ALL_LAYERS) -> tuple[Tensor, Tensor]:

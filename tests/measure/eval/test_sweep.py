@@ -26,7 +26,7 @@ def test_baselines_are_added_once_a_ratio_and_size():
     )
     assert sorted(c.label for c in made) == sorted(
         f"{name} r={ratio}"
-        for name in ("kara", "kara query_stride=4", "wide", *BASELINES, *(f"{b} window_size=512" for b in BASELINES))
+        for name in ("kara", "kara query_stride=8", "wide", *BASELINES, *(f"{b} window_size=512" for b in BASELINES))
         for ratio in (0.2, 0.5)
     )
 

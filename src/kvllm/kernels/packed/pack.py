@@ -12,6 +12,7 @@ from torch import Tensor
 from kvllm.compression.rounding import Rounding
 from kvllm.kernels.packed.layout import BITS, PackedLayout, as_words, write_block_ref
 from kvllm.kernels.paged import PagedCache, layer_ptr, next_power_of_2, token_offsets
+from kvllm.kernels.rounding import rounded, rounded_to_bfloat16
 from kvllm.kernels.windows import gather_window_ref
 
 
@@ -77,24 +78,14 @@ def pack(candidate_blocks: Tensor, num_kept: int, cache: PagedCache, rounding: R
 def _codes(x, lowest, scale, LEVELS: tl.constexpr):
     """The codes of x, rounded half to even as in PyTorch."""
     steps = tl.div_rn(x - lowest, tl.maximum(scale, 1.1754943508222875e-38))
-    # Adding and subtracting 1.5 * 2**23 rounds to an integer; Triton has no rounding that its interpreter supports.
-    steps = tl.minimum(tl.maximum(steps, 0.0), LEVELS) + 12582912.0
-    return (steps - 12582912.0).to(tl.int32)
+    return rounded(tl.minimum(tl.maximum(steps, 0.0), LEVELS)).to(tl.int32)
 
 
 @triton.jit
 def _stored(lowest, highest, LEVELS: tl.constexpr):
     """Scale and lowest value as they are stored: rounded to bfloat16 before the codes are chosen."""
-    lowest = _rounded_to_bfloat16(lowest)
-    return _rounded_to_bfloat16(tl.maximum(highest - lowest, 0.0) * (1 / LEVELS)), lowest
-
-
-@triton.jit
-def _rounded_to_bfloat16(x):
-    """Round finite float32 to bfloat16's precision, half to even; bitwise, since the interpreter's cast truncates."""
-    bits = x.to(tl.int32, bitcast=True)
-    bits += 0x7FFF + (bits >> 16 & 1)
-    return (bits & -65536).to(tl.float32, bitcast=True)
+    lowest = rounded_to_bfloat16(lowest)
+    return rounded_to_bfloat16(tl.maximum(highest - lowest, 0.0) * (1 / LEVELS)), lowest
 
 
 @triton.jit

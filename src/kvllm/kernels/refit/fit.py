@@ -73,7 +73,7 @@ def _fit_kernel(
             shift_a, shift_b = _fit_shift(
                 numbers, scales, cos, sin, layer, layer_row, oldest, head, firsts, seconds,
                 lost + batch * PADDED_ROWS, query_scale, key_ridge, tl.maximum(key_ridge, least_damping),
-                NUM_HEADS, GROUP_SIZE, NUM_ROWS, PADDED_ROWS, HEAD_DIM, NUM_ROTATIONS, DOT_DTYPE, STEPS,
+                NUM_HEADS, GROUP_SIZE, NUM_ROWS, PADDED_ROWS, HEAD_DIM, NUM_ROTATIONS, HALVES, DOT_DTYPE, STEPS,
                 BLOCK_R, BLOCK_H,
             )  # fmt: skip
             paged = layer_ptr(key_ptrs, layer, KV_DTYPE, ALIGNMENT)
@@ -154,8 +154,8 @@ def _fit_values(
 def _fit_shift(
     numbers, scales, cos, sin, layer, layer_row, oldest, head, firsts, seconds, lost, query_scale, ridge, damping,
     NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_ROWS: tl.constexpr, PADDED_ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, NUM_ROTATIONS: tl.constexpr, DOT_DTYPE: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+    HEAD_DIM: tl.constexpr, NUM_ROTATIONS: tl.constexpr, HALVES: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The first and the second dimensions of the vector to add to a head's keys, [BLOCK_H] each; damping: as above."""
     gram_aa = tl.full([BLOCK_H, BLOCK_H], 0.0, tl.float32)
@@ -167,7 +167,7 @@ def _fit_shift(
         rows = start + tl.arange(0, BLOCK_R)
         a, b, scale = load_queries(
             numbers, scales, cos, sin, rows, layer, layer_row, oldest, head, firsts, seconds,
-            NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, NUM_ROTATIONS, tl.float32, BLOCK_H,
+            NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, NUM_ROTATIONS, HALVES, tl.float32, BLOCK_H,
         )  # fmt: skip
         scale = (scale * query_scale)[:, None]
         wanted = tl.load(lost + rows)[:, None]

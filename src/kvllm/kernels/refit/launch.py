@@ -20,8 +20,8 @@ from kvllm.methods.kara import MOST_REFITTED
 from kvllm.methods.refit import LEAST_DAMPING, LEAST_KEPT, STEPS, gather_tokens
 from kvllm.methods.refit import refit as refit_survivors
 
-# Requests of one pair of launches: what passes between the two takes about 40 MB a request of an 8B model.
-_BATCH = 4
+# Requests of one pair of launches: what passes between the two takes about 60 MB a request of an 8B model.
+_BATCH = 2
 # A head's matrix [num_kept, num_kept], and that of its dimensions, stay in the registers of one program.
 MOST_DIMS = 128
 
@@ -83,7 +83,7 @@ def refit(
     them.
     """
     bank = queries.bank
-    num_layers, _, _, _, head_dim = bank.queries.shape
+    num_layers, head_dim = len(bank.queries), bank.head_dim
     num_due, _, num_kv_heads, num_kept = kept.shape
     assert bank.queries.is_contiguous() and kept.is_contiguous() and candidate_blocks.stride(1) == 1
     assert (num_layers, num_kv_heads) == (cache.num_layers, cache.num_kv_heads) == kept.shape[1:3]

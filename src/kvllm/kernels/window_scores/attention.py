@@ -58,7 +58,7 @@ def _scores_kernel(
         rows = start + tl.arange(0, BLOCK_Q)
         a, b, scale = load_queries(
             numbers, scales, cos, sin, rows, layer, layer_row, oldest, head, firsts, seconds,
-            NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, NUM_ROTATIONS, DOT_DTYPE, BLOCK_H,
+            NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, NUM_ROTATIONS, HALVES, DOT_DTYPE, BLOCK_H,
         )  # fmt: skip
         logits = tl.dot(a, keys_a, input_precision="ieee")
         logits = tl.dot(b, keys_b, acc=logits, input_precision="ieee")
@@ -102,7 +102,7 @@ def _log_sums_kernel(
     layer_row, oldest = ring(ring_starts, max_num_reqs, due, layer, NUM_ROWS // GROUP_SIZE)
     a, b, scale = load_queries(
         numbers, scales, cos, sin, rows, layer, layer_row, oldest, head, firsts, seconds,
-        NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, NUM_ROTATIONS, DOT_DTYPE, BLOCK_H,
+        NUM_HEADS, GROUP_SIZE, NUM_ROWS, HEAD_DIM, NUM_ROTATIONS, HALVES, DOT_DTYPE, BLOCK_H,
     )  # fmt: skip
     if HAS_SCALE:
         softmax_scale *= tl.load(k_scale + layer)

@@ -60,7 +60,7 @@ def window_scores(
     one computes the candidates' weights, the other the softmax denominator of each query.
     """
     bank, num_due = queries.bank, len(queries)
-    num_layers, _, _, _, head_dim = bank.queries.shape
+    num_layers, head_dim = len(bank.queries), bank.head_dim
     num_candidates = candidate_blocks.shape[1] * cache.block_size
     assert bank.queries.is_contiguous() and candidate_blocks.stride(1) == 1 and head_dim == cache.head_dim
     assert num_layers == cache.num_layers and len(candidate_blocks) == num_due

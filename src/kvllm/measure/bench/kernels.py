@@ -212,7 +212,7 @@ def random_bank(shape: Shape, max_num_reqs: int) -> QueryBank:
         shape.num_layers, max_num_reqs, shape.num_queries, shape.num_heads, shape.num_kv_heads, shape.head_dim,
         shape.query_stride, getattr(torch, shape.dtype), DEVICE,
     )  # fmt: skip
-    numbers, scales = quantize(torch.randn(bank.queries.shape, device=DEVICE))
+    numbers, scales = quantize(torch.randn(*bank.scales.shape, shape.head_dim, device=DEVICE), bank.queries.dtype)
     bank.queries.copy_(numbers)
     bank.scales.copy_(scales)
     return bank
@@ -244,7 +244,8 @@ def store_case(shape: Shape, bank: QueryBank, cache: PagedCache) -> Case:
             store_tokens(query, bank, layer, codes, written)
 
     vectors = num_tokens * shape.num_heads / shape.query_stride
-    num_bytes = vectors * (shape.head_dim * (query.itemsize + 1) + 4) + codes.nbytes
+    stored = bank.queries[0, 0, 0, 0].nbytes + bank.scales.itemsize
+    num_bytes = vectors * (shape.head_dim * query.itemsize + stored) + codes.nbytes
     if written:
         num_bytes += 2 * (key.nbytes + value.nbytes) + slot_mapping.nbytes
     return Case("store_tokens (all)", num_tokens, [run], shape.num_layers * num_bytes)
