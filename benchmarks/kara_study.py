@@ -30,7 +30,7 @@ from kvllm.methods import register
 from kvllm.methods.base import Kept, Window
 from kvllm.methods.kara import Kara
 from kvllm.methods.keydiff import KeyDiff
-from kvllm.methods.refit import LEAST_KEPT, gather_tokens, ridge_solve
+from kvllm.methods.refit import LEAST_KEPT, gather_tokens, normal_equations, ridge_solve
 from kvllm.options import parse_json, strict_dataclass
 
 MOST_BIAS = 3.0  # of the logarithm of a weight: more would make one token out of a whole window
@@ -161,10 +161,9 @@ class StudyKara(Kara):
     def solve(self, rows: Tensor, targets: Tensor, ridge: float) -> Tensor:
         """As `ridge_solve`; without `precondition` by plain conjugate gradients."""
         if self.precondition:
-            return ridge_solve(rows, targets, ridge, self.steps)
-        gram = rows.transpose(-1, -2) @ rows
+            return ridge_solve(*normal_equations(rows, targets), ridge, self.steps)
+        gram, residual = normal_equations(rows, targets)
         strength = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        residual = rows.transpose(-1, -2) @ targets
         solution, direction = torch.zeros_like(residual), residual
         square = residual.square().sum(-2, keepdim=True)
         for _ in range(self.steps):

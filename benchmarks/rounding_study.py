@@ -29,7 +29,7 @@ from kvllm.measure.eval.traces import read_traces
 from kvllm.methods import register
 from kvllm.methods.base import Kept, Window
 from kvllm.methods.kara import Kara
-from kvllm.methods.refit import gather_tokens, refit_values, ridge_solve, shift_keys
+from kvllm.methods.refit import gather_tokens, normal_equations, refit, ridge_solve
 from kvllm.options import Count, parse_json, strict_dataclass
 from kvllm.reference import load_model
 
@@ -69,8 +69,9 @@ class RoundedKara(Kara):
         if self.refit == "none" or self.scores == "random" or num_kept > self.most_refitted:
             keys, values = self.rounded_keys(keys), self.rounded_values(values)
         elif self.refit == "before":
-            keys = self.rounded_keys(keys + shift_keys(window, kept, self.key_ridge))
-            values = self.rounded_values(refit_values(window, kept, self.value_ridge))
+            ridges = self.key_ridge, self.value_ridge
+            keys, values = refit(window.scaled_queries, keys, values, window.attended, *ridges)
+            keys, values = self.rounded_keys(keys), self.rounded_values(values)
         else:
             keys = self.rounded_keys(keys)
             shift, values = self._refit_to(window, keys, values)
@@ -91,10 +92,10 @@ class RoundedKara(Kara):
         queries = window.grouped_queries().flatten(2, 3) * keys.shape[-1] ** -0.5
         whole, logits = window.logits().flatten(2, 3), queries @ keys.transpose(-1, -2)
         lost = (whole.logsumexp(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)).clamp(-7, 7)
-        shift = ridge_solve(queries, lost, self.key_ridge).transpose(-1, -2)
+        shift = ridge_solve(*normal_equations(queries, lost), self.key_ridge).transpose(-1, -2)
         after = logits.softmax(-1)
         wanted = whole.softmax(-1) @ window.values.float().transpose(1, 2)
-        return shift, values + ridge_solve(after, wanted - after @ values, self.value_ridge)
+        return shift, values + ridge_solve(*normal_equations(after, wanted - after @ values), self.value_ridge)
 
     def rounded_keys(self, keys: Tensor) -> Tensor:
         """[batch, num_kv_heads, num_kept, head_dim]"""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvllm.methods.refit import gather_tokens, refit_values, ridge_solve, shift_keys
+from kvllm.methods.refit import STEPS, gather_tokens, normal_equations, refit, ridge_solve
 from tests.methods.windows import random_window
 
 KEPT = torch.tensor([0, 3, 4, 9, 15, 23])
@@ -18,6 +18,15 @@ def few_queries(count):
 
 def kept_of(window):
     return KEPT.expand(*window.keys.shape[0:1], window.num_kv_heads, -1)
+
+
+def refitted(window, indices, key_ridge, value_ridge):
+    keys, values = gather_tokens(window.head_keys, indices), gather_tokens(window.head_values, indices)
+    return refit(window.scaled_queries, keys, values, window.attended, key_ridge, value_ridge)
+
+
+def solved(rows, targets, ridge, steps=STEPS):
+    return ridge_solve(*normal_equations(rows, targets), ridge, steps)
 
 
 def random_problem():
@@ -36,13 +45,13 @@ def test_as_many_steps_as_columns_are_least_squares_with_rows_of_zeros_below():
     strength = 0.3 * rows.square().sum(dim=1).mean(dim=-1)
     below = strength.sqrt()[:, None, None] * torch.eye(4)
     expected = torch.linalg.lstsq(torch.cat([rows, below], 1), torch.cat([targets, torch.zeros(2, 4, 3)], 1)).solution
-    torch.testing.assert_close(ridge_solve(rows, targets, 0.3, steps=4), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ridge_solve(rows, targets, 0.3, steps=20), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(solved(rows, targets, 0.3, steps=4), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(solved(rows, targets, 0.3, steps=20), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_every_step_comes_nearer():
     rows, targets = random_problem()
-    reached = [objective(rows, targets, 0.3, ridge_solve(rows, targets, 0.3, steps)) for steps in range(5)]
+    reached = [objective(rows, targets, 0.3, solved(rows, targets, 0.3, steps)) for steps in range(5)]
     assert torch.equal(reached[0], targets.square().sum(dim=1))
     assert all((after < before).all() for before, after in zip(reached, reached[1:], strict=False))
 
@@ -54,41 +63,40 @@ def test_few_queries_are_fitted_by_a_weak_ridge_however_uneven_their_weights():
     rows = rows[torch.linalg.svdvals(rows)[:, -1] > 0.1]  # that tell the columns apart
     targets = torch.randn(len(rows), 3, 4, generator=g)
     assert len(rows) > 150
-    torch.testing.assert_close(rows @ ridge_solve(rows, targets, 1e-6), targets, rtol=0, atol=1e-3)
+    torch.testing.assert_close(rows @ solved(rows, targets, 1e-6), targets, rtol=0, atol=1e-3)
 
 
 def test_each_column_is_solved_by_itself():
     rows, targets = random_problem()
-    alone = [ridge_solve(rows, targets[..., i : i + 1], 0.3) for i in range(3)]
-    torch.testing.assert_close(ridge_solve(rows, targets, 0.3), torch.cat(alone, dim=-1))
+    alone = [solved(rows, targets[..., i : i + 1], 0.3) for i in range(3)]
+    torch.testing.assert_close(solved(rows, targets, 0.3), torch.cat(alone, dim=-1))
 
 
 def test_nothing_to_solve_leaves_zeros():
     rows, targets = random_problem()
-    assert torch.equal(ridge_solve(torch.zeros(5, 4), torch.ones(5, 1), 1.0), torch.zeros(4, 1))
+    assert torch.equal(solved(torch.zeros(5, 4), torch.ones(5, 1), 1.0), torch.zeros(4, 1))
     targets[..., 1] = 0.0
-    solution = ridge_solve(rows, targets, 0.3)
+    solution = solved(rows, targets, 0.3)
     assert solution.isfinite().all() and (solution[..., 1] == 0).all() and (solution[..., 0] != 0).all()
     done = torch.tensor([[2.0], [0.0]])  # one step solves it exactly, to a residual of 0
-    assert torch.equal(ridge_solve(torch.eye(2), done, 1.0), done / 2)
+    assert torch.equal(solved(torch.eye(2), done, 1.0), done / 2)
 
 
 def test_shifted_keys_win_back_the_weight_of_the_window():
     window = few_queries(3)  # fewer than dimensions, so that a shift can serve them all
     indices = kept_of(window)
-    keys = gather_tokens(window.head_keys, indices) + shift_keys(window, indices, 1e-6)
+    keys, _ = refitted(window, indices, 1e-6, 0)
     queries = window.grouped_queries()[:, :, 0]
     before = window.logits()[:, :, 0].logsumexp(dim=-1)
     after = (queries @ keys.transpose(-1, -2) / 4).logsumexp(dim=-1)
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("shift", [0.0, 1.0])
-def test_refitted_values_bring_what_the_window_brought(shift):
+@pytest.mark.parametrize("key_ridge", [0.0, 1e-6])
+def test_refitted_values_bring_what_the_window_brought(key_ridge):
     window = few_queries(3)  # fewer than kept tokens
     indices = kept_of(window)
-    keys = gather_tokens(window.head_keys, indices) + shift * shift_keys(window, indices, 1e-6)  # shifted or not
-    values = refit_values(window, indices, 1e-6)
+    keys, values = refitted(window, indices, key_ridge, 1e-6)  # the keys shifted or not
     queries = window.grouped_queries()[:, :, 0]
     brought = window.logits()[:, :, 0].softmax(dim=-1) @ window.values.transpose(1, 2)
     torch.testing.assert_close(
@@ -101,21 +109,24 @@ def test_each_request_is_refitted_by_itself():
     window = random_window()
     indices = kept_of(window)
     alone = replace(window, **{name: getattr(window, name)[:1] for name in ("queries", "keys", "values")})
-    assert torch.equal(shift_keys(window, indices, 0.1)[:1], shift_keys(alone, indices[:1], 0.1))
-    assert torch.equal(refit_values(window, indices, 0.1)[:1], refit_values(alone, indices[:1], 0.1))
+    for together, single in zip(
+        refitted(window, indices, 0.1, 0.1), refitted(alone, indices[:1], 0.1, 0.1), strict=True
+    ):
+        assert torch.equal(together[:1], single)
 
 
 @pytest.mark.parametrize("ridge", [1e8, 1e12])
 def test_a_strong_ridge_changes_nothing(ridge):
     window = random_window()
     indices = kept_of(window)
-    values = gather_tokens(window.head_values, indices)
-    assert shift_keys(window, indices, ridge).abs().max() < 1e-5
-    torch.testing.assert_close(refit_values(window, indices, ridge), values)
+    keys, values = refitted(window, indices, ridge, ridge)
+    torch.testing.assert_close(keys, gather_tokens(window.head_keys, indices), rtol=0, atol=1e-5)
+    torch.testing.assert_close(values, gather_tokens(window.head_values, indices))
 
 
 def test_where_everything_is_kept_nothing_changes():
     window = random_window()
     indices = torch.arange(24).expand(2, 2, -1)
-    assert shift_keys(window, indices, 0.1).abs().max() < 1e-5
-    torch.testing.assert_close(refit_values(window, indices, 0.1), window.values.transpose(1, 2), rtol=1e-4, atol=1e-5)
+    keys, values = refitted(window, indices, 0.1, 0.1)
+    torch.testing.assert_close(keys, window.head_keys, rtol=0, atol=1e-5)
+    torch.testing.assert_close(values, window.head_values, rtol=1e-4, atol=1e-5)

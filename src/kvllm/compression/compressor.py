@@ -18,7 +18,7 @@ from kvllm.methods.base import Kept, Method, Window
 from kvllm.methods.rope import Rope
 from kvllm.support import PLAIN_BITS
 
-CPU_WEIGHTS = 2**20  # attention weights (4 bytes each) computed at once on a CPU
+CPU_WEIGHTS = 2**21  # attention weights of the layers that a CPU compresses at once
 
 # Kernels that do a method's work in place, without copying candidates. Arguments: the store's candidates, num_kept.
 Fused = Callable[[Any, int], None]

@@ -152,8 +152,12 @@ class QueryBank:
         """The stored queries in float32, oldest first: [num_layers, *ring_starts, num_queries, num_heads, head_dim]."""
         starts = torch.as_tensor(ring_starts, device=self.queries.device)[..., None]
         entries = (starts + torch.arange(self.num_queries, device=starts.device)) % self.num_queries
-        rows = self.row_of(starts)
-        return dequantize(self.queries[layers][:, rows, entries], self.scales[layers][:, rows, entries])
+        vectors = self.row_of(starts) * self.num_queries + entries
+
+        def taken(stored: Tensor) -> Tensor:  # whole entries, which indices of rows and entries would copy piecemeal
+            return stored[layers].flatten(1, 2).index_select(1, vectors.view(-1)).unflatten(1, vectors.shape)
+
+        return dequantize(taken(self.queries), taken(self.scales))
 
 
 def quantize(vectors: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvllm.budgets import Budget
+from kvllm.methods.attended import Attended, attend
 from kvllm.methods.products import products
 from kvllm.methods.rope import Rope
 
@@ -65,7 +66,9 @@ class Window:
     @cached_property
     def scaled_queries(self) -> Tensor:
         """[batch, num_kv_heads, group_size * num_queries, head_dim] in float32, times head_dim ** -0.5."""
-        return (self.grouped_queries() * self.keys.shape[-1] ** -0.5).flatten(2, 3)
+        grouped = self.grouped_queries()
+        scaled = torch.empty(grouped.shape, device=grouped.device)  # contiguous, as the product itself would not be
+        return torch.mul(grouped, self.keys.shape[-1] ** -0.5, out=scaled).flatten(2, 3)
 
     @cached_property
     def head_keys(self) -> Tensor:
@@ -85,6 +88,11 @@ class Window:
     def _logits(self) -> Tensor:
         logits = products(self.scaled_queries, self.head_keys.transpose(-1, -2))
         return logits.unflatten(2, (-1, self.queries.shape[1]))
+
+    @cached_property
+    def attended(self) -> Attended:
+        """What `scaled_queries` see, without a mask: less work than `weights`, for methods that need no more."""
+        return attend(self.scaled_queries, self.head_keys, self.head_values)
 
     @cached_property
     def weights(self) -> Tensor:

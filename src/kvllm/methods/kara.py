@@ -12,7 +12,7 @@ from torch import Tensor
 from kvllm.methods import register
 from kvllm.methods.base import Kept, Method, Window, top_k
 from kvllm.methods.keydiff import KeyDiff
-from kvllm.methods.refit import gather_tokens, refit_values, shift_keys
+from kvllm.methods.refit import gather_tokens, refit
 from kvllm.methods.rope import Rope, Rotation
 from kvllm.options import Count, strict_dataclass
 
@@ -162,10 +162,7 @@ class Kara(Method):
         if not self.refits(num_kept):
             return Kept(kept)
         keys, values = gather_tokens(window.head_keys, kept), gather_tokens(window.head_values, kept)
-        if self.key_ridge > 0:
-            keys = keys + shift_keys(window, kept, self.key_ridge)
-        if self.value_ridge > 0:
-            values = refit_values(window, kept, self.value_ridge)
+        keys, values = refit(window.scaled_queries, keys, values, window.attended, self.key_ridge, self.value_ridge)
         return Kept(kept, keys.transpose(1, 2).to(window.keys.dtype), values.transpose(1, 2).to(window.values.dtype))
 
 
@@ -187,7 +184,9 @@ def attention_moment(window: Window, moment: str, bidirectional: bool = True) ->
     With a causal mask (`bidirectional` False), the mean is over the queries at or after the key only: otherwise older
     keys would score higher because more queries attend to them. A key before which all queries lie gets 0.
     """
-    judges: Tensor | int = window.logits().shape[2] * window.logits().shape[3]
+    judges: Tensor | int = window.scaled_queries.shape[2]
+    if bidirectional and moment == "mean":
+        return window.attended.sums.squeeze(2) / judges
     if bidirectional:
         weights = window.weights
     else:

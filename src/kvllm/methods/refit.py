@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvllm.methods.base import Window
-from kvllm.methods.products import products
+from kvllm.methods.attended import Attended
+from kvllm.methods.products import by_member, products
 
 STEPS = 4  # of conjugate gradients, here and in the kernel
 # Least ridge of the preconditioner, however weak that of the problem, here and in the kernel. With 1e-6, an unknown
@@ -25,61 +25,62 @@ LEAST_KEPT = 1e-3  # share of the weights: where less is kept, the shift is as i
 
 def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
     """[batch, num_kv_heads, num_kept, head_dim] of tokens [batch, num_kv_heads, num_tokens, head_dim]."""
-    return _rows(tokens, indices)
+    return tokens.gather(-2, indices.unsqueeze(-1).expand(*indices.shape, tokens.shape[-1]))
 
 
-def shift_keys(window: Window, indices: Tensor, ridge: float) -> Tensor:
-    """`key_shift` of a window's kept keys, [batch, num_kv_heads, 1, head_dim] in float32."""
-    return key_shift(window.scaled_queries, window.weights.flatten(2, 3), indices, ridge)
+def refit(
+    queries: Tensor, keys: Tensor, values: Tensor, attended: Attended, key_ridge: float, value_ridge: float
+) -> tuple[Tensor, Tensor]:
+    """The kept keys and values that stand in for a whole window.
 
+    Without new keys, attention to the window would shrink to the share s of the weights that survive, and all else
+    would gain. All keys of a head shift by one vector d, which adds the same to a query's logits on them all:
+    exp(q.d) = 1 / s would undo the loss for that query.
 
-def refit_values(window: Window, indices: Tensor, ridge: float) -> Tensor:
-    """`fitted_values` of a window, [batch, num_kv_heads, num_kept, head_dim] in float32."""
-    return fitted_values(window.weights.flatten(2, 3), window.head_values, indices, ridge)
+    With the new values, the stored queries get from the survivors what they got from the whole window. The shift
+    changes nothing here: it cancels in the softmax over the survivors.
 
-
-def key_shift(queries: Tensor, weights: Tensor, indices: Tensor, ridge: float) -> Tensor:
-    """One vector for each head that, added to its kept keys, gives them the weight that the evicted ones had.
-
-    Without it attention to the window shrinks to the share s of the weights that survive, and all else gains. A shift d
-    adds the same to a query's logits on all kept keys, and exp(q.d) = 1 / s would undo the loss for that query.
-
-    queries: [..., num_queries, head_dim], of all heads of a group, scaled: their products with keys are logits
-    weights: [..., num_queries, num_tokens], of each query on the window's keys; they sum to 1
-    indices: [..., num_kept]
-    returns  [..., 1, head_dim]
+    queries:      [batch, num_kv_heads, num_queries, head_dim], as of `attend`
+    keys, values: [batch, num_kv_heads, num_kept, head_dim], the survivors' own
+    attended:     what the queries see in the whole window
+    ridges:       0: the keys, or the values, stay as they are
     """
-    kept = _columns(weights, indices).sum(dim=-1, keepdim=True)
-    lost = -kept.clamp(min=LEAST_KEPT).log()
-    return ridge_solve(queries, lost, ridge).transpose(-1, -2)
+
+    def equations(queries: Tensor, keys: Tensor, values: Tensor, outputs: Tensor, log_sums: Tensor) -> list[Tensor]:
+        weights = (queries @ keys.transpose(-1, -2)).sub_(log_sums).exp_()  # with those of the evicted they sum to 1
+        kept = weights.sum(dim=-1, keepdim=True)
+        made: list[Tensor] = []
+        if key_ridge > 0:
+            made += normal_equations(queries, -kept.clamp(min=LEAST_KEPT).log())
+        if value_ridge > 0:  # of what the values must change by
+            gram, wanted = normal_equations(weights.div_(kept.clamp(min=SMALLEST)), outputs)
+            made += gram, wanted - gram @ values
+        return made
+
+    found = by_member(equations, queries, keys, values, attended.outputs, attended.log_sums)
+    if key_ridge > 0:
+        keys = keys + ridge_solve(found[0], found[1], key_ridge).transpose(-1, -2)
+    if value_ridge > 0:
+        values = values + ridge_solve(found[-2], found[-1], value_ridge)
+    return keys, values
 
 
-def fitted_values(weights: Tensor, values: Tensor, indices: Tensor, ridge: float) -> Tensor:
-    """Values for the kept keys with which the stored queries get from them what they got from the whole window.
-
-    A shift that all kept keys share changes nothing here: it cancels in the softmax over them.
-
-    weights: [..., num_queries, num_tokens], of each query on the window's keys; they sum to 1
-    values:  [..., num_tokens, head_dim]
-    indices: [..., num_kept]
-    returns  [..., num_kept, head_dim]
-    """
-    kept = _columns(weights, indices)
-    after = kept / kept.sum(dim=-1, keepdim=True).clamp(min=SMALLEST)  # the softmax over the kept keys alone
-    own = _rows(values, indices)
-    return own + ridge_solve(after, products(weights, values) - products(after, own), ridge)
+def normal_equations(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """rows^T rows, [..., k, k], and rows^T targets, [..., k, m], of rows [..., n, k] and targets [..., n, m]."""
+    columns = rows.transpose(-1, -2)
+    return columns @ rows, columns @ targets
 
 
-def ridge_solve(rows: Tensor, targets: Tensor, ridge: float, steps: int = STEPS) -> Tensor:
+def ridge_solve(gram: Tensor, wanted: Tensor, ridge: float, steps: int = STEPS) -> Tensor:
     """The x that minimises |rows @ x - targets|^2 + r |x|^2, where r is `ridge` times the mean square of a column.
 
     By conjugate gradients from zero, every column of x by itself; exact after k steps, but for rounding. Preconditioned
     by the diagonal: survivors have weights of very different size, and few steps would leave the small ones unsolved.
 
-    rows: [..., n, k]; targets: [..., n, m]; returns [..., k, m]
+    gram, wanted: `normal_equations` of rows and targets; overwritten
+    returns       [..., k, m]
     """
-    columns = rows.transpose(-1, -2)
-    gram, residual = products(columns, rows), products(columns, targets)
+    residual = wanted
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(dim=-1, keepdim=True)
     inverse = _ratio(mean, diagonal + max(ridge, LEAST_DAMPING) * mean).unsqueeze(-1)  # at most 1: nothing overflows
@@ -102,11 +103,3 @@ def ridge_solve(rows: Tensor, targets: Tensor, ridge: float, steps: int = STEPS)
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
     """a / b, or 0 if b is 0: a converged column needs no further step."""
     return torch.where(b > 0, a / b, 0.0)
-
-
-def _columns(matrix: Tensor, indices: Tensor) -> Tensor:
-    return matrix.gather(-1, indices.unsqueeze(-2).expand(*matrix.shape[:-1], -1))
-
-
-def _rows(matrix: Tensor, indices: Tensor) -> Tensor:
-    return matrix.gather(-2, indices.unsqueeze(-1).expand(*indices.shape, matrix.shape[-1]))

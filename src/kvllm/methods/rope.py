@@ -95,8 +95,12 @@ class Rotation:
         """Rotate vectors [..., head_dim], to which the angles broadcast, in their own dtype."""
         cos, sin = self.cos.to(vectors), self.sin.to(vectors)
         if self.halves:
-            a, b = vectors.chunk(2, dim=-1)
-            return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+            rotated, across = (vectors * torch.cat([each, each], dim=-1) for each in (cos, sin))
+            # Not addcmul_, whose rounding depends on where an element is in memory, so on the rest of the batch.
+            half = vectors.shape[-1] // 2
+            rotated[..., :half] -= across[..., half:]
+            rotated[..., half:] += across[..., :half]
+            return rotated
         a, b = vectors[..., self.first], vectors[..., self.second]
         rotated = torch.empty_like(vectors)
         rotated[..., self.first] = a * cos - b * sin

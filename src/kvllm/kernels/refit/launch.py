@@ -15,8 +15,10 @@ from kvllm.kernels.refit.attend import _attend_kernel
 from kvllm.kernels.refit.fit import _fit_kernel
 from kvllm.kernels.windows import FP8_MAX, gather_window_ref, scatter_rows_ref
 from kvllm.layout import ceil_div
+from kvllm.methods.attended import attend
 from kvllm.methods.kara import MOST_REFITTED
-from kvllm.methods.refit import LEAST_DAMPING, LEAST_KEPT, STEPS, fitted_values, key_shift
+from kvllm.methods.refit import LEAST_DAMPING, LEAST_KEPT, STEPS, gather_tokens
+from kvllm.methods.refit import refit as refit_survivors
 
 # Requests of one pair of launches: what passes between the two takes about 60 MB a request of an 8B model.
 _BATCH = 2
@@ -37,16 +39,16 @@ def refit_ref(
     window = gather_window_ref(candidate_blocks, cache, torch.float64)
     keys, values = (t.transpose(1, 2) for t in window)  # [batch, num_kv_heads, num_candidates, head_dim]
     asked = asked * cache.head_dim**-0.5
-    weights = (asked @ keys.transpose(-1, -2)).softmax(dim=-1)
     indices = kept.flatten(0, 1).long()
+    own_keys, own_values = gather_tokens(keys, indices), gather_tokens(values, indices)
+    new_keys, new_values = refit_survivors(
+        asked, own_keys, own_values, attend(asked, keys, values), key_ridge, value_ridge
+    )
     compact_ref(kept, candidate_blocks, cache)
     if key_ridge > 0:
-        own = keys.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, cache.head_dim))
-        new = own + key_shift(asked, weights, indices, key_ridge)
-        scatter_rows_ref(new.transpose(1, 2), candidate_blocks, cache.keys, cache.k_scale)
+        scatter_rows_ref(new_keys.transpose(1, 2), candidate_blocks, cache.keys, cache.k_scale)
     if value_ridge > 0:
-        new = fitted_values(weights, values, indices, value_ridge)
-        scatter_rows_ref(new.transpose(1, 2), candidate_blocks, cache.values, cache.v_scale)
+        scatter_rows_ref(new_values.transpose(1, 2), candidate_blocks, cache.values, cache.v_scale)
 
 
 class Tiles(NamedTuple):
