@@ -500,7 +500,10 @@ def layers_reasons(layers: Mapping[str, Any]) -> list[str]:
 def finding_model(name: object) -> Iterator[None]:
     """Turn the errors of transformers, vLLM and the model hub for a model they cannot find or read into a UsageError.
 
-    Errors of the operating system, such as a port in use, pass through: unlike those, they have an `errno`.
+    Other errors pass through: those of the operating system, such as a port in use, which unlike these have an `errno`;
+    libraries that cannot be loaded; network errors, which are types of their own.
+
+    name: of the model; None: unknown
     """
     try:
         yield
@@ -509,10 +512,16 @@ def finding_model(name: object) -> Iterator[None]:
     except (OSError, ValueError) as e:
         text = message_of(e)
         unreadable = ("Unrecognized model", "Invalid repository ID or local directory", "Repo id must be")
-        if e.errno is not None if isinstance(e, OSError) else not text.startswith(unreadable):
+        if isinstance(e, OSError):
+            of_model = type(e) is OSError or type(e).__module__.startswith("huggingface_hub.")
+            found = of_model and e.errno is None and "shared object" not in text
+        else:
+            found = text.startswith(unreadable)
+        if not found:
             raise
         why = text.strip().partition("\n")[0].rstrip(".")
+        whose = "" if name is None else f"{name}: "
         raise UsageError(
-            f"{name}: the model's config.json cannot be read ({why}); give the folder of a model, with its config.json "
+            f"{whose}the model's config.json cannot be read ({why}); give the folder of a model, with its config.json "
             "and weights, or its name on a model hub that this machine can reach."
         ) from e

@@ -17,7 +17,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from kvllm import __main__ as cli
-from kvllm.cli.options import flag, shown
+from kvllm.cli.options import flag, shown, suggesting_flags
 from kvllm.config import KvConfig
 from kvllm.engine import arguments
 from kvllm.engine.arguments import check_plugin_is_loaded
@@ -26,6 +26,7 @@ from kvllm.layout import Geometry
 from kvllm.measure.eval.stats import wilson
 from kvllm.methods import checked_config
 from kvllm.options import options_of
+from kvllm.support import finding_model
 from tools import reference
 
 runner = CliRunner(env={"COLUMNS": "200"})
@@ -342,6 +343,12 @@ def test_a_port_in_use_is_refused_and_other_system_errors_are_not(
         cli.app(["serve", "/models/qwen"], standalone_mode=False)
 
 
+@pytest.mark.parametrize("error", [OSError("libnone.so: cannot open shared object file"), ConnectionError("refused")])
+def test_an_error_that_is_not_of_the_model_is_not_said_to_be(error: OSError) -> None:
+    with pytest.raises(type(error), match="^(libnone|refused)"), finding_model("/models/qwen"):
+        raise error
+
+
 def test_our_flags_accept_underscores_as_vllms_do(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
     monkeypatch.setattr(arguments, "serve_arguments", lambda args, options: [*args, options])
@@ -354,3 +361,10 @@ def test_a_misspelt_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         cli.app(["serve", "MODEL", "--compresion", "8x", "--enforce-eager"], standalone_mode=False)
     assert "--compresion: did you mean --compression?" in capsys.readouterr().err
+
+
+def test_flags_of_vllms_and_help_get_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    for code in (0, 2):
+        with pytest.raises(SystemExit), suggesting_flags(["--compresion" if code == 0 else "--seed", "1"]):
+            raise SystemExit(code)
+    assert not capsys.readouterr().err

@@ -22,7 +22,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from kvllm.config import KvConfig
 from kvllm.engine.admission import blocks_ahead
 from kvllm.engine.metrics import REPORT_INTERVAL, take_report
-from kvllm.engine.scheduler import KvAsyncScheduler
+from kvllm.engine.scheduler import MOST_STEPS_KEPT, KvAsyncScheduler
 from kvllm.engine.spec import KvSpec, will_cut_prompt
 from kvllm.engine.usage import KvUsage
 from kvllm.layout import ceil_div
@@ -247,6 +247,20 @@ def test_headroom_is_worked_out_once_in_a_block_of_decoding(
         steps.step()
     assert len(errors) > 250 and calls[0] < len(errors) / 4  # anew whenever the running requests change
     assert np.abs(errors).max() <= 16 and abs(np.mean(errors)) < 2
+
+
+def test_kept_headroom_ages_in_steps_that_do_not_ask_for_it(make: Callable[..., Any]) -> None:
+    scheduler = make(2000, 4)
+    steps = Steps(scheduler)
+    for i in range(4):
+        scheduler.add_request(request(str(i), 20, 60))
+    steps.step()
+    scheduler.headroom.keep(["others"], 1000)
+    for _ in range(MOST_STEPS_KEPT - 1):
+        steps.step()
+    assert scheduler.headroom.now(["others"], 0) == 1000
+    steps.step()
+    assert scheduler.headroom.now(["others"], 0) is None and len(scheduler.running) == 4
 
 
 def test_a_request_that_only_our_headroom_keeps_waiting_is_counted(make: Callable[..., Any]) -> None:

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvllm.cli.doctor import model_and_rest
 from kvllm.cli.options import suggesting_flags
 from kvllm.errors import UsageError, message_of
 from kvllm.layout import ceil_div
@@ -85,9 +84,9 @@ def generate(
 
     from kvllm.engine.arguments import engine_args
 
-    with finding_model(model_and_rest(arguments)[0]):
-        with suggesting_flags(arguments):
-            args = engine_args(arguments, options)
+    with finding_model(None), suggesting_flags(arguments):
+        args = engine_args(arguments, options)
+    with finding_model(args.model):
         try:
             with console.status(f"Starting vLLM with {args.model} ..."):
                 llm = LLM.from_engine_args(args)

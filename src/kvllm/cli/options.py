@@ -69,10 +69,12 @@ def suggesting_flags(arguments: Sequence[str]) -> Iterator[None]:
     """After vLLM's parser has rejected `arguments`, print which flag of ours a misspelt one is close to."""
     try:
         yield
-    except SystemExit:
+    except SystemExit as e:
+        if not e.code:  # --help
+            raise
         ours = [flag(name) for name in (PRESET_KEY, *options_of(KvConfig))]
         for name in (argument.partition("=")[0].replace("_", "-") for argument in arguments):
-            if name.startswith("--") and (close := get_close_matches(name, ours, 1, 0.8)):
+            if name.startswith("--") and (close := get_close_matches(name, ours, 1, 0.81)):
                 typer.echo(f"{name}: did you mean {close[0]}?", err=True)
         raise
 

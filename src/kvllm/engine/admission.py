@@ -62,12 +62,12 @@ def blocks_ahead(
 class Headroom:
     """Keeps the result of `most_ahead` or `blocks_ahead` for a few steps: for 75 requests it takes half a millisecond.
 
-    While the same requests decode, each holds at most one block more or less than foreseen, and the blocks in use say
-    how much of the foreseen growth has happened.
+    While the same compressed requests decode, each holds at most one block more or less than foreseen, and the blocks
+    in use say how much of the foreseen growth has happened.
     """
 
     def __init__(self, num_steps: int) -> None:
-        """num_steps: how many steps a result is good for"""
+        """num_steps: how many steps a result is good for, that in which it was worked out included"""
         self.num_steps = num_steps
         self._key: list[object] = []
         self._most_used = self._steps_left = 0
@@ -78,11 +78,14 @@ class Headroom:
         key:       what it depends on: equal while the same requests run
         most_used: the most blocks of the pool that will be in use
         """
-        self._key, self._most_used, self._steps_left = key, most_used, self.num_steps - 1
+        self._key, self._most_used, self._steps_left = key, most_used, self.num_steps
+
+    def next_step(self) -> None:
+        """Age what is kept; call it in every step, also in those that do not ask."""
+        self._steps_left = max(0, self._steps_left - 1)
 
     def now(self, key: list[object], used: int) -> int | None:
         """Blocks beyond the `used` ones that the running requests will need; None: work it out again."""
-        if not self._steps_left or key != self._key:
-            return None
-        self._steps_left -= 1
-        return max(0, self._most_used - used)
+        if key != self._key:
+            self._steps_left = 0
+        return max(0, self._most_used - used) if self._steps_left else None

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
 
+MOST_STEPS_KEPT = 16  # for which the result of `_blocks_ahead` is kept
+
 # A scheduler for the type checker; at run time the classes below combine the mixin with one.
 Base: Any = Scheduler if TYPE_CHECKING else object
 # Requests by the id() of their geometry: prompt length, computed tokens and max_tokens of each.
@@ -71,7 +73,8 @@ class CompressionMixin(Base):
         geometry = self.geometries.of_ratio(config.mean_ratio)
         logger.info("%s", summary(self.vllm_config, config, geometry, num_blocks, pages, self.kv_block_size))
         self.own_watermark_blocks = self.kv_cache_manager.watermark_blocks
-        self.headroom = Headroom(self.kv_block_size)
+        # Of few steps also where blocks are large: a block too many or too few per request is then much of the pool.
+        self.headroom = Headroom(min(self.kv_block_size, MOST_STEPS_KEPT))
         # Makes vLLM call `_mamba_block_aligned_split` for every chunk. vLLM uses it to end prefill chunks, including
         # those of resumed requests, where it keeps recurrent states.
         self.aligns_states = bool(vars(self)["need_mamba_block_aligned_split"])
@@ -103,9 +106,9 @@ class CompressionMixin(Base):
         none of these is being loaded. It also asserts that it is emptied once between two steps.
         """
         if self.connector is not None and (reset_running_requests or reset_connector):
-            if not self.was_connector_reset:
-                self.reset_connector_cache()
+            done = self.was_connector_reset or self.reset_connector_cache()
             self.was_connector_reset, reset_connector = True, False
+            return super().reset_prefix_cache(reset_running_requests, reset_connector) and done
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     def _mamba_block_aligned_split(
@@ -132,7 +135,10 @@ class CompressionMixin(Base):
         return chunk_of_states(start, most, self.kv_block_size) if self.aligns_states else most
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        may_admit = self.waiting and len(self.running) < self.max_num_active_reqs
+        self.headroom.next_step()
+        # A request whose prompt was loaded from host memory waits in the second of these queues.
+        waiting = self.waiting or self.kv_holding_waiting
+        may_admit = waiting and len(self.running) < self.max_num_active_reqs
         if may_admit:
             # vLLM's own watermark for admission: blocks that stay free unless nothing else runs.
             self.kv_cache_manager.watermark_blocks = max(self.own_watermark_blocks, self._headroom())
@@ -160,14 +166,22 @@ class CompressionMixin(Base):
             self.last_held_back = asked
 
     def _headroom(self) -> int:
-        """`_blocks_ahead`, worked out once in as many steps as a block has tokens while the same requests decode."""
-        used, key = self._num_used_blocks(), [self.num_preemptions, *(request.request_id for request in self.running)]
+        """`_blocks_ahead`, worked out once in a few steps while the same compressed requests decode.
+
+        Other requests take blocks that it does not foresee, and so would seem to have taken those that it does.
+        """
+        holding = *self.running, *self.kv_holding_waiting
+        used, key = self._num_used_blocks(), [self.num_preemptions, *(request.request_id for request in holding)]
         ahead = self.headroom.now(key, used)
         if ahead is None:
             ahead = self._blocks_ahead()
-            if self.running and not any(request.is_prefill_chunk for request in self.running):
+            if self.running and not any(map(self._grows_unforeseen, holding)):
                 self.headroom.keep(key, used + ahead)
         return ahead
+
+    def _grows_unforeseen(self, request: Request) -> bool:
+        decodes = request.status == RequestStatus.RUNNING and not request.is_prefill_chunk
+        return not decodes or self.geometries.of(request.sampling_params) is None
 
     def _blocks_ahead(self) -> int:
         """Blocks that running requests will need over the next interval."""

@@ -67,7 +67,9 @@ class Window:
     def scaled_queries(self) -> Tensor:
         """[batch, num_kv_heads, group_size * num_queries, head_dim] in float32, times head_dim ** -0.5."""
         grouped = self.grouped_queries()
-        scaled = torch.empty(grouped.shape, device=grouped.device)  # contiguous, as the product itself would not be
+        scaled = torch.empty(
+            grouped.shape, dtype=grouped.dtype, device=grouped.device
+        )  # contiguous, as the product itself would not be
         return torch.mul(grouped, self.keys.shape[-1] ** -0.5, out=scaled).flatten(2, 3)
 
     @cached_property

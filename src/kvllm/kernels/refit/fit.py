@@ -119,7 +119,7 @@ def _fit_values(
     NUM_KEPT: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """These dimensions of the survivors' values, [BLOCK_C, BLOCK_K], fitted: `fitted_values`, transposed.
+    """These dimensions of the survivors' values, [BLOCK_C, BLOCK_K], refitted (`kvllm.methods.refit`), transposed.
 
     damping: the ridge, or LEAST_DAMPING where that is more
     """
