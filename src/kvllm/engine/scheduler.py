@@ -105,11 +105,11 @@ class CompressionMixin(Base):
         They may be resumed in the next step, which also reports them as preempted, and vLLM's connector asserts that
         none of these is being loaded. It also asserts that it is emptied once between two steps.
         """
+        done = True
         if self.connector is not None and (reset_running_requests or reset_connector):
             done = self.was_connector_reset or self.reset_connector_cache()
             self.was_connector_reset, reset_connector = True, False
-            return super().reset_prefix_cache(reset_running_requests, reset_connector) and done
-        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+        return super().reset_prefix_cache(reset_running_requests, reset_connector) and done
 
     def _mamba_block_aligned_split(
         self,
