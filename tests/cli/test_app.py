@@ -17,6 +17,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from kvllm import __main__ as cli
+from kvllm.cli.offline import QUIET
 from kvllm.cli.options import flag, shown, suggesting_flags
 from kvllm.config import KvConfig
 from kvllm.engine import arguments
@@ -263,8 +264,8 @@ def test_what_the_engine_refuses_is_one_line(
     flags: list[str],
     words: list[str],
 ) -> None:
-    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):  # the command sets them
-        monkeypatch.setenv(name, {"VLLM_LOGGING_LEVEL": "WARNING"}.get(name, "0"))
+    for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **QUIET}.items():  # the command sets them
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as exit:
         cli.main(["generate", str(model_dir), "--prompt", "a", "--dtype", "float32", *flags])
     assert exit.value.code == 2

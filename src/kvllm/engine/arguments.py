@@ -106,7 +106,7 @@ def engine_args(arguments: Sequence[str], options: Mapping[str, Any] | None) -> 
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser(prog="kvllm generate", usage="kvllm generate MODEL --prompt TEXT [options]")
+    parser = FlexibleArgumentParser(prog="kvllm", usage="kvllm COMMAND MODEL [OPTIONS] [vLLM'S ENGINE FLAGS]")
     parser.add_argument("model_tag", metavar="MODEL")
     EngineArgs.add_cli_args(parser)
     parsed = parser.parse_args(list(arguments))
