@@ -76,7 +76,7 @@ def test_every_field_of_the_config_is_a_flag(command: str) -> None:
 
 def test_only_options_that_were_given_override_other_choices(config_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: dict[str, object] = {}
-    monkeypatch.setattr(arguments, "serve_arguments", lambda args, options: taken.update(options) or args)
+    monkeypatch.setattr(arguments, "serve_arguments", lambda args, options: (args[0], taken.update(options) or args))
     monkeypatch.setattr(arguments, "run_server", lambda args: None)
     runner.invoke(cli.app, ["serve", "MODEL", "--retention-ratio", "0.3", "--port", "1"], catch_exceptions=False)
     assert taken == {"retention_ratio": 0.3}  # given, if the default's value
@@ -320,13 +320,27 @@ def test_plan_refuses_a_model_that_is_not_there(tmp_path: Any) -> None:
         ValueError("Repo id must be in the form 'repo_name' or 'namespace/repo_name': '/models/qwen'."),
     ],
 )
-def test_serve_refuses_a_model_that_cannot_be_read(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "given", [["/models/qwen", "--port", "8001"], ["--port", "8001", "/models/qwen"], ["--model", "/models/qwen"]]
+)
+def test_serve_refuses_a_model_that_cannot_be_read(
+    error: Exception, given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And names it, wherever it stands; vLLM's parser, which is slow, runs once for that."""
+    parsed = []
+
     def run_server(args: list[str]) -> None:
         raise error
 
+    def parse(args: list[str], parse: Any = arguments._parse_serve) -> Any:
+        parsed.append(args)
+        return parse(args)
+
     monkeypatch.setattr(arguments, "run_server", run_server)
+    monkeypatch.setattr(arguments, "_parse_serve", parse)
     with pytest.raises(UsageError, match="^/models/qwen: the model's config.json cannot be read .*; give the folder"):
-        cli.app(["serve", "/models/qwen", "--port", "8001"], standalone_mode=False)
+        cli.app(["serve", *given], standalone_mode=False)
+    assert len(parsed) == 1
 
 
 @pytest.mark.parametrize(
@@ -352,7 +366,7 @@ def test_an_error_that_is_not_of_the_model_is_not_said_to_be(error: OSError) -> 
 
 def test_our_flags_accept_underscores_as_vllms_do(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
-    monkeypatch.setattr(arguments, "serve_arguments", lambda args, options: [*args, options])
+    monkeypatch.setattr(arguments, "serve_arguments", lambda args, options: (args[0], [*args, options]))
     monkeypatch.setattr(arguments, "run_server", taken.extend)
     cli.app(["serve", "MODEL", "--retention_ratio", "0.5", "--max_model_len=64"], standalone_mode=False)
     assert taken == ["MODEL", "--max_model_len=64", {"retention_ratio": 0.5}]
