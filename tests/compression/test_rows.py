@@ -56,7 +56,7 @@ def test_budget_and_a_prompt_that_is_cut() -> None:
     assert rows.columns[[PROMPT, PREFIX, TAIL, EVENTS, REMOVED], 0].tolist() == [2, 6, 14, 2, 128]
 
 
-def test_a_request_that_starts_again_has_nothing_behind_it() -> None:
+def test_a_restarted_request_has_no_compressions() -> None:
     rows, geometry = RequestRows(CONFIG, 1), geometry_of(CONFIG)
     rows.set(0, geometry, 20, None)
     assert len(begin(rows, {0: 128})) == 1
@@ -136,7 +136,7 @@ def test_a_row_is_free_again_once_its_request_is_released() -> None:
     assert sorted(running) == ["a", "c"]
 
 
-def test_more_requests_than_seats_are_refused_by_name() -> None:
+def test_more_requests_than_rows_are_refused_by_name() -> None:
     running = RunningRequests(1)
     running.admit("a")
     with pytest.raises(RuntimeError, match=r"request b is scheduled while max_num_seqs=1 others are running: \['a'\]"):

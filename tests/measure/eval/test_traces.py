@@ -49,7 +49,7 @@ def test_the_halves_are_every_other_trace():
         half_of(traces[:1], "test")
 
 
-def test_what_ships():
+def test_shipped_problems_load():
     assert {name: len(load_problems(name)) for name in SHIPPED} == {"math500": 500, "gsm8k": 1319}
     assert load_problems("gsm8k")[0].answer == "18"
     for task, message in (("aime24", "not included"), ("math", "no task named 'math'")):
