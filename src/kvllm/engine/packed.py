@@ -65,7 +65,7 @@ class PackedSurvivors:
             plan.device,
             getattr(first.impl, "logits_soft_cap", None) or 0.0,
         )
-        self.stream = torch.cuda.Stream(plan.device)
+        self.stream = None if self.reads_plain else torch.cuda.Stream(plan.device)
         # Compile now, so that the first resumed request does not wait for it.
         nothing = torch.zeros(1, first.num_heads, first.head_size, dtype=self.dtype, device=plan.device)
         quantized = cache.dtype.itemsize == 1 and first.impl.supports_quant_query_input
@@ -110,11 +110,10 @@ class PackedSurvivors:
         self.programs.fill_(-1)
         self.resumed = True  # so that the run before a graph capture loads this kernel as well
 
-    def _second_stream(self) -> AbstractContextManager[Any]:
-        """A second stream: neither our kernels nor the backend's fill the GPU until they end, so they can overlap.
-
-        Not used in prefill steps, which launch each kernel individually: synchronizing streams would cost more there.
-        """
+    def _beside(self) -> AbstractContextManager[Any]:
+        """A second stream, if there is one: neither our kernels nor the backend's fill the GPU until they end."""
+        if self.stream is None:
+            return nullcontext()
         self.stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.stream)
 
@@ -140,14 +139,15 @@ class PackedSurvivors:
                 plain = Plain(attn_metadata.block_table, attn_metadata.seq_lens)
                 self.attention.decode(output[:num_tokens], *packed[:-1], plain, scale, self._sinks(self.layers[index]))
                 return output
-            with nullcontext() if prefills else self._second_stream():
+            # Prefill steps launch each kernel individually: synchronizing streams would cost more there.
+            with nullcontext() if prefills else self._beside():
                 self.attention.attend(*packed)
             LOG_SUM_EXP.wanted = True
             try:
                 result = forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             finally:
                 LOG_SUM_EXP.wanted = False
-            if not prefills:
+            if self.stream is not None and not prefills:
                 torch.cuda.current_stream().wait_stream(self.stream)
             prefill = self.resumed and prefills
             self.attention.finish(output[:num_tokens], LOG_SUM_EXP.take(), *packed, prefill)
