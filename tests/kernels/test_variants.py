@@ -19,9 +19,7 @@ Variant = tuple[Any, ...]
 
 
 def variant(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
-    """What Triton compiles a kernel anew for: dtypes and alignment of addresses, and whether integers are 1 or multiples
-    of 16.
-    """
+    """What Triton compiles a kernel anew for: dtypes, aligned addresses, and integers that are 1 or a multiple of 16."""
     given = kernel.kwargs.get("do_not_specialize") or []
     unaligned = kernel.kwargs.get("do_not_specialize_on_alignment") or []
 
@@ -66,6 +64,7 @@ def test_no_number_of_due_requests_needs_another_variant(options, monkeypatch):
     table = torch.arange(1, 49, dtype=torch.int32).view(3, 16)
     for num_due in range(1, 8):
         due = [Due(i % 3, i % 3, geometries[0], 5, 0) for i in range(num_due)]
+        assert state.store is not None
         state.store.begin_step(table)
         state.compressors[config.method].compress(due)
     assert launched == compiled
