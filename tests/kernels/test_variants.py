@@ -19,7 +19,7 @@ Variant = tuple[Any, ...]
 
 
 def variant(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
-    """What Triton compiles a kernel anew for: dtypes, aligned addresses, and integers that are 1 or a multiple of 16."""
+    """What Triton compiles a kernel anew for: dtypes, aligned addresses, integers that are 1 or a multiple of 16."""
     given = kernel.kwargs.get("do_not_specialize") or []
     unaligned = kernel.kwargs.get("do_not_specialize_on_alignment") or []
 
