@@ -1,6 +1,7 @@
-"""Packed survivors on GPUs: attention over them, merged with the backend's attention over prompt and tail.
+"""Packed survivors on GPUs: attention over them, together with prompt and tail.
 
-The backend sees prompt and tail only. The two outputs are merged by their log-sum-exps.
+In a step that computes one token of each request, one kernel reads them all. In other steps, and with an fp8 cache, the
+backend's attention reads prompt and tail, and the two outputs are merged by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from kvllm.compression.rows import PREFIX, PROMPT
 from kvllm.compression.worker import PLAN_ROWS
 from kvllm.engine.log_sum_exp import LOG_SUM_EXP, PATCH
 from kvllm.errors import UsageError
-from kvllm.kernels.packed.attend import Batch, PackedAttention, max_parts, order_parts, plan_parts
+from kvllm.kernels.packed.attend import Batch, PackedAttention, Plain, max_parts, plan_parts
 from kvllm.kernels.packed.layout import PackedLayout
 from kvllm.kernels.packed.pack import pack
 from kvllm.kernels.paged import PagedCache
@@ -53,7 +54,9 @@ class PackedSurvivors:
         """Read packed survivors from this cache from now on; `survivor_blocks` and `plan` as in `Batch`."""
         first = self.layers[0]
         self.cache, self.survivor_blocks, self.plan = cache, survivor_blocks, plan
-        self.programs = plan[PLAN_ROWS + 1 :].view(-1)
+        self.programs = plan[PLAN_ROWS + 2 :].view(-1)
+        # FlashAttention multiplies fp8 keys and values without converting them.
+        self.reads_plain = cache.dtype.itemsize > 1
         attention = PackedAttention(
             PackedLayout.of(cache, self.rounding),
             first.num_heads,
@@ -62,7 +65,7 @@ class PackedSurvivors:
             plan.device,
             getattr(first.impl, "logits_soft_cap", None) or 0.0,
         )
-        self.stream = torch.cuda.Stream(plan.device)
+        self.stream = None if self.reads_plain else torch.cuda.Stream(plan.device)
         # Compile now, so that the first resumed request does not wait for it.
         nothing = torch.zeros(1, first.num_heads, first.head_size, dtype=self.dtype, device=plan.device)
         quantized = cache.dtype.itemsize == 1 and first.impl.supports_quant_query_input
@@ -71,30 +74,35 @@ class PackedSurvivors:
         self.idle()
         starts = torch.zeros(2, dtype=torch.int32, device=plan.device)
         empty = Batch(starts, survivor_blocks, plan, self.programs)
-        attention.merge(nothing, lse, query, cache.keys[0], cache.values[0], empty, 1.0, prefill=True)
+        pairs = cache.keys[0], cache.values[0]
+        attention.merge(nothing, lse, query, *pairs, empty, 1.0, prefill=True)
+        if self.reads_plain:
+            attention.decode(nothing, query, *pairs, empty, Plain(survivor_blocks, starts), 1.0, self._sinks(first))
         self.attention = attention
 
     @staticmethod
     def plan_rows(max_num_reqs: int, num_kv_heads: int) -> int:
-        """Rows that `write_plan` adds to a step's plan: one of per-request entries, and those of the parts."""
-        return 1 + ceil_div(max_parts(max_num_reqs, num_kv_heads), max_num_reqs)
+        """Rows that `write_plan` adds to a step's plan: two of per-request entries, and those of the parts."""
+        return 2 + ceil_div(max_parts(max_num_reqs, num_kv_heads), max_num_reqs)
 
     def pack(self, candidates: PagedCandidates, num_kept: int) -> None:
         pack(candidates.blocks, num_kept, self.cache, self.rounding)
 
-    def write_plan(self, plan: npt.NDArray[np.int32], counts: IntArray) -> None:
+    def write_plan(self, plan: npt.NDArray[np.int32], counts: IntArray, lengths: IntArray) -> None:
         """Complete the plan of a step on the host.
 
-        counts: [num_reqs], tokens of each request in this step
+        counts:  [num_reqs], tokens of each request in this step
+        lengths: [num_reqs], plain tokens of each request, with this step's
         """
         num_reqs = len(counts)
-        num_blocks = plan[PREFIX, :num_reqs].astype(np.int64) - plan[PROMPT, :num_reqs]
-        self.resumed = bool((num_blocks[counts > 1] > 0).any())
-        num_blocks = np.where(counts == 1, num_blocks, 0)
-        ends = plan_parts(num_blocks, self.layers[0].num_kv_heads)
-        plan[PLAN_ROWS, :num_reqs] = ends
-        plan[PLAN_ROWS, num_reqs:] = ends[-1]
-        order_parts(num_blocks, ends, plan[PLAN_ROWS + 1 :].reshape(-1))
+        packed = plan[PREFIX, :num_reqs].astype(np.int64) - plan[PROMPT, :num_reqs]
+        self.resumed = bool((packed[counts > 1] > 0).any())
+        plain = np.zeros_like(packed)
+        if self.reads_plain and (counts == 1).all():
+            plain = ceil_div(lengths, self.cache.block_size)
+        packed = np.where(counts == 1, packed, 0)
+        programs = plan[PLAN_ROWS + 2 :].reshape(-1)
+        plan_parts(packed, plain, self.layers[0].num_kv_heads, plan[PLAN_ROWS : PLAN_ROWS + 2], programs)
 
     def idle(self) -> None:
         """Prepare a dummy run."""
@@ -102,13 +110,17 @@ class PackedSurvivors:
         self.programs.fill_(-1)
         self.resumed = True  # so that the run before a graph capture loads this kernel as well
 
-    def _second_stream(self) -> AbstractContextManager[Any]:
-        """A second stream: neither our kernels nor the backend's fill the GPU until they end, so they can overlap.
-
-        Not used in prefill steps, which launch each kernel individually: synchronizing streams would cost more there.
-        """
+    def _beside(self) -> AbstractContextManager[Any]:
+        """A second stream, if there is one: neither our kernels nor the backend's fill the GPU until they end."""
+        if self.stream is None:
+            return nullcontext()
         self.stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.stream)
+
+    @staticmethod
+    def _sinks(layer: Any) -> Tensor | None:
+        sinks: Tensor | None = getattr(layer.impl, "sinks", None)
+        return sinks
 
     def _merging(self, forward: Callable[..., Any], index: int) -> Callable[..., Any]:
         scale = self.layers[index].impl.scale
@@ -123,14 +135,19 @@ class PackedSurvivors:
             batch = Batch(attn_metadata.query_start_loc, self.survivor_blocks, self.plan, self.programs)
             packed = (query[:num_tokens], self.cache.keys[index], self.cache.values[index], batch, scale)
             prefills = attn_metadata.max_query_len > 1
-            with nullcontext() if prefills else self._second_stream():
+            if self.reads_plain and not prefills:
+                plain = Plain(attn_metadata.block_table, attn_metadata.seq_lens)
+                self.attention.decode(output[:num_tokens], *packed[:-1], plain, scale, self._sinks(self.layers[index]))
+                return output
+            # Prefill steps launch each kernel individually: synchronizing streams would cost more there.
+            with nullcontext() if prefills else self._beside():
                 self.attention.attend(*packed)
             LOG_SUM_EXP.wanted = True
             try:
                 result = forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             finally:
                 LOG_SUM_EXP.wanted = False
-            if not prefills:
+            if self.stream is not None and not prefills:
                 torch.cuda.current_stream().wait_stream(self.stream)
             prefill = self.resumed and prefills
             self.attention.finish(output[:num_tokens], LOG_SUM_EXP.take(), *packed, prefill)

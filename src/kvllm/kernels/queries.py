@@ -127,8 +127,7 @@ def load_queries(
         numbers += vectors[:, None] * num_pairs
         if HALVES:  # both codes of a number
             packed = tl.load(numbers + pairs[None, :], mask=mask, other=0).to(tl.int32)
-            b = (packed + 8) >> 4
-            a = packed - b * 16
+            a, b = _unpack(packed)
         else:
             a, b = _codes(numbers, firsts, mask, num_pairs), _codes(numbers, seconds, mask, num_pairs)
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -148,8 +147,20 @@ def load_queries(
 def _codes(numbers, dims, mask, NUM_PAIRS: tl.constexpr):
     """The codes of some dimensions, packed as by `kvllm.compression.query_bank.quantize`."""
     packed = tl.load(numbers + (dims % NUM_PAIRS)[None, :], mask=mask, other=0).to(tl.int32)
-    high = (packed + 8) >> 4
-    return tl.where((dims < NUM_PAIRS)[None, :], packed - high * 16, high)
+    low, high = _unpack(packed)
+    return tl.where((dims < NUM_PAIRS)[None, :], low, high)
+
+
+@triton.jit
+def _unpack(packed):
+    """Both codes of a number, int32.
+
+    Adds no constant: LLVM narrows these operations to 16 bits and packs two of them into a register, and ptxas 12.8 and
+    12.9 (Triton 3.6 to 3.9 on GPUs before Blackwell) may lose the constant of one half of such an addition
+    (triton-lang/triton#11581), as it did with `high = (packed + 8) >> 4`. PTX has no packed shift or subtraction.
+    """
+    low = packed << 28 >> 28  # the sign of its four bits extended
+    return low, (packed - low) >> 4
 
 
 @triton.jit

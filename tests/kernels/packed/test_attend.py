@@ -11,9 +11,10 @@ from kvllm.kernels.packed import attend
 from kvllm.kernels.packed.attend import (
     Batch,
     PackedAttention,
+    Plain,
+    attend_plain_ref,
     max_parts,
     merge_packed_ref,
-    order_parts,
     plan_parts,
 )
 from kvllm.kernels.packed.layout import PackedLayout
@@ -52,67 +53,146 @@ def test_merge_of_many_requests(device, monkeypatch):
     check_merge(16, 2, 1, 64, torch.float32, False, 0.0, [1] * len(packed), packed, device, num_layers=1)
 
 
-def check_merge(
-    block_size, num_heads, num_kv_heads, head_dim, dtype, token_major, soft_cap, counts, packed, device, num_layers=2
-):
-    rounding = Rounding(4, packed_block_tokens(block_size, head_dim, 4, cache_dtype_of(dtype)))
-    pool = 4 * sum(packed) + 8
-    cache = random_cache(
-        num_layers=num_layers, num_blocks=pool, block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim,
-        dtype=dtype, device=device, token_major=token_major,
+DECODES = [
+    # Packed blocks and plain tokens of each request; the last, without either, is padding.
+    ([0, 1, 17, 3], [5, 64, 33, 0]),
+    ([0, 0, 2, 0], [90, 1, 16, 0]),
+]
+
+
+@pytest.mark.parametrize("packed, lengths", DECODES)
+@pytest.mark.parametrize(
+    "block_size, num_heads, num_kv_heads, head_dim, dtype, token_major, soft_cap",
+    [shape for shape in SHAPES if shape[4] != torch.float8_e4m3fn],
+)
+def test_decode(block_size, num_heads, num_kv_heads, head_dim, dtype, token_major, soft_cap, packed, lengths, device):
+    check_decode(block_size, num_heads, num_kv_heads, head_dim, dtype, token_major, soft_cap, packed, lengths, device)
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_decode_of_many_parts(with_sinks, device, monkeypatch):
+    """With more plain tokens than the host assumed, parts of both kinds, and parts without blocks."""
+    monkeypatch.setattr(attend, "LEAST_BLOCKS", 1)
+    monkeypatch.setattr(attend, "MOST_PROGRAMS", 45)
+    packed, lengths = [0, 2, 7, 0, 1, 4, 0], [600, 5, 40, 1, 17, 90, 0]
+    check_decode(
+        16, 2, 1, 64, torch.float32, False, 0.0, packed, lengths, device, assumed=550, with_sinks=with_sinks
     )  # fmt: skip
-    layout = PackedLayout.of(cache, rounding)
-    per_block = -(-layout.num_tokens // block_size)
-    survivors = torch.full((len(counts) + 3, max(packed) + 5), -1, dtype=torch.int32, device=device)
-    plan = torch.full((5, len(counts) + 1), -7, dtype=torch.int32, device=device)
-    order = random_blocks(1, pool, pool, device)[0]
-    for i, num_blocks in enumerate(packed):
-        row, first = len(counts) - i + 1, 2 * i % 5
-        plan[:4, i] = torch.tensor([first, first + num_blocks, 99, row])
-        for j in range(num_blocks):
-            own, order = order[:per_block], order[per_block:]
-            pack_ref(own[None, :], layout.num_tokens, cache, rounding)
-            survivors[row, first + j] = own[0]
-    alone = np.array(packed) * (np.array(counts) == 1)
-    plan[4, : len(counts)] = torch.from_numpy(ends := plan_parts(alone, num_kv_heads))
-    parts = np.zeros(max_parts(len(counts), num_kv_heads), np.int32)
-    order_parts(alone, ends, parts)
-    generator = torch.Generator().manual_seed(1)
-    shape = (sum(counts), num_heads, head_dim)
-    query, output = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
-    query = (query * 2).to(dtype)
-    output = output.to(torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype)
-    lse = torch.randn(num_heads, sum(counts), generator=generator).to(device) + 5
-    starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=device)
-    batch, scale = Batch(starts, survivors, plan, torch.from_numpy(parts).to(device)), head_dim**-0.5
-    attention = PackedAttention(layout, num_heads, num_kv_heads, len(counts), device, soft_cap)
-    for layer in range(cache.num_layers):
-        expected, actual = output.clone(), output.clone()
-        attention.outputs.fill_(torch.nan)
-        attention.lse.fill_(torch.nan)
-        merge_packed_ref(expected, lse, query, cache.keys[layer], cache.values[layer], batch, layout, scale, soft_cap)
-        attention.merge(
-            actual, lse, query, cache.keys[layer], cache.values[layer], batch, scale, prefill=max(counts) > 1
-        )
+
+
+class Case:
+    """Requests with these counts of query tokens, packed blocks and plain tokens, in a cache of these shapes.
+
+    assumed: the most plain tokens of a request that the host plans for
+    """
+
+    def __init__(
+        self, block_size, num_heads, num_kv_heads, head_dim, dtype, token_major, soft_cap, counts, packed, lengths,
+        device, num_layers=2, assumed=10**6,
+    ):  # fmt: skip
+        rounding = Rounding(4, packed_block_tokens(block_size, head_dim, 4, cache_dtype_of(dtype)))
+        num_plain = -(-np.array(lengths) // block_size)
+        pool = 4 * sum(packed) + int(num_plain.sum()) + 8
+        self.cache = cache = random_cache(
+            num_layers=num_layers, num_blocks=pool, block_size=block_size, num_kv_heads=num_kv_heads,
+            head_dim=head_dim, dtype=dtype, device=device, token_major=token_major,
+        )  # fmt: skip
+        self.layout = layout = PackedLayout.of(cache, rounding)
+        per_block = -(-layout.num_tokens // block_size)
+        survivors = torch.full((len(counts) + 3, max(packed) + 5), -1, dtype=torch.int32, device=device)
+        plan = torch.full((6, len(counts) + 1), -7, dtype=torch.int32, device=device)
+        order = random_blocks(1, pool, pool, device)[0]
+        for i, num_blocks in enumerate(packed):
+            row, first = len(counts) - i + 1, 2 * i % 5
+            plan[:4, i] = torch.tensor([first, first + num_blocks, 99, row])
+            for j in range(num_blocks):
+                own, order = order[:per_block], order[per_block:]
+                pack_ref(own[None, :], layout.num_tokens, cache, rounding)
+                survivors[row, first + j] = own[0]
+        table = torch.full((len(counts), max(num_plain) + 2), -1, dtype=torch.int32, device=device)
+        for i, num_blocks in enumerate(num_plain.tolist()):
+            table[i, :num_blocks], order = order[:num_blocks], order[num_blocks:]
+        for layer in (*cache.keys, *cache.values):
+            layer.view(torch.uint8)[order.long()] = 0xFF  # NaN: what no request reads
+        self.plain = Plain(table, torch.tensor(lengths, dtype=torch.int32, device=device))
+        alone = np.array(packed) * (np.array(counts) == 1)
+        planned = -(-np.minimum(lengths, assumed) // block_size)
+        rows, parts = np.zeros((2, len(counts) + 1), np.int32), np.zeros(max_parts(len(counts), num_kv_heads), np.int32)
+        plan_parts(alone, planned, num_kv_heads, rows, parts)
+        plan[4:] = torch.from_numpy(rows)
+        generator = torch.Generator().manual_seed(1)
+        shape = (sum(counts), num_heads, head_dim)
+        query, output = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+        self.query = (query * 2).to(dtype)
+        self.output = output.to(torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype)
+        self.lse = torch.randn(num_heads, sum(counts), generator=generator).to(device) + 5
+        starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=device)
+        self.batch = Batch(starts, survivors, plan, torch.from_numpy(parts).to(device))
+        self.scale, self.soft_cap = head_dim**-0.5, soft_cap
+        self.attention = PackedAttention(layout, num_heads, num_kv_heads, len(counts), device, soft_cap)
+
+    def layers(self):
+        for keys, values in zip(self.cache.keys, self.cache.values, strict=True):
+            self.attention.outputs.fill_(torch.nan)
+            self.attention.lse.fill_(torch.nan)
+            yield keys, values
+
+    def merged(self, output, lse, keys, values):
+        merge_packed_ref(
+            output, lse, self.query, keys, values, self.batch, self.layout, self.scale, self.soft_cap
+        )  # fmt: skip
+        return output
+
+    def assert_close(self, actual, expected):
         # Keys are restored, and probabilities multiplied, in the model's dtype.
-        tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[output.dtype]
-        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+        tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[actual.dtype]
+        torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=tolerance, atol=tolerance)
 
 
-@given(st.lists(st.integers(0, 400), min_size=1, max_size=300), st.sampled_from([1, 2, 8, 40]))
+def check_merge(*shape_and_requests, **others):
+    *shape, counts, packed, device = shape_and_requests
+    case = Case(*[*shape, counts, packed, [0] * len(counts), device], **others)
+    for keys, values in case.layers():
+        expected, actual = case.merged(case.output.clone(), case.lse, keys, values), case.output.clone()
+        case.attention.merge(
+            actual, case.lse, case.query, keys, values, case.batch, case.scale, prefill=max(counts) > 1
+        )  # fmt: skip
+        case.assert_close(actual, expected)
+
+
+def check_decode(*shape_and_requests, with_sinks=False, **others):
+    *shape, packed, lengths, device = shape_and_requests
+    case = Case(*[*shape, [1] * len(packed), packed, lengths, device], **others)
+    sinks = torch.linspace(-1, 3, shape[1], device=device) if with_sinks else None
+    for i, length in enumerate(lengths):
+        if not length and not packed[i]:
+            case.batch.plan[:4, i] = 0
+    for keys, values in case.layers():
+        output, lse = attend_plain_ref(case.query, keys, values, case.plain, case.scale, case.soft_cap, sinks)
+        actual = torch.full_like(case.output, torch.nan)
+        case.attention.decode(actual, case.query, keys, values, case.batch, case.plain, case.scale, sinks)
+        case.assert_close(actual, case.merged(output, lse, keys, values))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 900)), min_size=1, max_size=300),
+    st.sampled_from([1, 2, 8, 40]),
+)
 def test_parts_cover_every_block_in_a_launch_of_known_size(num_blocks, num_kv_heads):
-    ends = plan_parts(np.array(num_blocks), num_kv_heads)
-    counts = np.diff(ends, prepend=0)
-    assert ends[-1] <= max_parts(len(num_blocks), num_kv_heads)
-    programs = np.zeros(max_parts(len(num_blocks), num_kv_heads), np.int32)
-    order_parts(np.array(num_blocks), ends, programs)
-    taken = programs[: ends[-1]]
+    blocks = np.array(num_blocks)
+    num_reqs, most = len(blocks), max_parts(len(blocks), num_kv_heads)
+    rows, programs = np.full((2, num_reqs + 1), -7, np.int32), np.full(most, -7, np.int32)
+    plan_parts(blocks[:, 0], blocks[:, 1], num_kv_heads, rows, programs)
+    counts = np.diff(rows[0, :num_reqs], prepend=0)
+    kinds = np.stack([rows[1, :num_reqs], counts - rows[1, :num_reqs]], axis=1)
+    assert rows[0, num_reqs] == rows[0, num_reqs - 1] <= most
+    taken = programs[: rows[0, -1]]
     assert sorted(zip(taken & 0xFFFF, taken >> 16, strict=True)) == [
         (i, j) for i, n in enumerate(counts) for j in range(n)
     ]
-    assert (programs[ends[-1] :] == -1).all()
-    sizes = [num_blocks[i] / counts[i] for i in taken & 0xFFFF]
-    assert sizes == sorted(sizes, reverse=True)
-    assert all(
-        (count > 0) == (blocks > 0) and count <= blocks for count, blocks in zip(counts, num_blocks, strict=True)
-    )
+    assert (programs[len(taken) :] == -1).all()
+    plain = (taken >> 16) >= kinds[taken & 0xFFFF, 0]
+    sizes = (blocks / np.maximum(kinds, 1))[taken & 0xFFFF, plain.astype(int)]
+    assert (np.diff(sizes) <= 0).all()
+    assert ((kinds > 0) == (blocks > 0)).all()
+    assert (kinds <= blocks).all()

@@ -12,9 +12,9 @@ from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.kernels.packed.attend import (
     Batch,
     PackedAttention,
+    Plain,
     max_parts,
     merge_packed_ref,
-    order_parts,
     plan_parts,
 )
 from kvllm.kernels.packed.layout import PackedLayout
@@ -38,7 +38,7 @@ def num_packed(shape: Shape) -> int:
 
 
 class AttentionLoad:
-    """One layer's decode attention for requests with this many packed blocks each.
+    """One layer's decode attention for requests with this many packed blocks each, and nothing else to read.
 
     num_bytes: of codes, scales and lowest values
     """
@@ -54,17 +54,16 @@ class AttentionLoad:
         order = torch.randperm(size[0], device=device).int()
         for row, own in enumerate(order.split(num_blocks)):
             survivors[row, : len(own)] = own
-        plan = np.zeros((5, num_reqs), np.int32)
-        ends = plan_parts(np.array(num_blocks), shape.num_kv_heads)
-        plan[1], plan[3], plan[4] = num_blocks, np.arange(num_reqs), ends
+        plan = np.zeros((6, num_reqs), np.int32)
+        plan[1], plan[3] = num_blocks, np.arange(num_reqs)
         parts = np.zeros(max_parts(num_reqs, shape.num_kv_heads), np.int32)
-        order_parts(np.array(num_blocks), ends, parts)
+        plan_parts(np.array(num_blocks), np.zeros(num_reqs, np.int64), shape.num_kv_heads, plan[4:], parts)
         starts = torch.arange(num_reqs + 1, dtype=torch.int32, device=device)
         self.batch = Batch(starts, survivors, *(torch.from_numpy(t).to(device) for t in (plan, parts)))
-        self.query, self.output = (
-            torch.randn(num_reqs, shape.num_heads, shape.head_dim, device=device).to(dtype) for _ in range(2)
-        )
-        self.lse = torch.randn(shape.num_heads, num_reqs, device=device)
+        self.query = torch.randn(num_reqs, shape.num_heads, shape.head_dim, device=device).to(dtype)
+        self.output = torch.zeros_like(self.query)
+        nothing = torch.zeros(num_reqs, 1, dtype=torch.int32, device=device)
+        self.plain = Plain(nothing, nothing[:, 0].contiguous())
         self.scale = shape.head_dim**-0.5
         self.layout = layout
         self.attention = PackedAttention(layout, shape.num_heads, shape.num_kv_heads, num_reqs, device)
@@ -72,16 +71,15 @@ class AttentionLoad:
         self.num_bytes = sum(num_blocks) * shape.num_kv_heads * per_block
 
     def run(self) -> None:
-        self.attention.merge(
-            self.output, self.lse, self.query, self.keys, self.values, self.batch, self.scale
+        self.attention.decode(
+            self.output, self.query, self.keys, self.values, self.batch, self.plain, self.scale
         )  # fmt: skip
 
     def reference(self) -> Tensor:
         """What `run` leaves in the output."""
-        output = self.output.clone()
-        merge_packed_ref(
-            output, self.lse, self.query, self.keys, self.values, self.batch, self.layout, self.scale
-        )  # fmt: skip
+        output = torch.zeros_like(self.output)
+        lse = output.new_full(output.shape[1::-1], -torch.inf, dtype=torch.float32)
+        merge_packed_ref(output, lse, self.query, self.keys, self.values, self.batch, self.layout, self.scale)
         return output
 
 
