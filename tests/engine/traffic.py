@@ -233,7 +233,7 @@ class WorkerV1:
         return self.compressor.store.written
 
     def store_queries(self, queries: Tensor) -> None:
-        self.compressor._capture(0, queries, queries, queries)
+        self.compressor.staged.capture(0, queries)
 
 
 class Tables:

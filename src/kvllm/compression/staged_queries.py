@@ -82,8 +82,11 @@ class StagedQueries:
         """Capture nothing in a dummy run."""
         self._views = None
 
-    def capture(self, layer: int, query: Tensor) -> None:
-        """Copy a layer's queries; query: [at least num_tokens, num_heads, head_dim], after RoPE"""
+    def capture(self, layer: int, query: Tensor, key: Tensor | None = None, value: Tensor | None = None) -> None:
+        """Copy a layer's queries; query: [at least num_tokens, num_heads, head_dim], after RoPE
+
+        Takes, and leaves alone, what else the hook of a layer hands over: a call between the two would show in a step.
+        """
         views = self._views
         if views is None:
             return

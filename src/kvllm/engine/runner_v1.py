@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -103,7 +102,7 @@ class CompressorV1:
         )
         self.running = RunningRequests(runner.max_num_reqs)
         self.staged = StagedQueries(self.state.bank, shape.dtype)
-        capture_queries(self.layers, self._capture, "cpu")
+        capture_queries(self.layers, self.staged.capture, "cpu")
         for each in self.layers:
             each.attn_backend = shortening_backend(each.attn_backend, self._shorten)
             if runner.model_config.is_hybrid:
@@ -182,9 +181,6 @@ class CompressorV1:
             method = request_method(self.config, request.sampling_params)
             self.state.rows.set(row, own, request.num_prompt_tokens, method)
         return self.running[req_id]
-
-    def _capture(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        self.staged.capture(layer, query)
 
     def _shorten(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """`metadata` with physical lengths and block table; slot mapping and positions stay logical."""
