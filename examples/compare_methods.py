@@ -30,6 +30,8 @@ def compare(model: Any, texts: Sequence[tuple[list[int], int]], methods: Sequenc
     """For each configuration: KL divergence from the full cache in nats, and share of equal next tokens.
 
     Both are means over all tokens from the first compression on."""
+    from tqdm import tqdm
+
     from kvllm.layout import Geometry
     from kvllm.methods import checked_config
     from kvllm.reference import compare, replay
@@ -37,11 +39,14 @@ def compare(model: Any, texts: Sequence[tuple[list[int], int]], methods: Sequenc
     configs = [checked_config(options) for options in methods]
     sums = [[0.0, 0.0] for _ in configs]
     total = 0
-    for token_ids, num_prompt in texts:
+    for token_ids, num_prompt in tqdm(texts, unit=" texts"):
         geometry = Geometry.from_config(configs[0], BLOCK_SIZE)
         first = geometry.event_at(num_prompt, 0) if geometry else len(token_ids)
         if first >= len(token_ids) - 1:
-            raise SystemExit(f"an answer of {len(token_ids) - num_prompt} tokens is too short to be compressed.")
+            raise SystemExit(
+                f"an answer of {len(token_ids) - num_prompt} tokens is too short to be compressed; after its prompt it "
+                f"needs {first - num_prompt + 2}."
+            )
         full = replay(model, token_ids, num_prompt, None, BLOCK_SIZE, keep_full=True)
         for own, config in zip(sums, configs, strict=True):
             found = compare(full, replay(model, token_ids, num_prompt, config, BLOCK_SIZE, keep_full=True), first)

@@ -85,7 +85,7 @@ def test_request_ratios_are_ratios_and_ranges(text, ranges):
         ([0.2, 0.5], "must be a string, not a list"),
     ],
 )
-def test_request_ratios_that_are_none_are_refused(value, message):
+def test_invalid_request_ratios_are_refused(value, message):
     said = refusal({"request_ratios": value})
     assert said.startswith(f"request_ratios={value!r}: ") and message in said
 
@@ -123,7 +123,7 @@ def test_request_methods_are_names_or_names_with_options(given, options):
         (["random"], "request_methods=['random']: must be a string or a mapping of names to values, not a list"),
     ],
 )
-def test_request_methods_that_are_none_are_refused(value, message):
+def test_invalid_request_methods_are_refused(value, message):
     assert refusal({"request_methods": value}).startswith(message)
 
 
@@ -259,7 +259,7 @@ def test_unknown_method_is_refused_with_a_suggestion():
     assert refusal({"method": "recnt"}) == "method='recnt': no such method; did you mean 'recent'?"
 
 
-def test_a_method_like_no_other_is_refused_with_the_list():
+def test_a_method_name_unlike_any_other_is_refused_with_the_list():
     message = refusal({"method": "zzzzzz"})
     assert "method='zzzzzz': no such method; methods are " in message and "recent" in message
 
@@ -268,7 +268,7 @@ def test_unknown_key_is_refused_with_a_suggestion():
     assert refusal({"retention": 0.3}) == "retention=0.3: no such option; did you mean 'retention_ratio'?"
 
 
-def test_a_key_like_no_other_is_refused_with_the_list():
+def test_a_key_unlike_any_other_is_refused_with_the_list():
     message = refusal({"zzzzzz": 0.3})
     assert message.startswith("zzzzzz=0.3: no such option; options are ")
     assert all(f.name in message for f in dataclasses.fields(KvConfig))
@@ -392,6 +392,6 @@ def test_presets_store_a_window_so_many_times_smaller(name, blocks):
         ({"compression": "8x", "policy": "budget"}, "survivor_bits=4: cannot be combined with policy=budget"),
     ],
 )
-def test_presets_that_are_none_or_contradicted(options, message):
+def test_invalid_or_contradicted_presets_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         KvConfig.from_dict(options)

@@ -38,17 +38,17 @@ def config(model_type: str, **options: Any) -> Any:
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_how_layers_look_back(made: Any, expected: list[LayerKind]) -> None:
+def test_which_layers_are_local(made: Any, expected: list[LayerKind]) -> None:
     assert local_layers(made, 512) == expected
 
 
-def test_a_window_is_full_attention_where_no_text_outgrows_it() -> None:
+def test_a_window_longer_than_any_text_is_full_attention() -> None:
     made = config("gpt_oss", sliding_window=128)
     assert local_layers(made, 128) == [None] * 4
     assert local_layers(made, 129) == local_layers(made, None) == [WINDOW, None, WINDOW, None]
 
 
-def test_what_a_token_looks_back_to() -> None:
+def test_the_first_token_that_a_token_sees() -> None:
     positions = np.arange(200)
     seen = [[int(at - first + 1) for at in positions if at >= first] for first in (0,)]
     assert seen[0] == [*range(1, 201)]

@@ -18,13 +18,13 @@ def test_an_unmarked_test_cannot_start_an_engine() -> None:
         EngineCore(None, None, False)  # type: ignore[arg-type]
 
 
-def test_nor_can_a_process_that_it_starts() -> None:
+def test_a_process_of_an_unmarked_test_cannot_start_an_engine() -> None:
     done = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True)
     assert done.returncode == 1 and REFUSED in done.stderr
 
 
 @pytest.mark.engine
-def test_a_marked_test_can() -> None:
+def test_a_marked_test_can_start_an_engine() -> None:
     from vllm.v1.engine.core import EngineCore
 
     with pytest.raises(AttributeError, match="NoneType"):  # from vLLM, which gets no config

@@ -137,6 +137,6 @@ def test_layers_whose_packed_survivors_cannot_be_merged(
     assert all(found.startswith(refused or "") for found in reasons)
 
 
-def test_asking_needs_no_vllm() -> None:
+def test_support_can_be_checked_without_vllm() -> None:
     check = "import sys, kvllm.support; assert not {'vllm', 'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)

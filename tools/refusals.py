@@ -23,7 +23,7 @@ ERRORS = {"UsageError", "VLLMValidationError"}
 RETURNING = {"packed_problem", "why_not_inspected", "no_such", "torchvision_problem", "_wrong_value", "why_missing"}
 VERBS = (
     "use|leave|install|unset|give|write|start|send|try|choose|run|set|swap|add|remove|serve|pass|put|did you mean|"
-    "expected|must|name|make|create"
+    "expected|must|name|make|create|see"
 )
 REMEDY = re.compile(rf"(?:^|[;:.,] |, or |\) )((?:{VERBS})\b.*)$", re.IGNORECASE)
 SECTIONS = (

@@ -17,6 +17,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from kvllm import __main__ as cli
+from kvllm.cli.offline import QUIET
 from kvllm.cli.options import flag, shown, suggesting_flags
 from kvllm.config import KvConfig
 from kvllm.engine import arguments
@@ -75,7 +76,7 @@ def test_every_field_of_the_config_is_a_flag(command: str) -> None:
 
 def test_only_options_that_were_given_override_other_choices(config_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: dict[str, object] = {}
-    monkeypatch.setattr(arguments, "serve_arguments", lambda args, options: taken.update(options) or args)
+    monkeypatch.setattr(arguments, "serve_arguments", lambda args, options: (args[0], taken.update(options) or args))
     monkeypatch.setattr(arguments, "run_server", lambda args: None)
     runner.invoke(cli.app, ["serve", "MODEL", "--retention-ratio", "0.3", "--port", "1"], catch_exceptions=False)
     assert taken == {"retention_ratio": 0.3}  # given, if the default's value
@@ -263,8 +264,8 @@ def test_what_the_engine_refuses_is_one_line(
     flags: list[str],
     words: list[str],
 ) -> None:
-    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):  # the command sets them
-        monkeypatch.setenv(name, {"VLLM_LOGGING_LEVEL": "WARNING"}.get(name, "0"))
+    for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **QUIET}.items():  # the command sets them
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as exit:
         cli.main(["generate", str(model_dir), "--prompt", "a", "--dtype", "float32", *flags])
     assert exit.value.code == 2
@@ -319,13 +320,27 @@ def test_plan_refuses_a_model_that_is_not_there(tmp_path: Any) -> None:
         ValueError("Repo id must be in the form 'repo_name' or 'namespace/repo_name': '/models/qwen'."),
     ],
 )
-def test_serve_refuses_a_model_that_cannot_be_read(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "given", [["/models/qwen", "--port", "8001"], ["--port", "8001", "/models/qwen"], ["--model", "/models/qwen"]]
+)
+def test_serve_refuses_a_model_that_cannot_be_read(
+    error: Exception, given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And names it, wherever it stands; vLLM's parser, which is slow, runs once for that."""
+    parsed = []
+
     def run_server(args: list[str]) -> None:
         raise error
 
+    def parse(args: list[str], parse: Any = arguments._parse_serve) -> Any:
+        parsed.append(args)
+        return parse(args)
+
     monkeypatch.setattr(arguments, "run_server", run_server)
+    monkeypatch.setattr(arguments, "_parse_serve", parse)
     with pytest.raises(UsageError, match="^/models/qwen: the model's config.json cannot be read .*; give the folder"):
-        cli.app(["serve", "/models/qwen", "--port", "8001"], standalone_mode=False)
+        cli.app(["serve", *given], standalone_mode=False)
+    assert len(parsed) == 1
 
 
 @pytest.mark.parametrize(
@@ -351,7 +366,7 @@ def test_an_error_that_is_not_of_the_model_is_not_said_to_be(error: OSError) -> 
 
 def test_our_flags_accept_underscores_as_vllms_do(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
-    monkeypatch.setattr(arguments, "serve_arguments", lambda args, options: [*args, options])
+    monkeypatch.setattr(arguments, "serve_arguments", lambda args, options: (args[0], [*args, options]))
     monkeypatch.setattr(arguments, "run_server", taken.extend)
     cli.app(["serve", "MODEL", "--retention_ratio", "0.5", "--max_model_len=64"], standalone_mode=False)
     assert taken == ["MODEL", "--max_model_len=64", {"retention_ratio": 0.5}]

@@ -45,7 +45,7 @@ def test_max_num_seqs_as_vllm_chooses_it() -> None:
     assert sizes == [256, 256, 1024]
 
 
-def test_no_more_seqs_than_a_twentieth_of_the_memory_holds_the_queries_of() -> None:
+def test_the_query_bank_takes_at_most_a_twentieth_of_the_memory() -> None:
     one = Footprint(weights=400_000, kv_per_token=1, query_bank=100)
     assert fitting_max_num_seqs(1_000_000, 0.9, one) == 248  # 250 in 25,000 of the 500,000 that are left
     assert fitting_max_num_seqs(1_000_000, 0.9, one, num_shards=2) == 696  # half the weights, half of each bank
@@ -53,7 +53,7 @@ def test_no_more_seqs_than_a_twentieth_of_the_memory_holds_the_queries_of() -> N
     assert default_max_num_seqs(1_000_000, 0.9, one) == 248
 
 
-def test_an_output_matrix_of_its_own_counts() -> None:
+def test_an_untied_output_matrix_counts() -> None:
     assert footprint(LlamaConfig(**SHAPE, tie_word_embeddings=False), KvConfig(), 1).weights == 2 * (
         PARAMETERS + 1000 * 64
     )

@@ -84,7 +84,7 @@ def test_survivors_over_many_events(name: str) -> None:
     cuts = [geometry.shape(event).num_history > 0 for event in range(9)]
     assert any(cuts) == (name in ("history", "both", "budget")) and (name == "budget" or not all(cuts))
     for each in requests:
-        rows.set(each.row, geometry, each.num_prompt_tokens)
+        rows.set(each.row, geometry, each.num_prompt_tokens, None)
     for event in range(9):
         computed = [geometry.event_at(each.num_prompt_tokens, event) for each in requests]
         for each, length in zip(requests, computed, strict=True):

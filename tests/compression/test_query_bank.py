@@ -51,7 +51,7 @@ def newest_of_a_head(num_tokens: int, num_queries: int, stride: int, shift: int)
     [(1, 1, 1, 4), (2, 3, 4, 2), (2, 4, 4, 3), (1, 8, 4, 4), (3, 2, 8, 1), (2, 3, 1, 5)],
 )
 @pytest.mark.parametrize("sizes", [[1], [5, 1, 1, 2], [100], [3, 64, 1]])
-def test_chunks_leave_what_token_after_token_would(num_kv_heads, group_size, stride, num_queries, sizes):
+def test_storing_chunks_equals_storing_single_tokens(num_kv_heads, group_size, stride, num_queries, sizes):
     """Three requests of different lengths in one batch; of a chunk longer than the ring only the newest are stored."""
     bank = bank_of(num_queries, num_kv_heads, group_size, stride)
     assert (bank.num_queries, bank.group_size, bank.period) == (num_queries, group_size, num_queries * stride)
@@ -81,7 +81,7 @@ def test_chunks_leave_what_token_after_token_would(num_kv_heads, group_size, str
     assert (bank.queries[0] == 77).all() and (bank.scales[0] == -1).all()  # the other layer
 
 
-def test_one_by_hand():
+def test_one_example_by_hand():
     """Two heads a KV head, stride 4, two entries: the first keeps tokens 3, 7, 11, ..., the second 1, 5, 9, ..."""
     bank = bank_of(2, 1, 2, 4)
     assert bank.shifts.tolist() == [0, 2] == query_shifts(4, 2).tolist()
@@ -119,7 +119,7 @@ def test_a_float32_model_has_its_queries_kept_as_they_are():
     assert bank.num_bytes == 2 * 2 * 4 * (4 * 8 + 2)
 
 
-def test_of_one_request_or_several():
+def test_reading_one_request_equals_reading_several():
     bank = bank_of(3, 2, 2, 1)
     codes = torch.randint(-7, 8, (*bank.scales.shape, HEAD_DIM), generator=torch.Generator().manual_seed(0))
     bank.queries.copy_(codes[..., : HEAD_DIM // 2] + 16 * codes[..., HEAD_DIM // 2 :])
@@ -143,7 +143,7 @@ def test_bytes():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
-def test_a_number_is_off_by_half_a_step_at_most(dtype, size):
+def test_the_error_is_at_most_half_a_step(dtype, size):
     vectors = (size * torch.randn(50, 4, 64, generator=torch.Generator().manual_seed(0))).to(dtype)
     numbers, scales = quantize(vectors)
     assert numbers.dtype == torch.int8 and scales.dtype == torch.bfloat16

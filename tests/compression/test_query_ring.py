@@ -81,7 +81,7 @@ def test_query_positions_equal_simulated_rings(config, num_prompt_tokens, group_
     assert event > 0
 
 
-def test_one_by_hand():
+def test_one_example_by_hand():
     """W=16, U=8, stride 4: an event finds 24 tokens, every fourth with its query, and the ring moved on."""
     config = KvConfig(window_size=16, buffer_size=8, query_stride=4, retention_ratio=0.5)
     geometry = Geometry.from_config(config, 8)
@@ -102,7 +102,7 @@ def test_shifts_by_hand(query_stride, group_size, shifts):
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 16), st.integers(1, 16))
-def test_heads_share_the_tokens_out_evenly(query_stride, group_size):
+def test_tokens_are_shared_evenly_among_the_heads(query_stride, group_size):
     """Every head keeps one token of each stride, and no token is kept by two more heads than another."""
     shifts = query_shifts(query_stride, group_size)
     tokens = np.arange(5 * query_stride, 6 * query_stride)

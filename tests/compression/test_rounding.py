@@ -50,7 +50,7 @@ def test_blocks_of_16_hold_56_tokens_in_4_bits_and_24_in_8(head_dim):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [1, -1], ids=["by channel", "by token"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_error_is_half_a_step_and_what_bfloat16_takes_from_the_scales(bits, dim, dtype):
+def test_the_error_is_at_most_half_a_step_plus_the_rounding_of_the_scales(bits, dim, dtype):
     x = tokens(56, dtype=dtype)
     exact, rounded = x.double(), round_along(x, dim, bits)
     low, high = exact.amin(dim, keepdim=True), exact.amax(dim, keepdim=True)

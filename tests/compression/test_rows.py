@@ -29,9 +29,9 @@ def begin(rows: RequestRows, held: dict[int, int]) -> list[Due]:
 def test_compressions_are_due_where_the_geometry_says() -> None:
     """By hand: prompts of 20 and 100 have 32 and 112 tokens in their blocks, so events at 128, 192, ... and 208."""
     rows, geometry = RequestRows(CONFIG, 4), geometry_of(CONFIG)
-    rows.set(3, geometry, 20)
-    rows.set(1, geometry, 100)
-    rows.set(0, None, 20)
+    rows.set(3, geometry, 20, None)
+    rows.set(1, geometry, 100, None)
+    rows.set(0, None, 20, None)
     assert begin(rows, {1: 127, 3: 127, 0: 500}) == []
     assert begin(rows, {1: 128, 3: 128, 0: 501}) == [Due(1, 3, geometry, 20, 0)]
     # 1.5 blocks of 4 stay: 2 of the first window. Prompt 2, prefix 2 + 2, and the tail starts at block 2 + 4.
@@ -48,7 +48,7 @@ def test_budget_and_a_prompt_that_is_cut() -> None:
     """By hand: the first event at 96 + 64 + 32 + 32 = 224 tokens leaves 32 of the prompt's 96 and 64 others."""
     config = KvConfig(**(BUDGET.to_dict() | {"prompt_budget": 32}))
     rows, geometry = RequestRows(config, 1), geometry_of(config)
-    rows.set(0, geometry, 90)
+    rows.set(0, geometry, 90, None)
     assert begin(rows, {0: 223}) == []
     assert begin(rows, {0: 224}) == [Due(0, 0, geometry, 90, 0)]
     assert rows.columns[[PROMPT, PREFIX, TAIL, EVENTS, REMOVED], 0].tolist() == [2, 6, 12, 1, 96]
@@ -56,14 +56,14 @@ def test_budget_and_a_prompt_that_is_cut() -> None:
     assert rows.columns[[PROMPT, PREFIX, TAIL, EVENTS, REMOVED], 0].tolist() == [2, 6, 14, 2, 128]
 
 
-def test_a_request_that_starts_again_has_nothing_behind_it() -> None:
+def test_a_restarted_request_has_no_compressions() -> None:
     rows, geometry = RequestRows(CONFIG, 1), geometry_of(CONFIG)
-    rows.set(0, geometry, 20)
+    rows.set(0, geometry, 20, None)
     assert len(begin(rows, {0: 128})) == 1
-    rows.set(0, geometry, 20)
+    rows.set(0, geometry, 20, None)
     assert rows.columns[:, 0].tolist() == [0, 0, 0, 0, 32, 0]
     assert begin(rows, {0: 0}) == [] and len(begin(rows, {0: 128})) == 1
-    rows.set(0, None, 20)  # another takes the row, and is not compressed
+    rows.set(0, None, 20, None)  # another takes the row, and is not compressed
     assert begin(rows, {0: 100_000}) == []
 
 
@@ -71,7 +71,7 @@ def test_a_request_that_starts_again_has_nothing_behind_it() -> None:
 def test_a_request_past_a_compression_or_back_before_one_is_refused(computed: int, counts: str) -> None:
     rows, geometry = RequestRows(CONFIG, 2), geometry_of(CONFIG)
     for row in (0, 1):
-        rows.set(row, geometry, 20)
+        rows.set(row, geometry, 20, None)
     if computed == 127:
         begin(rows, {1: 128})
     with pytest.raises(RuntimeError, match=rf"\{{'request in row 1': {counts}\}}.*report it"):
@@ -81,8 +81,8 @@ def test_a_request_past_a_compression_or_back_before_one_is_refused(computed: in
 def test_ratios_of_a_batch_differ() -> None:
     """When an event is due does not depend on the ratio; what is left does."""
     rows, half = RequestRows(CONFIG, 2), geometry_of(CONFIG, 0.5)
-    rows.set(0, half, 1)
-    rows.set(1, geometry_of(CONFIG), 1)
+    rows.set(0, half, 1, None)
+    rows.set(1, geometry_of(CONFIG), 1, None)
     for computed in (112, 176):
         assert [each.row for each in begin(rows, {0: computed, 1: computed})] == [0, 1]
     assert rows.columns[PREFIX].tolist() == [1 + 4, 1 + 3]
@@ -102,7 +102,7 @@ def test_query_codes(computed: dict[int, int], counts: list[int]) -> None:
     period, prompts = 96, {0: 10, 1: 60, 2: 100}
     rows = RequestRows(CONFIG, 3)
     for row, prompt in prompts.items():
-        rows.set(row, geometry_of(CONFIG) if row != 1 else None, prompt)
+        rows.set(row, geometry_of(CONFIG) if row != 1 else None, prompt, None)
     expected: list[int] = []
     for (row, first), count in zip(computed.items(), counts, strict=True):
         start = -(-prompts[row] // BLOCK_SIZE) * BLOCK_SIZE
@@ -118,7 +118,7 @@ def test_query_codes(computed: dict[int, int], counts: list[int]) -> None:
 
 def test_query_codes_go_around_the_ring() -> None:
     rows = RequestRows(CONFIG, 2)
-    rows.set(1, geometry_of(CONFIG), 16)
+    rows.set(1, geometry_of(CONFIG), 16, None)
     one = np.array([1])
     codes = [int(rows.query_codes(one, np.array([n]), one, 96, 1)[0]) for n in (15, 16, 111, 112, 16 + 960)]
     assert codes == [-1, 96, 96 + 95, 96, 96]
@@ -160,7 +160,7 @@ def test_a_row_is_free_again_once_its_request_is_released() -> None:
     assert sorted(running) == ["a", "c"]
 
 
-def test_more_requests_than_seats_are_refused_by_name() -> None:
+def test_more_requests_than_rows_are_refused_by_name() -> None:
     running = RunningRequests(1)
     running.admit("a")
     with pytest.raises(RuntimeError, match=r"request b is scheduled while max_num_seqs=1 others are running: \['a'\]"):

@@ -44,7 +44,7 @@ def test_flags_win_over_additional_config_where_one_of_them_is_a_preset(theirs: 
     assert (merged["survivor_bits"], merged["retention_ratio"]) == (4, 0.4375)
 
 
-def test_no_options_at_all_turn_compression_on() -> None:
+def test_compression_is_on_without_options() -> None:
     assert merge_options(None, {}) == {"kvllm": KvConfig().to_dict()}
 
 
@@ -85,7 +85,7 @@ class TestServe:
         assert argv[:-2] == ["serve", "m", "--config", str(file)]
         assert json.loads(argv[-1])["kvllm"]["window_size"] == 128
 
-    def test_a_wrong_option_in_additional_config_is_refused_here(
+    def test_a_wrong_option_in_additional_config_is_refused(
         self, served: Any, capsys: pytest.CaptureFixture[str]
     ) -> None:
         with pytest.raises(SystemExit) as exit:
@@ -93,7 +93,7 @@ class TestServe:
         assert exit.value.code == 2
         assert capsys.readouterr().err.strip().endswith("did you mean 'window_size'?")
 
-    def test_no_flag_of_ours_is_one_of_vllms(self) -> None:
+    def test_our_flags_do_not_clash_with_vllms(self) -> None:
         pytest.importorskip("vllm")
         from dataclasses import fields
 

@@ -203,39 +203,47 @@ def part_of(group: int, lengths: list[int], larger: bool) -> Any:
 @pytest.mark.parametrize("num_parts, larger", [(1, False), (2, False), (1, True)])
 @pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("real", [False, True])
-def test_the_v2_runner_gives_each_group_its_lengths(num_parts: int, real: bool, capture: bool, larger: bool) -> None:
+@pytest.mark.parametrize("num_padding", [0, 2])
+def test_the_v2_runner_gives_each_group_its_lengths(
+    num_parts: int, real: bool, capture: bool, larger: bool, num_padding: int
+) -> None:
     """Ours the physical ones, in a real batch; the others those of the text. Through vLLM's own code.
 
-    Where the allocator's blocks are larger, our group gets the table of the kernels' blocks, not mapped again.
+    Where the allocator's blocks are larger, our group gets the table of the kernels' blocks, not mapped again. A full
+    graph may have been captured for more requests: the rows of padding have length 0.
     """
+    padding = [0] * num_padding
+    num_rows = 2 + num_padding
     state: Any = object.__new__(KvModelState)
     state.supports_mm_inputs, state.encoder_cache = False, None
     state.model_config = SimpleNamespace(max_model_len=512)
     state.parts = [part_of(1, [200, 90, 0, 0], larger), part_of(2, [150, 90, 0, 0], larger)][:num_parts]
-    logical = torch.tensor([300, 90], dtype=torch.int32)
+    logical = torch.tensor([300, 90, *padding], dtype=torch.int32)
+    starts = np.minimum(np.arange(num_rows + 1), 2).astype(np.int32)
     batch: Any = SimpleNamespace(
-        num_reqs=2, num_tokens=2, num_reqs_after_padding=2, num_tokens_after_padding=2, max_query_len=1,
-        query_start_loc_np=np.arange(3, dtype=np.int32), query_start_loc=torch.arange(3, dtype=torch.int32),
+        num_reqs=2, num_tokens=2, num_reqs_after_padding=num_rows, num_tokens_after_padding=num_rows, max_query_len=1,
+        query_start_loc_np=starts, query_start_loc=torch.from_numpy(starts),
         seq_lens=logical, seq_lens_cpu_upper_bound=logical.clone(), dcp_local_seq_lens=None,
         dcp_local_seq_lens_cpu_upper_bound=None, positions=None, is_prefilling_np=np.zeros(2, bool), prompt_lens=None,
         idx_mapping_np=np.arange(2), fast_prefill=None, num_scheduled_tokens=np.ones(2, np.int64), pcp=None,
     )  # fmt: skip
     state.prepared = batch if real else None
-    tables = tuple(torch.full((2, 4), i) for i in range(3))
+    tables = tuple(torch.full((num_rows, 4), i) for i in range(3))
     ours = Group("b")
     made = state.prepare_attn(
-        batch, CUDAGraphMode.NONE, tables, torch.zeros(3, 2), [[Group("a")], [ours], [Group("c")]],
-        cache_config(WINDOW, FULL, WINDOW), capture,
+        batch, CUDAGraphMode.FULL if padding else CUDAGraphMode.NONE, tables, torch.zeros(3, num_rows),
+        [[Group("a")], [ours], [Group("c")]], cache_config(WINDOW, FULL, WINDOW), capture,
     )  # fmt: skip
     assert set(made) == {"a", "b", "c"}
     expected = {"a": [300, 90], "b": [200, 90], "c": [150, 90] if num_parts == 2 else [300, 90]}
     for i, (name, physical) in enumerate(expected.items()):
-        lengths = physical if real else [300, 90]
+        lengths = [*(physical if real else [300, 90]), *padding]
         common = made[name]
+        assert common.num_reqs == num_rows
         assert common.seq_lens.tolist() == lengths == common.seq_lens_cpu_upper_bound.tolist()
         assert common.max_seq_len == (512 if capture else lengths[0])
         if larger and name == "b":
-            assert torch.equal(common.block_table_tensor, state.parts[0].kernel_table[:2])
+            assert torch.equal(common.block_table_tensor, state.parts[0].kernel_table[:num_rows])
             assert common.block_table_tensor.data_ptr() == state.parts[0].kernel_table.data_ptr()
             assert ours.kernel_block_size is None
         else:

@@ -95,7 +95,7 @@ def cached_blocks(llm: Any) -> dict[int, bytes]:
     return found
 
 
-def test_no_block_that_others_can_see_is_written(llm: Any) -> None:
+def test_shared_blocks_are_never_written(llm: Any) -> None:
     """Invariant 4: prefix-cached blocks keep their contents while requests that share them are compressed."""
     prompt = small_words(100, seed=2)
     run(llm, {"first": (prompt, params(4))}, lambda: None)

@@ -102,7 +102,7 @@ def test_requests_equal_the_reference_through_chunks_preemption_and_cache_hits(
 
 
 @each
-def test_a_plan_s_blocks_are_the_engine_s(name: str, served: Served) -> None:
+def test_the_plan_counts_the_blocks_of_the_engine(name: str, served: Served) -> None:
     """Groups, bytes and queries by the config alone, and what one request holds at its peak."""
     scheduler, config = scheduler_of(served.llm), config_of(name)
     planned = footprint(MODELS[name].config(), config, 8, max_model_len=MAX_MODEL_LEN)

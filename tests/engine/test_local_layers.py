@@ -82,7 +82,7 @@ def test_a_prefix_cache_hit_and_a_request_that_is_not_compressed(name: str, serv
 
 
 @each
-def test_what_all_groups_together_can_not_hold_is_refused(name: str, served: Served) -> None:
+def test_a_request_too_long_for_all_groups_together_is_refused(name: str, served: Served) -> None:
     """The refusal names the longest request that fits; one of that length is served."""
     prompt = [*prompts()[2], *prompts()[0]]
     needed = NUM_BLOCKS[name] + 1
@@ -98,7 +98,7 @@ def test_what_all_groups_together_can_not_hold_is_refused(name: str, served: Ser
 
 
 @each
-def test_a_plan_s_blocks_are_the_engine_s(name: str, served: Served) -> None:
+def test_the_plan_counts_the_blocks_of_the_engine(name: str, served: Served) -> None:
     scheduler = scheduler_of(served.llm)
     planned = footprint(FAMILIES[name].config(), CONFIG, 8, max_model_len=MAX_MODEL_LEN)
     cache = scheduler.kv_cache_config

@@ -50,7 +50,7 @@ def test_a_report_has_what_was_added_since_the_last_one() -> None:
     assert "kv_tokens_kept" not in second, "a counter that stands still is not sent"
 
 
-def test_a_report_survives_the_way_to_the_front_end_and_leaves_no_trace() -> None:
+def test_a_report_reaches_the_front_end_intact_and_is_removed_there() -> None:
     stats = stats_with({"windows_compressed": 2, "compression_seconds": 0.5}, encoder={"hits": 1})
     sent = MsgpackEncoder().encode(EngineCoreOutputs(scheduler_stats=stats))
     received = MsgpackDecoder(EngineCoreOutputs).decode(sent).scheduler_stats
@@ -97,7 +97,7 @@ def test_two_api_servers_add_up(tmp_path: Path) -> None:
     lambda state: SimpleNamespace(kv_compressor=SimpleNamespace(state=state)),
     lambda state: SimpleNamespace(model_state=SimpleNamespace(compression=state)),
 ], ids=["V1", "V2"])  # fmt: skip
-def test_seconds_travel_with_the_output_of_a_step(runner_of: Any) -> None:
+def test_compression_time_is_sent_with_the_output_of_a_step(runner_of: Any) -> None:
     watch = Stopwatch("cpu")
     worker = SimpleNamespace(model_runner=runner_of(SimpleNamespace(stopwatch=watch)))
     with watch.running():

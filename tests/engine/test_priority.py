@@ -34,7 +34,7 @@ def llm(small_model_dir: Path) -> Any:
         yield made
 
 
-def test_better_priorities_arrive_while_all_seats_are_taken(
+def test_urgent_requests_arrive_while_all_rows_are_taken(
     llm: Any, small_reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a preempted request waits, its row belongs to another request."""

@@ -48,7 +48,7 @@ def test_new_blocks_are_zeroed_in_the_kernels_blocks() -> None:
     assert zeroed == [2, 3, 8, 9, 5]
 
 
-def test_admission_looks_ahead_as_far_as_a_block() -> None:
+def test_admission_looks_one_block_ahead() -> None:
     """One request gains two blocks and gives one back, the other ends."""
     gained = np.array([0] * 4 + [1] * 8 + [2] * 3 + [1] * 2)
 

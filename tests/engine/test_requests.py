@@ -180,7 +180,7 @@ def test_the_allowed_geometries_are_all_that_a_request_can_have(model_dir: Path,
 # ------------------------------------------------------------------ what fits
 
 
-def test_a_max_tokens_that_was_left_out_is_capped_by_what_fits(model_dir: Path) -> None:
+def test_an_answer_without_max_tokens_is_capped_to_what_fits(model_dir: Path) -> None:
     """None is what `LLM.generate` passes on, the rest of `max_model_len` what vLLM's server fills in."""
     arrive = arrival(vllm_config(model_dir, request_ratios="1.0"))
     for left_out in (None, 1024 - 500):
@@ -225,7 +225,7 @@ def test_a_cap_below_min_tokens_is_refused_under_that_name(model_dir: Path) -> N
 
 @pytest.mark.parametrize("max_tokens", [None, 5, 1024 - 711])
 @pytest.mark.parametrize("ratio", [None, 1.0])
-def test_a_prompt_that_cannot_fit_is_refused_as_that(
+def test_a_prompt_that_cannot_fit_is_refused_for_its_length(
     model_dir: Path, ratio: float | None, max_tokens: int | None
 ) -> None:
     arrive = arrival(vllm_config(model_dir, request_ratios="1.0"))
@@ -246,7 +246,7 @@ def test_the_refusal_of_a_request_says_what_would_fit(model_dir: Path) -> None:
     assert arrive(20, ratio=1.0, max_tokens=684).max_tokens == 684 and arrive(20, ratio=0.5, max_tokens=780)
 
 
-def test_no_ratio_is_proposed_where_none_would_help(model_dir: Path) -> None:
+def test_no_ratio_is_suggested_if_none_would_help(model_dir: Path) -> None:
     arrive = arrival(vllm_config(model_dir, max_model_len=4096))
     _, message = refusal(arrive, 20, max_tokens=3000)
     assert "kv_retention_ratio" not in message

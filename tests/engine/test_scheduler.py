@@ -157,7 +157,7 @@ def test_blocks_follow_the_layout_whatever_happens(make: Callable[..., Any], kvl
         assert kept + evicted == stats["num_windows_compressed"] * SIZES["window_size"]
 
 
-def test_reports_come_now_and_then_and_miss_nothing(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_periodic_reports_miss_nothing(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, clock = make(200, 4), [0.0]
     monkeypatch.setattr("kvllm.engine.metrics.time.monotonic", lambda: clock[0])
     scheduler.add_request(request("0", 20, 300))

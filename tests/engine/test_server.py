@@ -142,12 +142,12 @@ def test_usage_says_what_was_kept_when_asked(client: Any) -> None:
             assert usage.kv_cache == expected, case
 
 
-def test_usage_says_nothing_of_it_unasked(client: Any) -> None:
+def test_usage_does_not_mention_it_unless_asked(client: Any) -> None:
     answer = client.completions.create(model="small", prompt="Hello", max_tokens=4)
     assert not hasattr(answer.usage, "kv_cache")
 
 
-def test_a_line_in_the_log_for_each_answer_on_demand(client: Any, log: Path) -> None:
+def test_each_answer_is_logged_on_demand(client: Any, log: Path) -> None:
     body = {"ignore_eos": True, "request_id": "logged", "vllm_xargs": {"kv_method": "random"}}
     answer = client.completions.create(model="small", prompt="Hello", max_tokens=140, extra_body=body)
     assert answer.id == "cmpl-logged"
@@ -188,7 +188,7 @@ def ask(client: Any, api: str, num_words: int, max_tokens: int | None, **xargs: 
 
 
 @pytest.mark.parametrize("api, num_words", [("chat", 1150), ("completions", 1270)])
-def test_a_max_tokens_that_was_left_out_ends_where_the_pool_does(client: Any, api: str, num_words: int) -> None:
+def test_an_answer_without_max_tokens_ends_where_the_pool_does(client: Any, api: str, num_words: int) -> None:
     """The completions API uses a max_tokens of 16 if a request has none."""
     answer = ask(client, api, num_words, None)
     assert answer.choices[0].finish_reason == "length"
@@ -196,7 +196,7 @@ def test_a_max_tokens_that_was_left_out_ends_where_the_pool_does(client: Any, ap
 
 
 @pytest.mark.parametrize("api", ["chat", "completions"])
-def test_a_prompt_that_cannot_fit_is_refused_as_that(client: Any, api: str) -> None:
+def test_a_prompt_that_cannot_fit_is_refused_for_its_length(client: Any, api: str) -> None:
     for max_tokens in (None, 5):
         with pytest.raises(openai.BadRequestError, match=f"prompt of .* at most {POOL - 1} tokens") as error:
             ask(client, api, 1300, max_tokens)

@@ -107,7 +107,7 @@ def gpu_config(model_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, **o
         (4, "bfloat16", "auto", None),
     ],
 )
-def test_what_gpus_pack(
+def test_survivors_that_gpus_can_pack(
     bits: int, dtype: str, cache_dtype: str, message: str | None, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = gpu_config(model_dir, monkeypatch, dtype, survivor_bits=bits, retention_ratio=0.4375)
@@ -162,7 +162,7 @@ def test_gpus_pack_nothing_beside_layer_budgets(model_dir: Path, monkeypatch: py
         prepare(config)
 
 
-def test_fewer_sequences_where_the_queries_of_vllms_default_would_take_the_memory(
+def test_max_num_seqs_is_lowered_if_the_query_bank_would_be_too_large(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, vllm_log: pytest.LogCaptureFixture
 ) -> None:
     default = vllm_config(model_dir, {}).scheduler_config.max_num_seqs

@@ -26,7 +26,9 @@ def vllm_config(model_dir: Path) -> Any:
     ).create_engine_config()  # fmt: skip
 
 
-def test_how_many_fit_and_what_the_bank_takes(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_says_how_many_requests_fit_and_the_size_of_the_bank(
+    vllm_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = kv_config(vllm_config)
     assert config is not None
     bank = QueryBank.allocate(30, 16, 24, 9, 3, 64, 4, vllm_config.model_config.dtype, device="meta").num_bytes
@@ -54,11 +56,11 @@ def test_how_many_fit_and_what_the_bank_takes(vllm_config: Any, monkeypatch: pyt
         ({"retention_ratio": 1.0, "request_ratios": "0.5"}, "compression is off"),
     ],
 )  # fmt: skip
-def test_what_is_on(options: dict[str, Any], said: str) -> None:
+def test_the_log_says_what_is_on(options: dict[str, Any], said: str) -> None:
     assert said in startup.what_is_on(KvConfig(**options))
 
 
-def test_what_requests_may_ask() -> None:
+def test_the_log_says_what_requests_may_choose() -> None:
     assert "not choose a kv_retention_ratio other" in startup.what_requests_may_ask(KvConfig())
     text = startup.what_requests_may_ask(KvConfig(request_ratios="0.2-0.5,1.0"))
     assert text.endswith("0.2-0.5, 1.0 in vllm_xargs; the default is 0.3.")

@@ -112,7 +112,7 @@ def test_a_cache_beside_attention_is_refused_and_a_layer_without_one_left_alone(
         compressed_layers(config_of(a=layer(), **{"model.indexer": Cache(SPEC)}))
 
 
-def test_layers_that_look_back_less_far_are_left_alone() -> None:
+def test_layers_with_shorter_attention_are_left_alone() -> None:
     """Any head sizes are served; a KV cache shared with another layer, or attention that is not causal, is refused."""
     window = layer(sliding_window=MAX_MODEL_LEN - 1, num_kv_heads=4, head_size_v=16, impl={"chunk_lookback": 1})
     chunked = ChunkedLocalAttention.__new__(ChunkedLocalAttention)
@@ -140,7 +140,7 @@ def test_only_full_attention_gets_our_spec() -> None:
 
 
 @pytest.mark.parametrize("cpu", [True, False])
-def test_a_window_that_no_text_outgrows_is_taken_away(cpu: bool) -> None:
+def test_a_window_longer_than_any_text_is_removed(cpu: bool) -> None:
     window = MAX_MODEL_LEN - 1 if cpu else (MAX_MODEL_LEN - 1, 0)
     made = layer(sliding_window=MAX_MODEL_LEN, impl={"sliding_window": window})
     assert compressed_layers(config_of(a=made)) == {"a": made}

@@ -48,7 +48,7 @@ def test_equals_reference(model_dir: Path, reference_model: Any) -> None:  # noq
     llm.llm_engine.engine_core.shutdown()
 
 
-def test_beside_layers_that_look_back_less_far(tmp_path: Path) -> None:
+def test_beside_layers_with_shorter_attention(tmp_path: Path) -> None:
     kinds = ["sliding_attention", "full_attention"] * 2
     folder = save_random_model(tmp_path, Exaone4Config, sliding_window=128, layer_types=kinds)
     config = replace(CONFIG, retention_ratio={"1": 0.75, "3": 0.3})

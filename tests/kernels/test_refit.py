@@ -96,7 +96,7 @@ def test_a_strong_ridge_only_moves(dtype, device):
     assert_close(actual, expected, dtype)
 
 
-def test_queries_that_look_nowhere_change_no_key(device):
+def test_queries_that_see_no_key_change_no_key(device):
     """Zeros, as in the bank of an engine that only compiles: attention is even, and no shift can change it."""
     bank, starts, blocks, actual = make(64, 4, 2, 64, torch.float32, device)
     bank.queries.zero_()

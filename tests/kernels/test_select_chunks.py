@@ -28,7 +28,7 @@ def test_all_equal_keeps_the_earliest(value, device):
     assert select_chunks(scores, 5, 8, 0.5).tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
-def test_either_zero_is_the_same(device):
+def test_positive_and_negative_zero_are_equal(device):
     scores = torch.tensor([[0.0, -0.0, 0.0, -0.0, 1.0, -1.0]], device=device)
     assert select_chunks(scores, 4, 1, 0.5).tolist() == [[0, 1, 2, 4]]
 

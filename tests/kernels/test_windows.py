@@ -37,7 +37,7 @@ def test_gather_window(block_size, num_kv_heads, head_dim, kv_dtype, dtype, toke
         torch.testing.assert_close(a, e, rtol=0, atol=0)  # a copy, or one product in float32: exact
 
 
-def test_gathered_tokens_are_the_cache_s(device):
+def test_gathered_tokens_equal_those_of_the_cache(device):
     """The reference against the meaning of a block table, token by token."""
     cache, blocks = make(16, 2, 64, torch.bfloat16, True, device)
     keys, values = gather_window_ref(blocks, cache, torch.float32)

@@ -266,7 +266,7 @@ def test_plan_of_a_mixed_batch(device: str) -> None:
         (2, geometry, 5, 12, 1), (0, geometry, 3, 0, 40), (1, None, 5, 12, 2),
     ]  # fmt: skip
     for row, own, prompt, _, _ in rows:
-        state.rows.set(row, own, prompt)
+        state.rows.set(row, own, prompt, None)
     order, computed, counts = (np.array([r[i] for r in rows]) for i in (0, 3, 4))
     table = torch.zeros(3, MAX_BLOCKS, dtype=torch.int32, device=device)
     assert state.begin_step(order, computed, ["a", "b", "c"], table).tolist() == [0, 0, 0]
@@ -288,7 +288,7 @@ def test_a_request_that_skips_a_compression_is_an_error(device: str) -> None:
     state = WorkerState(config, Layers([0], 2, 1, 8, torch.float32), None, MAX_REQS, 64, device)
     geometry = Geometry.from_config(config, BLOCK_SIZE)
     assert geometry is not None
-    state.rows.set(1, geometry, 5)
+    state.rows.set(1, geometry, 5, None)
     late = np.array([geometry.event_at(5, 1)])
     with pytest.raises(RuntimeError, match=r"\{'late': \(0, 2\)\}"):
         state.rows.begin_step(np.array([1]), late, ["late"])

@@ -55,7 +55,7 @@ def held(events: list[Event], num_tokens: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_heads_that_hold_tokens_are_as_many_as_the_layout_says(case: str) -> None:
+def test_as_many_heads_hold_tokens_as_the_layout_says(case: str) -> None:
     config, events = events_of(case)
     geometry = Geometry.from_config(config, BLOCK_SIZE)
     assert geometry is not None and len(events) >= 3

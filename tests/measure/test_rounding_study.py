@@ -51,7 +51,7 @@ def test_16_bits_are_not_rounded():
 
 @pytest.mark.parametrize("dim", [1, -1])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_fits_have_the_less_error_the_more_they_do(bits, dim):
+def test_more_refitting_leaves_less_error(bits, dim):
     x = torch.randn(2, 56, 3, 64, generator=torch.Generator().manual_seed(0)) ** 3  # heavy tails
     error = [
         (study.RoundedKara(fit=fit).round_trip(x, dim, bits) - x).square().sum(dim)
@@ -61,7 +61,7 @@ def test_fits_have_the_less_error_the_more_they_do(bits, dim):
     assert error[2].sum() < 0.9 * error[0].sum()
 
 
-def test_exact_scales_differ_from_stored_ones_by_what_bfloat16_takes():
+def test_exact_scales_differ_from_stored_ones_by_their_rounding_to_bfloat16():
     x = torch.randn(2, 56, 3, 64, generator=torch.Generator().manual_seed(0)) + 10
     exact, stored = (study.RoundedKara(fit=fit).round_trip(x, 1, 4) for fit in ("exact_scales", "range"))
     step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / 15
@@ -76,7 +76,7 @@ def test_groups_of_channels_round_values_apart():
     assert torch.equal(method.rounded_values(x), torch.cat(halves, dim=-1))
 
 
-def test_values_refitted_to_rounded_keys_bring_more_of_the_windows_output():
+def test_values_refitted_to_rounded_keys_restore_more_of_the_windows_output():
     """In 2 bits keys are so wrong that it shows; values are not rounded, to see the refit alone."""
     seen = window()
     options: dict[str, Any] = {"key_bits": 2, "value_bits": 16, "group": 32, "value_ridge": 0.01, "lookahead": 0}

@@ -17,7 +17,7 @@ def window_by_hand() -> Window:
     return replace(window, query_positions=torch.tensor([6, 2, 5]), query_shifts=torch.tensor([0, 2]))
 
 
-def test_places_are_each_head_s_own():
+def test_each_head_has_its_own_query_positions():
     window = window_by_hand()
     assert window.head_query_positions.tolist() == [[6, 2, 5], [4, 0, 3]]
     assert text_positions(window).tolist() == [[[[166, 162, 165], [164, 160, 163]]]]

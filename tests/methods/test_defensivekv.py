@@ -50,7 +50,7 @@ def test_the_kept_tokens_equal_the_stages(name, first_mass, num_kept):
             assert kept[b, h].tolist() == expected
 
 
-def test_both_stages_are_at_work_in_the_test_above():
+def test_the_test_above_uses_both_stages():
     window = WINDOWS["window"]
     _, first = kept_by_loops(window, 0, 0, 12, DefensiveKV(first_mass=0.5))
     assert 0 < first < 12

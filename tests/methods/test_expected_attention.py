@@ -71,7 +71,7 @@ def test_scores_equal_the_definition(name, method):
     torch.testing.assert_close(method.score(window), by_loops(window, method), rtol=2e-4, atol=1e-6)
 
 
-def test_a_head_s_queries_stand_at_its_own_tokens():
+def test_the_queries_of_a_head_are_at_its_own_tokens():
     """What its shifts say of a group makes a difference with the rotation undone, and none without."""
     window = WINDOWS["window"]
     for method, same in ((ExpectedAttention(), True), (ExpectedAttention(rope_theta=100.0), False)):
@@ -79,7 +79,7 @@ def test_a_head_s_queries_stand_at_its_own_tokens():
         assert torch.allclose(scores, unshifted, rtol=1e-3) == same
 
 
-def test_with_rope_theta_only_the_place_before_rope_counts():
+def test_with_rope_theta_only_the_position_before_rope_counts():
     """Queries that are the same vector before RoPE at every position: rotated to future positions, without variance."""
     window = WINDOWS["window"]
     last = torch.full_like(window.query_positions, int(window.query_positions.max()))

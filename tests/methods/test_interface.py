@@ -73,7 +73,7 @@ def test_a_method_is_frozen(method):
         setattr(method, name, 1)
 
 
-def test_top_k_gives_equals_to_the_earlier():
+def test_top_k_breaks_ties_in_favour_of_the_earlier():
     scores = torch.tensor([[[1.0, 3.0, 3.0, 3.0, 0.0, 1.0]]])
     assert top_k(scores, 2).tolist() == [[[1, 2]]]
     assert top_k(scores, 4).tolist() == [[[0, 1, 2, 3]]]

@@ -123,7 +123,7 @@ def test_scores_equal_the_definition(bidirectional, value_norm, moment, num_kv_h
     ],
     ids=["halves", "interleaved", "partial", "partial interleaved"],
 )
-def test_queries_are_rotated_to_where_those_to_come_will_stand(rope, shifts, lookahead):
+def test_queries_are_rotated_to_future_positions(rope, shifts, lookahead):
     shifts = None if shifts is None else torch.tensor(shifts)
     window = replace(random_window(), rope=rope, query_shifts=shifts)
     kara = Kara(lookahead=lookahead, keydiff_power=0.0, attention_floor=0.0)
@@ -144,7 +144,7 @@ def test_distances_by_hand():
     assert ahead_distances(positions, None, 1).flatten().tolist() == [5, 1, 17, 13, 9]
 
 
-def test_places_ahead_cover_the_range_evenly():
+def test_future_positions_cover_the_range_evenly():
     positions = torch.randperm(64, generator=torch.Generator().manual_seed(0)) * 4
     ahead = (ahead_distances(positions, None, 300)[:, 0] - (positions.max() - positions)).sort().values
     assert ahead.min() == 1 and ahead.max() <= 300
@@ -175,7 +175,7 @@ def test_with_a_high_floor_attention_does_not_matter():
     torch.testing.assert_close(scores, expected.float(), rtol=1e-4, atol=1e-6)
 
 
-def test_of_keys_all_alike_none_is_distinct():
+def test_identical_keys_are_not_distinct():
     window = random_window()
     alike = replace(window, keys=window.keys[:, :1].expand_as(window.keys))
     scores = Kara().score(alike)
@@ -205,7 +205,7 @@ def test_a_key_is_judged_by_the_queries_before_it_only_when_bidirectional():
 
 
 @pytest.mark.parametrize("moment", ["mean", "rms"])
-def test_in_the_causal_ablation_a_head_sees_up_to_where_its_own_query_stands(moment):
+def test_in_the_causal_ablation_a_head_sees_keys_up_to_its_own_query(moment):
     window = replace(random_window(), query_shifts=torch.tensor([0, 2, 3]))
     kara = Kara(bidirectional=False, moment=moment, keydiff_power=0.0, attention_floor=0.0)
     assert_scores_close(kara.score(window), scores_by_loops(window, False, True, moment))

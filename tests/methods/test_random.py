@@ -26,7 +26,7 @@ def test_the_hash_is_lowbias32():
     assert mix(torch.tensor(numbers)).tolist() == [lowbias32(x) for x in numbers]
 
 
-def test_scores_follow_from_seed_layer_head_and_place_alone():
+def test_scores_depend_only_on_seed_layer_head_and_position():
     scores = Random(seed=3).score(WINDOW)
     for b, head, t in [(0, 0, 0), (3, 2, 1999), (1, 1, 77)]:
         state = lowbias32(int(WINDOW.layers[b]) + lowbias32(3))
@@ -35,7 +35,7 @@ def test_scores_follow_from_seed_layer_head_and_place_alone():
         assert scores[b, head, t] == (draw >> 8) / 2**24
 
 
-def test_a_token_keeps_its_draw_wherever_it_lies():
+def test_the_draw_of_a_token_does_not_depend_on_its_window():
     """The last 500 tokens as a window of their own: the same scores."""
     tail = replace(WINDOW, keys=WINDOW.keys[:, 1500:], positions=WINDOW.positions[..., 1500:])
     assert torch.equal(Random().score(tail), Random().score(WINDOW)[..., 1500:])

@@ -49,7 +49,7 @@ def test_as_many_steps_as_columns_are_least_squares_with_rows_of_zeros_below():
     torch.testing.assert_close(solved(rows, targets, 0.3, steps=20), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_every_step_comes_nearer():
+def test_every_step_reduces_the_error():
     rows, targets = random_problem()
     reached = [objective(rows, targets, 0.3, solved(rows, targets, 0.3, steps)) for steps in range(5)]
     assert torch.equal(reached[0], targets.square().sum(dim=1))
@@ -82,7 +82,7 @@ def test_nothing_to_solve_leaves_zeros():
     assert torch.equal(solved(torch.eye(2), done, 1.0), done / 2)
 
 
-def test_shifted_keys_win_back_the_weight_of_the_window():
+def test_shifted_keys_restore_the_weight_of_the_window():
     window = few_queries(3)  # fewer than dimensions, so that a shift can serve them all
     indices = kept_of(window)
     keys, _ = refitted(window, indices, 1e-6, 0)
@@ -93,7 +93,7 @@ def test_shifted_keys_win_back_the_weight_of_the_window():
 
 
 @pytest.mark.parametrize("key_ridge", [0.0, 1e-6])
-def test_refitted_values_bring_what_the_window_brought(key_ridge):
+def test_refitted_values_restore_the_output_of_the_window(key_ridge):
     window = few_queries(3)  # fewer than kept tokens
     indices = kept_of(window)
     keys, values = refitted(window, indices, key_ridge, 1e-6)  # the keys shifted or not

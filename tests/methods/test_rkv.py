@@ -35,7 +35,7 @@ def test_scores_equal_the_definition(name, threshold, weight):
     torch.testing.assert_close(method.score(window), per_head(window, score), rtol=1e-5, atol=1e-7)
 
 
-def test_of_many_alike_the_newest_is_spared():
+def test_the_newest_of_similar_tokens_is_spared():
     window = random_window(batch=1, num_tokens=20, num_kv_heads=1, head_dim=32)
     window.keys[0, [3, 8, 15], 0] = window.keys[0, 3, 0].clone()
     redundant = redundancy(window.keys[0], 0.5)[0]

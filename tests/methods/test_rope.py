@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from kvllm.methods.rope import Rope, frequencies, unrotate
 
 
-def test_it_undoes_the_rotation_of_transformers():
+def test_unrotating_inverts_the_rotation_of_transformers():
     config = LlamaConfig(
         hidden_size=32,
         num_attention_heads=2,

@@ -35,7 +35,7 @@ def test_scores_equal_the_definition(num_observed, kernel_size, num_kv_heads, gr
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_only_the_newest_queries_count_whatever_their_slot():
+def test_only_the_newest_queries_count_in_any_order():
     window = random_window()
     scores = SnapKV(num_observed=2).score(window)
     older = window.query_positions.argsort()[:-2]

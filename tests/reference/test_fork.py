@@ -16,7 +16,7 @@ from tests.reference.models import text, tiny_config, tiny_model
 CONFIG = KvConfig(window_size=32, buffer_size=12, query_stride=4, retention_ratio=0.5)
 
 
-def test_a_fork_goes_on_as_a_request_of_its_own_and_leaves_the_first_alone():
+def test_a_fork_is_independent_of_the_request_it_was_made_from():
     model, token_ids = tiny_model("qwen3"), text(150)
     expected, full = replay(model, token_ids, 21, CONFIG), replay(model, token_ids, 21)
     request = Request(model, 21, max_queries=48)

@@ -33,7 +33,7 @@ KINDS = [("gpt_oss", SLIDING), ("gemma3_text", SLIDING), ("exaone4", SLIDING), (
 
 
 @pytest.mark.parametrize("kind, options", KINDS, ids=[kind for kind, _ in KINDS])
-def test_uncompressed_it_is_transformers_own_answer(kind: str, options: dict[str, Any]) -> None:
+def test_uncompressed_answers_are_those_of_transformers(kind: str, options: dict[str, Any]) -> None:
     """In steps of several lengths, so that masks of rows in the middle count."""
     model, ids = tiny_model(kind, **options), text(90)
     with torch.inference_mode():

@@ -84,7 +84,7 @@ def interrupted(server: Server, act: Act) -> tuple[list[str | None], list[str | 
 
 
 @pytest.mark.parametrize("act", [pause, empty_prefix_cache, reload_weights])
-def test_answers_go_on_as_if_nothing_had_happened(admin_server: Server, act: Act) -> None:
+def test_answers_continue_unchanged(admin_server: Server, act: Act) -> None:
     alone, together = interrupted(admin_server, act)
     assert together == alone
     assert metric(admin_server.url, "vllm:num_requests_running") == 0

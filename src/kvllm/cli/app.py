@@ -128,13 +128,12 @@ def serve(
     All flags of `vllm serve` are accepted too (`vllm serve --help=all` lists them). Entries of --additional-config for
     other plugins are preserved.
     """
-    from kvllm.cli.doctor import model_and_rest
     from kvllm.engine import arguments
     from kvllm.support import finding_model
 
     with suggesting_flags(context.args):
-        command = arguments.serve_arguments(context.args, options)
-    with finding_model(model_and_rest(context.args)[0]):
+        model, command = arguments.serve_arguments(context.args, options)
+    with finding_model(model):
         try:
             arguments.run_server(command)
         except OSError as e:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,10 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvllm.cli.options import suggesting_flags
-from kvllm.errors import UsageError, message_of
+from kvllm.cli.offline import start_llm
+from kvllm.errors import UsageError
 from kvllm.layout import ceil_div
-from kvllm.support import finding_model
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -77,21 +75,9 @@ def generate(
     options:   fields of KvConfig; None: stock vLLM
     chat:      wrap the prompt in the model's chat template; None: if it has one
     """
-    # The scheduler's block pool is read after the run, so it must live in this process.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm import LLM, SamplingParams
+    llm = start_llm(arguments, options, console)  # in this process: the scheduler's block pool is read after the run
+    from vllm import SamplingParams
 
-    from kvllm.engine.arguments import engine_args
-
-    with finding_model(None), suggesting_flags(arguments):
-        args = engine_args(arguments, options)
-    with finding_model(args.model):
-        try:
-            with console.status(f"Starting vLLM with {args.model} ..."):
-                llm = LLM.from_engine_args(args)
-        except ValueError as e:
-            raise UsageError(f"the engine refused to start: {' '.join(message_of(e).split())}") from e
     stats = _stock_stats(llm) if options is None else _engine_stats(llm)
     prompt_ids = encode(llm.get_tokenizer(), prompt, chat)
     engine = llm.llm_engine

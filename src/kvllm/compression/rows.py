@@ -49,7 +49,7 @@ class RequestRows:
         self._interval = config.budget_interval if budget else config.window_size
         self._waiting = config.buffer_size + (config.budget_size if budget else 0)
 
-    def set(self, row: int, geometry: Geometry | None, num_prompt_tokens: int, method: str | None = None) -> None:
+    def set(self, row: int, geometry: Geometry | None, num_prompt_tokens: int, method: str | None) -> None:
         """Reset a row for a request that starts, or restarts after preemption.
 
         method: its name; None: the engine's own

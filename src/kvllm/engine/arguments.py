@@ -46,12 +46,16 @@ def check_plugin_is_loaded() -> None:
         )
 
 
-def serve_arguments(arguments: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-    """Arguments for `vllm`: serve, the user's own, and one --additional-config with all merged options."""
+def serve_arguments(arguments: Sequence[str], options: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The model's name, and arguments for `vllm`: serve, the user's own, and one --additional-config with all options.
+
+    SystemExit if vLLM's parser rejects the arguments.
+    """
     check_plugin_is_loaded()
     _, parsed = _parse_serve(["serve", *arguments])
     merged = merge_options(parsed.additional_config, options)
-    return ["serve", *without_additional_config(arguments), ADDITIONAL, json.dumps(merged)]
+    command = ["serve", *without_additional_config(arguments), ADDITIONAL, json.dumps(merged)]
+    return parsed.model_tag or parsed.model, command
 
 
 def serve_engine_args(arguments: Sequence[str], options: Mapping[str, Any]) -> EngineArgs:
@@ -106,7 +110,7 @@ def engine_args(arguments: Sequence[str], options: Mapping[str, Any] | None) -> 
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser(prog="kvllm generate", usage="kvllm generate MODEL --prompt TEXT [options]")
+    parser = FlexibleArgumentParser(prog="kvllm", usage="kvllm COMMAND MODEL [OPTIONS] [vLLM'S ENGINE FLAGS]")
     parser.add_argument("model_tag", metavar="MODEL")
     EngineArgs.add_cli_args(parser)
     parsed = parser.parse_args(list(arguments))

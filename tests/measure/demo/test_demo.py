@@ -38,7 +38,7 @@ def printed(renderable: object) -> str:
     return capture.get()
 
 
-def test_the_pool_is_as_large_as_it_is_said_to_be() -> None:
+def test_the_pool_has_the_stated_size() -> None:
     assert job().num_blocks == 4 * -(-(PROMPT_LEN + 512) // BLOCK_SIZE)
     spec = job("smollm2-135m").spec()
     assert spec.num_gpu_blocks == job().num_blocks + 1 and spec.vllm_args("x")["max_model_len"] == PROMPT_LEN + 513
@@ -77,7 +77,7 @@ def test_a_process_that_fails_names_its_log_and_a_remedy(tmp_path: Path) -> None
     process.end()
 
 
-def test_foreign_lines_do_not_reach_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_of_libraries_does_not_reach_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a library prints to standard output goes to the log."""
     code = (
         "import kvllm.measure.demo.worker as w, os, sys\n"
@@ -143,7 +143,7 @@ def test_a_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures["KvLLM"]["seconds"] == 25.0 and figures["job"]["options"]["window_size"] == 128
 
 
-def test_a_missing_model_is_refused_with_the_way_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_model_is_refused_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvllm.measure.demo.run.check_plugin_is_loaded", lambda: None)
     with pytest.raises(UsageError, match="no model there.*make demo"):
         run(tmp_path, 12, 512, 4, {}, tmp_path / "out", Console())

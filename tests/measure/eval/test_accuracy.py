@@ -91,7 +91,7 @@ def test_stock_vllm_where_only_the_full_cache_is_asked_for():
     assert {k: len(v) for k, v in plan(full, PROBLEMS, 3).items()} == {None: 6}
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
+def test_a_killed_run_continues_where_it_was(tmp_path):
     jobs, log = plan(CASES, PROBLEMS, 1), tmp_path / "log"
     with pytest.raises(KeyboardInterrupt):
         run("sums", jobs, lambda options: Adder(options, fail_after=2), log, None, grade, "test")
@@ -99,7 +99,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
         file.write('{"task": "sums", "problem')  # what a kill leaves
     told: list[tuple[int, int]] = []
     samples = run("sums", jobs, Adder, log, None, grade, "test", lambda *done: told.append(done))
-    assert told == [(i, 8) for i in range(1, 9)]
+    assert told == [(i, 8) for i in range(9)]
     assert len(samples) == len({s.key for s in samples}) == 10 and read_samples(log) == samples
     Adder.started.clear()
     assert run("sums", jobs, Adder, log, None, grade, "test") == samples and not Adder.started
@@ -166,7 +166,7 @@ def test_the_shipped_answers_are_correct_answers():
             assert is_correct(f"Therefore \\boxed{{{problem.answer}}}.", problem.answer), problem
 
 
-def test_regrading_mends_the_log_and_writes_the_results(tmp_path, capsys):
+def test_regrading_corrects_the_log_and_writes_the_results(tmp_path, capsys):
     jobs = plan(CASES[:2], PROBLEMS, 1)
     run("sums", jobs, Adder, tmp_path / "samples.jsonl", None, lambda text, expected: False, "math-verify 0.0")
     kvllm("eval", "grade", str(tmp_path / "samples.jsonl"))

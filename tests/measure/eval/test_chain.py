@@ -62,7 +62,7 @@ def test_answers_are_read_in_the_forms_that_models_use(text, results, entries):
     assert found(text, 2) == (results, entries)
 
 
-def test_recall_is_of_what_the_answer_came_to_right_or_wrong():
+def test_recall_counts_all_results_that_the_answer_reached():
     made = scored(CHECKED + "All answers:\n1: 4\n2: 7", ["4", "3"])
     assert made.correct == (True, False) and made.recalled == (True, False) and made.finished
     made = scored(CHECKED + "All answers:\n1: 4.0\n2: 2", ["4", "3", "1"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kvllm.config import KvConfig
+from kvllm.errors import UsageError
 from kvllm.measure.eval import fidelity
 from kvllm.measure.eval.fidelity import (
     DISTANCES,
@@ -98,8 +99,19 @@ def test_estimates_weigh_rows_and_compare_with_random():
 
 
 def test_too_short_traces_are_refused():
-    with pytest.raises(ValueError, match="no trace is long enough"):
-        measure(tiny_model("llama"), TRACES[2:], cases([{"method": "kara"}], COMMON))
+    """What is needed is what is said to be: a text of that length is compressed for one token, a shorter one is not."""
+    compared = cases([{"method": "kara"}], COMMON)
+    needed = "kara r=0.5, random r=0.5, recent r=0.5: the longest answer has 40 tokens, 62 are needed"
+    with pytest.raises(UsageError, match=needed):
+        measure(tiny_model("llama"), TRACES[2:], compared)
+    with pytest.raises(UsageError, match="has 61 tokens, 62 are needed"):
+        measure(tiny_model("llama"), [Trace("a", text(81), 20)], compared)
+    assert all(len(r.rows["a"].kl) == 1 for r in measure(tiny_model("llama"), [Trace("a", text(82), 20)], compared))
+
+
+def test_a_case_that_compresses_nothing_is_refused():
+    with pytest.raises(UsageError, match="kara r=1: compresses nothing, so nothing is compared; use --ratios"):
+        measure(tiny_model("llama"), TRACES, cases([{"method": "kara", "retention_ratio": 1.0}], COMMON))
 
 
 def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):

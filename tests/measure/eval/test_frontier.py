@@ -77,7 +77,7 @@ def test_bytes_over_life_are_those_held_at_each_step():
     assert turboquant.life == 4 * 1024 + 24 * 2 * 134
 
 
-def test_a_run_that_is_stopped_goes_on_and_gives_what_one_call_would(tmp_path):
+def test_a_stopped_run_continues_and_gives_the_same_as_one_call(tmp_path):
     model, cases, about = tiny_model("llama"), small_grid(), {"model": "tiny"}
     at_once, stopped = Log(None, about), Log(tmp_path / "log", about)
     measure_traces(model, TRACES, cases, 16, at_once)

@@ -62,7 +62,7 @@ def test_sizes_that_no_program_has_are_refused(lines, asked):
         programs.programs(1, lines, asked, np.random.default_rng(0))
 
 
-def test_what_is_right_in_an_answer():
+def test_grading_of_an_answer():
     program = programs.Program("0", PROGRAM, "v5 7 v0 8")
     assert programs.is_correct(ANSWER, program.answer) and programs.lines_right(ANSWER, program) == 1
     wrong = ANSWER.replace("v4 5 ; v5 v4 +2 : v4 5 v5 7", "v4 4 ; v5 v4 +2 : v4 4 v5 6").replace(

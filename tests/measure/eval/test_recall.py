@@ -30,7 +30,7 @@ class Characters:
         return " ".join(str(i) for i in token_ids)
 
 
-def test_the_needle_stands_at_its_depth_and_the_question_at_its_distance():
+def test_the_needle_is_at_its_depth_and_the_question_at_its_distance():
     tokenizer = Characters()
     items = make_items(tokenizer, [100, 300], [0.0, 0.5, 1.0], samples=2)
     assert len(items) == 12
@@ -47,7 +47,7 @@ def test_the_needle_stands_at_its_depth_and_the_question_at_its_distance():
         make_items(tokenizer, [10], [0.5], 1)
 
 
-def test_answers_are_what_generation_after_the_same_text_gives():
+def test_answers_equal_generation_after_the_same_text():
     model, tokenizer = tiny_model("qwen3"), Characters()
     items = [
         Item(100, 0.5, 0, Needle("x", "1"), text(160), 21),

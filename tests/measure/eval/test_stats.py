@@ -8,13 +8,13 @@ import pytest
 from kvllm.measure.eval.stats import bootstrap_ratio, wilson
 
 
-def test_the_ratio_is_of_the_sums():
+def test_the_estimate_is_a_ratio_of_sums():
     estimate = bootstrap_ratio([1.0, 6.0], [1, 2])
     assert estimate.value == pytest.approx(7 / 3)
     assert estimate.low == 1 and estimate.high == 3  # every resample is one of: both the first, both the second, mixed
 
 
-def test_the_interval_holds_the_truth_about_as_often_as_it_says():
+def test_the_interval_contains_the_truth_as_often_as_it_claims():
     rng = np.random.default_rng(1)
     inside = 0
     for i in range(200):
@@ -25,7 +25,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     assert 0.88 <= inside / 200 <= 0.99
 
 
-def test_nothing_to_divide_by_is_not_a_number():
+def test_a_ratio_to_zero_is_not_a_number():
     assert math.isnan(bootstrap_ratio([0.0], [0.0]).value)
     with pytest.raises(ValueError, match="one numerator and one denominator per unit"):
         bootstrap_ratio([1.0], [1.0, 2.0])

@@ -31,7 +31,7 @@ def test_baselines_are_added_once_a_ratio_and_size():
     )
 
 
-def test_nothing_is_evicted_at_a_ratio_of_one_so_no_baseline():
+def test_a_ratio_of_one_has_no_baseline():
     assert [c.label for c in cases([{"retention_ratio": 1.0}])] == ["kara r=1"]
 
 

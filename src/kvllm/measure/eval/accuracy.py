@@ -105,6 +105,8 @@ def run(
     done = {sample.key for sample in samples}
     todo = {options: [job for job in jobs if job.key(task) not in done] for options, jobs in engines.items()}
     total, finished = sum(map(len, todo.values())), 0
+    if total:
+        progress(0, total)
     with log_path.open("a") as log:
         for options, jobs in todo.items():
             if not jobs:

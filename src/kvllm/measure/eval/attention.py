@@ -196,6 +196,7 @@ def measure(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Result:
     result = Result()
+    progress(0, len(traces))
     for i, trace in enumerate(traces, start=1):
         if made := measure_trace(model, trace, config, block_size, later_tokens):
             result.windows[trace.id] = made

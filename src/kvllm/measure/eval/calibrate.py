@@ -53,6 +53,7 @@ def run(
     model = load_model(folder, getattr(torch, dtype), device)
     frequencies, progress = rope_frequencies(model), Progress("traces")
     samples = []
+    progress(0, len(traces))
     for done, trace in enumerate(traces, start=1):
         samples.append(queries_before_rope(model, trace, frequencies, stride))
         progress(done, len(traces))

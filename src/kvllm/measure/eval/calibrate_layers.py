@@ -151,6 +151,7 @@ def observed_preferences(
     """The mean preference of each layer over all events of the traces, by its number."""
     total: dict[int, list[float]] = {}
     progress = Progress("traces")
+    progress(0, len(traces))
     for done, trace in enumerate(traces, start=1):
         request = Request(model, trace.num_prompt_tokens, config, block_size)
         observer = request.method = Observer(request.method, num_observed)

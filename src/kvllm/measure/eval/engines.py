@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rich.console import Console
+
+from kvllm.cli.offline import start_llm
 from kvllm.config import RATIO_KEY
 from kvllm.errors import UsageError
 
@@ -74,12 +77,8 @@ class VllmEngine:
     """vLLM with `options`, fields of KvConfig (None: stock), from MODEL and any of vLLM's engine flags."""
 
     def __init__(self, arguments: Sequence[str], options: Mapping[str, Any] | None, sampling: Sampling) -> None:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        from vllm import LLM
-
-        from kvllm.engine.arguments import engine_args
-
-        self.llm = LLM.from_engine_args(engine_args(arguments, options))
+        # A process of its own: one engine follows another, and the GPU's memory is free when a process ends.
+        self.llm = start_llm(arguments, options, Console(stderr=True), in_process=False)
         self.block_size: int = self.llm.llm_engine.vllm_config.cache_config.block_size
         self.stock = options is None
         self.sampling = sampling

@@ -129,12 +129,25 @@ def measure(
     block_size: int = 16,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Result]:
-    """Replay every case on every trace; calls `progress` after each of the len(traces) * len(cases) replays."""
+    """Replay every case on every trace.
+
+    progress: called at the start and after each of the len(traces) * len(cases) replays
+    Raises UsageError if a case would compress nothing.
+    """
+    if idle := [case.label for case in cases if not case.config.enabled and case.cache == AUTO]:
+        raise UsageError(f"{', '.join(idle)}: compresses nothing, so nothing is compared; use --ratios below 1.")
     # Fail before the first replay, not after the last.
     lengths = [(trace.num_prompt_tokens, len(trace.token_ids) - 1) for trace in traces]
-    if short := [c.label for c in cases if all(first_event(c.config, p, block_size) >= n for p, n in lengths)]:
-        raise UsageError(f"no trace is long enough to be compressed by {', '.join(short)}; use longer traces.")
+    if short := [c for c in cases if all(first_event(c.config, p, block_size) >= n for p, n in lengths)]:
+        needed = max(min(first_event(c.config, p, block_size) - p + 2 for p, _ in lengths) for c in short)
+        longest = max(n + 1 - p for p, n in lengths)
+        raise UsageError(
+            f"no trace is long enough to be compressed by {', '.join(c.label for c in short)}: the longest answer has "
+            f"{longest} tokens, {needed} are needed; use longer traces (`kvllm eval traces --min-tokens`), or smaller "
+            "windows and buffers (--common)."
+        )
     results = [Result(case) for case in cases]
+    progress(0, len(traces) * len(cases))
     for i, trace in enumerate(traces):
         for j, rows in enumerate(measure_trace(model, trace, cases, block_size)):
             if rows is not None:

@@ -91,4 +91,7 @@ def half_of(items: Sequence[T], half: str | None) -> list[T]:
         return list(items)
     if half not in HALVES:
         raise UsageError(f"half={half!r}: must be one of {', '.join(HALVES)}.")
-    return list(items[HALVES.index(half) :: 2])
+    chosen = list(items[HALVES.index(half) :: 2])
+    if not chosen:
+        raise UsageError(f"--half {half}: is empty, since there are {len(items)} in all; leave it out, or use more.")
+    return chosen

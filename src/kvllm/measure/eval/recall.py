@@ -145,6 +145,7 @@ def measure(
 ) -> dict[str, list[Answer]]:
     """Answers to every item by case label; those of the full cache under FULL."""
     answers: dict[str, list[Answer]] = {label: [] for label in (FULL, *(case.label for case in cases))}
+    progress(0, len(items))
     for done, item in enumerate(items, start=1):
         for label, answer in zip(
             answers, answer_item(model, tokenizer, item, cases, block_size, max_tokens), strict=True

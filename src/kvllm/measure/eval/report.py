@@ -21,13 +21,16 @@ def interval(estimate: Estimate, digits: int, scale: float = 1.0) -> str:
 
 
 class Progress:
-    """A progress bar on stderr, redrawn less often if that is not a terminal; call it with (done, total)."""
+    """A progress bar on stderr, redrawn less often if that is not a terminal; call (done, total), first with 0."""
 
     def __init__(self, what: str) -> None:
-        self.bar: Any = tqdm(unit=f" {what}", mininterval=0.5 if sys.stderr.isatty() else 15.0, file=sys.stderr)
+        self.what = what
+        self.bar: Any = None
 
     def __call__(self, done: int, total: int) -> None:
-        self.bar.total = total
+        if self.bar is None:  # not before: an error would stand behind an empty bar
+            interval = 0.5 if sys.stderr.isatty() else 15.0
+            self.bar = tqdm(total=total, unit=f" {self.what}", mininterval=interval, file=sys.stderr)
         self.bar.update(done - self.bar.n)
         if done == total:
             self.bar.close()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
+from kvllm.cli.offline import start_llm
 from kvllm.errors import UsageError
 from kvllm.measure.eval.chains import make_chains
 from kvllm.measure.eval.engines import Question
@@ -47,6 +49,8 @@ def read_traces(path: Path, option: str = "--traces") -> list[Trace]:
             raise UsageError(
                 f"{option} {path}: not a file of `kvllm eval traces` (line {number}: {e}); give a file that it wrote."
             ) from e
+    if not traces:
+        raise UsageError(f"{option} {path}: the file is empty; give one that `kvllm eval traces` wrote.")
     return traces
 
 
@@ -113,16 +117,18 @@ def run(
 
     chain_length: problems per prompt, for answers of thousands of tokens; None: one
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm import LLM
-
-    from kvllm.engine.arguments import engine_args
-
+    if min_tokens > max_tokens:
+        raise UsageError(f"--min-tokens {min_tokens}: no answer is longer than --max-tokens {max_tokens}; use fewer.")
     problems = prompts_of(task, data, num_problems, chain_length)
-    llm = LLM.from_engine_args(engine_args(arguments, None))
+    llm = start_llm(arguments, None, Console(stderr=True))
     made = make_traces(llm, task, problems, max_tokens, min_tokens, temperature, seed)
+    if not made:
+        raise UsageError(
+            f"none of the {len(problems)} answers has --min-tokens {min_tokens}; use more --problems, a model that "
+            "writes longer answers, or fewer --min-tokens."
+        )
     kept = spread(made, num_kept)
     write_traces(out, kept)
-    lengths = [len(trace.token_ids) - trace.num_prompt_tokens for trace in kept]
-    mean = sum(lengths) / max(len(lengths), 1)
-    print(f"{out}: {len(kept)} traces of {mean:.0f} generated tokens, from {len(made)} long enough")
+    mean = sum(len(trace.token_ids) - trace.num_prompt_tokens for trace in kept) / len(kept)
+    print(f"{len(made)} of {len(problems)} answers have {min_tokens} tokens or more.")
+    print(f"{out}: {len(kept)} traces, {mean:.0f} generated tokens on average")

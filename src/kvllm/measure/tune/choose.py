@@ -75,6 +75,7 @@ def measure(
 ) -> None:
     """Fill in each candidate's loss on each text."""
     cases = [Case(config_label(each.config), each.config) for each in found]
+    progress(0, len(texts))
     for done, text in enumerate(texts, start=1):
         for each, rows in zip(found, measure_trace(model, text, cases, block_size, packed=True), strict=True):
             each.lost[text.id] = 0.0 if rows is None else float(rows.kl.sum())

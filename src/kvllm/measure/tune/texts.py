@@ -35,6 +35,7 @@ def read_texts(
         raise UsageError(f"{path}: no text in UTF-8 ({e.reason}); each line is {FORMS}.") from e
     lines = [(number, line) for number, line in enumerate(written, start=1) if line.strip()][:limit]
     texts, progress = [], Progress("texts read")
+    progress(0, len(lines))
     for done, (number, line) in enumerate(lines, start=1):
         try:
             row = json.loads(line)
