@@ -128,7 +128,7 @@ def test_codes_ahead_are_those_of_the_coming_steps() -> None:
     """One request that decodes, one that does so before its ring starts, one that is not compressed."""
     rows = RequestRows(CONFIG, 3)
     for row, geometry in enumerate((geometry_of(CONFIG), geometry_of(CONFIG), None)):
-        rows.set(row, geometry, 16)
+        rows.set(row, geometry, 16, None)
     own, computed = np.array([1, 0, 2]), np.array([12, 100, 40])
     ahead = rows.codes_ahead(own, computed, 20, 96)
     for step, codes in enumerate(ahead):
@@ -139,7 +139,7 @@ def test_codes_ahead_are_those_of_the_coming_steps() -> None:
 def test_next_due_is_where_the_next_compression_happens() -> None:
     rows = RequestRows(CONFIG, 2)
     geometry = geometry_of(CONFIG)
-    rows.set(1, geometry, 10)
+    rows.set(1, geometry, 10, None)
     both = np.array([0, 1])
     for event in range(3):
         due = geometry.event_at(10, event)
