@@ -45,9 +45,12 @@ def backend(case, query, sinks):
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("counts, calls", [([1, 1, 1], 0), ([1, 3, 1], 1)])
-def test_the_backend_attends_only_in_steps_that_prefill(counts, calls, with_sinks, monkeypatch):
+@pytest.mark.parametrize("counts, most_alone, calls", [([1, 1, 1], 3, 0), ([1, 1, 1], 2, 1), ([1, 3, 1], 3, 1)])
+def test_the_backend_attends_only_in_prefill_and_beside_many_requests(
+    counts, most_alone, calls, with_sinks, monkeypatch
+):
     monkeypatch.setattr(engine_packed, "PATCH", SimpleNamespace(apply=lambda: None))
+    monkeypatch.setattr(engine_packed, "MOST_ALONE", most_alone)
     packed, lengths = [2, 1, 0], [20, 33, 7]
     case = Case(BLOCK_SIZE, HEADS, KV_HEADS, HEAD_DIM, torch.float32, False, 0.0, counts, packed, lengths, "cpu", 1)
     sinks = torch.linspace(-1, 2, HEADS) if with_sinks else None
@@ -58,13 +61,14 @@ def test_the_backend_attends_only_in_steps_that_prefill(counts, calls, with_sink
     )  # fmt: skip
     rounding = Rounding(4, packed_block_tokens(BLOCK_SIZE, HEAD_DIM, 4, "auto"))
     survivors = PackedSurvivors([layer], rounding, torch.float32)
+    survivors.start_first()
     most = len(case.batch.survivor_blocks)
     rows = PLAN_ROWS + survivors.plan_rows(most, KV_HEADS)
     plan = torch.zeros(rows, most, dtype=torch.int32)
     survivors.attach(case.cache, case.batch.survivor_blocks, plan)
     host = np.zeros((rows, most), np.int32)
     host[:PLAN_ROWS, : len(counts)] = case.batch.plan[:PLAN_ROWS, : len(counts)].numpy()
-    survivors.write_plan(host, np.array(counts), np.array(lengths))
+    survivors.write_plan(host, np.array(counts), np.array(lengths), len(counts))
     plan.copy_(torch.from_numpy(host))
 
     output = torch.full_like(case.query, torch.nan)

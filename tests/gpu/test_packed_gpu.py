@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 from vllm import LLM
 
 from kvllm.config import KvConfig
+from kvllm.engine import packed
 from kvllm.engine.stats import engine_stats
 from kvllm.errors import UsageError
 from kvllm.reference import generate
@@ -41,11 +42,13 @@ OPTIONS: dict[str, Any] = {"dtype": "bfloat16", "attention_backend": "FLASH_ATTN
 NUM_TOKENS = 700
 
 
-@pytest.fixture(scope="module")
-def llm(model_dir: Path) -> Iterator[LLM]:  # noqa: F811
-    made = start(model_dir, CONFIG, num_gpu_blocks_override=150, **OPTIONS)
-    yield made
-    made.llm_engine.engine_core.shutdown()
+@pytest.fixture(scope="module", params=[packed.MOST_ALONE, 2], ids=["one kernel", "mostly beside the backend"])
+def llm(model_dir: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:  # noqa: F811
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "MOST_ALONE", request.param)
+        made = start(model_dir, CONFIG, num_gpu_blocks_override=150, **OPTIONS)
+        yield made
+        made.llm_engine.engine_core.shutdown()
 
 
 def losses(model: Any, prompts: list[list[int]], outputs: list[list[int]], config: KvConfig | None) -> Tensor:
@@ -65,16 +68,16 @@ def test_outputs_are_the_references(llm: LLM, reference_model: Any) -> None:  # 
     stats = engine_stats(llm)
     assert stats["num_windows_compressed"] >= 5 * len(prompts)
     assert stats["free_kv_blocks"] == stats["num_kv_blocks"]
-    packed = losses(reference_model, prompts, outputs, CONFIG)
+    loss = losses(reference_model, prompts, outputs, CONFIG)
     in_half = copy.deepcopy(reference_model).bfloat16()
     answers = [generate(in_half, p, NUM_TOKENS, CONFIG, ignore_eos=True, packed=True).token_ids for p in prompts]
     own = losses(reference_model, prompts, answers, CONFIG)
     other = losses(reference_model, prompts, outputs, replace(CONFIG, retention_ratio=0.4375))
-    print("packed:", summary(packed), "| reference in bfloat16:", summary(own), "| other survivors:", summary(other))
+    print("packed:", summary(loss), "| reference in bfloat16:", summary(own), "| other survivors:", summary(other))
     # A code that bfloat16 moves is a whole step: the reference in bfloat16 misses its own best token as often.
-    assert packed.mean() < 1.5 * own.mean()
+    assert loss.mean() < 1.5 * own.mean()
     # The figures can tell: they are larger against a reference that keeps other tokens.
-    assert other.mean() > 5 * packed.mean()
+    assert other.mean() > 5 * loss.mean()
 
 
 def test_random_traffic_with_preemption(llm: LLM, reference_model: Any) -> None:  # noqa: F811
@@ -108,10 +111,10 @@ def test_fused_kernels_and_fewer_blocks(model_dir: Path, reference_model: Any) -
     stats = engine_stats(llm)
     # 8 windows, one packed block each, beside prompt, window and buffer.
     assert stats["peak_kv_blocks"] <= 1 + 5 + 2 * (8 + (128 + 32) // 16 + 1)
-    packed = losses(reference_model, prompts, outputs, config)
+    loss = losses(reference_model, prompts, outputs, config)
     random_ = losses(reference_model, prompts, outputs, replace(config, method="random"))
-    print("kara, packed:", summary(packed), "| against random survivors:", summary(random_))
-    assert packed.mean() < random_.mean() / 3
+    print("kara, packed:", summary(loss), "| against random survivors:", summary(random_))
+    assert loss.mean() < random_.mean() / 3
     llm.llm_engine.engine_core.shutdown()
 
 

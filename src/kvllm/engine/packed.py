@@ -1,14 +1,14 @@
 """Packed survivors on GPUs: attention over them, together with prompt and tail.
 
-In a step that computes one token of each request, one kernel reads them all. In other steps, and with an fp8 cache, the
-backend's attention reads prompt and tail, and the two outputs are merged by their log-sum-exps.
+In a step that computes one token for each of a few requests, one kernel reads them all. In other steps, and with an fp8
+cache, the backend's attention reads prompt and tail, and the two outputs are merged by their log-sum-exps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,26 @@ from kvllm.kernels.packed.layout import PackedLayout
 from kvllm.kernels.packed.pack import pack
 from kvllm.kernels.paged import PagedCache
 from kvllm.layout import IntArray, ceil_div
+
+
+class Step(NamedTuple):
+    """How a layer's attention over packed survivors is computed in a step, exactly one of three ways.
+
+    packed:   the arguments of `PackedAttention.attend`
+    alone:    by one kernel, with all plain tokens
+    beside:   at the same time as the backend's
+    prefills: before the backend's
+    """
+
+    packed: tuple[Tensor, Tensor, Tensor, Batch, float]
+    alone: bool
+    beside: bool
+    prefills: bool
+
+
+# Requests in a step that one kernel serves. Two kernels take longer to launch and to merge; side by side they use a GPU
+# better once there is more to read.
+MOST_ALONE = 64
 
 
 class PackedSurvivors:
@@ -55,8 +75,6 @@ class PackedSurvivors:
         first = self.layers[0]
         self.cache, self.survivor_blocks, self.plan = cache, survivor_blocks, plan
         self.programs = plan[PLAN_ROWS + 2 :].view(-1)
-        # FlashAttention multiplies fp8 keys and values without converting them.
-        self.reads_plain = cache.dtype.itemsize > 1
         attention = PackedAttention(
             PackedLayout.of(cache, self.rounding),
             first.num_heads,
@@ -65,7 +83,7 @@ class PackedSurvivors:
             plan.device,
             getattr(first.impl, "logits_soft_cap", None) or 0.0,
         )
-        self.stream = None if self.reads_plain else torch.cuda.Stream(plan.device)
+        self.stream = torch.cuda.Stream(plan.device) if plan.is_cuda else None
         # Compile now, so that the first resumed request does not wait for it.
         nothing = torch.zeros(1, first.num_heads, first.head_size, dtype=self.dtype, device=plan.device)
         quantized = cache.dtype.itemsize == 1 and first.impl.supports_quant_query_input
@@ -76,7 +94,7 @@ class PackedSurvivors:
         empty = Batch(starts, survivor_blocks, plan, self.programs)
         pairs = cache.keys[0], cache.values[0]
         attention.merge(nothing, lse, query, *pairs, empty, 1.0, prefill=True)
-        if self.reads_plain:
+        if self._alone(1):
             attention.decode(nothing, query, *pairs, empty, Plain(survivor_blocks, starts), 1.0, self._sinks(first))
         self.attention = attention
 
@@ -88,17 +106,20 @@ class PackedSurvivors:
     def pack(self, candidates: PagedCandidates, num_kept: int) -> None:
         pack(candidates.blocks, num_kept, self.cache, self.rounding)
 
-    def write_plan(self, plan: npt.NDArray[np.int32], counts: IntArray, lengths: IntArray) -> None:
+    def write_plan(
+        self, plan: npt.NDArray[np.int32], counts: IntArray, lengths: IntArray, num_reqs_padded: int
+    ) -> None:
         """Complete the plan of a step on the host.
 
-        counts:  [num_reqs], tokens of each request in this step
-        lengths: [num_reqs], plain tokens of each request, with this step's
+        counts:          [num_reqs], tokens of each request in this step
+        lengths:         [num_reqs], plain tokens of each request, with this step's
+        num_reqs_padded: requests of the step with padding, as the layers' attention metadata have them
         """
         num_reqs = len(counts)
         packed = plan[PREFIX, :num_reqs].astype(np.int64) - plan[PROMPT, :num_reqs]
         self.resumed = bool((packed[counts > 1] > 0).any())
         plain = np.zeros_like(packed)
-        if self.reads_plain and (counts == 1).all():
+        if self._alone(num_reqs_padded) and (counts == 1).all():
             plain = ceil_div(lengths, self.cache.block_size)
         packed = np.where(counts == 1, packed, 0)
         programs = plan[PLAN_ROWS + 2 :].reshape(-1)
@@ -110,47 +131,81 @@ class PackedSurvivors:
         self.programs.fill_(-1)
         self.resumed = True  # so that the run before a graph capture loads this kernel as well
 
-    def _beside(self) -> AbstractContextManager[Any]:
-        """A second stream, if there is one: neither our kernels nor the backend's fill the GPU until they end."""
+    def _alone(self, num_reqs: int) -> bool:
+        """Whether our kernel reads plain tokens as well, in a step of so many requests with one token each.
+
+        Not in an fp8 cache: FlashAttention multiplies its keys and values without converting them.
+        """
+        return num_reqs <= MOST_ALONE and self.cache.dtype.itemsize > 1
+
+    def start_first(self) -> None:
+        """Start attention over packed survivors before the layers' writes to the cache, on which it does not depend.
+
+        Call it once these writes are part of the layers' `forward`.
+        """
+        for index, layer in enumerate(self.layers):
+            layer.impl.forward = self._starting(layer.impl.forward, index)
+
+    def _starting(self, forward: Callable[..., Any], index: int) -> Callable[..., Any]:
+        def starting_forward(
+            layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any, *args: Any,
+            **kwargs: Any,
+        ) -> Any:  # fmt: skip
+            if attn_metadata is not None and self.attention is not None:
+                step = self._step(index, query, attn_metadata)
+                if step.beside:
+                    # On a second stream: neither our kernels nor the backend's fill the GPU until they end.
+                    with self._second_stream():
+                        self.attention.attend(*step.packed)
+            return forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+
+        return starting_forward
+
+    def _second_stream(self) -> AbstractContextManager[Any]:
         if self.stream is None:
             return nullcontext()
         self.stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.stream)
 
-    @staticmethod
-    def _sinks(layer: Any) -> Tensor | None:
-        sinks: Tensor | None = getattr(layer.impl, "sinks", None)
-        return sinks
+    def _step(self, index: int, query: Tensor, attn_metadata: Any) -> Step:
+        """What a layer's attention does in this step."""
+        batch = Batch(attn_metadata.query_start_loc, self.survivor_blocks, self.plan, self.programs)
+        tokens = query[: attn_metadata.num_actual_tokens]
+        scale = self.layers[index].impl.scale
+        packed = (tokens, self.cache.keys[index], self.cache.values[index], batch, scale)
+        prefills = attn_metadata.max_query_len > 1
+        alone = not prefills and self._alone(len(batch.query_start_loc) - 1)
+        return Step(packed, alone, beside=not prefills and not alone, prefills=prefills)
 
     def _merging(self, forward: Callable[..., Any], index: int) -> Callable[..., Any]:
-        scale = self.layers[index].impl.scale
-
         def merging_forward(
             layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any, output: Tensor,
             *args: Any, **kwargs: Any,
         ) -> Any:  # fmt: skip
             if attn_metadata is None or self.attention is None:
                 return forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-            num_tokens = attn_metadata.num_actual_tokens
-            batch = Batch(attn_metadata.query_start_loc, self.survivor_blocks, self.plan, self.programs)
-            packed = (query[:num_tokens], self.cache.keys[index], self.cache.values[index], batch, scale)
-            prefills = attn_metadata.max_query_len > 1
-            if self.reads_plain and not prefills:
-                plain = Plain(attn_metadata.block_table, attn_metadata.seq_lens)
-                self.attention.decode(output[:num_tokens], *packed[:-1], plain, scale, self._sinks(self.layers[index]))
+            step = self._step(index, query, attn_metadata)
+            own_output = output[: attn_metadata.num_actual_tokens]
+            if step.alone:
+                plain, sinks = Plain(attn_metadata.block_table, attn_metadata.seq_lens), self._sinks(self.layers[index])
+                tokens, keys, values, batch, scale = step.packed
+                self.attention.decode(own_output, tokens, keys, values, batch, plain, scale, sinks)
                 return output
-            # Prefill steps launch each kernel individually: synchronizing streams would cost more there.
-            with nullcontext() if prefills else self._beside():
-                self.attention.attend(*packed)
+            if step.prefills:  # launches each kernel individually: synchronizing streams would cost more
+                self.attention.attend(*step.packed)
             LOG_SUM_EXP.wanted = True
             try:
                 result = forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             finally:
                 LOG_SUM_EXP.wanted = False
-            if self.stream is not None and not prefills:
+            if step.beside and self.stream is not None:
                 torch.cuda.current_stream().wait_stream(self.stream)
-            prefill = self.resumed and prefills
-            self.attention.finish(output[:num_tokens], LOG_SUM_EXP.take(), *packed, prefill)
+            self.attention.finish(own_output, LOG_SUM_EXP.take(), *step.packed, self.resumed and step.prefills)
             return result
 
         return merging_forward
+
+    @staticmethod
+    def _sinks(layer: Any) -> Tensor | None:
+        sinks: Tensor | None = getattr(layer.impl, "sinks", None)
+        return sinks

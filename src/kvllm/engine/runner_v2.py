@@ -110,12 +110,14 @@ class Part:
         if state.vllm_config.model_config.is_hybrid:
             for each in self.layers:
                 each.attn_backend = kernel_block_backend(each.attn_backend, block_size)
-        # Wrapped by the writes to the cache below, which its attention reads.
+        # Wrapped by the writes to the cache below, which its attention may read.
         self.packed = PackedSurvivors(self.layers, rounding, self.dtype) if rounding is not None else None
         if is_quantized_kv_cache(layer.kv_cache_dtype):
             capture_queries(self.layers, self._store, "cuda")  # vLLM itself quantises and writes keys and values
         else:
             store_with_queries(self.layers, self._store, "cuda")
+        if self.packed is not None:
+            self.packed.start_first()
 
     @cached_property
     def host(self) -> npt.NDArray[np.int32]:
@@ -198,7 +200,8 @@ class Part:
         counts = input_batch.num_scheduled_tokens[:num_reqs]
         plan = state.write_plan(self.host[:size], rows, computed, counts)
         if self.packed is not None:
-            self.packed.write_plan(plan, counts, computed + counts - self.num_removed)
+            lengths = computed + counts - self.num_removed
+            self.packed.write_plan(plan, counts, lengths, input_batch.num_reqs_after_padding)
         self.staged.copy_to_gpu(self.host[:size], out=state.step[:size])
         assert state.store is not None
         seq_lens = input_batch.seq_lens

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvllm.kernels.paged import PagedCache, layer_ptr, next_power_of_2, token_offsets
+from kvllm.kernels.paged import UNALIGNED, PagedCache, layer_ptr, next_power_of_2, token_offsets
 
 _TILE_TOKENS = 64
 
@@ -57,7 +57,7 @@ def compact(kept: Tensor, candidate_blocks: Tensor, cache: PagedCache) -> None:
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _compact_kernel(
     kept, candidate_blocks, key_ptrs, value_ptrs,
     stride_candidates, stride_kv_block, stride_kv_token, stride_kv_head,

@@ -26,6 +26,9 @@ TL_DTYPES = {
     torch.float32: tl.float32,
     torch.float8_e4m3fn: tl.float8e4nv,
 }
+# Arguments that may start at any address. Triton compiles a kernel again for a pointer that is not a multiple of 16, as
+# that of a batch's second part may be, and all requests wait for seconds.
+UNALIGNED = ["candidate_blocks", "kept", "ring_starts"]
 _RAW_DTYPES = {1: (torch.uint8, tl.uint8), 2: (torch.int16, tl.int16), 4: (torch.int32, tl.int32)}
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvllm.kernels.paged import PagedCache, layer_ptr, token_offsets
+from kvllm.kernels.paged import UNALIGNED, PagedCache, layer_ptr, token_offsets
 
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 
@@ -125,7 +125,7 @@ def _copy_tile(
         tl.store(dense, x.to(dense.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _copy_window_kernel(
     keys, values, candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,
     stride_candidates, stride_kv_block, stride_kv_token, stride_kv_head,

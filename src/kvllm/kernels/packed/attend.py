@@ -21,7 +21,7 @@ from kvllm.layout import IntArray, ceil_div
 
 LEAST_BLOCKS = 8  # per program, to amortize its fixed cost
 FEW_PROGRAMS = 396  # below it, programs of LEAST_BLOCKS / 2 are faster: an H100 has 132 multiprocessors
-MOST_PROGRAMS = 2112  # per launch, approximately: twice as many as an H100 runs at once
+MOST_PROGRAMS = 2048  # per launch, approximately: twice as many as an H100 runs at once
 MOST_PARTS = 128  # of one request, which a single program per head merges
 TILE = 16  # plain tokens that a program reads at once
 _TRIES = 5
@@ -135,18 +135,19 @@ def max_parts(num_reqs: int, num_kv_heads: int) -> int:
     return ceil_div(MOST_PROGRAMS, num_kv_heads) + 2 * num_reqs
 
 
-def blocks_per_part(blocks: IntArray, num_kv_heads: int) -> int:
-    """The size of parts that makes about as many programs as the GPU runs at once, or twice as many.
-
-    blocks: [any], blocks of each request and kind
-    """
-    total, most = int(blocks.sum()) * num_kv_heads, MOST_PROGRAMS // num_kv_heads
-    least = LEAST_BLOCKS if total > FEW_PROGRAMS * LEAST_BLOCKS else LEAST_BLOCKS // 2
-    size = max(1, least, ceil_div(total, MOST_PROGRAMS), ceil_div(int(blocks.max(initial=0)), MOST_PARTS))
+def blocks_per_part(packed: IntArray, plain: IntArray, num_kv_heads: int) -> int:
+    """The size of parts that makes about as many programs as the GPU runs at once, or twice as many."""
+    total, most = int(packed.sum() + plain.sum()) * num_kv_heads, MOST_PROGRAMS // num_kv_heads
+    longest = int(max(packed.max(initial=0), plain.max(initial=0)))
+    alone = bool(plain.any())
+    least = LEAST_BLOCKS // 2 if alone and total <= FEW_PROGRAMS * LEAST_BLOCKS else LEAST_BLOCKS
+    size = max(1, least, ceil_div(total, MOST_PROGRAMS), ceil_div(longest, MOST_PARTS))
+    if not alone:  # the backend's programs run beside these
+        return size
     # Rounding up makes more parts than planned, and the programs above `most` run at the end, on an idle GPU.
-    tries = _TRIES if np.count_nonzero(blocks) <= most else 0
+    tries = _TRIES if np.count_nonzero(packed) + np.count_nonzero(plain) <= most else 0
     for _ in range(tries):
-        if int(ceil_div(blocks, size).sum()) <= most:
+        if int(ceil_div(packed, size).sum() + ceil_div(plain, size).sum()) <= most:
             break
         size += ceil_div(size, 8)
     return size
@@ -166,7 +167,7 @@ def plan_parts(
     num_reqs = len(packed)
     blocks = np.empty(2 * num_reqs, np.int64)
     blocks[0::2], blocks[1::2] = packed, plain
-    counts = ceil_div(blocks, blocks_per_part(blocks, num_kv_heads))
+    counts = ceil_div(blocks, blocks_per_part(packed, plain, num_kv_heads))
     ends = np.cumsum(counts)
     rows[0, :num_reqs], rows[0, num_reqs:] = ends[1::2], ends[-1] if num_reqs else 0
     rows[1, :num_reqs], rows[1, num_reqs:] = counts[0::2], 0

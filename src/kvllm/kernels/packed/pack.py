@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvllm.compression.rounding import Rounding
 from kvllm.kernels.packed.layout import BITS, PackedLayout, as_words, write_block_ref
-from kvllm.kernels.paged import PagedCache, layer_ptr, next_power_of_2, token_offsets
+from kvllm.kernels.paged import UNALIGNED, PagedCache, layer_ptr, next_power_of_2, token_offsets
 from kvllm.kernels.rounding import rounded, rounded_to_bfloat16
 from kvllm.kernels.windows import gather_window_ref
 
@@ -96,7 +96,7 @@ def _store_pairs(pairs, indices, mask, scale, lowest, stride_row, PAIRS_PER_ROW:
     tl.store(pairs + offsets + 1, lowest.to(tl.bfloat16), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _pack_kernel(
     candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,
     stride_candidates, stride_kv_block, stride_kv_token, stride_kv_head,

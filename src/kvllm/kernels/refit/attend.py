@@ -7,11 +7,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvllm.kernels.paged import token_offsets
+from kvllm.kernels.paged import UNALIGNED, token_offsets
 from kvllm.kernels.queries import load_queries, load_tile, pairs, ring
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _attend_kernel(
     shares, missing, lost, kept,
     candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,

@@ -7,12 +7,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvllm.kernels.paged import token_offsets
+from kvllm.kernels.paged import UNALIGNED, token_offsets
 from kvllm.kernels.queries import load_queries, load_tile, locate, pairs, ring
 from kvllm.kernels.window_scores.weights import distinct_in_tile, value_norms
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _scores_kernel(
     scores, weights, log_sums, floor,
     candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,
@@ -82,7 +82,7 @@ def _scores_kernel(
     tl.store(scores + pid * NUM_CANDIDATES + tokens, score * weight, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _log_sums_kernel(
     log_sums,
     candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,

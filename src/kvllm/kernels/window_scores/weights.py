@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvllm.kernels.paged import token_offsets
+from kvllm.kernels.paged import UNALIGNED, token_offsets
 from kvllm.kernels.queries import load_tile, locate
 
 
@@ -56,7 +56,7 @@ def value_norms(
     return norms
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _weights_kernel(
     weights,
     candidate_blocks, key_ptrs, value_ptrs, k_scale, v_scale,
