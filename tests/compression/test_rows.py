@@ -124,6 +124,30 @@ def test_query_codes_go_around_the_ring() -> None:
     assert codes == [-1, 96, 96 + 95, 96, 96]
 
 
+def test_codes_ahead_are_those_of_the_coming_steps() -> None:
+    """One request that decodes, one that does so before its ring starts, one that is not compressed."""
+    rows = RequestRows(CONFIG, 3)
+    for row, geometry in enumerate((geometry_of(CONFIG), geometry_of(CONFIG), None)):
+        rows.set(row, geometry, 16, None)
+    own, computed = np.array([1, 0, 2]), np.array([12, 100, 40])
+    ahead = rows.codes_ahead(own, computed, 20, 96)
+    for step, codes in enumerate(ahead):
+        assert codes.tolist() == rows.query_codes(own, computed + step, np.ones(3, np.int64), 96, 3).tolist()
+    assert (ahead[:4, 0] == -1).all() and (ahead[4:, 0] >= 0).all() and (ahead[:, 2] == -1).all()
+
+
+def test_next_due_is_where_the_next_compression_happens() -> None:
+    rows = RequestRows(CONFIG, 2)
+    geometry = geometry_of(CONFIG)
+    rows.set(1, geometry, 10, None)
+    both = np.array([0, 1])
+    for event in range(3):
+        due = geometry.event_at(10, event)
+        assert rows.next_due(both)[1] == due and rows.next_due(both)[0] > 1 << 60
+        assert rows.begin_step(both, np.array([0, due - 1]), ["a", "b"]) == []
+        assert [each.event for each in rows.begin_step(both, np.array([0, due]), ["a", "b"])] == [event]
+
+
 def test_a_row_is_free_again_once_its_request_is_released() -> None:
     running = RunningRequests(2)
     first, second = running.admit("a"), running.admit("b")

@@ -33,6 +33,7 @@ from kvllm.compression.compressor import Compressor, most_survivors
 from kvllm.compression.paged_store import PagedCandidates
 from kvllm.compression.query_ring import query_shifts
 from kvllm.compression.rows import EVENTS, Due, RunningRequests
+from kvllm.compression.staged_queries import StagedQueries
 from kvllm.compression.store import ALL_LAYERS
 from kvllm.compression.worker import Layers, WorkerState
 from kvllm.config import KvConfig
@@ -178,6 +179,7 @@ class SymbolicCompressor(CompressorV1):
         self.runner, self.config, self.geometries = runner, config, Geometries(config, BLOCK_SIZE)
         self.num_parts = 1
         self.state, self.store = label_state(config, cache, max_num_seqs)
+        self.staged = StagedQueries(self.state.bank, torch.float32)
         self.running = RunningRequests(max_num_seqs)
         self.group, self.blocks_per_block = 0, 1
         self.skip_step()
@@ -231,7 +233,7 @@ class WorkerV1:
         return self.compressor.store.written
 
     def store_queries(self, queries: Tensor) -> None:
-        self.compressor._capture(0, queries, queries, queries)
+        self.compressor.staged.capture(0, queries)
 
 
 class Tables:

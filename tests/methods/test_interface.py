@@ -80,6 +80,18 @@ def test_top_k_breaks_ties_in_favour_of_the_earlier():
     assert top_k(torch.zeros(1, 1, 300), 40).tolist() == [[list(range(40))]]
 
 
+@pytest.mark.parametrize("rounded", [False, True], ids=["distinct", "ties"])
+def test_top_k_is_a_stable_sort_cut_off(rounded):
+    """Of both signs and both zeros, infinities included."""
+    scores = 3 * torch.randn(4, 3, 200, generator=torch.Generator().manual_seed(0))
+    scores = scores.round() if rounded else scores
+    scores[0, :, ::7], scores[0, :, 1::7], scores[1, :, ::5] = torch.inf, -torch.inf, -0.0
+    for num_kept in (0, 1, 31, 199, 200):
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :num_kept]
+        assert torch.equal(top_k(scores, num_kept), order.sort(dim=-1).values)
+        assert torch.equal(top_k(scores.transpose(0, 1), num_kept), order.sort(dim=-1).values.transpose(0, 1))
+
+
 @pytest.mark.parametrize("name", ["ams", "cask", "chunkkv"])
 def test_a_method_on_a_base_needs_what_its_base_needs(name):
     """Without the model's RoPE, kara would score as for a model that has none."""

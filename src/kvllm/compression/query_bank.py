@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,12 +27,10 @@ SMALLEST = 1e-30  # avoids division by zero for a query of zeros
 class Targets(NamedTuple):
     """Which queries of a step are kept and where, the same in every layer.
 
-    tokens:  [num_targets] int64, the token of each head of a query group whose query is kept
-    sources: [num_targets * num_kv_heads] int64, each kept query's index among all heads of `tokens`
-    places:  [num_targets * num_kv_heads] int64, its index among all heads of all entries of all rows
+    sources: [num_kept] int64, each kept query's index among all heads of the step's tokens
+    places:  [num_kept] int64, its index among all heads of all entries of all rows
     """
 
-    tokens: Tensor
     sources: Tensor
     places: Tensor
 
@@ -102,8 +101,21 @@ class QueryBank:
         """
         return rows * self.period + offsets % self.period
 
+    def stores_any(self, codes: IntArray) -> npt.NDArray[np.bool_]:
+        """[num_tokens]: whether any head's query of a token is stored; codes: as in `targets`"""
+        return self._stored_residues[codes % self.query_stride] & (codes >= 0)
+
+    @cached_property
+    def _stored_residues(self) -> npt.NDArray[np.bool_]:
+        """[query_stride]: whether any head stores the query of a token whose code has this residue."""
+        residues = np.arange(self.query_stride)
+        stored, _ = entry_of(
+            residues[:, None], query_shifts(self.query_stride, self.group_size), self.query_stride, self.num_queries
+        )
+        return stored.any(axis=1)
+
     def targets(self, codes: IntArray) -> Targets:
-        """Where the queries of a step go: the argument of `put`.
+        """Where the queries of a step, or of several, go: the argument of `put`.
 
         codes: [num_tokens], from `codes`, or -1 to store nothing; no two tokens of a row may share a ring entry
         """
@@ -113,8 +125,8 @@ class QueryBank:
         token, member = np.nonzero(stored & (codes >= 0)[:, None])
         entry = codes[token] // self.period * self.num_queries + entries[token, member]
         heads = np.arange(self.num_kv_heads) * self.group_size + member[:, None]  # [num_targets, num_kv_heads]
-        sources = np.arange(len(token))[:, None] * self.num_heads + heads
-        indices = token, sources.ravel(), (entry[:, None] * self.num_heads + heads).ravel()
+        sources = token[:, None] * self.num_heads + heads
+        indices = sources.ravel(), (entry[:, None] * self.num_heads + heads).ravel()
         return Targets(*(torch.from_numpy(each).to(self.queries.device) for each in indices))
 
     def store(self, layer: int, query: Tensor, codes: Tensor) -> None:
@@ -123,12 +135,12 @@ class QueryBank:
         query: [num_tokens, num_heads, head_dim], after RoPE; codes: [num_tokens], as in `targets`
         """
         targets = self.targets(codes.cpu().numpy().astype(np.int64))
-        self.put(query[None, targets.tokens], targets, slice(layer, layer + 1))
+        self.put(query[None], targets, slice(layer, layer + 1))
 
     def put(self, queries: Tensor, targets: Targets, layers: slice = slice(None)) -> None:
         """Store the queries that `targets` chose.
 
-        queries: [num_layers, num_targets, num_heads, head_dim], all heads of the targets' tokens, after RoPE
+        queries: [num_layers, num_tokens, num_heads, head_dim], of all tokens that `targets` was given, after RoPE
 
         Takes all layers at once: one call per layer would take longer than a small model's attention.
         """

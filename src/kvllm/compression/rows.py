@@ -81,6 +81,13 @@ class RequestRows:
             )
         return [self._advance(int(i), int(rows[i])) for i in np.nonzero(behind)[0]]
 
+    def next_due(self, rows: IntArray) -> IntArray:
+        """[num_reqs]: the number of computed tokens at which each request's next compression is due.
+
+        Never reached by a request that is not compressed. rows: [num_reqs]
+        """
+        return self.columns[START, rows] + self._waiting + (self.columns[EVENTS, rows] + 1) * self._interval
+
     def _advance(self, index: int, row: int) -> Due:
         geometry, prompt, column = self.geometries[row], self.num_prompt_tokens[row], self.columns[:, row]
         assert geometry is not None
@@ -114,6 +121,14 @@ class RequestRows:
         codes = np.full(total, -1, np.int64)
         codes[:num_tokens] = np.where(offsets >= oldest, rows * period + offsets % period, -1)
         return codes
+
+    def codes_ahead(self, rows: IntArray, num_computed_tokens: IntArray, num_steps: int, period: int) -> IntArray:
+        """`query_codes` of the next steps if each request computes one token in each, [num_steps, num_reqs] int64.
+
+        rows, num_computed_tokens: [num_reqs], at the start of the first of these steps
+        """
+        offsets = num_computed_tokens - self.columns[START, rows] + np.arange(num_steps)[:, None]
+        return np.where(offsets >= 0, rows * period + offsets % period, -1)
 
 
 class RunningRequests:

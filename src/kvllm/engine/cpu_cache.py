@@ -64,13 +64,24 @@ class PackedReader:
         returns    two tensors [num_layers, num_blocks * block_size, num_kv_heads, head_dim], strided: heads come first
         """
         num_kv_heads, size = kv_caches[0].shape[1], len(self._key_order)
-        heads = torch.arange(num_kv_heads)[:, None] + block_ids * num_kv_heads
-        first = (2 * size * heads).unsqueeze(-1)  # offset of each head's keys in each block; the values follow them
-        shape = (len(kv_caches), num_kv_heads, len(block_ids) * self.block_size, self.head_dim)
+        # Each head's keys in each block are one row of the cache, and its values the next.
+        rows = (torch.arange(num_kv_heads)[:, None] + block_ids * num_kv_heads).flatten() * 2
         read = []
-        for places in (first + self._key_order, first + size + self._value_order):
-            made = torch.empty(shape, dtype=kv_caches[0].dtype)
-            for kv_cache, layer in zip(kv_caches, made.view(len(kv_caches), -1), strict=True):
-                torch.index_select(kv_cache.view(-1), 0, places.view(-1), out=layer)
-            read.append(made.transpose(1, 2))
+        for places, order in ((rows, self._key_order), (rows + 1, self._value_order)):
+            made = torch.empty(len(kv_caches), len(rows), size, dtype=kv_caches[0].dtype)
+            for kv_cache, layer in zip(kv_caches, made, strict=True):
+                torch.index_select(kv_cache.view(-1, size), 0, places, out=layer)
+            in_order = self._in_text_order(made, order).reshape(len(kv_caches), num_kv_heads, -1, self.head_dim)
+            read.append(in_order.transpose(1, 2))
         return read[0], read[1]
+
+    def _in_text_order(self, rows: Tensor, order: Tensor) -> Tensor:
+        """[..., block_size, head_dim], of rows [..., size] in which element `order[i]` is element i of the text."""
+        plain = torch.arange(len(order)).view(self.block_size, self.head_dim)
+        transposed = plain.view(self.head_dim, self.block_size).T
+        # As vLLM stores values and keys without AMX. Looking every element up takes several times as long.
+        if torch.equal(order, plain.flatten()):
+            return rows.unflatten(-1, plain.shape)
+        if torch.equal(order, transposed.flatten()):
+            return rows.unflatten(-1, transposed.T.shape).transpose(-1, -2)
+        return rows.index_select(-1, order).unflatten(-1, plain.shape)

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from kvllm.compression.query_bank import Targets
 from kvllm.compression.rows import RunningRequests
+from kvllm.compression.staged_queries import StagedQueries, StepQueries
 from kvllm.compression.stopwatch import Stopwatch
 from kvllm.compression.worker import Layers, WorkerState
 from kvllm.config import KvConfig
@@ -29,14 +28,16 @@ from kvllm.engine.attention import (
 from kvllm.engine.cache_groups import compressed_block_size, compressed_groups
 from kvllm.engine.rope import rope_for
 from kvllm.engine.settings import Geometries, kv_config, request_method
+from kvllm.engine.steady import JoinedTables, SteadyBatch
 from kvllm.engine.store_cpu import CpuStore
-from kvllm.kernels.block_tables import join_segments_ref
 from kvllm.layout import IntArray
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
+
+MOST_STEPS_AHEAD = 64  # for which the queries to store are worked out at once
 
 
 def compressor_v1(runner: Any) -> CompressorV1 | CompressorsV1:
@@ -76,6 +77,9 @@ class CompressorV1:
     """
 
     part = 0
+    steady: SteadyBatch | None = None
+    joined: JoinedTables | None = None  # of a steady batch with events
+    num_removed: IntArray | None = None  # tokens that attention skips in the current step; None if there are none
 
     def __init__(self, runner: Any, whole_config: KvConfig, part: int = 0, stopwatch: Stopwatch | None = None) -> None:
         self.runner = runner
@@ -97,12 +101,8 @@ class CompressorV1:
             CpuStore(config, self.state.bank, self.geometries.block_size, runner.max_model_len, layers=self.layers)
         )
         self.running = RunningRequests(runner.max_num_reqs)
-        # Of the current step: the queries to store, and the tokens that attention skips; None if there are none.
-        self.targets: Targets | None = None
-        self.captured: Tensor | None = None  # [num_layers, num_targets, num_heads, head_dim]
-        self.num_captured = 0  # layers captured so far; after the last one, all are stored
-        self.num_removed: IntArray | None = None
-        capture_queries(self.layers, self._capture, "cpu")
+        self.staged = StagedQueries(self.state.bank, shape.dtype)
+        capture_queries(self.layers, self.staged.capture, "cpu")
         for each in self.layers:
             each.attn_backend = shortening_backend(each.attn_backend, self._shorten)
             if runner.model_config.is_hybrid:
@@ -114,31 +114,48 @@ class CompressorV1:
 
         In the same step a preempted request may resume, and the id of a finished one may be reused.
         """
-        self.running.release(scheduler_output.finished_req_ids)
-        self.running.release(scheduler_output.preempted_req_ids or ())
+        for gone in (scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids):
+            if gone:
+                self.running.release(gone)
+                self.steady = None
 
     def skip_step(self) -> None:
         """Prepare a dummy run."""
-        self.captured = self.targets = self.num_removed = None
+        self.staged.skip_step()
+        self.num_removed = None
 
     def begin_step(self, num_scheduled_tokens: dict[str, int]) -> None:
         """Compress what is due and plan the step: called after slot mappings, before attention is planned."""
         self.skip_step()
         batch = self.runner.input_batch
         req_ids = batch.req_ids[: batch.num_reqs]
+        computed = batch.num_computed_tokens_cpu[: len(req_ids)]
+        counts = [num_scheduled_tokens[req_id] for req_id in req_ids]
+        queries = None
+        if self.steady is not None:
+            queries = self.steady.next_step(req_ids, computed.tolist(), sum(counts))
+        if queries is None:
+            queries = self._begin_other_step(req_ids, computed.astype(np.int64), np.array(counts, np.int64))
+        assert self.steady is not None
+        self.num_removed = self.steady.num_removed
+        self.staged.begin_step(queries)
+
+    def _begin_other_step(self, req_ids: list[str], computed: IntArray, counts: IntArray) -> StepQueries:
+        """Begin a step of other requests than the last one's, with several tokens of one, or with an event."""
+        self.staged.flush()  # events read the bank, and rows may have a new request
+        self.joined = None
         rows = np.array([self._row_of(req_id) for req_id in req_ids], np.int64)
-        computed = batch.num_computed_tokens_cpu[: len(req_ids)].astype(np.int64)
-        counts = np.array([num_scheduled_tokens[req_id] for req_id in req_ids], np.int64)
+        batch, state = self.runner.input_batch, self.state
         table = torch.from_numpy(batch.block_table[self.group].get_numpy_array()[: len(req_ids)])
-        table = in_kernel_blocks(table, self.blocks_per_block)
-        removed = self.state.begin_step(rows, computed, req_ids, table)
-        size = self.state.plan_size + int(counts.sum())
-        self.state.write_plan(self.state.step.numpy()[:size], rows, computed, counts)
-        codes = self.state.step.numpy()[self.state.plan_size : size]
-        if (codes >= 0).any():
-            self._expect(self.state.bank.targets(codes.astype(np.int64)))
-        if removed.any():
-            self.num_removed = removed
+        removed = state.begin_step(rows, computed, req_ids, in_kernel_blocks(table, self.blocks_per_block))
+        size = state.plan_size + int(counts.sum())
+        state.write_plan(state.step.numpy()[:size], rows, computed, counts)
+        codes = state.step.numpy()[state.plan_size : size].astype(np.int64)
+        after = computed + counts
+        steps = min(int((state.rows.next_due(rows) - after).min()), MOST_STEPS_AHEAD)
+        coming = self.staged.steps(state.rows.codes_ahead(rows, after, max(steps, 0), state.bank.period))
+        self.steady = SteadyBatch(req_ids, removed if removed.any() else None, after.tolist(), coming[::-1])
+        return self.staged.steps(codes[None])[0]
 
     @cached_property
     def group(self) -> int:
@@ -165,41 +182,22 @@ class CompressorV1:
             self.state.rows.set(row, own, request.num_prompt_tokens, method)
         return self.running[req_id]
 
-    def _expect(self, targets: Targets) -> None:
-        """Capture these queries in the step that begins."""
-        if num_targets := len(targets.tokens):
-            layers = self.state.layers
-            shape = (len(layers.numbers), num_targets, layers.num_heads, layers.head_dim)
-            self.targets, self.captured, self.num_captured = targets, torch.empty(shape, dtype=layers.dtype), 0
-
-    def _capture(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        if self.captured is None or self.targets is None:
-            return
-        torch.index_select(query, 0, self.targets.tokens, out=self.captured[layer])
-        self.num_captured += 1
-        if self.num_captured == len(self.captured):  # stored within the step, before any dummy run
-            self.state.bank.put(self.captured, self.targets)
-            self.captured = self.targets = None
-
     def _shorten(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """`metadata` with physical lengths and block table; slot mapping and positions stay logical."""
         if self.num_removed is None:
             return metadata
-        num_reqs, store = len(self.num_removed), self.state.store
+        store = self.state.store
         assert store is not None
-        seq_lens, block_table = metadata.seq_lens.clone(), metadata.block_table_tensor.clone()
-        join_segments_ref(
-            block_table, metadata.seq_lens[:num_reqs], seq_lens, store.survivor_blocks, self.state.plan,
-            store.block_size,
-        )  # fmt: skip
-        upper_bound = metadata.seq_lens_cpu_upper_bound
-        if upper_bound is not None:
-            upper_bound = upper_bound.clone()
-            upper_bound[:num_reqs] -= torch.from_numpy(self.num_removed).to(upper_bound.dtype)
+        if self.joined is None or not self.joined.extend(metadata.block_table_tensor, metadata.seq_lens):
+            self.joined = JoinedTables(
+                metadata.block_table_tensor, metadata.seq_lens, self.num_removed, store.survivor_blocks,
+                self.state.plan, store.block_size,
+            )  # fmt: skip
+        seq_lens = self.joined.seq_lens
         return replace(
             metadata,
             seq_lens=seq_lens,
-            block_table_tensor=block_table,
-            max_seq_len=int(seq_lens.max()),
-            seq_lens_cpu_upper_bound=upper_bound,
+            block_table_tensor=self.joined.block_table,
+            max_seq_len=int(seq_lens.numpy().max()),
+            seq_lens_cpu_upper_bound=None if metadata.seq_lens_cpu_upper_bound is None else seq_lens,
         )
