@@ -51,6 +51,10 @@ def test_vllm_keeps_quiet_unless_it_is_told_otherwise(
             RuntimeError("Engine core initialization failed. See root cause above."),
             "the engine did not start; see the first error in vLLM's messages above",
         ),
+        (
+            Exception("WorkerProc initialization failed due to an exception in a background process."),
+            "the engine did not start; see the first error in vLLM's messages above",
+        ),
     ],
 )
 def test_an_engine_that_does_not_start_is_one_line(

@@ -68,7 +68,9 @@ def test_the_backend_attends_only_in_prefill_and_beside_many_requests(
     survivors.attach(case.cache, case.batch.survivor_blocks, plan)
     host = np.zeros((rows, most), np.int32)
     host[:PLAN_ROWS, : len(counts)] = case.batch.plan[:PLAN_ROWS, : len(counts)].numpy()
-    survivors.write_plan(host, np.array(counts), np.array(lengths), len(counts))
+    # Planned for one kernel, a step may still run in a captured graph that attends beside the backend.
+    padded = len(counts) if most_alone == len(counts) else 1
+    survivors.write_plan(host, np.array(counts), np.array(lengths), padded)
     plan.copy_(torch.from_numpy(host))
 
     output = torch.full_like(case.query, torch.nan)

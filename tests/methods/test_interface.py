@@ -78,6 +78,7 @@ def test_top_k_breaks_ties_in_favour_of_the_earlier():
     assert top_k(scores, 2).tolist() == [[[1, 2]]]
     assert top_k(scores, 4).tolist() == [[[0, 1, 2, 3]]]
     assert top_k(torch.zeros(1, 1, 300), 40).tolist() == [[list(range(40))]]
+    assert top_k(torch.tensor([[1.0, -torch.nan, torch.nan, -torch.inf]]), 2).tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize("rounded", [False, True], ids=["distinct", "ties"])

@@ -55,7 +55,7 @@ def start_llm(
                 return LLM.from_engine_args(args)
         except ValueError as e:
             raise UsageError(f"the engine refused to start: {' '.join(message_of(e).split())}") from e
-        except RuntimeError as e:
-            if "Engine core initialization failed" not in str(e):
+        except Exception as e:  # a worker's failure has no class of its own
+            if not any(f"{part} initialization failed" in str(e) for part in ("Engine core", "WorkerProc")):
                 raise
             raise UsageError("the engine did not start; see the first error in vLLM's messages above.") from e

@@ -46,8 +46,9 @@ def check_plugin_is_loaded() -> None:
         )
 
 
-def serve_arguments(arguments: Sequence[str], options: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The model's name, and arguments for `vllm`: serve, the user's own, and one --additional-config with all options.
+def serve_arguments(arguments: Sequence[str], options: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """The model's name, if the user gave one; and arguments for `vllm`: serve, the user's own, and one
+    --additional-config with all options.
 
     SystemExit if vLLM's parser rejects the arguments.
     """
@@ -55,7 +56,8 @@ def serve_arguments(arguments: Sequence[str], options: Mapping[str, Any]) -> tup
     _, parsed = _parse_serve(["serve", *arguments])
     merged = merge_options(parsed.additional_config, options)
     command = ["serve", *without_additional_config(arguments), ADDITIONAL, json.dumps(merged)]
-    return parsed.model_tag or parsed.model, command
+    given = any(argument == "--model" or argument.startswith("--model=") for argument in arguments)
+    return parsed.model_tag or (parsed.model if given else None), command
 
 
 def serve_engine_args(arguments: Sequence[str], options: Mapping[str, Any]) -> EngineArgs:

@@ -84,19 +84,25 @@ class PackedSurvivors:
             getattr(first.impl, "logits_soft_cap", None) or 0.0,
         )
         self.stream = torch.cuda.Stream(plan.device) if plan.is_cuda else None
-        # Compile now, so that the first resumed request does not wait for it.
-        nothing = torch.zeros(1, first.num_heads, first.head_size, dtype=self.dtype, device=plan.device)
-        quantized = cache.dtype.itemsize == 1 and first.impl.supports_quant_query_input
-        query = nothing.to(cache.dtype) if quantized else nothing
-        lse = torch.zeros(first.num_heads, 1, device=plan.device)
         self.idle()
-        starts = torch.zeros(2, dtype=torch.int32, device=plan.device)
-        empty = Batch(starts, survivor_blocks, plan, self.programs)
-        pairs = cache.keys[0], cache.values[0]
-        attention.merge(nothing, lse, query, *pairs, empty, 1.0, prefill=True)
-        if self._alone(1):
-            attention.decode(nothing, query, *pairs, empty, Plain(survivor_blocks, starts), 1.0, self._sinks(first))
+        for num_reqs in {1, min(MOST_ALONE, len(survivor_blocks)), len(survivor_blocks)}:
+            self._compile(attention, num_reqs)
         self.attention = attention
+
+    def _compile(self, attention: PackedAttention, num_reqs: int) -> None:
+        """Compile what steps of so many requests launch, so that the first of them does not wait for it."""
+        first, device = self.layers[0], self.plan.device
+        output = torch.zeros(num_reqs, first.num_heads, first.head_size, dtype=self.dtype, device=device)
+        quantized = self.cache.dtype.itemsize == 1 and first.impl.supports_quant_query_input
+        query = output.to(self.cache.dtype) if quantized else output
+        lse = torch.zeros(first.num_heads, num_reqs, device=device)
+        starts = torch.zeros(num_reqs + 1, dtype=torch.int32, device=device)
+        empty = Batch(starts, self.survivor_blocks, self.plan, self.programs)
+        pairs = self.cache.keys[0], self.cache.values[0]
+        attention.merge(output, lse, query, *pairs, empty, 1.0, prefill=True)
+        if self._alone(num_reqs):
+            plain = Plain(self.survivor_blocks, starts)
+            attention.decode(output, query, *pairs, empty, plain, 1.0, self._sinks(first))
 
     @staticmethod
     def plan_rows(max_num_reqs: int, num_kv_heads: int) -> int:

@@ -213,6 +213,7 @@ def _top_k_cpu(scores: Tensor, num_kept: int) -> Tensor:
     Every score and index become one integer, the larger the better: the score's bits, which for numbers of one sign
     order as the numbers do, above the negated index.
     """
+    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # the sign of a NaN means nothing
     bits = (scores + 0.0).view(torch.int32)  # 0.0: a negative zero becomes positive
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     joined = (ordered << 32) - torch.arange(scores.shape[-1])

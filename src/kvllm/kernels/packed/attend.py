@@ -22,7 +22,7 @@ from kvllm.layout import IntArray, ceil_div
 LEAST_BLOCKS = 8  # per program, to amortize its fixed cost
 FEW_PROGRAMS = 396  # below it, programs of LEAST_BLOCKS / 2 are faster: an H100 has 132 multiprocessors
 MOST_PROGRAMS = 2048  # per launch, approximately: twice as many as an H100 runs at once
-MOST_PARTS = 128  # of one request, which a single program per head merges
+MOST_PARTS = 128  # of a request's packed, or plain, blocks: a single program per head merges them
 TILE = 16  # plain tokens that a program reads at once
 _TRIES = 5
 
