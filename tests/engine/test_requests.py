@@ -16,6 +16,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.logger import _print_warning_once
 from vllm.sampling_params import BeamSearchParams
 from vllm.v1.engine import EngineCoreReadyResponse
 from vllm.v1.engine.core_client import MPClient
@@ -355,6 +356,10 @@ def test_beam_search_says_once_that_it_is_not_compressed(model_dir: Path, monkey
     stock = EngineArgs(str(model_dir), dtype="float32", max_model_len=1024, enforce_eager=True).create_engine_config()
     compressed, params = vllm_config(model_dir), BeamSearchParams(beam_width=2, max_tokens=5)
     logger = logging.getLogger("vllm.kvllm.engine.requests")
+    # Other tests of this process may have made vLLM quiet, or have had the warning.
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    _print_warning_once.cache_clear()
     logger.addHandler(handler)
     try:
         InputProcessor(stock).resolve_watermarking(params)
@@ -365,4 +370,5 @@ def test_beam_search_says_once_that_it_is_not_compressed(model_dir: Path, monkey
             processor.resolve_watermarking(params)
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
     assert len(said) == 1 and "beam search is not compressed" in said[0]
