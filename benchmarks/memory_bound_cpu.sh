@@ -12,8 +12,8 @@ short) extra=(--concurrency 12 --num-requests 12 --output-len 1936 --num-gpu-blo
 # All 12 fit uncompressed.
 ample) extra=(--concurrency 12 --num-requests 12 --output-len 960 --num-gpu-blocks 760) ;;
 # One request at a time, in a large pool and in one that just holds it.
-one) extra=(--output-len 960 --num-gpu-blocks 760 --concurrency 1 --num-requests 1) ;;
-one-short) extra=(--output-len 960 --num-gpu-blocks 34 --concurrency 1 --num-requests 1) ;;
+one) extra=(--output-len 1936 --num-gpu-blocks 760 --concurrency 1 --num-requests 1) ;;
+one-short) extra=(--output-len 1936 --num-gpu-blocks 65 --concurrency 1 --num-requests 1) ;;
 *) echo "short, ample, one or one-short?" >&2 && exit 2 ;;
 esac
 exec "${PYTHON:-.venv/bin/python}" -m kvllm bench throughput "${common[@]}" "${extra[@]}" \

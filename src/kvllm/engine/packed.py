@@ -66,6 +66,8 @@ class PackedSurvivors:
         self.attention: PackedAttention | None = None
         # Whether the step computes several tokens of a request with packed survivors. True in dummy runs, too.
         self.resumed = False
+        # Whether one kernel computes the attention that follows the present layer's write to the cache.
+        self.follows = False
         PATCH.apply()
         for index, layer in enumerate(layers):
             layer.impl.forward = self._merging(layer.impl.forward, index)
@@ -84,6 +86,7 @@ class PackedSurvivors:
             getattr(first.impl, "logits_soft_cap", None) or 0.0,
         )
         self.stream = torch.cuda.Stream(plan.device) if plan.is_cuda else None
+        self.overlap = attention.overlap
         self.idle()
         for num_reqs in {1, min(MOST_ALONE, len(survivor_blocks)), len(survivor_blocks)}:
             self._compile(attention, num_reqs)
@@ -159,6 +162,7 @@ class PackedSurvivors:
         ) -> Any:  # fmt: skip
             if attn_metadata is not None and self.attention is not None:
                 step = self._step(index, query, attn_metadata)
+                self.follows = step.alone and self.overlap
                 if step.beside:
                     # On a second stream: neither our kernels nor the backend's fill the GPU until they end.
                     with self._second_stream():

@@ -170,6 +170,16 @@ class Part:
             pack = self.packed.pack
         state.attach(store, fused, pack, self.cache_dtype)
         state.warm_up(allowed_geometries(self.config, store.block_size, self.geometries.packed_tokens))
+        if cache.k_scale is None:
+            self._compile_store(cache)
+
+    def _compile_store(self, cache: PagedCache) -> None:
+        """Compile what steps launch to store tokens, so that the first of them does not wait for it."""
+        bank, not_stored = self.compression.bank, torch.full((1,), -1, device=self.device)
+        shapes = (1, bank.num_heads, bank.head_dim), (1, cache.num_kv_heads, bank.head_dim)
+        query, pair = (torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in shapes)
+        for overlap in {False, self.packed is not None and self.packed.overlap}:
+            store_tokens(query, bank, 0, not_stored.int(), NewPairs(pair, pair, cache, not_stored), overlap)
 
     def _to_device(self, numbers: list[int]) -> Tensor:
         return async_tensor_h2d(numbers, dtype=torch.int64, device=self.device)
@@ -185,7 +195,7 @@ class Part:
         assert query.shape[0] <= len(state.codes)
         queries = query.view(-1, state.bank.num_heads, state.bank.head_dim)
         pairs = None if slot_mapping is None else NewPairs(key, value, self.cache, slot_mapping)
-        store_tokens(queries, state.bank, layer, state.codes, pairs)
+        store_tokens(queries, state.bank, layer, state.codes, pairs, self.packed is not None and self.packed.follows)
 
     def begin_step(self, input_batch: InputBatch, block_table: Tensor) -> None:
         """Compress what is due, then join the two segments in the step's block table and sequence lengths.

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from kvllm.compression.query_bank import LEVELS, SMALLEST, QueryBank
 from kvllm.kernels.paged import PagedCache, next_power_of_2
@@ -48,8 +49,12 @@ def store_tokens_ref(query: Tensor, bank: QueryBank, layer: int, codes: Tensor, 
         target[slots // cache.block_size, slots % cache.block_size] = tokens[: len(stored)][stored].to(cache.dtype)
 
 
-def store_tokens(query: Tensor, bank: QueryBank, layer: int, codes: Tensor, pairs: NewPairs | None = None) -> None:
+def store_tokens(
+    query: Tensor, bank: QueryBank, layer: int, codes: Tensor, pairs: NewPairs | None = None, overlap: bool = False
+) -> None:
     """`store_tokens_ref` as a Triton kernel, one program per token and per few heads of its query, key or value.
+
+    overlap: whether the next kernel may start early, as `kvllm.kernels.overlap` says
 
     Safe inside CUDA graphs: it allocates nothing, and its grid depends only on the padded number of tokens.
     """
@@ -97,6 +102,7 @@ def store_tokens(query: Tensor, bank: QueryBank, layer: int, codes: Tensor, pair
         BLOCK_H=block_h,
         BLOCK_D=next_power_of_2(head_dim),
         BLOCK_P=next_power_of_2(head_dim // 2),
+        OVERLAP=overlap,
         num_warps=2,
     )
 
@@ -111,7 +117,10 @@ def _store_tokens_kernel(
     STRIDE: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.constexpr, EXACT: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_QUERY_PROGRAMS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
     if NUM_KV_HEADS > 0:

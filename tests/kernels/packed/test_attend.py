@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvllm.compression.query_bank import QueryBank
 from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.kernels.packed import attend
 from kvllm.kernels.packed.attend import (
@@ -19,6 +20,7 @@ from kvllm.kernels.packed.attend import (
 )
 from kvllm.kernels.packed.layout import PackedLayout
 from kvllm.kernels.packed.pack import pack_ref
+from kvllm.kernels.store_tokens import NewPairs, store_tokens
 from tests.kernels.paged_caches import cache_dtype_of, random_blocks, random_cache
 
 SHAPES = [
@@ -49,6 +51,7 @@ def test_merge_of_many_requests(device, monkeypatch):
     """Some without packed blocks, others divided into up to four parts, which programs take in another order."""
     monkeypatch.setattr(attend, "LEAST_BLOCKS", 1)
     monkeypatch.setattr(attend, "MOST_PROGRAMS", 15)
+    monkeypatch.setattr(attend, "ONE_WAVE", 15)
     packed = [0, 2, 7, 0, 1, 4, 0, 3, 7, 1]
     check_merge(16, 2, 1, 64, torch.float32, False, 0.0, [1] * len(packed), packed, device, num_layers=1)
 
@@ -74,10 +77,29 @@ def test_decode_of_many_parts(with_sinks, device, monkeypatch):
     """With more plain tokens than the host assumed, parts of both kinds, and parts without blocks."""
     monkeypatch.setattr(attend, "LEAST_BLOCKS", 1)
     monkeypatch.setattr(attend, "MOST_PROGRAMS", 45)
+    monkeypatch.setattr(attend, "ONE_WAVE", 45)
     packed, lengths = [0, 2, 7, 0, 1, 4, 0], [600, 5, 40, 1, 17, 90, 0]
     check_decode(
         16, 2, 1, 64, torch.float32, False, 0.0, packed, lengths, device, assumed=550, with_sinks=with_sinks
     )  # fmt: skip
+
+
+def test_decode_reads_tokens_stored_right_before_it(device):
+    """Also where its programs start before the kernel that stores them has ended."""
+    lengths = [5, 64, 33]
+    case = Case(16, 8, 2, 128, torch.bfloat16, False, 0.0, [1, 1, 1], [0, 1, 3], lengths, device, num_layers=1)
+    bank = QueryBank.allocate(1, 3, 4, 8, 2, 128, 8, torch.bfloat16, device)
+    slots = [int(case.plain.block_table[i, (n - 1) // 16]) * 16 + (n - 1) % 16 for i, n in enumerate(lengths)]
+    codes = torch.full((3,), -1, dtype=torch.int32, device=device)
+    keys, values = case.cache.keys[0], case.cache.values[0]
+    for seed in range(3 if device == "cpu" else 50):
+        generator = torch.Generator().manual_seed(seed)
+        key, value = (torch.randn(3, 2, 128, generator=generator).mul(4).bfloat16().to(device) for _ in range(2))
+        actual, pairs = torch.empty_like(case.output), NewPairs(key, value, case.cache, torch.tensor(slots).to(device))
+        store_tokens(case.query, bank, 0, codes, pairs, case.attention.overlap)
+        case.attention.decode(actual, case.query, keys, values, case.batch, case.plain, case.scale)
+        output, lse = attend_plain_ref(case.query, keys, values, case.plain, case.scale)
+        case.assert_close(actual, case.merged(output, lse, keys, values))
 
 
 class Case:

@@ -14,6 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from kvllm.kernels.overlap import can_overlap, overlapping
 from kvllm.kernels.packed.attend_kernel import _attend_packed_kernel, _merge_packed_kernel
 from kvllm.kernels.packed.layout import PackedLayout, as_words, read_block_ref
 from kvllm.kernels.paged import INTERPRETED, TL_DTYPES, next_power_of_2
@@ -22,6 +23,8 @@ from kvllm.layout import IntArray, ceil_div
 LEAST_BLOCKS = 8  # per program, to amortize its fixed cost
 FEW_PROGRAMS = 396  # below it, programs of LEAST_BLOCKS / 2 are faster: an H100 has 132 multiprocessors
 MOST_PROGRAMS = 2048  # per launch, approximately: twice as many as an H100 runs at once
+ONE_WAVE = 1056  # programs that an H100 runs at once: 8 on each multiprocessor
+FEW_BLOCKS = 13  # per program, up to which a single wave of programs is faster than two
 MOST_PARTS = 128  # of a request's packed, or plain, blocks: a single program per head merges them
 TILE = 16  # plain tokens that a program reads at once
 _TRIES = 5
@@ -137,11 +140,12 @@ def max_parts(num_reqs: int, num_kv_heads: int) -> int:
 
 def blocks_per_part(packed: IntArray, plain: IntArray, num_kv_heads: int) -> int:
     """The size of parts that makes about as many programs as the GPU runs at once, or twice as many."""
-    total, most = int(packed.sum() + plain.sum()) * num_kv_heads, MOST_PROGRAMS // num_kv_heads
+    total = int(packed.sum() + plain.sum()) * num_kv_heads
     longest = int(max(packed.max(initial=0), plain.max(initial=0)))
     alone = bool(plain.any())
     least = LEAST_BLOCKS // 2 if alone and total <= FEW_PROGRAMS * LEAST_BLOCKS else LEAST_BLOCKS
-    size = max(1, least, ceil_div(total, MOST_PROGRAMS), ceil_div(longest, MOST_PARTS))
+    programs = ONE_WAVE if alone and total <= FEW_BLOCKS * ONE_WAVE else MOST_PROGRAMS
+    size, most = max(1, least, ceil_div(total, programs), ceil_div(longest, MOST_PARTS)), programs // num_kv_heads
     if not alone:  # the backend's programs run beside these
         return size
     # Rounding up makes more parts than planned, and the programs above `most` run at the end, on an idle GPU.
@@ -194,6 +198,7 @@ class PackedAttention:
         soft_cap: float = 0.0,
     ) -> None:  # fmt: skip
         self.layout, self.soft_cap = layout, soft_cap
+        self.overlap = can_overlap(torch.device(device))
         self.num_heads, self.num_kv_heads, self.group_size = num_heads, num_kv_heads, num_heads // num_kv_heads
         most = max_parts(max_num_reqs, num_kv_heads) * num_heads
         self.outputs = torch.empty(most, layout.head_dim, dtype=torch.float32, device=device)
@@ -208,9 +213,11 @@ class PackedAttention:
         Arguments as in `merge_packed_ref`, but not fp8, and:
         output: overwritten; zeros for padding, which has no parts
         sinks:  [num_heads], a logit of each head that only adds to the softmax's denominator
+
+        With `overlap` it starts early if the kernel before it permits.
         """
         self.attend(query, keys, values, batch, scale, plain)
-        self._merge(output, None, batch, sinks)
+        self._merge(output, None, batch, sinks, self.overlap)
 
     def merge(
         self, output: Tensor, lse: Tensor, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float,
@@ -247,7 +254,9 @@ class PackedAttention:
                 batch, scale, None, PREFILL=True, BLOCK_Q=block_q, BLOCK_N=block_n, num_stages=2,
             )  # fmt: skip
 
-    def _merge(self, output: Tensor, lse: Tensor | None, batch: Batch, sinks: Tensor | None = None) -> None:
+    def _merge(
+        self, output: Tensor, lse: Tensor | None, batch: Batch, sinks: Tensor | None = None, overlap: bool = False
+    ) -> None:
         assert output.stride(2) == 1 and (lse is None or lse.stride(1) == 1)
         num_reqs, head_dim = len(batch.query_start_loc) - 1, self.layout.head_dim
         # A few requests have many parts each, and leave the GPU empty: then several warps read many at once.
@@ -256,7 +265,7 @@ class PackedAttention:
             output, lse, sinks, self.outputs, self.lse, batch.query_start_loc, batch.plan, *output.stride()[:2],
             0 if lse is None else lse.stride(0), batch.plan.stride(0), HEAD_DIM=head_dim,
             BLOCK_D=next_power_of_2(head_dim), PARTS=32 if few else 4, PLAIN=lse is None, SINKS=sinks is not None,
-            num_warps=4 if few else 1,
+            num_warps=4 if few else 1, **overlapping(overlap),
         )  # fmt: skip
 
     def _launch(
@@ -288,6 +297,7 @@ class PackedAttention:
             ASSEMBLY=not unassembled,
             SOFT_CAP=self.soft_cap * math.log2(math.e),
             PLAIN=plain is not None,
+            **overlapping(self.overlap and plain is not None),
             BLOCK_T=max(16, next_power_of_2(layout.num_tokens)),
             BLOCK_W=max(16, next_power_of_2(layout.num_words)),
             TILE=TILE,

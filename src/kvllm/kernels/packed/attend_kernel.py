@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvllm.kernels.packed.unpack import code_bias, codes, narrowed, restored, unpair
 
@@ -74,12 +75,15 @@ def _attend_packed_kernel(
     KV_DTYPE: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr, TILE: tl.constexpr,
     SOFT_CAP: tl.constexpr, PREFILL: tl.constexpr, PLAIN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Column n of the logits belongs to query token n // GROUP of the tile, and head n % GROUP of the query group."""
     NUM_WORDS: tl.constexpr = HEAD_DIM // 4
     GROUP: tl.constexpr = BLOCK_N // BLOCK_Q
     head = tl.program_id(1)
-    number, num_packed = 0, 1
+    number, num_packed, num_tokens = 0, 1, 0
+    if OVERLAP:
+        gdc_launch_dependents()
     if PREFILL:
         tile = tl.program_id(0)
         req = _request_of(tile, query_start_loc, num_reqs, BLOCK_Q)
@@ -98,6 +102,8 @@ def _attend_packed_kernel(
             return
         token = tl.load(query_start_loc + req)
         end = token + 1
+        if PLAIN:
+            num_tokens = tl.load(seq_lens + req)
     first_block = tl.load(plan + req)
     num_blocks = tl.load(plan + stride_plan + req) - first_block
     first, last = 0, num_blocks
@@ -107,6 +113,8 @@ def _attend_packed_kernel(
     else:
         parts_start, num_parts = _parts_of(req, plan + 4 * stride_plan)
         part = parts_start + number
+    if OVERLAP:
+        gdc_wait()  # what was read so far was written before the step
     n = tl.arange(0, BLOCK_N)
     own_token, own_head = token + n // GROUP, head * GROUP_SIZE + n % GROUP
     own = (own_token < end) & (n % GROUP < GROUP_SIZE)
@@ -120,7 +128,6 @@ def _attend_packed_kernel(
     keys += head * stride_head
     values += head * stride_head
     if PLAIN and number >= num_packed:
-        num_tokens = tl.load(seq_lens + req)
         first, last = _share_of(number - num_packed, tl.cdiv(num_tokens, TILE), num_parts - num_packed)
         table = block_table + req.to(tl.int64) * stride_table
         WORDS: tl.constexpr = KV_DTYPE.primitive_bitwidth // 16  # per element
@@ -300,6 +307,7 @@ def _merge_packed_kernel(
     output, lse, sinks, part_outputs, part_lse, query_start_loc, plan,
     stride_out_token, stride_out_head, stride_lse_head, stride_plan,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, PLAIN: tl.constexpr, SINKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per request and head."""
     req, head = tl.program_id(0), tl.program_id(1)
@@ -312,6 +320,8 @@ def _merge_packed_kernel(
         highest, total = -1.0e30, 0.0
         if SINKS:
             highest, total = tl.load(sinks + head).to(tl.float32) * LOG2_E, 1.0
+        if OVERLAP:
+            gdc_wait()
     else:
         num_parts = tl.load(plan + 5 * stride_plan + req)
         if num_parts == 0:
