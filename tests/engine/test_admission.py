@@ -2,68 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvllm.engine.admission import Headroom, blocks_ahead
-from kvllm.groups import Groups
-from kvllm.layers import Local
+from kvllm.config import KvConfig
+from kvllm.engine.admission import NUM_TIMES, Headroom, most_ahead
+from kvllm.layout import Geometry
 
-BLOCK, INTERVAL, FREED = 4, 32, 5
-REQUEST = st.tuples(st.integers(1, 40), st.integers(0, INTERVAL), st.integers(1, 100))
+REQUEST = st.tuples(st.integers(1, 40), st.integers(0, 300), st.integers(1, 100))  # prompt, generated, steps to its end
+GEOMETRY = Geometry.from_config(KvConfig(window_size=32, buffer_size=16, retention_ratio=0.5), 4)
 
 
 @given(st.lists(REQUEST, min_size=1, max_size=6))
 def test_equals_a_walk(requests: list[tuple[int, int, int]]) -> None:
-    held, to_event, to_end = np.array(requests, np.int64).T
-    most = 0
-    for time in range(BLOCK, INTERVAL + 1, BLOCK):
-        now = 0
-        for blocks, event, end in requests:
-            if end >= time:
-                now += time // BLOCK - (FREED if event < time else 0)
-            else:
-                now -= blocks
-        most = max(most, now)
-    actual = blocks_ahead(held, to_event, to_end, np.full(len(held), FREED), INTERVAL, BLOCK)
-    assert actual == most
+    """Over an interval with as many steps as points in time, so that none is left out."""
+    assert GEOMETRY is not None
+    prompt, generated, to_end = np.array(requests, np.int64).T
+    totals = []
+    for time in range(NUM_TIMES + 1):
+        running = [(p, p + g + time) for p, g, end in requests if end >= time]
+        totals.append(sum(GEOMETRY.blocks_held(p, computed) for p, computed in running))
+
+    def held(steps: Any) -> Any:
+        return GEOMETRY.blocks_held(prompt, prompt + generated + steps)
+
+    assert most_ahead(held, to_end, NUM_TIMES) == max(totals) - totals[0]
 
 
-@given(st.lists(st.tuples(REQUEST, st.integers(1, 60)), min_size=1, max_size=6), st.booleans())
-def test_other_groups_count_what_they_will_hold(
-    requests: list[tuple[tuple[int, int, int], int]], chunked: bool
-) -> None:
-    """Two groups with a window of 20 tokens, or a chunk; a request that ends gives back the blocks of all groups."""
-    groups = Groups(1, 1, 2, Local(20, chunked))
-    (held, to_event, to_end), computed = np.array([r for r, _ in requests]).T, np.array([c for _, c in requests])
-    most = 0
-    for time in range(BLOCK, INTERVAL + 1, BLOCK):
-        now = 0
-        for (blocks, event, end), at in requests:
-            before = groups.local_blocks_held(at, BLOCK)
-            if end >= time:
-                now += (
-                    time // BLOCK - (FREED if event < time else 0) + groups.local_blocks_held(at + time, BLOCK) - before
-                )
-            else:
-                now -= blocks + before
-        most = max(most, now)
-    actual = blocks_ahead(
-        held, to_event, to_end, np.full(len(held), FREED), INTERVAL, BLOCK,
-        lambda steps: groups.local_blocks_held(computed + steps, BLOCK),
-    )  # fmt: skip
-    assert actual == most
+def test_requests_in_step_need_a_whole_interval_and_spread_ones_what_lasts() -> None:
+    assert GEOMETRY is not None
+    interval, end, event = GEOMETRY.interval, np.full(8, 10_000), GEOMETRY.event_at(8, 5)
+    same, spread = np.full(8, event), event + np.arange(0, interval, interval // 8)
 
+    def needed(computed: Any) -> int:
+        return most_ahead(lambda steps: GEOMETRY.blocks_held(8, computed + steps), end, interval)
 
-def test_requests_in_step_need_a_whole_interval_and_spread_ones_little() -> None:
-    count = INTERVAL // BLOCK
-    same = np.full(count, INTERVAL)
-    spread = np.arange(0, INTERVAL, BLOCK)
-    held, end, freed = np.full(count, 20), np.full(count, 10_000), np.full(count, FREED)
-    assert blocks_ahead(held, same, end, freed, INTERVAL, BLOCK) == count * INTERVAL // BLOCK
-    assert blocks_ahead(held, spread, end, freed, INTERVAL, BLOCK) <= count * (INTERVAL // BLOCK - FREED)
-    assert blocks_ahead(held[:0], same[:0], end[:0], freed[:0], INTERVAL, BLOCK) == 0
+    in_step, spread_out = needed(same), needed(spread)
+    assert in_step == 8 * interval // 4
+    assert in_step / 2 <= spread_out <= 0.6 * in_step  # every second token lasts
 
 
 def test_headroom_is_kept_for_a_few_steps_of_the_same_requests() -> None:

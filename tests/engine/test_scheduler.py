@@ -20,7 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvllm.config import KvConfig
-from kvllm.engine.admission import blocks_ahead
+from kvllm.engine.admission import NUM_TIMES
 from kvllm.engine.metrics import REPORT_INTERVAL, take_report
 from kvllm.engine.scheduler import MOST_STEPS_KEPT, KvAsyncScheduler
 from kvllm.engine.spec import KvSpec, will_cut_prompt
@@ -54,13 +54,16 @@ def make(model_dir: Path) -> Callable[..., Any]:
     return scheduler
 
 
-def request(name: str, num_prompt_tokens: int, max_tokens: int, ratio: float | None = None) -> Request:
+def request(
+    name: str, num_prompt_tokens: int, max_tokens: int, ratio: float | None = None, first_token: int = 0
+) -> Request:
     hash_fn = get_hash_fn_by_name("sha256")
     init_none_hash(hash_fn)
     extra = None if ratio is None else {"kv_retention_ratio": ratio}
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
     hasher = get_request_block_hasher(BLOCK_SIZE, hash_fn)
-    return Request(name, list(range(num_prompt_tokens)), params, None, block_hasher=hasher)
+    prompt = list(range(first_token, first_token + num_prompt_tokens))
+    return Request(name, prompt, params, None, block_hasher=hasher)
 
 
 class Steps:
@@ -181,23 +184,54 @@ def test_periodic_reports_miss_nothing(make: Callable[..., Any], monkeypatch: py
 
 
 def test_headroom_of_mixed_ratios_equals_that_of_each_request(make: Callable[..., Any]) -> None:
+    """Also while texts are computed in chunks: those of resumed requests count as if they were there."""
     scheduler = make(2000, 16)
     for i in range(12):
         scheduler.add_request(request(str(i), 10 + 9 * i, 300 + i, (None, 0.25, 0.75, 1.0)[i % 4]))
     steps = Steps(scheduler)
-    for _ in range(250):
+    for number in range(250):
+        if number == 120:
+            scheduler.reset_prefix_cache(reset_running_requests=True)
         steps.step()
-        rows = []
-        for running in scheduler.running:
-            if (found := scheduler._compressed(running.request_id)) is not None:
-                geometry, prompt, computed = found[0], running.num_prompt_tokens, running.num_computed_tokens
-                held = ceil_div(geometry.physical_len(prompt, computed), BLOCK_SIZE)
-                freed = geometry.num_freed(prompt, geometry.num_events(prompt, computed)) // BLOCK_SIZE
-                to_end = prompt + running.max_tokens - computed
-                rows.append((held, geometry.max_chunk(prompt, computed), to_end, freed))
+        found = [scheduler._compressed(running.request_id) for running in scheduler.running]
+        rows = [(*each, max(each[1].num_computed_tokens, each[1].num_tokens - 1)) for each in found if each is not None]
         assert len(rows) == 9
-        held, to_event, to_end, freed = np.array(rows, np.int64).T
-        assert scheduler._blocks_ahead() == blocks_ahead(held, to_event, to_end, freed, 64, BLOCK_SIZE)
+        totals = []
+        for time in np.linspace(0, 64, NUM_TIMES + 1, dtype=np.int64).tolist():
+            lasting = [(g, r, soon + time) for g, r, soon in rows if soon + time <= r.num_prompt_tokens + r.max_tokens]
+            totals.append(sum(ceil_div(g.physical_len(r.num_prompt_tokens, at), BLOCK_SIZE) for g, r, at in lasting))
+        now = sum(ceil_div(g.physical_len(r.num_prompt_tokens, r.num_computed_tokens), BLOCK_SIZE) for g, r, _ in rows)
+        assert scheduler._blocks_ahead() == max(totals) - now
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_requests_admitted_in_one_step_leave_each_other_room(make: Callable[..., Any], shared: bool) -> None:
+    """Each grows from two blocks to five: in 24 there is room for four, or five that share a block of their prompt."""
+    scheduler = make(25, 16)
+    steps = Steps(scheduler)
+    if shared:
+        scheduler.add_request(request("first", 20, 1))
+        steps.step()
+    for i in range(10):
+        scheduler.add_request(request(str(i), 20, 60, first_token=0 if shared else 100 * i))
+    steps.step()
+    assert len(scheduler.running) == 4 + shared
+    while scheduler.has_unfinished_requests():
+        steps.step()
+    assert scheduler.num_preemptions == 0
+
+
+def test_a_text_that_is_computed_again_is_counted_before_it_has_blocks(make: Callable[..., Any]) -> None:
+    scheduler = make(200, 4)
+    scheduler.add_request(request("0", 20, 500))
+    steps = Steps(scheduler)
+    for _ in range(400):
+        steps.step()
+    held = scheduler._num_used_blocks()
+    scheduler.reset_prefix_cache(reset_running_requests=True)
+    steps.step()
+    assert scheduler._num_used_blocks() < held / 2
+    assert scheduler._num_used_blocks() + scheduler._blocks_ahead() >= held
 
 
 def test_headroom_is_worked_out_only_where_a_request_can_be_admitted(
@@ -296,9 +330,3 @@ def test_the_front_end_works_out_what_the_scheduler_did(make: Callable[..., Any]
         assert usage.compressions == after["num_windows_compressed"] - before["num_windows_compressed"]
         assert usage.evicted_tokens == after["num_tokens_evicted"] - before["num_tokens_evicted"]
         assert usage.kept_tokens + usage.evicted_tokens == prompt + generated - 1
-
-
-def test_admission_leaves_each_group_of_layers_its_blocks() -> None:
-    held, to_event, to_end, freed = (np.array([n]) for n in (10, 200, 1000, 3))
-    one = blocks_ahead(held, to_event, to_end, freed, 96, 16)
-    assert (one, blocks_ahead(held, to_event, to_end, freed, 96, 16, num_groups=3)) == (6, 18)

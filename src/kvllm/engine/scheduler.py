@@ -11,7 +11,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from kvllm.compression.blocks import blocks_held
-from kvllm.engine.admission import Headroom, blocks_ahead, most_ahead
+from kvllm.engine.admission import Headroom, most_ahead
 from kvllm.engine.cache_groups import checked_groups, compressed_block_size, only_hashed
 from kvllm.engine.metrics import Report, add_report, metric_values
 from kvllm.engine.offloading import offer_prompt_only
@@ -36,8 +36,9 @@ MOST_STEPS_KEPT = 16  # for which the result of `_blocks_ahead` is kept
 
 # A scheduler for the type checker; at run time the classes below combine the mixin with one.
 Base: Any = Scheduler if TYPE_CHECKING else object
-# Requests by the id() of their geometry: prompt length, computed tokens and max_tokens of each.
-ByGeometry = dict[int, tuple["RequestGeometry", list[tuple[int, int, int]]]]
+# Requests by the id() of their geometry: of each the prompt's length, the tokens computed, those that are soon, and
+# max_tokens.
+ByGeometry = dict[int, tuple["RequestGeometry", list[tuple[int, int, int, int]]]]
 
 
 class CompressionMixin(Base):
@@ -184,48 +185,36 @@ class CompressionMixin(Base):
         return not decodes or self.geometries.of(request.sampling_params) is None
 
     def _blocks_ahead(self) -> int:
-        """Blocks that running requests will need over the next interval."""
+        """Blocks that running requests will need over the next interval.
+
+        What is known of a text, as that of a resumed request, is computed within a few steps: the interval begins after
+        it.
+        """
         by_geometry: ByGeometry = {}  # equal geometries are the same object
         for request in self.running:
             if (geometry := self.geometries.of(request.sampling_params)) is not None:
                 _, lengths = by_geometry.setdefault(id(geometry), (geometry, []))
-                lengths.append((request.num_prompt_tokens, request.num_computed_tokens, request.max_tokens))
+                computed = request.num_computed_tokens
+                soon = max(computed, request.num_tokens - 1)
+                lengths.append((request.num_prompt_tokens, computed, soon, request.max_tokens))
         if not by_geometry:
             return 0
-        if self.num_late:
-            return self._blocks_ahead_of_states(by_geometry)
-        rows, widest = [], 0
-        for geometry, lengths in by_geometry.values():
-            widest = max(widest, geometry.interval)
-            prompt, computed, most = np.array(lengths, np.int64).T
-            held = geometry.blocks_held(prompt, computed)
-            to_event = geometry.max_chunk(prompt, computed)
-            freed = geometry.blocks_freed(prompt, geometry.num_events(prompt, computed))
-            rows.append((held, to_event, prompt + most - computed, freed, computed))
-        held, to_event, to_end, freed, computed = np.concatenate(rows, axis=1)
-
-        def local_blocks(steps: IntArray) -> IntArray:
-            return self.groups.local_blocks_held(computed + steps, self.kv_block_size)
-
-        others = None if self.groups.local is None else local_blocks
-        return blocks_ahead(held, to_event, to_end, freed, widest, self.kv_block_size, others, self.groups.num_full)
-
-    def _blocks_ahead_of_states(self, by_geometry: ByGeometry) -> int:
-        """`_blocks_ahead` for models with recurrent layers, whose states do not need more blocks as a text grows."""
-        made = [(geometry.groups[0], np.array(lengths, np.int64).T) for geometry, lengths in by_geometry.values()]
-        to_end = np.concatenate([prompt + most - computed for _, (prompt, computed, most) in made])
-        widest = max(geometry.interval for geometry, _ in made)
+        made = [(geometry.groups, np.array(lengths, np.int64).T) for geometry, lengths in by_geometry.values()]
+        prompt, computed, soon, most = np.concatenate([lengths for _, lengths in made], axis=1)
 
         def held(steps: IntArray) -> IntArray:
             """steps, and the result: [any, num_reqs]"""
-            parts, first = [], 0
-            for geometry, (prompt, computed, _) in made:
-                own = steps[:, first : first + len(prompt)]
-                parts.append(blocks_held(geometry, prompt, computed + own, self.kv_block_size))
+            parts, first, size = [], 0, self.kv_block_size
+            for groups, (prompt, _, soon, _) in made:
+                at = soon + steps[:, first : first + len(prompt)]
+                full = sum(blocks_held(group, prompt, at, size) for group in groups)
+                parts.append(self.groups.num_full // len(groups) * full + self.groups.local_blocks_held(at, size))
                 first += len(prompt)
             return np.concatenate(parts, axis=1)
 
-        return most_ahead(held, to_end, max(widest, self.kv_block_size))
+        due = held(np.zeros((1, len(soon)), np.int64)) - held((computed - soon)[None])
+        widest = max(geometry.interval for geometry, _ in by_geometry.values())
+        return max(0, int(due.sum()) + most_ahead(held, prompt + most - soon, max(widest, self.kv_block_size)))
 
     def _num_used_blocks(self) -> int:
         pool = self.kv_cache_manager.block_pool

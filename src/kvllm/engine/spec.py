@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
@@ -86,6 +86,22 @@ class Progress:
         return cls(geometry, request, geometry.event_at(prompt, 0), num_shared)
 
 
+class Admission(NamedTuple):
+    """A waiting request that asked for blocks.
+
+    num_shared: blocks of its prompt that it found in the prefix cache
+    num_blocks: further ones for the text that it has
+    growth:     those that it will hold besides within an interval, at most
+    owed:       those that requests admitted before it in the same step have yet to take
+    """
+
+    request_id: str = ""
+    num_shared: int = 0
+    num_blocks: int = 0
+    growth: int = 0
+    owed: int = 0
+
+
 class KvManager(FullAttentionManager):
     """Frees the blocks that events emptied, and keeps generated tokens of compressed requests out of the prefix cache.
 
@@ -105,7 +121,7 @@ class KvManager(FullAttentionManager):
         self.total_tokens_kept = 0
         self.total_tokens_evicted = 0
         self.tokens_evicted = 0  # of the requests that hold blocks now
-        self._last_admission = ("", 0)
+        self._last_admission = Admission()
         self.all_cached: set[str] = set()  # ids of requests of which no further block will enter the prefix cache
 
     def bind(self, lookup: RequestLookup, num_late: int) -> None:
@@ -180,10 +196,16 @@ class KvManager(FullAttentionManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Admission counts the compressed size of a text, also of one that is resumed, not its length."""
+        """Admission counts the compressed size of a text, also of one that is resumed, not its length.
+
+        Where other requests hold blocks, it also counts those that this one and the ones admitted right before it will
+        take soon, which the scheduler's headroom does not know of yet.
+        """
+        growth = 0
         if apply_admission_cap and (progress := self._find(request_id)) is not None:
-            prompt = progress.request.num_prompt_tokens
-            peak = peak_allocator_blocks(progress.geometry, prompt, num_tokens, self.block_size, self._num_late)
+            peak = self._peak(progress, num_tokens)
+            most = progress.request.num_prompt_tokens + progress.request.max_tokens
+            growth = self._peak(progress, max(num_tokens, min(num_tokens + progress.geometry.interval, most))) - peak
             num_tokens = min(num_tokens, peak * self.block_size)
         num_blocks = super().get_num_blocks_to_allocate(
             request_id,
@@ -195,14 +217,25 @@ class KvManager(FullAttentionManager):
             apply_admission_cap,
             prefill_end,
         )
-        if apply_admission_cap:
-            self._last_admission = (request_id, num_blocks)
-        return num_blocks
+        if not apply_admission_cap:
+            return num_blocks
+        previous, last = self._last_admission, self._last_admission.request_id
+        owed = previous.owed
+        if last != request_id and last in self.req_to_blocks:
+            taken = len(self.req_to_blocks[last]) - previous.num_shared
+            owed += max(0, previous.num_blocks + previous.growth - taken)
+        self._last_admission = Admission(request_id, len(new_computed_blocks), num_blocks, growth, owed)
+        alone = not self.req_to_blocks.keys() - {request_id}
+        return num_blocks if alone else num_blocks + growth + owed
+
+    def _peak(self, progress: Progress, num_tokens: int) -> int:
+        prompt = progress.request.num_prompt_tokens
+        return peak_allocator_blocks(progress.geometry, prompt, num_tokens, self.block_size, self._num_late)
 
     def take_last_admission(self) -> tuple[str, int]:
         """The last waiting request that asked for blocks since the previous call, and how many; else ("", 0)."""
-        taken, self._last_admission = self._last_admission, ("", 0)
-        return taken
+        taken, self._last_admission = self._last_admission, Admission()
+        return taken.request_id, taken.num_blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Cache only full prompt blocks, and only if the prompt stays whole: survivors will overwrite the others."""
