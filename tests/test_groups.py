@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
-from kvllm.groups import Groups
-from kvllm.layers import Cacheless, LayerKind, Local, Recurrent, local_layers
+from kvllm.budgets import parse_table
+from kvllm.groups import Groups, block_scales, groups_of_model
+from kvllm.layers import Cacheless, Heads, LayerKind, Local, Recurrent, full_heads, heads_of, local_layers
 
 WINDOW, CHUNK = Local(128), Local(64, chunked=True)
 
@@ -83,3 +84,45 @@ def test_blocks_that_are_held_while_a_text_grows() -> None:
     chunked = Groups(2, 1, 1, CHUNK).local_blocks_held(counts, 16)
     assert chunked.tolist() == [-(-n // 16) - n // 64 * 4 for n in range(1, 400)]
     assert Groups(2).local_blocks_held(counts, 16).sum() == Groups(2).local_blocks(400, 16, 1) == 0
+
+
+GEMMA_4: dict[str, Any] = {"sliding_window": 128, "num_hidden_layers": 6, "num_attention_heads": 16}
+LARGE = {"num_key_value_heads": 16, "num_global_key_value_heads": 4, "attention_k_eq_v": True}  # of the 31B model
+
+
+def test_heads_of_layers_that_differ() -> None:
+    made = config("gemma4_text", **GEMMA_4, **LARGE)
+    assert [heads_of(made, i) for i in (0, 5)] == [Heads(16, 16, 256), Heads(16, 4, 512)]
+    assert full_heads(made) == Heads(16, 4, 512)
+    assert full_heads(config("llama", num_attention_heads=8, hidden_size=256)) == Heads(8, 8, 32)
+
+
+@pytest.mark.parametrize(
+    "options, num_shards, scales",
+    [
+        ({"num_key_value_heads": 4}, 1, (1, 2)),
+        (LARGE, 1, (2, 1)),
+        (LARGE, 4, (2, 1)),
+        (LARGE, 8, (1, 1)),  # two heads of 256 with a window, and one of 512
+    ],
+)
+def test_layers_with_less_kv_per_token_get_larger_blocks(
+    options: dict[str, Any], num_shards: int, scales: tuple[int, int]
+) -> None:
+    made = config("gemma4_text", **GEMMA_4, **options)
+    groups = groups_of_model(made, 512, (), num_shards)
+    assert groups == Groups(1, 1, 5, WINDOW, *scales)
+    size = 16 * groups.scale
+    assert groups.local_block_size(size) == 16 * groups.local_scale
+    plain = Groups(1, 1, 5, WINDOW)
+    for count in (1, 130, 400):
+        assert groups.local_blocks(count, size, 20) == plain.local_blocks(count, 16 * groups.local_scale, 20)
+        assert groups.local_blocks_held(count, size) == plain.local_blocks_held(count, 16 * groups.local_scale)
+
+
+def test_blocks_that_vllm_would_pad_and_layer_budgets_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=2: keys of 384 numbers .* 256 .* padded blocks. Use a"):
+        block_scales(Heads(8, 2, 384), Heads(8, 2, 256), num_shards=2)
+    made = config("gemma4_text", **GEMMA_4 | {"num_hidden_layers": 12}, **LARGE)
+    with pytest.raises(ValueError, match=r"layer budgets are not supported in models whose full-attention layers have"):
+        groups_of_model(made, 512, parse_table({"5": 0.5, "11": 0.3}))

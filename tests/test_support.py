@@ -30,6 +30,8 @@ STATES = ["linear_attention", "full_attention", "full_attention"]
         config("qwen2", use_sliding_window=False, sliding_window=16),
         config("gemma3_text", sliding_window=1024, layer_types=LAYERS, num_hidden_layers=2),
         config("gemma3_text", sliding_window=64, layer_types=LAYERS, num_hidden_layers=2),
+        config("gemma4_text", sliding_window=64),
+        config("gemma4_text", sliding_window=64, use_bidirectional_attention="vision"),
         config("llama4_text", num_hidden_layers=4),
         config("gpt_oss"),
         config("falcon", alibi=False),
@@ -69,7 +71,25 @@ def test_served(made: Any) -> None:
             config("llama4_text", sliding_window=64, num_hidden_layers=3, layer_types=[*LAYERS, "chunked_attention"]),
             "layer_types=chunked_attention, sliding_attention: only one of these",
         ),
-        (config("gemma4_text"), "per_layer_config=head_dim: these must be the same in all layers"),
+        (
+            config("gemma4_text", sliding_window=512),
+            "per_layer_config=head_dim: these must be the same in all full-attention layers, and a window of at least "
+            "max_model_len is full attention; use a --max-model-len longer than the window",
+        ),
+        (
+            config("gemma4_text", num_hidden_layers=4, per_layer_config={1: {"hidden_size": 8}}),
+            "per_layer_config=hidden_size: these must be the same in all layers",
+        ),
+        (
+            config("gemma4_text", sliding_window=64, num_hidden_layers=6, per_layer_config={1: {"head_dim": 64}}),
+            "per_layer_config=head_dim: these must be the same in all layers with a window",
+        ),
+        (
+            config("gemma4_text", sliding_window=64, global_head_dim=384),
+            "per_layer_config=head_dim: keys have 1536 numbers in full-attention layers and 1024 in the others, and",
+        ),
+        (config("gemma4_text", num_kv_shared_layers=18), "num_kv_shared_layers=18: layers that share a KV cache"),
+        (config("gemma4_text", use_bidirectional_attention="all"), "use_bidirectional_attention=all: all layers must"),
         (config("mamba2"), "layer_types=linear_attention: no layer has full attention"),
         (config("falcon_h1"), "layer_types=hybrid: supported layers are"),
         (
@@ -115,6 +135,7 @@ def test_a_window_counts_against_the_longest_text_that_is_asked_for() -> None:
         ("FLASH_ATTN", 4, {"sinks": [0.5]}, "sinks=learned: only supported with FlashAttention 3, not with 4"),
         ("FLASH_ATTN", 4, {"cache": "fp8"}, "kv_cache_dtype=fp8: only supported with FlashAttention 3, not with 4"),
         ("FLASH_ATTN", 3, {"head_size": 72}, "head_size=72"),
+        ("FLASH_ATTN", 4, {"head_size": 512}, "head_size=512: not checked above 256; use survivor_bits=16"),
         ("TRITON_ATTN", None, {}, "attention_backend=TRITON_ATTN"),
     ],
 )

@@ -8,12 +8,22 @@ groups that vLLM made.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from kvllm.budgets import Budget, check_layers, table_of
 from kvllm.errors import UsageError
-from kvllm.layers import Cacheless, LayerKind, Local, Recurrent
+from kvllm.layers import (
+    Cacheless,
+    Heads,
+    LayerKind,
+    Local,
+    Recurrent,
+    full_heads,
+    has_other_heads,
+    heads_of,
+    local_layers,
+)
 
 Count = TypeVar("Count")
 
@@ -26,14 +36,19 @@ STATE_BLOCKS = 3
 class Groups:
     """`num_full` groups of full-attention layers and `num_local` groups of local or recurrent layers.
 
-    group_size: layers per group; a block of the pool holds `block_size` tokens of that many layers
-    local:      the kind of the local or recurrent layers; None if there are none
+    group_size:  layers per group; a block of the pool holds `block_size` tokens of that many layers
+    local:       the kind of the local or recurrent layers; None if there are none
+    scale:       tokens in a block of the full-attention layers, in vLLM's --block-size
+    local_scale: tokens in a block of the local layers, likewise. All blocks have as many bytes, so vLLM enlarges those
+                 of the layers with less KV per token (Gemma 4); one of the two is 1
     """
 
     group_size: int
     num_full: int = 1
     num_local: int = 0
     local: Local | Recurrent | None = None
+    scale: int = 1
+    local_scale: int = 1
 
     @classmethod
     def of(cls, kinds_of_layers: Sequence[LayerKind], num_parts: int = 1) -> Groups:
@@ -55,15 +70,21 @@ class Groups:
         num_full, num_local = (-(-count // size) for count in counts)
         return cls(size, num_parts * num_full, num_local, local)
 
+    def local_block_size(self, block_size: int) -> int:
+        """Tokens in a block of the local layers; block_size: in one of the full-attention layers."""
+        return block_size * self.local_scale // self.scale
+
     def local_blocks(self, num_tokens: int, block_size: int, in_flight: int) -> int:
         """The most blocks that a request holds in local groups while it grows to `num_tokens`, as vLLM counts them.
 
-        in_flight: tokens that may be computed before the blocks that the window has left are freed
+        block_size: tokens in a block of the full-attention layers
+        in_flight:  tokens that may be computed before the blocks that the window has left are freed
         """
         if self.local is None:
             return 0
         if isinstance(self.local, Recurrent):
             return self.num_local * STATE_BLOCKS
+        block_size = self.local_block_size(block_size)
         if self.local.chunked:
             most = -(-(self.local.size + in_flight) // block_size)
         else:
@@ -81,12 +102,14 @@ class Groups:
         """Blocks that a request holds in local groups once those that its next token does not attend to are freed.
 
         num_computed_tokens: a number, or an array of them
+        block_size:          as in `local_blocks`
         """
         computed: Any = num_computed_tokens
         if self.local is None:
             return computed * 0
         if isinstance(self.local, Recurrent):
             return computed * 0 + self.num_local
+        block_size = self.local_block_size(block_size)
         return self.num_local * (-(-computed // block_size) - self.local.first_seen(computed) // block_size)
 
 
@@ -116,3 +139,39 @@ def groups_of(layers: Sequence[LayerKind], budgets: Sequence[Budget]) -> Groups:
             "more groups, or one ratio for all layers."
         )
     return groups
+
+
+def groups_of_model(
+    text: Any, max_model_len: int | None, budgets: Sequence[Budget] = (), num_shards: int = 1
+) -> Groups:
+    """`groups_of` the layers of the model with this config, with the sizes of their blocks.
+
+    text, max_model_len: as in `local_layers`
+    num_shards:          devices over which the heads are sharded (tensor parallelism)
+    Raises UsageError as `groups_of` does, and for layer budgets where layers have different heads.
+    """
+    layers = local_layers(text, max_model_len)
+    groups = groups_of(layers, budgets)
+    if not has_other_heads(text) or not isinstance(groups.local, Local):
+        return groups
+    if budgets:
+        raise UsageError(
+            f"retention_ratio={table_of(budgets)}: layer budgets are not supported in models whose full-attention "
+            "layers have other heads than the rest. Use one ratio for all layers."
+        )
+    scale, local_scale = block_scales(full_heads(text), heads_of(text, layers.index(groups.local)), num_shards)
+    return replace(groups, scale=scale, local_scale=local_scale)
+
+
+def block_scales(full: Heads, local: Heads, num_shards: int = 1) -> tuple[int, int]:
+    """`Groups.scale` and `Groups.local_scale` of layers with these heads.
+
+    Raises UsageError where a block of the one would not be a whole number of the other's, and vLLM would pad it.
+    """
+    own, other = full.width(num_shards), local.width(num_shards)
+    if own % other and other % own:
+        raise UsageError(
+            f"tensor_parallel_size={num_shards}: keys of {own} numbers in full-attention layers and of {other} in the "
+            "others would need padded blocks. Use a size with which one of these is a multiple of the other."
+        )
+    return max(1, other // own), max(1, own // other)

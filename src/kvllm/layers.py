@@ -46,6 +46,20 @@ class Cacheless:
 
 LayerKind = Local | Recurrent | Cacheless | None  # None: full attention
 
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention heads of a layer: of queries, of keys and values, and the numbers in each."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def width(self, num_shards: int = 1) -> int:
+        """Numbers in a token's keys, or in its values, on one of `num_shards` tensor-parallel devices."""
+        return max(1, self.num_kv_heads // num_shards) * self.head_dim
+
+
 RECURRENT = {"linear_attention", "mamba"}
 CACHELESS = {"mlp", "moe"}
 
@@ -71,6 +85,25 @@ def layer_kinds(text: Any) -> list[str]:
         return list(kinds)
     kind = "full_attention" if sliding_window(text) is None else "sliding_attention"
     return [kind] * getattr(text, "num_hidden_layers", 1)
+
+
+def has_other_heads(text: Any) -> bool:
+    """Whether the layers of the model with this config have different heads, as in Gemma 4."""
+    return bool(getattr(text, "is_heterogeneous", False))
+
+
+def heads_of(text: Any, layer: int) -> Heads:
+    """The heads of one layer, by its index; text: as in `local_layers`."""
+    own = text.per_layer_config[layer] if has_other_heads(text) else text
+    num_heads, head_dim = own.num_attention_heads, getattr(own, "head_dim", None)
+    num_kv_heads = getattr(own, "num_key_value_heads", None) or num_heads
+    return Heads(num_heads, num_kv_heads, head_dim or own.hidden_size // num_heads)
+
+
+def full_heads(text: Any) -> Heads:
+    """The heads of the full-attention layers, which must all have the same ones."""
+    layers = local_layers(text, None)
+    return heads_of(text, layers.index(None) if None in layers else 0)
 
 
 def sliding_window(text: Any) -> int | None:

@@ -19,7 +19,17 @@ from typing import Any
 
 from kvllm.errors import UsageError, message_of
 from kvllm.groups import Groups
-from kvllm.layers import CACHELESS, RECURRENT, Local, Recurrent, layer_kinds, local_layers
+from kvllm.layers import (
+    CACHELESS,
+    RECURRENT,
+    LayerKind,
+    Local,
+    Recurrent,
+    has_other_heads,
+    heads_of,
+    layer_kinds,
+    local_layers,
+)
 
 CACHE_DTYPES = {
     "cpu": ("auto", "float16", "bfloat16"),
@@ -36,8 +46,13 @@ OFFLOADING_OPTIONS = {
 }  # fmt: skip
 PLAIN_BITS = 16  # of survivors that are not rounded
 PACKED_BITS = 4  # of survivors that GPUs pack
+CHECKED_DIMS = 256  # of the largest heads for which packed survivors and fp8 caches were checked
 FP8_PACKED_BLOCK_SIZE = 32  # an fp8 block has half the bytes and scales as large: of 16 tokens it packs 24, of 32 56
 ALL_FULL = "all layers must use full attention"
+SHARED_CACHE = (
+    "layers that share a KV cache are not supported, since the queries of only one of them would choose what is kept; "
+    "serve the model without KvLLM"
+)
 ALIBI = "ALiBi computes distances from indices in the cache, which compression changes"
 RELATIVE_BIAS = "the bias depends on indices in the cache, which compression changes"
 COUNTS_POSITIONS = (
@@ -47,6 +62,7 @@ COUNTS_POSITIONS = (
 # Names in configs for full-attention layers, and for layers that attend within a window or a chunk.
 FULL_ATTENTION = {"full_attention", "attention"}
 LOCAL_ATTENTION = {"sliding_attention", "chunked_attention"}
+PER_LAYER_HEADS = {"head_dim", "num_key_value_heads"}
 NO_FULL = "no layer has full attention, so there is nothing to compress"
 SERVED_KINDS = "supported layers are full, sliding-window and chunked attention, Mamba and linear attention"
 # The supported classes of vLLM's layers, and of the V2 runner's model state.
@@ -99,11 +115,11 @@ def model_reasons(config: Any, max_model_len: int | None = None) -> list[str]:
             (
                 "num_kv_shared_layers",
                 getattr(text, "num_kv_shared_layers", None),
-                "layers that share a KV cache are not supported",
+                SHARED_CACHE,
             ),
             (
                 "use_bidirectional_attention",
-                getattr(text, "use_bidirectional_attention", None),
+                _bidirectional(text),
                 "all layers must use causal attention",
             ),
         )
@@ -118,10 +134,49 @@ def check_model(config: Any, name: str, max_model_len: int | None = None) -> Non
         raise UsageError(f"KvLLM does not support {name} with {found}.")
 
 
-def _layer_kind_reasons(text: Any, max_model_len: int | None) -> list[str]:
-    if getattr(text, "is_heterogeneous", False):
-        differing = ", ".join(sorted(text.per_layer_attributes))
+def _bidirectional(text: Any) -> Any:
+    """What attends to later tokens; None if at most the tokens of an image do, of which `layer_reasons` knows more."""
+    value = getattr(text, "use_bidirectional_attention", None)
+    return None if value == "vision" else value
+
+
+def _heads_reasons(text: Any, layers: list[LayerKind]) -> list[str]:
+    """Why layers with different heads are not supported together; layers: their kinds."""
+    if not has_other_heads(text):
+        return []
+    attributes = set(text.per_layer_attributes)
+    differing = ", ".join(sorted(attributes))
+    if attributes - PER_LAYER_HEADS:
         return [reason("per_layer_config", differing, "these must be the same in all layers")]
+    full, local = (
+        list({heads_of(text, i) for i, kind in enumerate(layers) if isinstance(kind, wanted)})
+        for wanted in (type(None), Local)
+    )
+    if len(full) > 1:
+        return [
+            reason(
+                "per_layer_config",
+                differing,
+                "these must be the same in all full-attention layers, and a window of at least max_model_len is full "
+                "attention; use a --max-model-len longer than the window, or serve the model without KvLLM",
+            )
+        ]
+    if len(local) > 1:
+        return [reason("per_layer_config", differing, "these must be the same in all layers with a window")]
+    widths = [heads.width() for heads in (*full, *local)]
+    if len(widths) == 2 and max(widths) % min(widths):
+        return [
+            reason(
+                "per_layer_config",
+                differing,
+                f"keys have {widths[0]} numbers in full-attention layers and {widths[1]} in the others, and one must "
+                "be a multiple of the other",
+            )
+        ]
+    return []
+
+
+def _layer_kind_reasons(text: Any, max_model_len: int | None) -> list[str]:
     if getattr(text, "layer_types", None) is None and getattr(text, "layers_block_type", None) is None:
         states = [field for field in STATE_FIELDS if getattr(text, field, None)]
         if states:
@@ -129,6 +184,8 @@ def _layer_kind_reasons(text: Any, max_model_len: int | None) -> list[str]:
     if others := set(layer_kinds(text)) - FULL_ATTENTION - LOCAL_ATTENTION - RECURRENT - CACHELESS:
         return [reason("layer_types", ", ".join(sorted(others)), SERVED_KINDS)]
     layers = local_layers(text, max_model_len)
+    if found := _heads_reasons(text, layers):
+        return found
     kinds = {layer for layer in layers if isinstance(layer, Local | Recurrent)}
     if None not in layers:
         if Recurrent() in kinds:
@@ -186,6 +243,9 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
     scheduler_cls = vllm_config.scheduler_config.scheduler_cls
     one_group = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
     backend = vllm_config.attention_config.backend
+    # vLLM asks for this one in models whose layers have different heads, also on CPUs, which then use their own.
+    asked = device == "cpu" and backend is not None and backend.name == "TRITON_ATTN"
+    not_asked = asked and has_other_heads(model.hf_config.get_text_config())
     prefill_parallel = getattr(parallel, "prefill_context_parallel_size", 1)
     transfer = vllm_config.kv_transfer_config
     before_model: list[tuple[bool, str, Any, str]] = [
@@ -265,7 +325,7 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
             "KvLLM brings its own scheduler class; leave it unset",
         ),
         (
-            backend is not None and backend.name not in BACKENDS[device],
+            backend is not None and backend.name not in BACKENDS[device] and not not_asked,
             "attention_backend",
             getattr(backend, "name", None),
             f"use one of {', '.join(BACKENDS[device])}",
@@ -379,8 +439,10 @@ def _class_of(layer: Any) -> tuple[str, str]:
     return type(layer).__module__, type(layer).__qualname__
 
 
-def layer_reasons(layer: Any, max_model_len: int) -> list[str]:
+def layer_reasons(layer: Any, max_model_len: int, sees_images: bool = True) -> list[str]:
     """Why a vLLM layer with a KV cache is not supported, judged from the loaded layer itself.
+
+    sees_images: whether prompts may have images
 
     Soft-capped logits are supported, since each depends on its own query and key alone, and so are attention sinks,
     which add one logit. Queries that are scaled by their position (Llama 4) are scaled before the layer.
@@ -407,9 +469,21 @@ def layer_reasons(layer: Any, max_model_len: int) -> list[str]:
             layer.kv_sharing_target_layer_name is not None,
             "kv_sharing_target_layer_name",
             layer.kv_sharing_target_layer_name,
-            "layers that share a KV cache are not supported",
+            SHARED_CACHE,
         ),
-        (not local and layer.use_mm_prefix, "use_mm_prefix", True, "all layers must use causal attention"),
+        (
+            not local and sees_images and layer.use_mm_prefix,
+            "use_mm_prefix",
+            True,
+            "tokens of an image attend to later ones, and all layers must use causal attention; use "
+            "--language-model-only for text alone",
+        ),
+        (
+            not local and layer.head_size > CHECKED_DIMS and is_fp8(layer.kv_cache_dtype),
+            "kv_cache_dtype",
+            layer.kv_cache_dtype,
+            f"not checked with heads of more than {CHECKED_DIMS} dimensions; leave it at auto",
+        ),
         (
             not local and layer.head_size_v != layer.head_size,
             "head_size_v",
@@ -434,10 +508,10 @@ def default_block_size(device: str, bits: int = PLAIN_BITS, cache_dtype: str = "
     return FP8_PACKED_BLOCK_SIZE if packed_in_fp8 else DEFAULT_BLOCK_SIZE[device]
 
 
-def packed_problem(bits: int, dtype: str, table: Any = None) -> str | None:
+def packed_problem(bits: int, dtype: str, table: Any = None, head_dim: int = 0) -> str | None:
     """Why a GPU cannot store survivors in this many bits, with the remedy; None if it can, or if nothing is rounded.
 
-    dtype: the model's; table: the layer budgets, if any
+    dtype: the model's; table: the layer budgets, if any; head_dim: of the full-attention layers
     """
     if bits == PLAIN_BITS:
         return None
@@ -452,6 +526,11 @@ def packed_problem(bits: int, dtype: str, table: Any = None) -> str | None:
         return (
             f"survivor_bits={bits}: attention over packed survivors needs a model in 16 bits, not dtype={dtype}. Use "
             "--dtype bfloat16, or survivor_bits=16."
+        )
+    if head_dim > CHECKED_DIMS:
+        return (
+            f"survivor_bits={bits}: attention over packed survivors was not checked with heads of more than "
+            f"{CHECKED_DIMS} dimensions, and head_dim={head_dim}. Use survivor_bits=16."
         )
     return None
 
@@ -476,6 +555,12 @@ def packed_reasons(layer: Any) -> list[str]:
         (getattr(impl, "sinks", None) is not None and version != 3, "sinks", "learned", unknown),
         (is_fp8(layer.kv_cache_dtype) and version != 3, "kv_cache_dtype", layer.kv_cache_dtype, unknown),
         (layer.head_size % 16 > 0, "head_size", layer.head_size, "not a multiple of 16; use survivor_bits=16"),
+        (
+            layer.head_size > CHECKED_DIMS,
+            "head_size",
+            layer.head_size,
+            f"not checked above {CHECKED_DIMS}; use survivor_bits=16",
+        ),
     )
     return [reason(what, value, why) for wrong, what, value, why in checks if wrong]
 

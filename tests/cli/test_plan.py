@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2_5_VLConfig, Qwen3Config
+from transformers import (
+    Gemma3TextConfig,
+    Gemma4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2_5_VLConfig,
+    Qwen3Config,
+)
 
 from kvllm.cli.plan import local_blocks, parse_bytes, parse_lengths, plan, pool_bytes
 from kvllm.compression.footprint import Footprint, default_max_num_seqs, fitting_max_num_seqs, footprint
@@ -96,6 +103,24 @@ def test_layers_with_a_window_have_groups_of_their_own_and_no_bank() -> None:
     assert local_blocks(found.groups, 16, 1, 100) == 2 * 7
     assert local_blocks(found.groups, 16, 1, 5000) == 2 * 10  # 127 tokens and two in flight, anywhere in their blocks
     assert local_blocks(found.groups, 16, 1000, 5000) == 2 * 63  # the prompt, computed in one step
+
+
+def test_layers_with_other_heads_have_blocks_of_another_size() -> None:
+    """As in Gemma 4: a token has 2 heads of 16 in a layer with a window, and one of 16 in one of full attention."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    config = Gemma4TextConfig(
+        **SHAPE | {"num_hidden_layers": 6, "head_dim": 16}, global_head_dim=16, num_global_key_value_heads=1,
+        attention_k_eq_v=True, sliding_window=128, layer_types=kinds,
+    )  # fmt: skip
+    found = footprint(config, KvConfig(), 1, weights=0, max_model_len=5000)
+    assert found.groups == Groups(2, 1, 2, Local(128), scale=2)
+    assert found.kv_per_token == 2 * 2 * 1 * 16 * 2
+    assert found.query_bank == 96 * 2 * 4 * (8 + 2)
+    geometry = Geometry.from_config(KvConfig(window_size=256, buffer_size=56, retention_ratio=0.25), 32)
+    (row,) = plan(found, 1000 * found.kv_per_token * 32, geometry, 32, 256, [1600]).rows
+    local = 2 * 16  # of 16 tokens each, while the prompt is computed
+    # Of 32 tokens: at most the prompt, four windows' two blocks each, one window and 56 tokens.
+    assert (row.stock_blocks, row.kvllm_blocks) == (50 + local, 8 + 8 + 8 + 2 + local)
 
 
 def test_plans_count_all_groups() -> None:

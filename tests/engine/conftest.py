@@ -61,8 +61,8 @@ def engine(model_dir: Path, config: KvConfig | None = CONFIG, **options: Any) ->
 class Served:
     """An engine of a tiny random checkpoint, asked for `num_tokens` at a time, and the model for the reference."""
 
-    def __init__(self, llm: Any, folder: Path, num_tokens: int) -> None:
-        self.llm, self.reference, self.num_tokens = llm, load_model(folder), num_tokens
+    def __init__(self, llm: Any, folder: Path, num_tokens: int, block_size: int = BLOCK_SIZE) -> None:
+        self.llm, self.reference, self.num_tokens, self.block_size = llm, load_model(folder), num_tokens, block_size
 
     def greedy(self, *prompt_ids: list[int], num_tokens: int | None = None, **extra: Any) -> list[Any]:
         from vllm import SamplingParams
@@ -74,7 +74,7 @@ class Served:
         return self.llm.generate([{"prompt_token_ids": p} for p in prompt_ids], params, use_tqdm=False)
 
     def check(self, prompt: list[int], output: Any, config: KvConfig | None = CONFIG) -> None:
-        check_greedy(self.reference, prompt, list(output.outputs[0].token_ids), config, BLOCK_SIZE, num_variants=0)
+        check_greedy(self.reference, prompt, list(output.outputs[0].token_ids), config, self.block_size, num_variants=0)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def watch_blocks(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, i
             geometry, prompt = whole.groups[number], request.num_prompt_tokens
             length = geometry.physical_len(prompt, computed[i]) + counts[i]
             assert int(lengths[i]) == length
-            read = tables[i, : -(-length // BLOCK_SIZE)].tolist()
+            read = tables[i, : -(-length // manager.block_size)].tolist()
             live = [b.block_id for b in manager.req_to_blocks[req_id] if not b.is_null]
             assert sorted(read) == sorted(live)
             seen.append((req_id, geometry.num_events(prompt, computed[i])))

@@ -66,6 +66,11 @@ MIXED = {"sliding_window": 128, "layer_types": ["sliding_attention", "sliding_at
 """Two layers of three look back over a window that every request outgrows."""
 
 
+KEYS_AS_VALUES = {"num_key_value_heads": 4, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+                  "hidden_size_per_layer_input": 0}  # fmt: skip
+"""Of the larger models of Gemma 4: layers of full attention have fewer KV heads, and values that are their keys."""
+
+
 @dataclass(frozen=True)
 class Family:
     """A tiny model: its `model_type`, and what its config has besides SIZES."""
@@ -156,8 +161,14 @@ def _families() -> dict[str, Family]:
         ("Gemma 2, shorter window", "gemma2", HEAD_DIM | {"sliding_window": 128}),
         ("Gemma 2, window as long as the context", "gemma2", HEAD_DIM | FULL_WINDOW),
         ("Gemma 3, shorter window", "gemma3_text", HEAD_DIM | MIXED),
-        ("Gemma 4", "gemma4_text", HEAD_DIM | MIXED | {"hidden_size_per_layer_input": 16,
-            "vocab_size_per_layer_input": VOCAB_SIZE}),
+        ("Gemma 4, per-layer embeddings, larger heads in the full layer", "gemma4_text", HEAD_DIM | MIXED | {
+            "global_head_dim": 64, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB_SIZE}),
+        ("Gemma 4 MoE, keys as values", "gemma4_text", HEAD_DIM | MIXED | KEYS_AS_VALUES | {
+            "global_head_dim": 128, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+            "moe_intermediate_size": 64}),
+        ("Gemma 4, shared KV caches", "gemma4_text", HEAD_DIM | MIXED | {"num_hidden_layers": 6,
+            "layer_types": 2 * ["sliding_attention", "sliding_attention", "full_attention"], "global_head_dim": 64,
+            "num_kv_shared_layers": 3}),
         ("Cohere", "cohere", {}),
         ("Cohere 2, shorter window", "cohere2", HEAD_DIM | MIXED),
         ("Cohere 2 MoE", "cohere2_moe", HEAD_DIM | MOE | MIXED),

@@ -28,8 +28,8 @@ from kvllm.engine.cache_groups import (
 from kvllm.engine.compat import RELEASE
 from kvllm.engine.runner_v2 import KvModelState, Part
 from kvllm.engine.spec import KvSpec
-from kvllm.groups import Groups
-from kvllm.layers import Cacheless, Local, Recurrent
+from kvllm.groups import Groups, block_scales
+from kvllm.layers import Cacheless, Heads, Local, Recurrent
 
 if RELEASE >= (0, 33):
     from vllm.v1.core.kv_cache_planning import _get_kv_cache_groups_uniform_page_size, get_kv_cache_groups
@@ -44,6 +44,15 @@ FULL, WINDOW = KvSpec(**SHAPE), SlidingWindowSpec(sliding_window=128, **SHAPE)
 def cache_config(*specs: Any) -> KVCacheConfig:
     groups = [KVCacheGroupSpec([f"layer.{i}"], spec) for i, spec in enumerate(specs)]
     return KVCacheConfig(num_blocks=10, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def grouping_config() -> Any:
+    """What vLLM needs of its configuration to group layers."""
+    return SimpleNamespace(
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False), speculative_config=None,
+        attention_config=SimpleNamespace(hisparse_config=None),
+        cache_config=SimpleNamespace(get_resolved_kv_cache_layout=lambda: SimpleNamespace(is_block_outermost=False)),
+    )  # fmt: skip
 
 
 def test_the_compressed_group_is_the_only_one_of_its_kind() -> None:
@@ -71,12 +80,7 @@ def test_vllm_makes_the_groups_of_layer_budgets(num_parts: int, num_local: int) 
     """Through its own choice of how to group, which would put all layers of full attention into one."""
     layers: dict[str, Any] = {f"full.{i}": KvSpec(**SHAPE, part=i * num_parts // 12) for i in range(12)}
     layers |= {f"local.{i}": WINDOW for i in range(num_local)}
-    config: Any = SimpleNamespace(
-        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False), speculative_config=None,
-        attention_config=SimpleNamespace(hisparse_config=None),
-        cache_config=SimpleNamespace(get_resolved_kv_cache_layout=lambda: SimpleNamespace(is_block_outermost=False)),
-    )  # fmt: skip
-    made = get_kv_cache_groups(config, layers)
+    made = get_kv_cache_groups(grouping_config(), layers)
     groups = Groups.of([None] * 12 + [Local(128)] * num_local, num_parts)
     parts = [group.kv_cache_spec.part for group in made if isinstance(group.kv_cache_spec, KvSpec)]
     assert parts == list(range(num_parts)) and groups.num_full == num_parts
@@ -136,13 +140,34 @@ def test_vllm_makes_the_same_groups_and_counts_the_same_blocks(
         assert groups.local_blocks(num_tokens, block_size, in_flight=100) == expected
 
 
+@pytest.mark.parametrize("full, local", [((2, 64), (4, 64)), ((4, 128), (2, 64)), ((1, 128), (2, 64))])
+def test_vllm_enlarges_the_same_blocks_where_layers_have_other_heads(
+    full: tuple[int, int], local: tuple[int, int]
+) -> None:
+    """As in Gemma 4; through vLLM's own choice of the block sizes."""
+    shapes = [SHAPE | {"num_kv_heads": heads, "head_size": dim} for heads, dim in (full, local)]
+    specs: dict[str, Any] = {"full": KvSpec(**shapes[0])}
+    specs |= {f"local.{i}": SlidingWindowSpec(sliding_window=128, **shapes[1]) for i in range(3)}
+    made = get_kv_cache_groups(grouping_config(), specs)
+    scale, local_scale = block_scales(Heads(4, *full), Heads(4, *local))
+    sizes = {type(group.kv_cache_spec): group.kv_cache_spec.block_size for group in made}
+    assert sizes == {KvSpec: BLOCK_SIZE * scale, SlidingWindowSpec: BLOCK_SIZE * local_scale}
+    assert len({group.kv_cache_spec.page_size_bytes for group in made}) == 1
+    spec = next(group.kv_cache_spec for group in made if isinstance(group.kv_cache_spec, SlidingWindowSpec))
+    groups = Groups(1, 1, 3, Local(128), scale, local_scale)
+    for num_tokens in (1, 31, 33, 129, 1000):
+        expected = 3 * min(spec.max_admission_blocks_per_request(100, 10**6), -(-num_tokens // spec.block_size))
+        assert groups.local_blocks(num_tokens, BLOCK_SIZE * scale, in_flight=100) == expected
+
+
 def test_groups_that_the_config_does_not_explain_are_refused() -> None:
     made = AutoConfig.for_model("gpt_oss", num_hidden_layers=4, sliding_window=128)
     model = SimpleNamespace(hf_config=made, max_model_len=512, model="some/model")
     config: Any = SimpleNamespace(model_config=model, additional_config=None)
     assert checked_groups(config, cache_config(WINDOW, FULL)) == Groups(2, 1, 1, Local(128))
     longer = SlidingWindowSpec(sliding_window=129, **SHAPE)
-    for specs in ((FULL,), (FULL, longer), (FULL, WINDOW, WINDOW)):
+    larger = SlidingWindowSpec(sliding_window=128, **SHAPE | {"block_size": 2 * BLOCK_SIZE})
+    for specs in ((FULL,), (FULL, longer), (FULL, larger), (FULL, WINDOW, WINDOW)):
         with pytest.raises(
             ValueError, match=r"some/model: according to its config, 1 KV cache groups .*Local\(size=128"
         ):

@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, Gemma4TextConfig
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from kvllm.compression.footprint import footprint
 from kvllm.config import KvConfig
 from kvllm.engine import settings
-from kvllm.engine.settings import Geometries, kv_config, prepare
+from kvllm.engine.settings import Geometries, heads_of_engine, kernel_block_size, kv_config, prepare
 from kvllm.errors import UsageError
+from kvllm.layers import Heads
 from kvllm.layout import Geometry, GroupedGeometry
 from kvllm.methods.triattention import save_statistics
 
@@ -78,6 +79,23 @@ def test_rounding_on_a_cpu_says_that_it_saves_no_memory(model_dir: Path, vllm_lo
     assert "no memory is saved" in vllm_log.text
 
 
+def test_compressed_layers_with_larger_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in Gemma 4: 4 KV heads of 256 in layers with a window, one of 512 in those of full attention."""
+    Gemma4TextConfig(
+        num_hidden_layers=6, num_global_key_value_heads=1, attention_k_eq_v=True, architectures=["Gemma4ForCausalLM"]
+    ).save_pretrained(tmp_path)
+    options = {"skip_tokenizer_init": True}
+    config = vllm_config(tmp_path, {}, **options)
+    assert config.cache_config.block_size == 32 and kernel_block_size(config) == 64
+    assert heads_of_engine(config) == Heads(8, 1, 512)
+    with pytest.raises(ValueError, match="window_size=64: with blocks of 64 tokens no block could be freed"):
+        vllm_config(tmp_path, {"window_size": 64}, **options)
+    config = vllm_config(tmp_path, **options)
+    as_on_a_gpu(config, monkeypatch, "bfloat16", survivor_bits=4, retention_ratio=0.5)
+    with pytest.raises(ValueError, match="survivor_bits=4: attention over .* head_dim=512. Use survivor_bits=16"):
+        prepare(config)
+
+
 def test_a_front_end_without_our_checks_is_refused(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = vllm_config(model_dir)
     config.additional_config = {"kvllm": {}}
@@ -89,13 +107,17 @@ def test_a_front_end_without_our_checks_is_refused(model_dir: Path, monkeypatch:
 def gpu_config(model_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, **options: Any) -> Any:
     """A vLLM configuration as on a GPU, before `prepare`."""
     config = vllm_config(model_dir)
+    as_on_a_gpu(config, monkeypatch, dtype, **options)
+    return config
+
+
+def as_on_a_gpu(config: Any, monkeypatch: pytest.MonkeyPatch, dtype: str, **options: Any) -> None:
     config.model_config.dtype = getattr(torch, dtype)
     monkeypatch.setattr("vllm.platforms.current_platform.device_type", "cuda")
     monkeypatch.setattr(config.device_config, "device_type", "cuda")
     monkeypatch.setattr(type(config), "use_v2_model_runner", True)
     config.cache_config.user_specified_block_size = False
     config.additional_config = {"kvllm": options}
-    return config
 
 
 @pytest.mark.parametrize(

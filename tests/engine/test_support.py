@@ -45,7 +45,7 @@ def layer(**changes: Any) -> Any:
 
 def config_of(**layers: Any) -> Any:
     return SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN, model="some/model"),
+        model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN, model="some/model", multimodal_config=object()),
         cache_config=SimpleNamespace(block_size=32),
         compilation_config=SimpleNamespace(static_forward_context=layers),
     )
@@ -86,12 +86,22 @@ def test_served(changes: dict[str, Any]) -> None:
         ({"attn_type": "encoder_only"}, "attn_type=encoder_only"),
         ({"use_mm_prefix": True}, "use_mm_prefix=True"),
         ({"head_size_v": 16}, "head_size_v=16: .* keys is 32"),
+        ({"head_size": 512, "head_size_v": 512, "kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8: not checked with heads"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_layers_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"KvLLM does not support layer b with {message}"):
         compressed_layers(config_of(a=layer(), b=layer(**changes)))
+
+
+def test_attention_among_the_tokens_of_an_image_matters_where_prompts_may_have_one() -> None:
+    """Gemma 4 as a text model says of its layers that they would, too."""
+    text = config_of(a=layer(use_mm_prefix=True))
+    text.model_config.multimodal_config = None
+    assert list(compressed_layers(text)) == ["a"]
+    with pytest.raises(ValueError, match="use_mm_prefix=True: .*; use --language-model-only for text alone"):
+        compressed_layers(config_of(a=layer(use_mm_prefix=True)))
 
 
 def test_every_other_class_of_vllm_with_a_cache_is_refused() -> None:

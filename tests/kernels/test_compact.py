@@ -21,6 +21,7 @@ def random_kept(num_due, cache, num_candidates, num_kept, device):
         (208, 256, 16, 2, 96, torch.float16),
         (48, 64, 16, 2, 80, torch.float32),
         (64, 128, 32, 1, 256, torch.float16),
+        (32, 64, 32, 1, 512, torch.bfloat16),
     ],
 )
 def test_compact(num_kept, num_candidates, block_size, num_kv_heads, head_dim, dtype, token_major, device):

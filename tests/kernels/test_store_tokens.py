@@ -17,7 +17,7 @@ def bank_of(num_heads, num_kv_heads, head_dim, stride, device, dtype=torch.bfloa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     "num_tokens, num_heads, num_kv_heads, head_dim, stride",
-    [(1, 1, 1, 64, 1), (7, 32, 8, 128, 4), (5, 9, 3, 80, 4), (4, 20, 4, 256, 2), (9, 12, 2, 16, 8)],
+    [(1, 1, 1, 64, 1), (7, 32, 8, 128, 4), (5, 9, 3, 80, 4), (4, 20, 4, 256, 2), (9, 12, 2, 16, 8), (2, 8, 1, 512, 4)],
 )
 def test_queries(num_tokens, num_heads, num_kv_heads, head_dim, stride, dtype, device):
     torch.manual_seed(0)
@@ -69,7 +69,14 @@ def test_no_tokens(device):
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     "num_tokens, num_heads, num_kv_heads, head_dim, block_size",
-    [(1, 2, 1, 64, 16), (7, 32, 8, 128, 16), (5, 9, 3, 80, 8), (6, 24, 12, 64, 32), (4, 20, 4, 256, 16)],
+    [
+        (1, 2, 1, 64, 16),
+        (7, 32, 8, 128, 16),
+        (5, 9, 3, 80, 8),
+        (6, 24, 12, 64, 32),
+        (4, 20, 4, 256, 16),
+        (3, 8, 1, 512, 32),
+    ],
 )
 def test_keys_and_values(num_tokens, num_heads, num_kv_heads, head_dim, block_size, cache_dtype, device):
     """Into slots of any order; padded tokens, tokens without a slot, other layers and other slots stay as they are."""

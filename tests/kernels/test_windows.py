@@ -10,6 +10,7 @@ CASES = [
     (32, 8, 96, torch.float32, torch.float32),
     (32, 3, 128, torch.float8_e4m3fn, torch.bfloat16),
     (16, 2, 256, torch.float8_e4m3fn, torch.float16),
+    (32, 1, 512, torch.bfloat16, torch.bfloat16),
 ]
 
 

@@ -250,6 +250,8 @@ def test_heads_that_the_kernels_do_not_refit(
     monkeypatch.setattr(kara_kernels, "MOST_DIMS", HEAD_DIM - 1)
     monkeypatch.setattr(kara_kernels, "refit", None)
     assert not has_fused_kernels(make_method(KvConfig()), HEAD_DIM)
+    without_refit = make_method(KvConfig(method_options={"key_ridge": 0, "value_ridge": 0}))
+    assert has_fused_kernels(without_refit, 256) and not has_fused_kernels(without_refit, 512)
     test_equals_reference(KvConfig(method="kara", **options, **SIZES), 5, device, monkeypatch)
 
 

@@ -16,7 +16,8 @@ from tests.reference.models import text
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.2,
-    "num_local_experts": 4, "num_experts_per_tok": 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    "num_local_experts": 4, "num_experts_per_tok": 1, "global_head_dim": 32, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 97, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
 SLIDING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
 CHUNKED = {"attention_chunk_size": 24, "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0],
@@ -29,7 +30,10 @@ def tiny_model(kind: str, **options: Any) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **options), dtype=torch.float32).eval()
 
 
-KINDS = [("gpt_oss", SLIDING), ("gemma3_text", SLIDING), ("exaone4", SLIDING), ("llama4_text", CHUNKED)]
+KINDS = [
+    ("gpt_oss", SLIDING), ("gemma3_text", SLIDING), ("gemma4_text", SLIDING), ("exaone4", SLIDING),
+    ("llama4_text", CHUNKED),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind, options", KINDS, ids=[kind for kind, _ in KINDS])

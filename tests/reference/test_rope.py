@@ -12,6 +12,7 @@ from transformers import (
     DeepseekV2Config,
     Exaone4Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GlmConfig,
     GPT2Config,
     LlamaConfig,
@@ -142,6 +143,19 @@ def test_every_layer_has_its_own(config, bases, dtype):
         expected = torch.zeros_like(row) if base is None else frequencies(base, HEAD_DIM)
         # transformers holds them in float32, and in bfloat16 after `.to`.
         torch.testing.assert_close(row, expected, rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=0)
+
+
+def test_a_quarter_of_larger_heads_is_rotated_in_the_full_layers_of_gemma_4():
+    """Beside embeddings of each layer, which need tokens where the probe has hidden states alone."""
+    config = Gemma4TextConfig(
+        **SIZES | {"num_hidden_layers": 2}, head_dim=HEAD_DIM, global_head_dim=2 * HEAD_DIM,
+        layer_types=["sliding_attention", "full_attention"], hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=SIZES["vocab_size"],
+    )  # fmt: skip
+    rope = rope_of(model_of(config), [1])
+    assert rope is not None
+    expected = frequencies(1e6, 2 * HEAD_DIM) * (torch.arange(HEAD_DIM) < HEAD_DIM // 4)
+    torch.testing.assert_close(rope.frequencies, expected, rtol=1e-6, atol=0)
 
 
 def test_frequencies_that_change_with_the_length_are_refused():

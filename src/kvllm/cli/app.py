@@ -223,13 +223,13 @@ def plan(
     longest = max_model_len or getattr(text, "max_position_embeddings", None)
     config = with_budgets(checked_config(options), full_layers(local_layers(text, longest)))
     one = footprint(model_config, config, 1, kv_cache_dtype, size, max_model_len)
-    if problem := packed_problem(
-        config.survivor_bits, dtype_of(model_config), config.retention_ratio if config.budgets else None
-    ):
+    table, head_dim = config.retention_ratio if config.budgets else None, head_dim_of(text)
+    if problem := packed_problem(config.survivor_bits, dtype_of(model_config), table, head_dim):
         raise UsageError(problem)
     if block_size is None:
         block_size = default_block_size("cuda", config.survivor_bits, kv_cache_dtype)
-    rounding = Rounding.from_config(config, block_size, head_dim_of(text), kv_cache_dtype)
+    block_size *= one.groups.scale
+    rounding = Rounding.from_config(config, block_size, head_dim, kv_cache_dtype)
     geometry = request_geometry(config, block_size, packed_tokens=rounding.block_tokens if rounding else None)
     num_seqs = max_num_seqs or default_max_num_seqs(device_bytes, gpu_memory_utilization, one)
     taken = replace(one, query_bank=num_seqs * one.query_bank)

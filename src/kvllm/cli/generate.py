@@ -135,6 +135,10 @@ def _engine_stats(llm: Any) -> Stats:
 
 def _stock_stats(llm: Any) -> Stats:
     """The same figures for an engine without KvLLM, read from its block pool after every scheduling step."""
+    from kvllm.engine.settings import groups_of_engine
+
+    config = llm.llm_engine.vllm_config
+    block_size = config.cache_config.block_size * groups_of_engine(config).scale
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     pool, schedule = scheduler.kv_cache_manager.block_pool, scheduler.schedule
     peak = 0
@@ -146,7 +150,7 @@ def _stock_stats(llm: Any) -> Stats:
         return output
 
     scheduler.schedule = counting
-    return lambda: (peak, 0, scheduler.block_size)
+    return lambda: (peak, 0, block_size)
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool | None) -> list[int]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
-from kvllm.groups import Groups, groups_of
-from kvllm.layers import local_layers
+from kvllm.groups import Groups, groups_of_model
+from kvllm.layers import full_heads, local_layers
 from kvllm.support import check_model, is_fp8
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -22,7 +22,7 @@ BANK_SHARE = 0.05
 class Footprint:
     """The device memory that a model needs, in bytes.
 
-    kv_per_token: KV of one token in the layers of one KV cache group
+    kv_per_token: KV of one token in the layers of one KV cache group, of those that are compressed
     query_bank:   the queries that KvLLM stores
     groups:       the model's KV cache groups; by default all layers are in one group, which is compressed
     """
@@ -56,18 +56,16 @@ def footprint(
     check_model(config, config.model_type, max_model_len)
     dtype = dtype_of(config)
     text = config.get_text_config()
-    layers = local_layers(text, max_model_len or getattr(text, "max_position_embeddings", None))
-    groups, num_heads = groups_of(layers, compression.budgets), text.num_attention_heads
-    head_dim = head_dim_of(text)
-    num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
+    longest = max_model_len or getattr(text, "max_position_embeddings", None)
+    groups, heads = groups_of_model(text, longest, compression.budgets), full_heads(text)
     kv_bytes = 1 if is_fp8(kv_cache_dtype) else DTYPE_BYTES[dtype]
     bank = QueryBank.allocate(
-        layers.count(None), max_num_seqs, compression.num_queries, num_heads, num_kv_heads, head_dim,
-        compression.query_stride, getattr(torch, dtype), device="meta",
+        local_layers(text, longest).count(None), max_num_seqs, compression.num_queries, heads.num_heads,
+        heads.num_kv_heads, heads.head_dim, compression.query_stride, getattr(torch, dtype), device="meta",
     )  # fmt: skip
     return Footprint(
         weights=weight_bytes(config, DTYPE_BYTES[dtype]) if weights is None else weights,
-        kv_per_token=2 * groups.group_size * num_kv_heads * head_dim * kv_bytes,
+        kv_per_token=2 * groups.group_size * heads.width() * kv_bytes,
         query_bank=bank.num_bytes,
         groups=groups,
     )
@@ -79,8 +77,8 @@ def dtype_of(config: Any) -> str:
 
 
 def head_dim_of(config: Any) -> int:
-    """config: a transformers config; for a multimodal model, the config of its language model"""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Of the full-attention layers. config: for a multimodal model, the config of its language model"""
+    return full_heads(config).head_dim
 
 
 def default_max_num_seqs(memory: int, utilization: float, one: Footprint) -> int:

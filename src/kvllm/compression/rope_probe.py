@@ -126,6 +126,10 @@ def _repeat_first(
 def run_decoder(decoder: nn.Module, positions: Tensor, hidden_size: int, dtype: torch.dtype) -> None:
     """Run a transformers decoder once, over one token at each position."""
     states = probe_hidden_states(len(positions), hidden_size, dtype, positions.device)
+    options: dict[str, Any] = {}
+    if width := getattr(decoder, "hidden_size_per_layer_input", None):  # Gemma 4 would look them up by the token
+        num_layers: Any = decoder.config.num_hidden_layers  # type: ignore[union-attr]
+        options["per_layer_inputs"] = states.new_zeros(1, len(positions), num_layers, width)
     with torch.no_grad():
         # `forward` rather than a call, which vLLM wraps with compilation.
-        decoder.forward(inputs_embeds=states[None], position_ids=positions[None], use_cache=False)
+        decoder.forward(inputs_embeds=states[None], position_ids=positions[None], use_cache=False, **options)

@@ -38,6 +38,7 @@ def compressed_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
     Raises UsageError, with layer and reason, if any layer with a KV cache is not supported.
     """
     max_model_len = vllm_config.model_config.max_model_len
+    sees_images = vllm_config.model_config.multimodal_config is not None
     found: dict[str, Attention] = {}
     every: Any = AttentionLayerBase
     for name, layer in get_layers_from_vllm_config(vllm_config, every).items():
@@ -45,7 +46,7 @@ def compressed_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
             continue
         if type(layer) is not Attention and layer.get_kv_cache_spec(vllm_config) is None:
             continue
-        for reason in support.layer_reasons(layer, max_model_len):
+        for reason in support.layer_reasons(layer, max_model_len, sees_images):
             raise UsageError(f"KvLLM does not support layer {name} with {reason}.")
         if support.is_local_layer(layer, max_model_len):
             continue

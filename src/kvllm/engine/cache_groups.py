@@ -64,10 +64,14 @@ def checked_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> G
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     local = [spec for spec in specs if not isinstance(spec, KvSpec)]
     made = {local_of(spec) for spec in local}
-    if len(local) != expected.num_local or made != ({expected.local} if expected.local else set()):
+    sizes = {spec.block_size for spec in local}
+    wanted = expected.local_block_size(next((s.block_size for s in specs if isinstance(s, KvSpec)), 0))
+    other_blocks = isinstance(expected.local, Local) and sizes != {wanted}
+    if len(local) != expected.num_local or made != ({expected.local} if expected.local else set()) or other_blocks:
         raise UsageError(
             f"KvLLM does not support {vllm_config.model_config.model}: according to its config, {expected.num_local} "
-            f"KV cache groups have local layers ({expected.local}), but vLLM made {len(local)} ({made or None})."
+            f"KV cache groups have local layers ({expected.local}, blocks of {wanted}), but vLLM made {len(local)} "
+            f"({made or None}, blocks of {sorted(sizes)})."
         )
     return expected
 

@@ -98,9 +98,9 @@ class RequestCheck:
         assert config is not None
         self.config = config
         self.vllm_config = vllm_config
-        self.block_size = vllm_config.cache_config.block_size
         self.geometries = Geometries.of_engine(vllm_config)
         self.groups = groups_of_engine(vllm_config)
+        self.block_size = vllm_config.cache_config.block_size * self.groups.scale  # of the compressed layers
         # vLLM's defaults for a max_tokens that was left out: the model's, or that of SamplingParams and
         # /v1/completions. (Elsewhere it is all that max_model_len allows.)
         self.default_max_tokens = {

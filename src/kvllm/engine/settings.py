@@ -15,15 +15,15 @@ from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.config import CONFIG_KEY, METHOD_KEY, METHOD_NAME, RATIO_KEY, KvConfig, check_retention_ratio
 from kvllm.engine.compat import is_quantized_kv_cache
 from kvllm.errors import UsageError
-from kvllm.groups import Groups, full_layers, groups_of
-from kvllm.layers import LayerKind, local_layers
+from kvllm.groups import Groups, full_layers, groups_of_model
+from kvllm.layers import Heads, LayerKind, full_heads, has_other_heads, local_layers
 from kvllm.layout import Geometry, RequestGeometry, request_geometry
 from kvllm.methods import checked_config, make_methods, with_budgets
 from kvllm.options import check_value
 from kvllm.support import DEFAULT_BLOCK_SIZE, PLAIN_BITS
 
 if TYPE_CHECKING:
-    from vllm.config import CacheConfig, ModelConfig, VllmConfig
+    from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", which has the handlers
@@ -61,14 +61,16 @@ def request_method(config: KvConfig, params: SamplingParams | None) -> str:
 
 
 def kernel_block_size(vllm_config: VllmConfig) -> int:
-    """Block size of the attention kernels in tokens, b of docs/design.md.
+    """Block size of the compressed layers' attention kernels in tokens, b of docs/design.md.
 
     It is also the allocator's, except for models with recurrent layers: once such a model is loaded, vLLM enlarges the
-    allocator's blocks until a state fits in one.
+    allocator's blocks until a state fits in one. Where local layers have more KV per token, it is a multiple of
+    --block-size (`Groups.scale`).
     """
     if vllm_config.model_config.is_hybrid:
         return DEFAULT_BLOCK_SIZE[vllm_config.device_config.device_type]
-    return vllm_config.cache_config.block_size
+    size = vllm_config.cache_config.block_size
+    return size * groups_of_engine(vllm_config).scale if has_other_heads(text_config(vllm_config)) else size
 
 
 def num_late_events(vllm_config: VllmConfig) -> int:
@@ -84,8 +86,8 @@ def packed_tokens(vllm_config: VllmConfig) -> int | None:
     config = kv_config(vllm_config)
     if config is None or config.survivor_bits == PLAIN_BITS or vllm_config.device_config.device_type == "cpu":
         return None
-    cache, head_size = vllm_config.cache_config, vllm_config.model_config.get_head_size()
-    return packed_block_tokens(kernel_block_size(vllm_config), head_size, config.survivor_bits, cache.cache_dtype)
+    head_dim, cache_dtype = heads_of_engine(vllm_config).head_dim, vllm_config.cache_config.cache_dtype
+    return packed_block_tokens(kernel_block_size(vllm_config), head_dim, config.survivor_bits, cache_dtype)
 
 
 class Geometries:
@@ -141,7 +143,7 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     if not cache.user_specified_block_size:
         cache.block_size = support.default_block_size(device, config.survivor_bits, cache.cache_dtype)
         cache.user_specified_block_size = True
-    _check_survivor_bits(config, device, cache, vllm_config.model_config)
+    _check_survivor_bits(config, device, vllm_config)
     block_size = kernel_block_size(vllm_config)
     _check_geometry(config, block_size, vllm_config.model_config.max_model_len, packed_tokens(vllm_config))
     offloading = support.offloading_reasons(vllm_config, device, config.prompt_budget, len(config.parts))
@@ -162,8 +164,19 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
 
 def groups_of_engine(vllm_config: VllmConfig) -> Groups:
     """The KV cache groups that vLLM should make of the model's layers; UsageError if layer budgets do not fit them."""
-    config = kv_config(vllm_config)
-    return groups_of(local_layers_of(vllm_config), config.budgets if config else ())
+    config, text = kv_config(vllm_config), text_config(vllm_config)
+    num_shards = vllm_config.parallel_config.tensor_parallel_size if has_other_heads(text) else 1
+    return groups_of_model(text, vllm_config.model_config.max_model_len, config.budgets if config else (), num_shards)
+
+
+def heads_of_engine(vllm_config: VllmConfig) -> Heads:
+    """The heads of the full-attention layers on one device."""
+    model, parallel, text = vllm_config.model_config, vllm_config.parallel_config, text_config(vllm_config)
+    num_heads = model.get_num_attention_heads(parallel)
+    if not has_other_heads(text):
+        return Heads(num_heads, model.get_num_kv_heads(parallel), model.get_head_size())
+    heads = full_heads(text)  # vLLM has the most of all layers
+    return Heads(num_heads, max(1, heads.num_kv_heads // parallel.tensor_parallel_size), heads.head_dim)
 
 
 def _check_budgets(config: KvConfig, vllm_config: VllmConfig) -> None:
@@ -190,8 +203,12 @@ def _check_budgets(config: KvConfig, vllm_config: VllmConfig) -> None:
 
 def local_layers_of(vllm_config: VllmConfig) -> list[LayerKind]:
     """The kind of each layer of the engine's model; None: full attention."""
-    model = vllm_config.model_config
-    return local_layers(model.hf_config.get_text_config(), model.max_model_len)
+    return local_layers(text_config(vllm_config), vllm_config.model_config.max_model_len)
+
+
+def text_config(vllm_config: VllmConfig) -> Any:
+    """transformers' config of the engine's model; of a multimodal model, that of its language model."""
+    return vllm_config.model_config.hf_config.get_text_config()
 
 
 def _check_positions(config: KvConfig, model_config: Any) -> None:
@@ -258,14 +275,15 @@ def gpu_memory() -> int | None:
     return current_platform.get_device_total_memory() if current_platform.is_cuda() else None
 
 
-def _check_survivor_bits(config: KvConfig, device: str, cache: CacheConfig, model_config: ModelConfig) -> None:
+def _check_survivor_bits(config: KvConfig, device: str, vllm_config: VllmConfig) -> None:
     """Raise UsageError if survivors cannot be rounded; on a CPU, log that rounding saves no memory."""
-    bits = config.survivor_bits
+    bits, model_config = config.survivor_bits, vllm_config.model_config
     if bits == PLAIN_BITS:
         return
     if model_config.is_hybrid:
         raise UsageError(f"survivor_bits={bits}: not supported for models with recurrent layers. Use survivor_bits=16.")
-    rounding = Rounding.from_config(config, cache.block_size, model_config.get_head_size(), cache.cache_dtype)
+    head_dim, cache_dtype = heads_of_engine(vllm_config).head_dim, vllm_config.cache_config.cache_dtype
+    rounding = Rounding.from_config(config, kernel_block_size(vllm_config), head_dim, cache_dtype)
     assert rounding is not None
     if device == "cpu":
         logger.info(
@@ -281,7 +299,8 @@ def _check_survivor_bits(config: KvConfig, device: str, cache: CacheConfig, mode
             f"survivor_bits={bits}: cannot be combined with VLLM_BATCH_INVARIANT, since the order of sums over packed "
             "survivors depends on the batch. Unset it, or use survivor_bits=16."
         )
-    if problem := support.packed_problem(bits, dtype, config.retention_ratio if config.budgets else None):
+    table = config.retention_ratio if config.budgets else None
+    if problem := support.packed_problem(bits, dtype, table, head_dim):
         raise UsageError(problem)
 
 

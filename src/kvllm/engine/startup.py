@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import kvllm
 from kvllm.compression.blocks import peak_allocator_blocks
 from kvllm.compression.query_bank import QueryBank
 from kvllm.config import METHOD_KEY, RATIO_KEY, KvConfig
-from kvllm.engine.settings import local_layers_of, num_late_events
+from kvllm.engine.settings import groups_of_engine, heads_of_engine, local_layers_of, num_late_events
 from kvllm.groups import Groups
 from kvllm.layers import LayerKind
 from kvllm.layout import RequestGeometry, ceil_div
@@ -43,7 +44,9 @@ def summary(
         f"Query bank: {bank / GIB:.2f} GiB on each device, for max_num_seqs={scheduler.max_num_seqs} requests.",
     ]
     prompt = min(PROMPT, length // 2)
+    every = groups_of_engine(vllm_config)
     groups = Groups.of(stage_layers(vllm_config), len(config.parts))
+    groups = replace(groups, scale=every.scale, local_scale=every.local_scale)
     in_flight = IN_FLIGHT * scheduler.max_num_batched_tokens
     local = groups.peak_local_blocks(prompt, length, block_size, in_flight, IN_FLIGHT)
     whole = len(config.parts) * ceil_div(length, block_size)
@@ -105,11 +108,11 @@ def stage_layers(vllm_config: VllmConfig) -> list[LayerKind]:
 
 def bank_bytes(vllm_config: VllmConfig, config: KvConfig) -> int:
     """Bytes of the query bank on one device."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    heads = heads_of_engine(vllm_config)
     bank = QueryBank.allocate(
         stage_layers(vllm_config).count(None), vllm_config.scheduler_config.max_num_seqs, config.num_queries,
-        model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel), model.get_head_size(),
-        config.query_stride, model.dtype, device="meta",
+        heads.num_heads, heads.num_kv_heads, heads.head_dim, config.query_stride, vllm_config.model_config.dtype,
+        device="meta",
     )  # fmt: skip
     return bank.num_bytes
 

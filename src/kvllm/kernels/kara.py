@@ -14,6 +14,7 @@ from kvllm.kernels.queries import DueQueries
 from kvllm.kernels.refit import MOST_DIMS, refit
 from kvllm.kernels.registry import serves
 from kvllm.kernels.select_chunks import select_chunks
+from kvllm.kernels.window_scores import MOST_DIMS as MOST_SCORED_DIMS
 from kvllm.kernels.window_scores import window_scores
 from kvllm.methods.base import Method
 from kvllm.methods.kara import Kara
@@ -23,7 +24,7 @@ from kvllm.methods.rope import Rope, Rotation
 def covers(method: Method, head_dim: int) -> bool:
     """Whether the kernels do exactly what the method does, for this head_dim."""
     assert isinstance(method, Kara)
-    return method.fused and (head_dim <= MOST_DIMS or not method.refits(num_kept=1))
+    return method.fused and head_dim <= MOST_SCORED_DIMS and (head_dim <= MOST_DIMS or not method.refits(num_kept=1))
 
 
 @serves(Kara, covers)

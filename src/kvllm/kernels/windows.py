@@ -12,6 +12,7 @@ from torch import Tensor
 from kvllm.kernels.paged import UNALIGNED, PagedCache, layer_ptr, token_offsets
 
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
+_TILE = 64 * 256  # elements that a program holds at once; more would not fit in the registers of its four warps
 
 
 def gather_window_ref(candidate_blocks: Tensor, cache: PagedCache, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -75,7 +76,8 @@ def scatter_window(keys: Tensor, values: Tensor, candidate_blocks: Tensor, cache
 def _launch(keys: Tensor, values: Tensor, candidate_blocks: Tensor, cache: PagedCache, scatter: bool) -> None:
     assert candidate_blocks.stride(1) == 1
     batch, num_tokens = keys.shape[:2]
-    num_rows, block_r = num_tokens * cache.num_kv_heads, 64
+    num_rows, block_d = num_tokens * cache.num_kv_heads, triton.next_power_of_2(cache.head_dim)
+    block_r = min(64, max(1, _TILE // block_d))
     if not batch:
         return
     _copy_window_kernel[(batch, triton.cdiv(num_rows, block_r))](
@@ -99,7 +101,7 @@ def _launch(keys: Tensor, values: Tensor, candidate_blocks: Tensor, cache: Paged
         SCATTER=scatter,
         FP8_MAX=FP8_MAX,
         BLOCK_R=block_r,
-        BLOCK_D=triton.next_power_of_2(cache.head_dim),
+        BLOCK_D=block_d,
         num_warps=4,
     )
 

@@ -24,7 +24,7 @@ from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.compression.rows import Due
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
-from kvllm.groups import full_layers, groups_of
+from kvllm.groups import full_layers, groups_of_model
 from kvllm.layers import Cacheless, LayerKind, Recurrent, local_layers
 from kvllm.layout import Geometry, request_geometry
 from kvllm.methods import make_method, with_budgets
@@ -83,10 +83,10 @@ class Request:
         self.geometry = None
         self.cache_dtype = cache_dtype
         if config:
-            every = layers_of(model)
-            config = with_budgets(config, full_layers(every))
-            groups_of(every, config.budgets)
-            head_dim = head_dim_of(model.config.get_text_config())
+            text = model.config.get_text_config()
+            config = with_budgets(config, full_layers(layers_of(model)))
+            groups_of_model(text, getattr(text, "max_position_embeddings", None), config.budgets)
+            head_dim = head_dim_of(text)
             held = packed_block_tokens(block_size, head_dim, config.survivor_bits, cache_dtype)
             self.geometry = request_geometry(
                 config, block_size, packed_tokens=held if packed and config.survivor_bits < PLAIN_BITS else None
@@ -183,6 +183,9 @@ class Request:
             raise ValueError(f"{len(prompt_ids)} tokens with images: must be the whole prompt, before the first step.")
         if self.config and self.geometry and self.method.counts_positions:
             raise UsageError(support.reason("method", self.config.method, support.COUNTS_POSITIONS))
+        if both := getattr(self.model.config.get_text_config(), "use_bidirectional_attention", None):
+            why = "the reference's attention is causal; use prompts without images"
+            raise UsageError(support.reason("use_bidirectional_attention", both, why))
         self.images = PromptImages(self.model, prompt_ids, inputs)
 
     def compress_if_due(self) -> None:

@@ -18,6 +18,8 @@ from kvllm.layout import ceil_div
 # Two key tiles of this size fit, with the queries, in the shared memory of a Hopper or Ampere multiprocessor. So two
 # programs share a multiprocessor, and one computes while the other loads.
 _TILE_BYTES = 64 * 1024
+# Of the largest heads for which tiles of queries and keys were checked to fit in it.
+MOST_DIMS = 256
 
 
 def window_scores_ref(

@@ -23,8 +23,7 @@ import numpy as np
 
 from kvllm.compression.blocks import blocks_held
 from kvllm.config import CONFIG_KEY, RATIO_KEY, KvConfig
-from kvllm.groups import Groups, groups_of
-from kvllm.layers import local_layers
+from kvllm.groups import Groups
 from kvllm.layout import RequestGeometry, ceil_div, request_geometry
 from kvllm.measure.bench.figures import POOL_FULL, Lengths, Trace, by_context, run_figures, steady_figures, timeline
 from kvllm.measure.bench.profile import profile_figures, profiler_args, read_kernels
@@ -108,7 +107,8 @@ class Engine:
 
     @property
     def block_size(self) -> int:
-        return self.llm.vllm_config.cache_config.block_size
+        """Of the full-attention layers."""
+        return self.llm.vllm_config.cache_config.block_size * self.groups.scale
 
     @property
     def kernel_block_size(self) -> int:
@@ -129,9 +129,9 @@ class Engine:
 
     @cached_property
     def groups(self) -> Groups:
-        model = self.llm.vllm_config.model_config
-        layers = local_layers(model.hf_config.get_text_config(), model.max_model_len)
-        return Groups.of(layers) if self.config is None else groups_of(layers, self.config.budgets)
+        from kvllm.engine.settings import groups_of_engine
+
+        return groups_of_engine(self.llm.vllm_config)
 
     @property
     def config(self) -> KvConfig | None:

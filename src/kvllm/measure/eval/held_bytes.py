@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from kvllm.compression.footprint import head_dim_of
 from kvllm.compression.rounding import packed_block_tokens
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
-from kvllm.layers import local_layers
+from kvllm.layers import full_heads, local_layers
 from kvllm.layout import Geometry, IntArray
 from kvllm.measure.eval.cache_formats import cache_formats
 from kvllm.measure.eval.sweep import Case
@@ -53,8 +52,8 @@ def held_bytes(case: Case, config: Any, block_size: int, lengths: list[tuple[int
     A packed block has the size of a plain block in 16 bits, whatever the precision of the rest of the cache.
     """
     text = config.get_text_config()
-    head_dim = head_dim_of(text)
-    num_kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = full_heads(text)
+    head_dim, num_kv_heads = heads.head_dim, heads.num_kv_heads
     full: float = 2 * head_dim * PLAIN_BITS // 8
     locals_ = local_layers(text, getattr(text, "max_position_embeddings", None))
     formats = [f for f, local in zip(cache_formats(case.cache, config), locals_, strict=True) if local is None]

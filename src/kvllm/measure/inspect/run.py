@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvllm.errors import UsageError
+from kvllm.layers import full_heads
 from kvllm.layout import request_geometry
 from kvllm.measure.eval.traces import Trace, read_traces
 from kvllm.measure.inspect.page import page
@@ -64,8 +65,7 @@ def run(
         "prompt": f"{len(ids)} tokens",
         "answer": f"{len(answer)} tokens",
     }
-    sizes = model.config.get_text_config()
-    num_heads = getattr(sizes, "num_key_value_heads", None) or sizes.num_attention_heads
+    num_heads = full_heads(model.config.get_text_config()).num_kv_heads
     return page([tokenizer.decode([token]) for token in text], len(ids), num_heads, events, about)
 
 

@@ -48,7 +48,7 @@ def candidates(model_config: Any, texts: Sequence[Trace], block_size: int) -> li
     """Settings of many sizes; 4-bit ones only if the GPU kernels support this model."""
     text = model_config.get_text_config()
     head_dim, lengths = head_dim_of(text), [(t.num_prompt_tokens, answer_len(t)) for t in texts]
-    bits = [PLAIN_BITS] if packed_problem(4, "bfloat16") else [PLAIN_BITS, 4]
+    bits = [PLAIN_BITS] if packed_problem(4, "bfloat16", head_dim=head_dim) else [PLAIN_BITS, 4]
     configs = [KvConfig()]
     for window in WINDOWS:
         for each in bits:
