@@ -33,11 +33,14 @@ class NewPairs(NamedTuple):
     slot_mapping: Tensor
 
 
-def store_tokens_ref(query: Tensor, bank: QueryBank, layer: int, codes: Tensor, pairs: NewPairs | None = None) -> None:
+def store_tokens_ref(
+    query: Tensor, bank: QueryBank, layer: int, codes: Tensor, pairs: NewPairs | None = None, overlap: bool = False
+) -> None:
     """`QueryBank.store`, and for `pairs` vLLM's `reshape_and_cache_flash` without quantisation.
 
     query: [num_tokens, num_heads, head_dim], padded like the layer's input
     codes: [at least num_tokens] int32, from `QueryBank.codes`; -1: not stored
+    overlap: changes nothing here
     """
     bank.store(layer, query, codes[: len(query)])
     if pairs is None:
