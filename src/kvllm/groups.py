@@ -39,8 +39,8 @@ class Groups:
     group_size:  layers per group; a block of the pool holds `block_size` tokens of that many layers
     local:       the kind of the local or recurrent layers; None if there are none
     scale:       tokens in a block of the full-attention layers, in vLLM's --block-size
-    local_scale: tokens in a block of the local layers, likewise. All blocks have as many bytes, so vLLM enlarges those
-                 of the layers with less KV per token (Gemma 4); one of the two is 1
+    local_scale: tokens in a block of the local layers, likewise. All blocks have the same number of bytes, so vLLM
+                 enlarges those of the layers with less KV per token (Gemma 4); one of the two is 1
     """
 
     group_size: int

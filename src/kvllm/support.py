@@ -245,7 +245,7 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
     backend = vllm_config.attention_config.backend
     # vLLM asks for this one in models whose layers have different heads, also on CPUs, which then use their own.
     asked = device == "cpu" and backend is not None and backend.name == "TRITON_ATTN"
-    not_asked = asked and has_other_heads(model.hf_config.get_text_config())
+    set_by_vllm = asked and has_other_heads(model.hf_config.get_text_config())
     prefill_parallel = getattr(parallel, "prefill_context_parallel_size", 1)
     transfer = vllm_config.kv_transfer_config
     before_model: list[tuple[bool, str, Any, str]] = [
@@ -325,7 +325,7 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
             "KvLLM brings its own scheduler class; leave it unset",
         ),
         (
-            backend is not None and backend.name not in BACKENDS[device] and not not_asked,
+            backend is not None and backend.name not in BACKENDS[device] and not set_by_vllm,
             "attention_backend",
             getattr(backend, "name", None),
             f"use one of {', '.join(BACKENDS[device])}",

@@ -221,6 +221,24 @@ def test_requests_admitted_in_one_step_leave_each_other_room(make: Callable[...,
     assert scheduler.num_preemptions == 0
 
 
+def test_a_request_reserves_growth_only_while_others_run_and_before_it_holds_blocks(make: Callable[..., Any]) -> None:
+    """Otherwise a request that waits for more than it needs could wait for ever: nothing would become free."""
+    scheduler = make(200, 4)
+    (manager,), steps = scheduler.kv_managers, Steps(scheduler)
+    for i in range(2):
+        scheduler.add_request(request(str(i), 20, 200, first_token=100 * i))
+
+    def asked(name: str) -> int:
+        return manager.get_num_blocks_to_allocate(name, 20, [], 0, 0, 20, apply_admission_cap=True)
+
+    assert asked("0") == 2  # nothing runs
+    steps.step()
+    assert len(scheduler.running) == 2 and asked("0") == 0  # it holds them already
+    scheduler.add_request(request("2", 20, 200, first_token=500))
+    assert asked("2") == 2 + 4  # it grows by an interval of 64 tokens
+    assert asked("2") == 2 + 4  # asking again changes nothing
+
+
 def test_a_text_that_is_computed_again_is_counted_before_it_has_blocks(make: Callable[..., Any]) -> None:
     scheduler = make(200, 4)
     scheduler.add_request(request("0", 20, 500))

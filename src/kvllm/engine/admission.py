@@ -14,24 +14,27 @@ import numpy as np
 
 from kvllm.layout import IntArray
 
-# Points in time that `most_ahead` samples. Between them requests may hold more blocks than it sees: with 16 a scheduler
-# short of memory preempts three times as often.
+# Between the points in time that `most_ahead` looks at, requests may hold more blocks than it sees: with 16 points a
+# scheduler that is short of memory preempts three times as often.
 NUM_TIMES = 64
 
 
-def most_ahead(held: Callable[[IntArray], IntArray], to_end: IntArray, lookahead: int) -> int:
+def most_ahead(
+    held: Callable[[IntArray], IntArray], to_end: IntArray, lookahead: int, num_times: int = NUM_TIMES
+) -> int:
     """The most blocks that requests will hold beyond the current ones, at any time in the next `lookahead` steps.
 
-    held:   maps steps from now to the blocks that each request holds then, both [any, num_reqs]
-    to_end: [num_reqs], steps until the request must end
+    held:      maps steps from now to the blocks that each request holds then, both [any, num_reqs]
+    to_end:    [num_reqs], steps until the request must end
+    num_times: points in time that are looked at
     """
-    steps = np.linspace(0, lookahead, NUM_TIMES + 1, dtype=np.int64)[:, None]
+    steps = np.linspace(0, lookahead, num_times + 1, dtype=np.int64)[:, None]
     blocks = np.where(to_end < steps, 0, held(np.minimum(steps, to_end))).sum(axis=1)
     return max(0, int(blocks.max() - blocks[0]))
 
 
 class Headroom:
-    """Keeps the result of `most_ahead` for a few steps: for 75 requests it takes half a millisecond.
+    """Keeps the result of `most_ahead` for a few steps, since it takes a part of a millisecond.
 
     While the same compressed requests decode, each holds at most one block more or less than foreseen, and the blocks
     in use say how much of the foreseen growth has happened.

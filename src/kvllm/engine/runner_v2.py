@@ -174,7 +174,10 @@ class Part:
             self._compile_store(cache)
 
     def _compile_store(self, cache: PagedCache) -> None:
-        """Compile what steps launch to store tokens, so that the first of them does not wait for it."""
+        """Compile what steps launch to store tokens, so that the first of them does not wait for it.
+
+        Not for a quantised cache, to which vLLM itself writes keys and values.
+        """
         bank, not_stored = self.compression.bank, torch.full((1,), -1, device=self.device)
         shapes = (1, bank.num_heads, bank.head_dim), (1, cache.num_kv_heads, bank.head_dim)
         query, pair = (torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in shapes)

@@ -11,7 +11,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from kvllm.compression.blocks import blocks_held
-from kvllm.engine.admission import Headroom, most_ahead
+from kvllm.engine.admission import NUM_TIMES, Headroom, most_ahead
 from kvllm.engine.cache_groups import checked_groups, compressed_block_size, only_hashed
 from kvllm.engine.metrics import Report, add_report, metric_values
 from kvllm.engine.offloading import offer_prompt_only
@@ -36,8 +36,8 @@ MOST_STEPS_KEPT = 16  # for which the result of `_blocks_ahead` is kept
 
 # A scheduler for the type checker; at run time the classes below combine the mixin with one.
 Base: Any = Scheduler if TYPE_CHECKING else object
-# Requests by the id() of their geometry: of each the prompt's length, the tokens computed, those that are soon, and
-# max_tokens.
+# Requests by the id() of their geometry: of each the prompt's length, the tokens computed, those that soon will be,
+# and max_tokens.
 ByGeometry = dict[int, tuple["RequestGeometry", list[tuple[int, int, int, int]]]]
 
 
@@ -56,7 +56,7 @@ class CompressionMixin(Base):
         self.num_late = num_late_events(self.vllm_config)
         self.kv_managers = [m for m in coordinator.single_type_managers if isinstance(m, KvManager)]
         for manager in self.kv_managers:
-            manager.bind(self._compressed, self.num_late)
+            manager.bind(self._compressed, self.num_late, lambda: bool(self.running))
         # The other groups' managers do not know that generated tokens of compressed requests have no hashes. Those of
         # recurrent layers also cache states between two blocks.
         recurrent = isinstance(self.groups.local, Recurrent)
@@ -146,7 +146,7 @@ class CompressionMixin(Base):
             self._take_last_admission()
         output = super().schedule(*args, **kwargs)
         self.was_connector_reset = False
-        if may_admit and self.kv_cache_manager.watermark_blocks > self.own_watermark_blocks:
+        if may_admit:
             self._count_held_back()
         self.peak_used_blocks = max(self.peak_used_blocks, self._num_used_blocks())
         return output
@@ -213,8 +213,9 @@ class CompressionMixin(Base):
             return np.concatenate(parts, axis=1)
 
         due = held(np.zeros((1, len(soon)), np.int64)) - held((computed - soon)[None])
-        widest = max(geometry.interval for geometry, _ in by_geometry.values())
-        return max(0, int(due.sum()) + most_ahead(held, prompt + most - soon, max(widest, self.kv_block_size)))
+        ahead = max(self.kv_block_size, *(geometry.interval for geometry, _ in by_geometry.values()))
+        num_times = max(NUM_TIMES, ahead // self.kv_block_size)
+        return max(0, int(due.sum()) + most_ahead(held, prompt + most - soon, ahead, num_times))
 
     def _num_used_blocks(self) -> int:
         pool = self.kv_cache_manager.block_pool

@@ -89,9 +89,9 @@ class Progress:
 class Admission(NamedTuple):
     """A waiting request that asked for blocks.
 
-    num_shared: blocks of its prompt that it found in the prefix cache
+    num_shared: blocks of its prompt that it shares with requests that hold them
     num_blocks: further ones for the text that it has
-    growth:     those that it will hold besides within an interval, at most
+    growth:     the most that it will hold beyond these within an interval
     owed:       those that requests admitted before it in the same step have yet to take
     """
 
@@ -114,6 +114,7 @@ class KvManager(FullAttentionManager):
         self.part = kv_cache_spec.part
         self._lookup: RequestLookup = lambda request_id: None
         self._num_late = 0
+        self._others_run: Callable[[], bool] = lambda: False
         self._progress: dict[str, Progress | None] = {}  # by request id; None if it is not compressed
         self.total_events = 0
         self.total_blocks_freed = 0
@@ -124,9 +125,15 @@ class KvManager(FullAttentionManager):
         self._last_admission = Admission()
         self.all_cached: set[str] = set()  # ids of requests of which no further block will enter the prefix cache
 
-    def bind(self, lookup: RequestLookup, num_late: int) -> None:
-        """Give the manager the scheduler's lookup of geometries; num_late: from `num_late_events`"""
-        self._lookup, self._num_late = lookup, num_late
+    def bind(self, lookup: RequestLookup, num_late: int, others_run: Callable[[], bool]) -> None:
+        """Give the manager what it needs of the scheduler.
+
+        lookup:     of geometries
+        num_late:   from `num_late_events`
+        others_run: whether any request runs. Where none does, nothing becomes free, and a request that waits for more
+                    than it needs would wait for ever
+        """
+        self._lookup, self._num_late, self._others_run = lookup, num_late, others_run
 
     def _find(self, request_id: str) -> Progress | None:
         if request_id not in self._progress:
@@ -198,8 +205,8 @@ class KvManager(FullAttentionManager):
     ) -> int:
         """Admission counts the compressed size of a text, also of one that is resumed, not its length.
 
-        Where other requests hold blocks, it also counts those that this one and the ones admitted right before it will
-        take soon, which the scheduler's headroom does not know of yet.
+        While other requests run, it also counts those that this one and the ones admitted right before it will take
+        soon, which the scheduler's headroom does not know of yet.
         """
         growth = 0
         if apply_admission_cap and (progress := self._find(request_id)) is not None:
@@ -217,16 +224,17 @@ class KvManager(FullAttentionManager):
             apply_admission_cap,
             prefill_end,
         )
-        if not apply_admission_cap:
+        # vLLM also asks what requests that were admitted before have yet to take.
+        if not apply_admission_cap or request_id in self.req_to_blocks:
             return num_blocks
         previous, last = self._last_admission, self._last_admission.request_id
         owed = previous.owed
         if last != request_id and last in self.req_to_blocks:
             taken = len(self.req_to_blocks[last]) - previous.num_shared
             owed += max(0, previous.num_blocks + previous.growth - taken)
-        self._last_admission = Admission(request_id, len(new_computed_blocks), num_blocks, growth, owed)
-        alone = not self.req_to_blocks.keys() - {request_id}
-        return num_blocks if alone else num_blocks + growth + owed
+        num_shared = sum(block.ref_cnt > 0 for block in new_computed_blocks)
+        self._last_admission = Admission(request_id, num_shared, num_blocks, growth, owed)
+        return num_blocks + growth + owed if self._others_run() else num_blocks
 
     def _peak(self, progress: Progress, num_tokens: int) -> int:
         prompt = progress.request.num_prompt_tokens

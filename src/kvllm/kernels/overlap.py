@@ -1,8 +1,8 @@
 """Programmatic dependent launch: a kernel's programs start before the kernel before it has ended.
 
 The earlier kernel says when, with `gdc_launch_dependents`. The later one waits for the earlier one's results with
-`gdc_wait`; before that it may read only what is older. A kernel that says so must be followed by one of ours: another
-that starts early might not wait.
+`gdc_wait`; before that it may read only what is older. Each of its programs must wait, also those with nothing to do. A
+kernel that permits an early start must be followed by one of ours: another one might not wait.
 """
 
 from __future__ import annotations

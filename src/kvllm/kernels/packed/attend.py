@@ -23,7 +23,7 @@ from kvllm.layout import IntArray, ceil_div
 LEAST_BLOCKS = 8  # per program, to amortize its fixed cost
 FEW_PROGRAMS = 396  # below it, programs of LEAST_BLOCKS / 2 are faster: an H100 has 132 multiprocessors
 MOST_PROGRAMS = 2048  # per launch, approximately: twice as many as an H100 runs at once
-ONE_WAVE = 1056  # programs that an H100 runs at once: 8 on each multiprocessor
+ONE_WAVE = 1056  # programs of 128 registers a thread that an H100 runs at once: 8 on each multiprocessor
 FEW_BLOCKS = 13  # per program, up to which a single wave of programs is faster than two
 MOST_PARTS = 128  # of a request's packed, or plain, blocks: a single program per head merges them
 TILE = 16  # plain tokens that a program reads at once

@@ -95,6 +95,8 @@ def _attend_packed_kernel(
         # Computed on the host: a search here would be many dependent loads.
         program = tl.load(programs + tl.program_id(0))
         if program < 0:
+            if OVERLAP:  # in a dummy run all programs end here, and what follows must not overtake the store
+                gdc_wait()
             return
         req, number = program & 0xFFFF, program >> 16
         num_packed = tl.load(plan + 5 * stride_plan + req)
@@ -114,7 +116,7 @@ def _attend_packed_kernel(
         parts_start, num_parts = _parts_of(req, plan + 4 * stride_plan)
         part = parts_start + number
     if OVERLAP:
-        gdc_wait()  # what was read so far was written before the step
+        gdc_wait()  # what was read so far was written before the layers ran
     n = tl.arange(0, BLOCK_N)
     own_token, own_head = token + n // GROUP, head * GROUP_SIZE + n % GROUP
     own = (own_token < end) & (n % GROUP < GROUP_SIZE)

@@ -79,7 +79,6 @@ class VllmEngine:
     def __init__(self, arguments: Sequence[str], options: Mapping[str, Any] | None, sampling: Sampling) -> None:
         # A process of its own: one engine follows another, and the GPU's memory is free when a process ends.
         self.llm = start_llm(arguments, options, Console(stderr=True), in_process=False)
-        self.block_size: int = self.llm.llm_engine.vllm_config.cache_config.block_size
         self.stock = options is None
         self.sampling = sampling
 
