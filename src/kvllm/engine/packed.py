@@ -86,11 +86,15 @@ class PackedSurvivors:
             getattr(first.impl, "logits_soft_cap", None) or 0.0,
         )
         self.stream = torch.cuda.Stream(plan.device) if plan.is_cuda else None
-        self.overlap = attention.overlap
         self.idle()
         for num_reqs in {1, min(MOST_ALONE, len(survivor_blocks)), len(survivor_blocks)}:
             self._compile(attention, num_reqs)
         self.attention = attention
+
+    @property
+    def overlap(self) -> bool:
+        """Whether that kernel may start before the write has ended."""
+        return self.attention is not None and self.attention.overlap
 
     def _compile(self, attention: PackedAttention, num_reqs: int) -> None:
         """Compile what steps of so many requests launch, so that the first of them does not wait for it."""

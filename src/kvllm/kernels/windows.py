@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvllm.kernels.paged import UNALIGNED, PagedCache, layer_ptr, token_offsets
+from kvllm.kernels.paged import UNALIGNED, PagedCache, layer_ptr, next_power_of_2, token_offsets
 
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 _TILE = 64 * 256  # elements that a program holds at once; more would not fit in the registers of its four warps
@@ -76,7 +76,7 @@ def scatter_window(keys: Tensor, values: Tensor, candidate_blocks: Tensor, cache
 def _launch(keys: Tensor, values: Tensor, candidate_blocks: Tensor, cache: PagedCache, scatter: bool) -> None:
     assert candidate_blocks.stride(1) == 1
     batch, num_tokens = keys.shape[:2]
-    num_rows, block_d = num_tokens * cache.num_kv_heads, triton.next_power_of_2(cache.head_dim)
+    num_rows, block_d = num_tokens * cache.num_kv_heads, next_power_of_2(cache.head_dim)
     block_r = min(64, max(1, _TILE // block_d))
     if not batch:
         return

@@ -217,7 +217,7 @@ class PackedAttention:
         With `overlap` it starts early if the kernel before it permits.
         """
         self.attend(query, keys, values, batch, scale, plain)
-        self._merge(output, None, batch, sinks, self.overlap)
+        self._merge(output, None, batch, sinks)
 
     def merge(
         self, output: Tensor, lse: Tensor, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float,
@@ -254,9 +254,7 @@ class PackedAttention:
                 batch, scale, None, PREFILL=True, BLOCK_Q=block_q, BLOCK_N=block_n, num_stages=2,
             )  # fmt: skip
 
-    def _merge(
-        self, output: Tensor, lse: Tensor | None, batch: Batch, sinks: Tensor | None = None, overlap: bool = False
-    ) -> None:
+    def _merge(self, output: Tensor, lse: Tensor | None, batch: Batch, sinks: Tensor | None = None) -> None:
         assert output.stride(2) == 1 and (lse is None or lse.stride(1) == 1)
         num_reqs, head_dim = len(batch.query_start_loc) - 1, self.layout.head_dim
         # A few requests have many parts each, and leave the GPU empty: then several warps read many at once.
@@ -265,7 +263,7 @@ class PackedAttention:
             output, lse, sinks, self.outputs, self.lse, batch.query_start_loc, batch.plan, *output.stride()[:2],
             0 if lse is None else lse.stride(0), batch.plan.stride(0), HEAD_DIM=head_dim,
             BLOCK_D=next_power_of_2(head_dim), PARTS=32 if few else 4, PLAIN=lse is None, SINKS=sinks is not None,
-            num_warps=4 if few else 1, **overlapping(overlap),
+            num_warps=4 if few else 1, **overlapping(self.overlap and lse is None),
         )  # fmt: skip
 
     def _launch(
