@@ -45,12 +45,20 @@ def backend(case, query, sinks):
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("counts, most_alone, calls", [([1, 1, 1], 3, 0), ([1, 1, 1], 2, 1), ([1, 3, 1], 3, 1)])
-def test_the_backend_attends_only_in_prefill_and_beside_many_requests(
-    counts, most_alone, calls, with_sinks, monkeypatch
-):
+@pytest.mark.parametrize("counts, captured, calls", [([1, 1, 1], 1, 0), ([1, 1, 1], 3, 1), ([1, 3, 1], 3, 1)])
+def test_the_backend_attends_only_in_prefill(counts, captured, calls, with_sinks, monkeypatch):
+    """Or where a step runs in a graph that was captured for prefill as well (`cudagraph_mode=FULL`)."""
+    check(counts, captured, calls, with_sinks, monkeypatch)
+
+
+def test_the_backend_attends_in_an_fp8_cache(monkeypatch):
+    monkeypatch.setattr(PackedSurvivors, "_plain_too", False)
+    check([1, 1, 1], 1, 1, False, monkeypatch)
+
+
+def check(counts, captured, calls, with_sinks, monkeypatch):
+    """captured: the most tokens of a request for which the step's graph was captured"""
     monkeypatch.setattr(engine_packed, "PATCH", SimpleNamespace(apply=lambda: None))
-    monkeypatch.setattr(engine_packed, "MOST_ALONE", most_alone)
     packed, lengths = [2, 1, 0], [20, 33, 7]
     case = Case(BLOCK_SIZE, HEADS, KV_HEADS, HEAD_DIM, torch.float32, False, 0.0, counts, packed, lengths, "cpu", 1)
     sinks = torch.linspace(-1, 2, HEADS) if with_sinks else None
@@ -68,14 +76,12 @@ def test_the_backend_attends_only_in_prefill_and_beside_many_requests(
     survivors.attach(case.cache, case.batch.survivor_blocks, plan)
     host = np.zeros((rows, most), np.int32)
     host[:PLAN_ROWS, : len(counts)] = case.batch.plan[:PLAN_ROWS, : len(counts)].numpy()
-    # Planned for one kernel, a step may still run in a captured graph that attends beside the backend.
-    padded = len(counts) if most_alone == len(counts) else 1
-    survivors.write_plan(host, np.array(counts), np.array(lengths), padded)
+    survivors.write_plan(host, np.array(counts), np.array(lengths))
     plan.copy_(torch.from_numpy(host))
 
     output = torch.full_like(case.query, torch.nan)
     metadata = SimpleNamespace(
-        num_actual_tokens=sum(counts), query_start_loc=case.batch.query_start_loc, max_query_len=max(counts),
+        num_actual_tokens=sum(counts), query_start_loc=case.batch.query_start_loc, max_query_len=captured,
         block_table=case.plain.block_table, seq_lens=case.plain.seq_lens,
     )  # fmt: skip
     assert impl.forward(layer, case.query, None, None, None, metadata, output) is output

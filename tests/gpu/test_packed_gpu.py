@@ -19,7 +19,6 @@ if not torch.cuda.is_available():
 from vllm import LLM
 
 from kvllm.config import KvConfig
-from kvllm.engine import packed
 from kvllm.engine.stats import engine_stats
 from kvllm.errors import UsageError
 from kvllm.reference import generate
@@ -42,13 +41,11 @@ OPTIONS: dict[str, Any] = {"dtype": "bfloat16", "attention_backend": "FLASH_ATTN
 NUM_TOKENS = 700
 
 
-@pytest.fixture(scope="module", params=[packed.MOST_ALONE, 2], ids=["one kernel", "mostly beside the backend"])
-def llm(model_dir: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:  # noqa: F811
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "MOST_ALONE", request.param)
-        made = start(model_dir, CONFIG, num_gpu_blocks_override=150, **OPTIONS)
-        yield made
-        made.llm_engine.engine_core.shutdown()
+@pytest.fixture(scope="module")
+def llm(model_dir: Path) -> Iterator[LLM]:  # noqa: F811
+    made = start(model_dir, CONFIG, num_gpu_blocks_override=150, **OPTIONS)
+    yield made
+    made.llm_engine.engine_core.shutdown()
 
 
 def losses(model: Any, prompts: list[list[int]], outputs: list[list[int]], config: KvConfig | None) -> Tensor:

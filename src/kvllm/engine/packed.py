@@ -1,7 +1,7 @@
 """Packed survivors on GPUs: attention over them, together with prompt and tail.
 
-In a step that computes one token for each of a few requests, one kernel reads them all. In other steps, and with an fp8
-cache, the backend's attention reads prompt and tail, and the two outputs are merged by their log-sum-exps.
+In a step that computes one token for each request, one kernel reads them all. In other steps, and with an fp8 cache,
+the backend's attention reads prompt and tail, and the two outputs are merged by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -44,11 +44,6 @@ class Step(NamedTuple):
     prefills: bool
 
 
-# Requests in a step that one kernel serves. Two kernels take longer to launch and to merge; side by side they use a GPU
-# better once there is more to read.
-MOST_ALONE = 64
-
-
 class PackedSurvivors:
     """Merges attention over packed survivors into the layers' attention, and packs the survivors of events.
 
@@ -87,7 +82,7 @@ class PackedSurvivors:
         )
         self.stream = torch.cuda.Stream(plan.device) if plan.is_cuda else None
         self.idle()
-        for num_reqs in {1, min(MOST_ALONE, len(survivor_blocks)), len(survivor_blocks)}:
+        for num_reqs in {1, len(survivor_blocks)}:
             self._compile(attention, num_reqs)
         self.attention = attention
 
@@ -107,7 +102,7 @@ class PackedSurvivors:
         empty = Batch(starts, self.survivor_blocks, self.plan, self.programs)
         pairs = self.cache.keys[0], self.cache.values[0]
         attention.merge(output, lse, query, *pairs, empty, 1.0, prefill=True)
-        if self._alone(num_reqs):
+        if self._plain_too:
             plain = Plain(self.survivor_blocks, starts)
             attention.decode(output, query, *pairs, empty, plain, 1.0, self._sinks(first))
 
@@ -119,20 +114,17 @@ class PackedSurvivors:
     def pack(self, candidates: PagedCandidates, num_kept: int) -> None:
         pack(candidates.blocks, num_kept, self.cache, self.rounding)
 
-    def write_plan(
-        self, plan: npt.NDArray[np.int32], counts: IntArray, lengths: IntArray, num_reqs_padded: int
-    ) -> None:
+    def write_plan(self, plan: npt.NDArray[np.int32], counts: IntArray, lengths: IntArray) -> None:
         """Complete the plan of a step on the host.
 
-        counts:          [num_reqs], tokens of each request in this step
-        lengths:         [num_reqs], plain tokens of each request, with this step's
-        num_reqs_padded: requests of the step with padding, as the layers' attention metadata have them
+        counts:  [num_reqs], tokens of each request in this step
+        lengths: [num_reqs], plain tokens of each request, with this step's
         """
         num_reqs = len(counts)
         packed = plan[PREFIX, :num_reqs].astype(np.int64) - plan[PROMPT, :num_reqs]
         self.resumed = bool((packed[counts > 1] > 0).any())
         plain = np.zeros_like(packed)
-        if self._alone(num_reqs_padded) and (counts == 1).all():
+        if self._plain_too and (counts == 1).all():
             plain = ceil_div(lengths, self.cache.block_size)
         packed = np.where(counts == 1, packed, 0)
         programs = plan[PLAN_ROWS + 2 :].reshape(-1)
@@ -144,12 +136,13 @@ class PackedSurvivors:
         self.programs.fill_(-1)
         self.resumed = True  # so that the run before a graph capture loads this kernel as well
 
-    def _alone(self, num_reqs: int) -> bool:
-        """Whether our kernel reads plain tokens as well, in a step of so many requests with one token each.
+    @property
+    def _plain_too(self) -> bool:
+        """Whether our kernel reads plain tokens as well, in a step that computes one token for each request.
 
         Not in an fp8 cache: FlashAttention multiplies its keys and values without converting them.
         """
-        return num_reqs <= MOST_ALONE and self.cache.dtype.itemsize > 1
+        return self.cache.dtype.itemsize > 1
 
     def start_first(self) -> None:
         """Start attention over packed survivors before the layers' writes to the cache, on which it does not depend.
@@ -188,7 +181,7 @@ class PackedSurvivors:
         scale = self.layers[index].impl.scale
         packed = (tokens, self.cache.keys[index], self.cache.values[index], batch, scale)
         prefills = attn_metadata.max_query_len > 1
-        alone = not prefills and self._alone(len(batch.query_start_loc) - 1)
+        alone = not prefills and self._plain_too
         return Step(packed, alone, beside=not prefills and not alone, prefills=prefills)
 
     def _merging(self, forward: Callable[..., Any], index: int) -> Callable[..., Any]:

@@ -214,7 +214,7 @@ class Part:
         plan = state.write_plan(self.host[:size], rows, computed, counts)
         if self.packed is not None:
             lengths = computed + counts - self.num_removed
-            self.packed.write_plan(plan, counts, lengths, input_batch.num_reqs_after_padding)
+            self.packed.write_plan(plan, counts, lengths)
         self.staged.copy_to_gpu(self.host[:size], out=state.step[:size])
         assert state.store is not None
         seq_lens = input_batch.seq_lens

@@ -50,8 +50,7 @@ def test_merge(block_size, num_heads, num_kv_heads, head_dim, dtype, token_major
 def test_merge_of_many_requests(device, monkeypatch):
     """Some without packed blocks, others divided into up to four parts, which programs take in another order."""
     monkeypatch.setattr(attend, "LEAST_BLOCKS", 1)
-    monkeypatch.setattr(attend, "MOST_PROGRAMS", 15)
-    monkeypatch.setattr(attend, "ONE_WAVE", 15)
+    monkeypatch.setattr(attend, "SLOTS", 15)
     packed = [0, 2, 7, 0, 1, 4, 0, 3, 7, 1]
     check_merge(16, 2, 1, 64, torch.float32, False, 0.0, [1] * len(packed), packed, device, num_layers=1)
 
@@ -76,8 +75,7 @@ def test_decode(block_size, num_heads, num_kv_heads, head_dim, dtype, token_majo
 def test_decode_of_many_parts(with_sinks, device, monkeypatch):
     """With more plain tokens than the host assumed, parts of both kinds, and parts without blocks."""
     monkeypatch.setattr(attend, "LEAST_BLOCKS", 1)
-    monkeypatch.setattr(attend, "MOST_PROGRAMS", 45)
-    monkeypatch.setattr(attend, "ONE_WAVE", 45)
+    monkeypatch.setattr(attend, "SLOTS", 45)
     packed, lengths = [0, 2, 7, 0, 1, 4, 0], [600, 5, 40, 1, 17, 90, 0]
     check_decode(
         16, 2, 1, 64, torch.float32, False, 0.0, packed, lengths, device, assumed=550, with_sinks=with_sinks

@@ -20,14 +20,14 @@ from kvllm.kernels.packed.layout import PackedLayout, as_words, read_block_ref
 from kvllm.kernels.paged import INTERPRETED, TL_DTYPES, next_power_of_2
 from kvllm.layout import IntArray, ceil_div
 
-LEAST_BLOCKS = 8  # per program, to amortize its fixed cost
-FEW_PROGRAMS = 396  # below it, programs of LEAST_BLOCKS / 2 are faster: an H100 has 132 multiprocessors
-MOST_PROGRAMS = 2048  # per launch, approximately: twice as many as an H100 runs at once
-ONE_WAVE = 1056  # programs of 128 registers a thread that an H100 runs at once: 8 on each multiprocessor
-FEW_BLOCKS = 13  # per program, up to which a single wave of programs is faster than two
+LEAST_BLOCKS = 4  # per program
+SLOTS = 1056  # programs of 128 registers a thread that an H100 runs at once: 8 on each of its 132 multiprocessors
+MOST_WAVES = 4  # of so many programs, approximately
+OVERHEAD = 4  # blocks that a program could read in the time it needs besides
 MOST_PARTS = 128  # of a request's packed, or plain, blocks: a single program per head merges them
+FEW_MERGED = 1024  # heads of requests, up to which several warps merge each
 TILE = 16  # plain tokens that a program reads at once
-_TRIES = 5
+_SIZES = 2.0 ** np.arange(0, 3, 0.25)  # of parts, times the least
 
 # The dtype of the queries in products; bfloat16 represents every fp8 value exactly.
 _DOT_DTYPES = {
@@ -135,26 +135,27 @@ def merge_packed_ref(
 
 def max_parts(num_reqs: int, num_kv_heads: int) -> int:
     """The most parts that `plan_parts` can make for `num_reqs` requests."""
-    return ceil_div(MOST_PROGRAMS, num_kv_heads) + 2 * num_reqs
+    return ceil_div(MOST_WAVES * SLOTS, num_kv_heads) + 2 * num_reqs
 
 
-def blocks_per_part(packed: IntArray, plain: IntArray, num_kv_heads: int) -> int:
-    """The size of parts that makes about as many programs as the GPU runs at once, or twice as many."""
-    total = int(packed.sum() + plain.sum()) * num_kv_heads
-    longest = int(max(packed.max(initial=0), plain.max(initial=0)))
-    alone = bool(plain.any())
-    least = LEAST_BLOCKS // 2 if alone and total <= FEW_PROGRAMS * LEAST_BLOCKS else LEAST_BLOCKS
-    programs = ONE_WAVE if alone and total <= FEW_BLOCKS * ONE_WAVE else MOST_PROGRAMS
-    size, most = max(1, least, ceil_div(total, programs), ceil_div(longest, MOST_PARTS)), programs // num_kv_heads
-    if not alone:  # the backend's programs run beside these
-        return size
-    # Rounding up makes more parts than planned, and the programs above `most` run at the end, on an idle GPU.
-    tries = _TRIES if np.count_nonzero(packed) + np.count_nonzero(plain) <= most else 0
-    for _ in range(tries):
-        if int(ceil_div(packed, size).sum() + ceil_div(plain, size).sum()) <= most:
-            break
-        size += ceil_div(size, 8)
-    return size
+def blocks_per_part(blocks: IntArray, num_kv_heads: int) -> int:
+    """The most blocks of a part, for which all programs are expected to end first.
+
+    Programs that do not run at once run in waves, and each wave takes as long as its largest program. Larger parts in a
+    single wave and smaller ones in two can both be better, since rounding makes parts and waves that are not full.
+
+    blocks: [any], of each request and kind
+    """
+    least = max(
+        LEAST_BLOCKS,
+        ceil_div(int(blocks.sum()) * num_kv_heads, MOST_WAVES * SLOTS),
+        ceil_div(int(blocks.max(initial=0)), MOST_PARTS),
+    )
+    sizes = np.ceil(least * _SIZES).astype(np.int64)
+    counts = -(-blocks // sizes[:, None])
+    waves = ceil_div(counts.sum(1) * num_kv_heads, SLOTS)
+    largest = np.ceil(blocks / np.maximum(counts, 1)).max(axis=1, initial=0)
+    return int(sizes[np.argmin(waves * (largest + OVERHEAD))])
 
 
 def plan_parts(
@@ -171,7 +172,7 @@ def plan_parts(
     num_reqs = len(packed)
     blocks = np.empty(2 * num_reqs, np.int64)
     blocks[0::2], blocks[1::2] = packed, plain
-    counts = ceil_div(blocks, blocks_per_part(packed, plain, num_kv_heads))
+    counts = ceil_div(blocks, blocks_per_part(blocks, num_kv_heads))
     ends = np.cumsum(counts)
     rows[0, :num_reqs], rows[0, num_reqs:] = ends[1::2], ends[-1] if num_reqs else 0
     rows[1, :num_reqs], rows[1, num_reqs:] = counts[0::2], 0
@@ -258,7 +259,7 @@ class PackedAttention:
         assert output.stride(2) == 1 and (lse is None or lse.stride(1) == 1)
         num_reqs, head_dim = len(batch.query_start_loc) - 1, self.layout.head_dim
         # A few requests have many parts each, and leave the GPU empty: then several warps read many at once.
-        few = num_reqs * self.num_heads <= MOST_PROGRAMS // 2
+        few = num_reqs * self.num_heads <= FEW_MERGED
         _merge_packed_kernel[(num_reqs, self.num_heads)](
             output, lse, sinks, self.outputs, self.lse, batch.query_start_loc, batch.plan, *output.stride()[:2],
             0 if lse is None else lse.stride(0), batch.plan.stride(0), HEAD_DIM=head_dim,
@@ -278,7 +279,8 @@ class PackedAttention:
         unassembled = INTERPRETED or dtype == tl.float32
         strides = (0, 0, 0) if output is None or lse is None else (*output.stride()[:2], lse.stride(0))
         tables = (None, None) if plain is None else plain
-        _attend_packed_kernel[(size, self.num_kv_heads)](
+        grid = (size, self.num_kv_heads) if options["PREFILL"] else (self.num_kv_heads, size)
+        _attend_packed_kernel[grid](
             output, lse, self.outputs, self.lse, query, keys, values, *batch, *tables, len(batch.query_start_loc) - 1,
             *strides, *query.stride()[:2], *keys.stride()[:3], batch.survivor_blocks.stride(0), batch.plan.stride(0),
             0 if plain is None else plain.block_table.stride(0),

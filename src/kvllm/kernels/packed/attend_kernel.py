@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvllm.kernels.packed.unpack import code_bias, codes, narrowed, restored, unpair
+from kvllm.kernels.packed.unpack import code_exponent, codes, key_exponent, narrowed, restored, unpair
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -57,9 +57,8 @@ def _load_queries(query, there, words, quarter: tl.constexpr, NUM_WORDS: tl.cons
 
 @triton.jit
 def _share_of(number, size, num_parts):
-    """The range of a part among `num_parts` of about the same size; the last ones may be empty."""
-    each = tl.cdiv(size, num_parts)
-    return tl.minimum(number * each, size), tl.minimum((number + 1) * each, size)
+    """The range of a part among `num_parts`, whose sizes differ by at most 1."""
+    return number * size // num_parts, (number + 1) * size // num_parts
 
 
 # Triton compiles one variant for each PREFILL and PLAIN. It is loaded before serving, and so before CUDA graphs are
@@ -77,10 +76,14 @@ def _attend_packed_kernel(
     SOFT_CAP: tl.constexpr, PREFILL: tl.constexpr, PLAIN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Column n of the logits belongs to query token n // GROUP of the tile, and head n % GROUP of the query group."""
+    """Column n of the logits belongs to query token n // GROUP of the tile, and head n % GROUP of the query group.
+
+    Programs start in the order of their first index, then their second. With PREFILL that is the tile; otherwise the
+    head, so that idle programs come last, and those that run together read neighbouring addresses.
+    """
     NUM_WORDS: tl.constexpr = HEAD_DIM // 4
     GROUP: tl.constexpr = BLOCK_N // BLOCK_Q
-    head = tl.program_id(1)
+    head = tl.program_id(1 if PREFILL else 0)
     number, num_packed, num_tokens = 0, 1, 0
     if OVERLAP:
         gdc_launch_dependents()
@@ -93,7 +96,7 @@ def _attend_packed_kernel(
         part = 0
     else:
         # Computed on the host: a search here would be many dependent loads.
-        program = tl.load(programs + tl.program_id(0))
+        program = tl.load(programs + tl.program_id(1))
         if program < 0:
             if OVERLAP:  # in a dummy run all programs end here, and what follows must not overtake the store
                 gdc_wait()
@@ -160,7 +163,7 @@ def _attend_packed_kernel(
         _blend(target + 2 * NUM_WORDS, o2, share, mask)
         _blend(target + 3 * NUM_WORDS, o3, share, mask)
     else:
-        own_part = part * (tl.num_programs(1) * GROUP_SIZE) + own_head
+        own_part = part * (tl.num_programs(0) * GROUP_SIZE) + own_head
         tl.store(part_lse + own_part, own_lse, mask=own)
         target = (part_outputs + own_part.to(tl.int64) * HEAD_DIM)[None, :] + words[:, None]
         tl.store(target, o0, mask=mask)
@@ -191,7 +194,12 @@ def _attend_packed(
     pairs_2 = _pair_offsets(words + 2 * NUM_WORDS, stride_row, PAIRS_PER_ROW)
     pairs_3 = _pair_offsets(words + 3 * NUM_WORDS, stride_row, PAIRS_PER_ROW)
     token_pairs = _pair_offsets(tokens, stride_row, PAIRS_PER_ROW)
-    bias = code_bias(DTYPE, ASSEMBLY)
+    EVEN: tl.constexpr = code_exponent(0, DTYPE, ASSEMBLY)
+    ODD: tl.constexpr = code_exponent(1, DTYPE, ASSEMBLY)
+    SHIFT: tl.constexpr = (
+        100 if EVEN < -126 else 0
+    )  # of numerators, to keep their products with codes in float32's range
+    scale *= 2.0 ** -key_exponent(DTYPE, ASSEMBLY)
     highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
     # Summed over a block's tokens only at the end: in the loop each token of a block has its own sum.
     total = tl.full([BLOCK_T, BLOCK_N], 0.0, tl.float32)
@@ -219,19 +227,19 @@ def _attend_packed(
         logits = tl.dot(k, q2, acc=logits, input_precision="ieee")
         k = restored(key_words, s3[None, :], z3[None, :], 3, DTYPE, ASSEMBLY)
         logits = tl.dot(k, q3, acc=logits, input_precision="ieee")
-        p, highest, shrink = _probabilities(logits, there, highest, scale, SOFT_CAP)
+        p, highest, shrink = _numerators(logits, there, highest, scale, SOFT_CAP, SHIFT)
         weighted = narrowed(p * t[:, None], DTYPE, ASSEMBLY)
         total = total * shrink + p
-        rest = rest * shrink + (p * y[:, None] - bias * weighted.to(tl.float32))
+        rest = rest * shrink + p * y[:, None]
         o0 = tl.dot(codes(value_words, 0, DTYPE, ASSEMBLY), weighted, acc=o0 * shrink, input_precision="ieee")
         o1 = tl.dot(codes(value_words, 1, DTYPE, ASSEMBLY), weighted, acc=o1 * shrink, input_precision="ieee")
         o2 = tl.dot(codes(value_words, 2, DTYPE, ASSEMBLY), weighted, acc=o2 * shrink, input_precision="ieee")
         o3 = tl.dot(codes(value_words, 3, DTYPE, ASSEMBLY), weighted, acc=o3 * shrink, input_precision="ieee")
-    sums = tl.maximum(tl.sum(total, axis=0), 1e-30)  # a part may be empty
-    inverse = 1.0 / sums
-    own_rest, shrink = (tl.sum(rest, axis=0) * inverse)[None, :], inverse[None, :]
-    o0, o1, o2, o3 = o0 * shrink + own_rest, o1 * shrink + own_rest, o2 * shrink + own_rest, o3 * shrink + own_rest
-    return o0, o1, o2, o3, highest + tl.log2(sums)
+    sums = tl.maximum(tl.sum(total, axis=0), 0.5)  # a part without blocks has 0, others at least 2**SHIFT
+    own_rest, inverse = (tl.sum(rest, axis=0) / sums)[None, :], (2.0**SHIFT / sums)[None, :]
+    o0, o2 = o0 * 2.0 ** -(EVEN + SHIFT) * inverse + own_rest, o2 * 2.0 ** -(EVEN + SHIFT) * inverse + own_rest
+    o1, o3 = o1 * 2.0 ** -(ODD + SHIFT) * inverse + own_rest, o3 * 2.0 ** -(ODD + SHIFT) * inverse + own_rest
+    return o0, o1, o2, o3, highest + tl.log2(sums) - SHIFT
 
 
 @triton.jit
@@ -274,28 +282,34 @@ def _attend_plain(
         logits = tl.dot(k1.to(DTYPE), q1, acc=logits, input_precision="ieee")
         logits = tl.dot(k2.to(DTYPE), q2, acc=logits, input_precision="ieee")
         logits = tl.dot(k3.to(DTYPE), q3, acc=logits, input_precision="ieee")
-        p, highest, shrink = _probabilities(logits, there, highest, scale, SOFT_CAP)
+        p, highest, shrink = _numerators(logits, there, highest, scale, SOFT_CAP, 0)
         total = total * shrink + p
         weights = narrowed(p, DTYPE, ASSEMBLY)
         o0 = tl.dot(v0.to(DTYPE), weights, acc=o0 * shrink, input_precision="ieee")
         o1 = tl.dot(v1.to(DTYPE), weights, acc=o1 * shrink, input_precision="ieee")
         o2 = tl.dot(v2.to(DTYPE), weights, acc=o2 * shrink, input_precision="ieee")
         o3 = tl.dot(v3.to(DTYPE), weights, acc=o3 * shrink, input_precision="ieee")
-    sums = tl.maximum(tl.sum(total, axis=0), 1e-30)
+    sums = tl.maximum(tl.sum(total, axis=0), 0.5)
     shrink = (1.0 / sums)[None, :]
     return o0 * shrink, o1 * shrink, o2 * shrink, o3 * shrink, highest + tl.log2(sums)
 
 
 @triton.jit
-def _probabilities(logits, there, highest, scale, SOFT_CAP: tl.constexpr):
-    """A tile's softmax numerators relative to the highest logit so far, that logit, and what earlier sums shrink by."""
-    logits *= scale
+def _numerators(logits, there, highest, scale, SOFT_CAP: tl.constexpr, SHIFT: tl.constexpr):
+    """A tile's softmax numerators relative to the highest logit so far, times 2**SHIFT; that logit, for base 2; and
+    what earlier sums shrink by."""
     if SOFT_CAP > 0:
         # c * tanh(x / c), for base-2 logits
-        logits = SOFT_CAP - 2.0 * SOFT_CAP / (1.0 + tl.exp2(logits * (2.0 * LOG2_E / SOFT_CAP)))
+        logits = SOFT_CAP - 2.0 * SOFT_CAP / (1.0 + tl.exp2(logits * (scale * (2.0 * LOG2_E / SOFT_CAP))))
+        scale = 1.0
     logits = tl.where(there[:, None], logits, float("-inf"))
-    new_highest = tl.maximum(highest, tl.max(logits, axis=0))
-    return tl.exp2(logits - new_highest[None, :]), new_highest, tl.exp2(highest - new_highest)[None, :]
+    new_highest = tl.maximum(highest, tl.max(logits, axis=0) * scale)
+    # One fused operation per logit, since scaling comes last.
+    return (
+        tl.exp2(logits * scale - (new_highest - SHIFT)[None, :]),
+        new_highest,
+        tl.exp2(highest - new_highest)[None, :],
+    )
 
 
 @triton.jit

@@ -8,36 +8,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Setting the low bits of a number's mantissa to a code adds the code to the number: 128 + code in bfloat16, 1024 + code
-# in float16. Two codes of one quarter are converted at once.
-
-
-def _assembly(dtype: str, restored: bool) -> str:
-    numbers = {"bf16": (0x4300, 0xC300, 0x3F80), "f16": (0x6400, 0xE400, 0x3C00)}[dtype]
-    magic, bias, one = (f"0x{n:04x}{n:04x}" for n in numbers)
-    code = f"mov.b32 magic, {magic}; lop3.b32 $0, $1, 0x000f000f, magic, 0xea;"  # ($1 & 0x000f000f) | magic
-    if restored:
-        code += f"mov.b32 one, {one}; mov.b32 bias, {bias}; fma.rn.{dtype}x2 $0, $0, one, bias;"
-        code += f"fma.rn.{dtype}x2 $0, $0, $2, $3;"
-    return "{ .reg .b32 magic, one, bias; " + code + " }"
-
-
-_BF16_CODES = tl.constexpr(_assembly("bf16", restored=False))
-_BF16_RESTORED = tl.constexpr(_assembly("bf16", restored=True))
-_F16_CODES = tl.constexpr(_assembly("f16", restored=False))
-_F16_RESTORED = tl.constexpr(_assembly("f16", restored=True))
+# As the lowest bits of a 16-bit float a code is a tiny (subnormal) number, exactly proportional to it. So one operation
+# unpacks two codes, and tensor cores multiply them as they are; other factors make up for their size. Codes of odd
+# quarters stay four bits higher, which makes them 16 times as large.
+_MAGIC = "mov.b32 magic, 0x64006400; mov.b32 one, 0x3c003c00; mov.b32 bias, 0xe400e400;"  # 1024, 1, -1024 in float16
+_LOW = tl.constexpr("and.b32 $0, $1, 0x000f000f;")
+_HIGH = tl.constexpr("and.b32 $0, $1, 0x00f000f0;")
+_FMA_BF16 = tl.constexpr("fma.rn.bf16x2 $0, $1, $2, $3;")
+# 1024 + code, from a code in the low bits of 1024's mantissa, less 1024: tiny numbers would need too large scales here.
+_RESTORED_F16 = tl.constexpr(
+    "{ .reg .b32 magic, one, bias; " + _MAGIC + " lop3.b32 $0, $1, 0x000f000f, magic, 0xea;"
+    " fma.rn.f16x2 $0, $0, one, bias; fma.rn.f16x2 $0, $0, $2, $3; }"
+)
+# Of bfloat16 keys. A larger exponent would let scales overflow (now at 2**9); ptxas 12 turns products with 2**-15 and
+# smaller constants into zero.
+_KEY_EXPONENT = tl.constexpr(-14)
 
 
 @triton.jit
-def _quarter(words, QUARTER: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Words whose lowest four bits are a quarter's codes; the upper bits may come from a neighbouring word."""
-    if QUARTER == 0:
+def _shifted(words, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Words shifted right by BITS; their upper bits may come from a neighbouring word."""
+    if BITS == 0:
         return words
     elif not ASSEMBLY:
-        return words >> 4 * QUARTER
-    elif QUARTER == 1:
+        return words >> BITS
+    elif BITS == 4:
         return tl.inline_asm_elementwise("shr.b32 $0, $1, 4;", "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
-    elif QUARTER == 2:
+    elif BITS == 8:
         return tl.inline_asm_elementwise("shr.b32 $0, $1, 8;", "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
     else:
         return tl.inline_asm_elementwise("shr.b32 $0, $1, 12;", "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
@@ -45,27 +42,46 @@ def _quarter(words, QUARTER: tl.constexpr, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def codes(words, QUARTER: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """A quarter's code of each word, plus `code_bias`, in DTYPE."""
-    shifted = _quarter(words, QUARTER, ASSEMBLY)
+    """A quarter's code of each word in DTYPE, times 2**`code_exponent`."""
     if not ASSEMBLY:
-        return (shifted & 15).to(DTYPE)
-    elif DTYPE == tl.bfloat16:
-        return tl.inline_asm_elementwise(_BF16_CODES, "=r,r", [shifted], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return (_shifted(words, 4 * QUARTER, False) & 15).to(DTYPE)
+    words = _shifted(words, QUARTER // 2 * 8, True)
+    if QUARTER % 2 == 0:
+        bits = tl.inline_asm_elementwise(_LOW, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
     else:
-        return tl.inline_asm_elementwise(_F16_CODES, "=r,r", [shifted], dtype=tl.float16, is_pure=True, pack=2)
+        bits = tl.inline_asm_elementwise(_HIGH, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
+    return bits.to(DTYPE, bitcast=True)
+
+
+@triton.constexpr_function
+def code_exponent(quarter, dtype, assembly):
+    """Of the number that code 1 becomes: the smallest of the dtype, or in odd quarters 16 times as much."""
+    if not assembly:
+        return 0
+    return (-133 if dtype == tl.bfloat16 else -24) + 4 * (quarter % 2)
+
+
+@triton.constexpr_function
+def key_exponent(dtype, assembly):
+    """`restored` gives keys times two to this power."""
+    return _KEY_EXPONENT.value if assembly and dtype == tl.bfloat16 else 0
 
 
 @triton.jit
 def restored(words, scale, lowest, QUARTER: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """lowest + code * scale for a quarter's code of each word, in DTYPE; scale, lowest: in DTYPE, must broadcast."""
+    """(lowest + code * scale) * 2**`key_exponent` for a quarter's code of each word, in DTYPE.
+
+    scale, lowest: in DTYPE, must broadcast
+    """
     if not ASSEMBLY:
         return codes(words, QUARTER, DTYPE, False) * scale + lowest
     elif DTYPE == tl.bfloat16:
-        operands = [_quarter(words, QUARTER, ASSEMBLY), scale, lowest]
-        return tl.inline_asm_elementwise(_BF16_RESTORED, "=&r,r,r,r", operands, dtype=tl.bfloat16, is_pure=True, pack=2)
+        EXPONENT: tl.constexpr = _KEY_EXPONENT - code_exponent(QUARTER, DTYPE, ASSEMBLY)
+        operands = [codes(words, QUARTER, DTYPE, True), scale * 2.0**EXPONENT, lowest * 2.0**_KEY_EXPONENT]
+        return tl.inline_asm_elementwise(_FMA_BF16, "=r,r,r,r", operands, dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
-        operands = [_quarter(words, QUARTER, ASSEMBLY), scale, lowest]
-        return tl.inline_asm_elementwise(_F16_RESTORED, "=&r,r,r,r", operands, dtype=tl.float16, is_pure=True, pack=2)
+        operands = [_shifted(words, 4 * QUARTER, True), scale, lowest]
+        return tl.inline_asm_elementwise(_RESTORED_F16, "=&r,r,r,r", operands, dtype=tl.float16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -94,13 +110,3 @@ def narrowed(x, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [bits], dtype=tl.bfloat16, is_pure=True, pack=2
         )
     return x.to(DTYPE)
-
-
-@triton.jit
-def code_bias(DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    if not ASSEMBLY:
-        return 0.0
-    elif DTYPE == tl.bfloat16:
-        return 128.0
-    else:
-        return 1024.0

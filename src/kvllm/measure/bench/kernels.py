@@ -47,7 +47,8 @@ DEVICE = "cuda"
 class Peaks:
     """What the device achieves in plain PyTorch."""
 
-    bytes_per_s: float
+    bytes_per_s: float  # of a copy, reads and writes
+    read_bytes_per_s: float  # of a sum
     flops: float
 
 
@@ -58,6 +59,7 @@ class Case:
     runs:      launches on different requests, timed back to back
     num_bytes: minimum memory traffic of one run
     num_flops: floating-point operations of one run
+    reads:     whether nearly all of the traffic is reads
     """
 
     kernel: str
@@ -65,6 +67,7 @@ class Case:
     runs: list[Callable[[], Any]]
     num_bytes: float
     num_flops: float = 0.0
+    reads: bool = False
 
 
 def bench_kernels(
@@ -77,12 +80,14 @@ def bench_kernels(
     errors = check(shape)
     peaks = measure_peaks()
     device = torch.cuda.get_device_name()
-    print(f"{device}: copy {peaks.bytes_per_s / 1e12:.2f} TB/s, bf16 {peaks.flops / 1e12:.0f} TFLOP/s\n{shape}")
+    rates = f"copy {peaks.bytes_per_s / 1e12:.2f} TB/s, read {peaks.read_bytes_per_s / 1e12:.2f} TB/s"
+    print(f"{device}: {rates}, bf16 {peaks.flops / 1e12:.0f} TFLOP/s\n{shape}")
     print(f"{'kernel':<22}{'due':>4}{'ms':>9}{'floor ms':>10}{'x floor':>9}{'GB/s':>7}{'host us':>9}{'error':>10}")
     rows = []
     for case in cases(shape, num_due):
         ms, host_us = time_runs(case.runs)
-        floor_ms = 1e3 * max(case.num_bytes / peaks.bytes_per_s, case.num_flops / peaks.flops)
+        rate = peaks.read_bytes_per_s if case.reads else peaks.bytes_per_s
+        floor_ms = 1e3 * max(case.num_bytes / rate, case.num_flops / peaks.flops)
         row = dict(
             kernel=case.kernel,
             num_due=case.num_due,
@@ -120,7 +125,8 @@ def cases(shape: Shape, num_due: tuple[int, ...]) -> list[Case]:
     out = [store_case(shape, bank, cache), join_case(shape)]
     for num_tokens in packed_kernels.CONTEXTS if packs(shape) else ():
         load = packed_kernels.attention_load(shape, num_tokens, DEVICE)
-        out.append(Case(f"packed, {num_tokens} tokens", packed_kernels.NUM_REQS, [load.run], load.num_bytes))
+        name, layers = f"packed, {num_tokens} tokens", [load.run] * 6  # each reads more than the L2 cache holds
+        out.append(Case(name, packed_kernels.NUM_REQS, layers, load.num_bytes, reads=True))
     for due in num_due:
         sets = all_blocks[: most - most % due].split(due)  # blocks of disjoint groups of requests
         pairs = due * shape.num_layers
@@ -393,13 +399,18 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 def measure_peaks() -> Peaks:
-    """Measure the device's limits with a large copy and a large matrix product."""
+    """Measure the device's limits with a large copy, a large sum and a large matrix product."""
     source = torch.randn(1 << 28, device=DEVICE)
     target = torch.empty_like(source)
     copy_ms, _ = time_runs([lambda: target.copy_(source)])
+    sum_ms, _ = time_runs([source.sum])
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     product_ms, _ = time_runs([lambda: a @ b])
-    return Peaks(bytes_per_s=2 * source.nbytes / copy_ms * 1e3, flops=2 * 8192**3 / product_ms * 1e3)
+    return Peaks(
+        bytes_per_s=2 * source.nbytes / copy_ms * 1e3,
+        read_bytes_per_s=source.nbytes / sum_ms * 1e3,
+        flops=2 * 8192**3 / product_ms * 1e3,
+    )
 
 
 def time_runs(runs: list[Callable[[], Any]], repeats: int = 20) -> tuple[float, float]:
