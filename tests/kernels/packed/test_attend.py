@@ -10,10 +10,12 @@ from kvllm.compression.query_bank import QueryBank
 from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.kernels.packed import attend
 from kvllm.kernels.packed.attend import (
+    MOST_PARTS,
     Batch,
     PackedAttention,
     Plain,
     attend_plain_ref,
+    blocks_per_part,
     max_parts,
     merge_packed_ref,
     plan_parts,
@@ -73,12 +75,13 @@ def test_decode(block_size, num_heads, num_kv_heads, head_dim, dtype, token_majo
 
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_decode_of_many_parts(with_sinks, device, monkeypatch):
-    """With more plain tokens than the host assumed, parts of both kinds, and parts without blocks."""
+    """With more plain tokens than the host assumed, and fewer; parts of both kinds, and parts without blocks."""
     monkeypatch.setattr(attend, "LEAST_BLOCKS", 1)
     monkeypatch.setattr(attend, "SLOTS", 45)
     packed, lengths = [0, 2, 7, 0, 1, 4, 0], [600, 5, 40, 1, 17, 90, 0]
     check_decode(
-        16, 2, 1, 64, torch.float32, False, 0.0, packed, lengths, device, assumed=550, with_sinks=with_sinks
+        16, 2, 1, 64, torch.float32, False, 0.0, packed, lengths, device, assumed=[550, 5, 200, 30, 17, 90, 0],
+        with_sinks=with_sinks,
     )  # fmt: skip
 
 
@@ -103,12 +106,12 @@ def test_decode_reads_tokens_stored_right_before_it(device):
 class Case:
     """Requests with these counts of query tokens, packed blocks and plain tokens, in a cache of these shapes.
 
-    assumed: the most plain tokens of a request that the host plans for
+    assumed: plain tokens for which the host plans, if not `lengths`
     """
 
     def __init__(
         self, block_size, num_heads, num_kv_heads, head_dim, dtype, token_major, soft_cap, counts, packed, lengths,
-        device, num_layers=2, assumed=10**6,
+        device, num_layers=2, assumed=None,
     ):  # fmt: skip
         rounding = Rounding(4, packed_block_tokens(block_size, head_dim, 4, cache_dtype_of(dtype)))
         num_plain = -(-np.array(lengths) // block_size)
@@ -136,7 +139,7 @@ class Case:
             layer.view(torch.uint8)[order.long()] = 0xFF  # NaN: what no request reads
         self.plain = Plain(table, torch.tensor(lengths, dtype=torch.int32, device=device))
         alone = np.array(packed) * (np.array(counts) == 1)
-        planned = -(-np.minimum(lengths, assumed) // block_size)
+        planned = -(-np.array(assumed or lengths) // block_size)
         rows, parts = np.zeros((2, len(counts) + 1), np.int32), np.zeros(max_parts(len(counts), num_kv_heads), np.int32)
         plan_parts(alone, planned, num_kv_heads, rows, parts)
         plan[4:] = torch.from_numpy(rows)
@@ -217,3 +220,19 @@ def test_parts_cover_every_block_in_a_launch_of_known_size(num_blocks, num_kv_he
     assert (np.diff(sizes) <= 0).all()
     assert ((kinds > 0) == (blocks > 0)).all()
     assert (kinds <= blocks).all()
+    assert (kinds <= MOST_PARTS).all()
+
+
+@pytest.mark.parametrize(
+    "blocks, parts",
+    [
+        ([37] * 64, [2] * 64),  # 1,024 programs of 8 KV heads, in one wave of 1,056
+        ([146] * 64 + [38] * 64, [3] * 64 + [1] * 64),  # two waves of at most 49 blocks, not one of 146
+        ([512], [128]),
+        ([16], [4]),
+        ([8192] + [1] * 300, [128] + [1] * 300),
+    ],
+)
+def test_parts_end_together(blocks, parts):
+    size = blocks_per_part(np.array(blocks), 8)
+    assert [-(-n // size) for n in blocks] == parts

@@ -20,9 +20,7 @@ _RESTORED_F16 = tl.constexpr(
     "{ .reg .b32 magic, one, bias; " + _MAGIC + " lop3.b32 $0, $1, 0x000f000f, magic, 0xea;"
     " fma.rn.f16x2 $0, $0, one, bias; fma.rn.f16x2 $0, $0, $2, $3; }"
 )
-# Of bfloat16 keys. A larger exponent would let scales overflow (now at 2**9); ptxas 12 turns products with 2**-15 and
-# smaller constants into zero.
-_KEY_EXPONENT = tl.constexpr(-14)
+_KEY_EXPONENT = tl.constexpr(-60)  # of bfloat16 keys: halfway between scales that overflow, and keys that underflow
 
 
 @triton.jit
@@ -68,6 +66,12 @@ def key_exponent(dtype, assembly):
 
 
 @triton.jit
+def _power(EXPONENT: tl.constexpr):
+    """2**EXPONENT in bfloat16. As a factor of a bfloat16 number Triton would round it to six decimals."""
+    return tl.full([], 2.0**EXPONENT, tl.float32).to(tl.bfloat16)
+
+
+@triton.jit
 def restored(words, scale, lowest, QUARTER: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
     """(lowest + code * scale) * 2**`key_exponent` for a quarter's code of each word, in DTYPE.
 
@@ -77,7 +81,7 @@ def restored(words, scale, lowest, QUARTER: tl.constexpr, DTYPE: tl.constexpr, A
         return codes(words, QUARTER, DTYPE, False) * scale + lowest
     elif DTYPE == tl.bfloat16:
         EXPONENT: tl.constexpr = _KEY_EXPONENT - code_exponent(QUARTER, DTYPE, ASSEMBLY)
-        operands = [codes(words, QUARTER, DTYPE, True), scale * 2.0**EXPONENT, lowest * 2.0**_KEY_EXPONENT]
+        operands = [codes(words, QUARTER, DTYPE, True), scale * _power(EXPONENT), lowest * _power(_KEY_EXPONENT)]
         return tl.inline_asm_elementwise(_FMA_BF16, "=r,r,r,r", operands, dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
         operands = [_shifted(words, 4 * QUARTER, True), scale, lowest]
