@@ -54,7 +54,7 @@ class KvConfig:
 
     method: str = Field("kara", description="Method that scores and selects; `kvllm methods` lists them.")
     method_options: Mapping[str, Any] = Field(
-        default_factory=dict, description="The method's own options, as JSON; `kvllm methods` lists them."
+        default_factory=dict, description="The method's own options, as JSON; `kvllm methods METHOD` shows them."
     )
     policy: Literal["window", "budget"] = Field(
         "window",

@@ -138,6 +138,8 @@ def test_methods_writes_json(tmp_path: Path) -> None:
     kara = {option["name"]: option for option in written["kara"]["options"]}
     assert kara["chunk_fill"]["default"] == 0.5 and kara["chunk_fill"]["accepts"] == "a number in [0, 1)"
     assert written["random"]["summary"]
+    runner.invoke(cli.app, ["methods", "kara", "--json", str(tmp_path / "one.json")], catch_exceptions=False)
+    assert json.loads((tmp_path / "one.json").read_text()) == [written["kara"]]
 
 
 def test_methods_shows_each_option_with_its_default_bounds_and_help(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +152,8 @@ def test_methods_shows_each_option_with_its_default_bounds_and_help(monkeypatch:
     for cls in methods().values():
         for option in options_of(cls).values():
             if option.name not in SHARED_OPTIONS:
-                assert [option.name, shown(option.default), option.accepts, option.help] in rows
+                default = "required" if option.default == "" else shown(option.default)
+                assert [option.name, default, option.accepts, option.help] in rows
     assert ["chunk_fill", "0.5", "a number in [0, 1)"] in [row[:3] for row in rows]
 
 

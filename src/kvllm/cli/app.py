@@ -10,12 +10,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 import kvllm
-from kvllm.cli.options import PASS_THROUGH, JsonFile, examples, flag, shown, suggesting_flags, with_config
+from kvllm.cli.options import PASS_THROUGH, JsonFile, examples, flag, suggesting_flags, with_config
 from kvllm.errors import UsageError
-from kvllm.options import options_of
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=kvllm.__doc__)
 console = Console()
@@ -271,32 +269,29 @@ def doctor(
     rich_help_panel=MEASURE,
     epilog=examples(
         "kvllm methods",
+        "kvllm methods snapkv",
         "kvllm methods --json methods.json",
         """kvllm serve MODEL --method snapkv --method-options '{"num_observed": 16}'""",
     ),
 )
-def methods(json_file: JsonFile = None) -> None:
-    """List the compression methods and their options, with defaults, accepted values and help."""
-    from rich.text import Text
+def methods(
+    method: Annotated[
+        str | None, typer.Argument(help="Show this one in full.", show_default="all", metavar="METHOD")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """List the compression methods and their options, or show one in full.
 
-    from kvllm.methods import SHARED_OPTIONS
-    from kvllm.methods import methods as registry
+    Of one method, shows what it does and how it differs from its paper, the paper, its options and a command to try it.
+    """
+    from kvllm.cli.methods import describe, describe_all, page, table, to_json
 
+    described = describe_all() if method is None else [describe(method)]
     if json_file:
-        json_file.write_text(json.dumps([_described(name, cls) for name, cls in registry().items()], indent=2) + "\n")
-    table = Table("method, its options", "default", "accepts", "what it keeps, what the option does")
-    for name, cls in registry().items():
-        table.add_section()
-        table.add_row(Text(name, "bold"), "", "", Text((cls.__doc__ or "").strip().splitlines()[0], "bold"))
-        for option in options_of(cls).values():
-            if option.name not in SHARED_OPTIONS:
-                # Text, so that brackets as in [0, 1] are not parsed as markup.
-                cells = (f"  {option.name}", shown(option.default), option.accepts, option.help)
-                table.add_row(*map(Text, cells))
-    console.print(table)
-
-
-def _described(name: str, cls: type) -> dict[str, object]:
-    """A method's name, summary and options, for JSON."""
-    summary = (cls.__doc__ or "").strip().splitlines()[0]
-    return {"name": name, "summary": summary, "options": [asdict(option) for option in options_of(cls).values()]}
+        json_file.write_text(to_json(described))
+    if method is not None:
+        console.print(page(described[0]))
+        console.print(f"\nTry it:\n    {described[0].command}", markup=False, highlight=False, soft_wrap=True)
+    else:
+        console.print(table(described))
+        console.print("`kvllm methods METHOD` shows one in full.", highlight=False)

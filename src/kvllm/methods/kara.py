@@ -36,7 +36,15 @@ MOST_REFITTED = 128
 @register("kara")
 @strict_dataclass
 class Kara(Method):
-    """Keep the tokens with the most attention from all queries of window and buffer, without a causal mask."""
+    """Keep the tokens with the most attention from all queries of window and buffer, without a causal mask.
+
+    Same: attention weights of every query on every key of the window, also on later ones, averaged over the queries;
+    tokens between two picks are kept too, in chunks of at most `max_chunk_size` (Token2Chunk).
+    Differs: queries are thinned by `query_stride`. The paper's rule for filling chunks was not available to us; here a
+    filler competes with `chunk_fill` times the lower score of its two picks. These are not the paper's: `lookahead`
+    rotates queries ahead, `attention_floor` is added to the weights, `value_norm` and `keydiff_power` multiply them,
+    `key_ridge` and `value_ridge` refit the survivors; `variant` "paper" turns them off.
+    """
 
     bidirectional: bool = Field(
         True, description="False applies the causal mask (ablation): each query scores only keys up to its position."
