@@ -9,6 +9,7 @@ import typer
 
 from kvllm.cli.app import app as app
 from kvllm.cli.measuring import add_stand_ins, why_missing
+from kvllm.cli.quiet import configure_early
 from kvllm.errors import UsageError
 
 
@@ -23,6 +24,7 @@ def add_measuring() -> None:
 
 
 add_measuring()
+configure_early()  # a process that vLLM spawns imports this module as well
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from rich.console import Console
 
-from kvllm.cli.offline import QUIET, start_llm
+from kvllm.cli.offline import start_llm
+from kvllm.cli.quiet import QUIET
 from kvllm.errors import UsageError
-
-
-@pytest.fixture(autouse=True)
-def own_environment() -> Iterator[None]:
-    pytest.importorskip("vllm.logger")  # before the environment is quiet: other tests of this process read the log
-    with mock.patch.dict(os.environ):
-        for name in (*QUIET, "VLLM_ENABLE_V1_MULTIPROCESSING"):
-            os.environ.pop(name, None)
-        yield
 
 
 def start(model_dir: Path, monkeypatch: pytest.MonkeyPatch, made: Any, **options: Any) -> Any:

@@ -256,7 +256,9 @@ def doctor(
     Takes the same arguments as `serve`. Exits with status 1 if anything would prevent the server from starting.
     """
     from kvllm.cli.doctor import examine, model_and_rest, table
+    from kvllm.cli.quiet import silence_vllm
 
+    silence_vllm(context.args)
     findings = examine(*model_and_rest(context.args), options)
     console.print(table(findings))
     if json_file:

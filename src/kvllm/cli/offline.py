@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from kvllm.cli.options import suggesting_flags
+from kvllm.cli.quiet import silence_vllm
 from kvllm.errors import UsageError, message_of
 from kvllm.support import finding_model
 
 if TYPE_CHECKING:
     from vllm import LLM
-
-# For this process and those that vLLM starts; what the user has set stays. Standard output is for the command's own.
-QUIET = {
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # notes on NUMA
-}
 
 
 def start_llm(
@@ -37,10 +29,7 @@ def start_llm(
                 imported once; one in a process of its own frees all of a GPU's memory when it is closed
     Raises UsageError if the engine refuses to start.
     """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # speaks before vLLM sets its log's level
-    warnings.filterwarnings("ignore", message="`torch.distributed.reduce_op` is deprecated", category=FutureWarning)
+    silence_vllm(arguments)
     if in_process:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
