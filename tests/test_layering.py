@@ -17,6 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kvllm.options", "kvllm.support"),
     ("kvllm.config",),
     ("kvllm.layout", "kvllm.methods"),
+    ("kvllm.checks",),
     ("kvllm.compression",),
     ("kvllm.kernels", "kvllm.reference"),
     ("kvllm.engine",),

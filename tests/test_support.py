@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from kvllm.support import check_model, model_reasons, packed_reasons
+from kvllm.support import check_model, has_mrope, model_reasons, packed_problem, packed_reasons
 
 
 def config(model_type: str, **options: Any) -> Any:
@@ -100,6 +100,18 @@ def test_served(made: Any) -> None:
             config("qwen3_next", num_hidden_layers=3, full_attention_interval=None, layer_types=STATES),
             "layer_types=2 full attention, 1 other: vLLM would split the full-attention layers into 2",
         ),
+        (
+            config("gemma4_unified", text_config={"sliding_window": 64}),
+            "use_mm_prefix=True: tokens of an image attend to later ones, .* use --language-model-only for text alone",
+        ),
+        (
+            config("gemma3", text_config={"sliding_window": 64, "layer_types": LAYERS, "num_hidden_layers": 2}),
+            "use_mm_prefix=True",
+        ),
+        (
+            config("mimo_v2_flash", sliding_window=64),
+            "head_size_v=128: keys and values must have the same head size, and that of the keys is 192",
+        ),
         (config("deepseek_v3"), "kv_lora_rank=512: multi-head latent attention"),
         (config("gemma3n_text"), "num_kv_shared_layers=15: layers that share"),
         (config("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention=True"),
@@ -109,6 +121,19 @@ def test_served(made: Any) -> None:
 def test_refused_by_name(made: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"KvLLM does not support a model with {message}"):
         check_model(made, "a model", 512)
+
+
+def test_text_alone_with_a_model_whose_images_see_later_tokens() -> None:
+    made = config("gemma4_unified", text_config={"sliding_window": 64})
+    assert model_reasons(made, 512, sees_images=False) == []
+    made.text_config.use_bidirectional_attention = None
+    assert model_reasons(made, 512) == []
+
+
+def test_mrope_is_found_in_either_field() -> None:
+    mrope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    assert has_mrope(config("qwen2_5_vl", text_config={"rope_parameters": mrope}))
+    assert not has_mrope(config("llama"))
 
 
 def test_a_window_counts_against_the_longest_text_that_is_asked_for() -> None:
@@ -156,6 +181,14 @@ def test_layers_whose_packed_survivors_cannot_be_merged(
     reasons = packed_reasons(layer)
     assert len(reasons) == (refused is not None)
     assert all(found.startswith(refused or "") for found in reasons)
+
+
+def test_heads_whose_survivors_cannot_be_packed() -> None:
+    assert packed_problem(4, "bfloat16", head_dim=80) is None
+    assert "head_dim=72 is not a multiple of 16. Use survivor_bits=16" in str(
+        packed_problem(4, "bfloat16", head_dim=72)
+    )
+    assert packed_problem(16, "bfloat16", head_dim=72) is None
 
 
 def test_support_can_be_checked_without_vllm() -> None:

@@ -28,7 +28,7 @@ VERBS = (
 REMEDY = re.compile(rf"(?:^|[;:.,] |, or |\) )((?:{VERBS})\b.*)$", re.IGNORECASE)
 SECTIONS = (
     ("Models and settings of vLLM", "At start-up, or by `kvllm plan` and `kvllm doctor` before.",
-     ("support.py", "engine/", "kernels/", "groups.py", "layers.py", "compression/")),
+     ("support.py", "checks.py", "engine/", "kernels/", "groups.py", "layers.py", "compression/")),
     ("Requests", "HTTP 400 from a server, `VLLMValidationError` from `LLM.generate`.",
      ("engine/requests.py", "engine/usage.py")),
     ("Options of compression", "From flags, `additional_config` and Python alike.",
@@ -91,7 +91,7 @@ REMEDIES: dict[tuple[str, str], str] = {
     ("engine/runner_v2.py", "block tables"): BUG,
     ("engine/settings.py", "supports the platforms"): "Use an NVIDIA GPU or a CPU.",
     (
-        "engine/settings.py",
+        "checks.py",
         "--language-model-only",
     ): "Use another method, or --language-model-only to accept no images.",
     ("measure/bench/cli.py", "replaces all other options"): "Put these options into the JSON of --spec.",
@@ -166,10 +166,9 @@ def called(node: ast.Call) -> str:
 def constants(tree: ast.Module) -> dict[str, str]:
     """Module-level string constants by name."""
     return {
-        node.targets[0].id: node.value.value
+        node.targets[0].id: text
         for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-        and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and (text := template(node.value))
     }  # fmt: skip
 
 

@@ -46,7 +46,13 @@ OFFLOADING_OPTIONS = {
 }  # fmt: skip
 PLAIN_BITS = 16  # of survivors that are not rounded
 PACKED_BITS = 4  # of survivors that GPUs pack
+MM_PREFIX = (
+    "tokens of an image attend to later ones, and all layers must use causal attention; use --language-model-only for "
+    "text alone"
+)
+MM_PREFIX_MODELS = {"bagel", "gemma3", "molmo2", "moondream3", "paligemma"}  # vLLM's list; others say so in the config
 CHECKED_DIMS = 256  # of the largest heads for which packed survivors and fp8 caches were checked
+UNCHECKED_FP8 = f"not checked with heads of more than {CHECKED_DIMS} dimensions; leave it at auto"
 FP8_PACKED_BLOCK_SIZE = 32  # an fp8 block has half the bytes and scales as large: of 16 tokens it packs 24, of 32 56
 ALL_FULL = "all layers must use full attention"
 SHARED_CACHE = (
@@ -88,11 +94,12 @@ def reason(what: str, value: Any, why: str) -> str:
     return f"{what}={value}: {why}"
 
 
-def model_reasons(config: Any, max_model_len: int | None = None) -> list[str]:
+def model_reasons(config: Any, max_model_len: int | None = None, sees_images: bool = True) -> list[str]:
     """Why the model with this config cannot be compressed.
 
     config:        a transformers config, not only the text config of a multimodal model
     max_model_len: maximum text length, prompt included; default: the config's max_position_embeddings
+    sees_images:   whether prompts may have images; False with vLLM's --language-model-only
     """
     text = config.get_text_config()
     if max_model_len is None:
@@ -122,22 +129,51 @@ def model_reasons(config: Any, max_model_len: int | None = None) -> list[str]:
                 _bidirectional(text),
                 "all layers must use causal attention",
             ),
+            ("use_mm_prefix", sees_images and has_mm_prefix(config), MM_PREFIX),
         )
         if value
     ]
-    return found + _layer_kind_reasons(text, max_model_len) + _position_reasons(text)
+    return found + _value_size_reasons(text) + _layer_kind_reasons(text, max_model_len) + _position_reasons(text)
 
 
-def check_model(config: Any, name: str, max_model_len: int | None = None) -> None:
-    """Raise UsageError, with the first reason, unless the model with this config can be compressed."""
-    for found in model_reasons(config, max_model_len):
+def check_model(config: Any, name: str, max_model_len: int | None = None, sees_images: bool = True) -> None:
+    """Raise UsageError, with the first of `model_reasons`, unless the model with this config can be compressed."""
+    for found in model_reasons(config, max_model_len, sees_images):
         raise UsageError(f"KvLLM does not support {name} with {found}.")
 
 
 def _bidirectional(text: Any) -> Any:
-    """What attends to later tokens; None if at most the tokens of an image do, of which `layer_reasons` knows more."""
+    """What attends to later tokens; None if at most the tokens of an image do (`has_mm_prefix`)."""
     value = getattr(text, "use_bidirectional_attention", None)
     return None if value == "vision" else value
+
+
+def has_mm_prefix(config: Any) -> bool:
+    """Whether tokens of an image attend to later ones, as vLLM decides (`ModelConfig.is_mm_prefix_lm`).
+
+    config: a transformers config; that of a language model alone takes no images
+    """
+    text = config.get_text_config()
+    if text is config and config.model_type not in MM_PREFIX_MODELS:
+        return False
+    if hasattr(config, "is_mm_prefix_lm"):
+        return bool(config.is_mm_prefix_lm)
+    return config.model_type in MM_PREFIX_MODELS or getattr(text, "use_bidirectional_attention", None) == "vision"
+
+
+def has_mrope(config: Any) -> bool:
+    """Whether an image has fewer positions than tokens: M-RoPE. config: a transformers config"""
+    fields = (getattr(config.get_text_config(), name, None) for name in ("rope_parameters", "rope_scaling"))
+    return any("mrope_section" in field for field in fields if isinstance(field, Mapping))
+
+
+def _value_size_reasons(text: Any) -> list[str]:
+    """Of latent attention, whose cache has neither keys nor values, `model_reasons` says something else."""
+    size = getattr(text, "v_head_dim", None)
+    own = None if has_other_heads(text) else getattr(text, "head_dim", None)
+    if getattr(text, "kv_lora_rank", None) or None in (size, own) or size == own:
+        return []
+    return [reason("head_size_v", size, f"keys and values must have the same head size, and that of the keys is {own}")]
 
 
 def _heads_reasons(text: Any, layers: list[LayerKind]) -> list[str]:
@@ -255,6 +291,12 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
         (model.use_mla, "model", model.model, "multi-head latent attention is not supported"),
         (model.is_encoder_decoder, "model", model.model, "use a decoder-only model"),
         (model.is_attention_free, "model", model.model, NO_FULL),
+        (
+            model.multimodal_config is not None and model.is_mm_prefix_lm,
+            "use_mm_prefix",
+            True,
+            MM_PREFIX,
+        ),
         (model.is_hybrid and device == "cpu", "device", device, "recurrent layers are supported on GPUs only"),
         (
             model.is_hybrid and cache.mamba_cache_mode == "all",
@@ -300,12 +342,6 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
             "vLLM would zero new blocks before a step's compressions read them; leave it unset",
         ),
         (
-            cache.cache_dtype not in CACHE_DTYPES[device],
-            "kv_cache_dtype",
-            cache.cache_dtype,
-            f"use one of {', '.join(CACHE_DTYPES[device])}",
-        ),
-        (
             parallel.decode_context_parallel_size > 1,
             "decode_context_parallel_size",
             parallel.decode_context_parallel_size,
@@ -339,7 +375,7 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
     ]
     return [
         *(reason(what, value, why) for wrong, what, value, why in before_model if wrong),
-        *model_reasons(model.hf_config, model.max_model_len),
+        *model_reasons(model.hf_config, model.max_model_len, sees_images=False),  # vLLM knows better, below
         *(reason(what, value, why) for wrong, what, value, why in after_model if wrong),
     ]
 
@@ -475,20 +511,41 @@ def layer_reasons(layer: Any, max_model_len: int, sees_images: bool = True) -> l
             not local and sees_images and layer.use_mm_prefix,
             "use_mm_prefix",
             True,
-            "tokens of an image attend to later ones, and all layers must use causal attention; use "
-            "--language-model-only for text alone",
+            MM_PREFIX,
         ),
         (
             not local and layer.head_size > CHECKED_DIMS and is_fp8(layer.kv_cache_dtype),
             "kv_cache_dtype",
             layer.kv_cache_dtype,
-            f"not checked with heads of more than {CHECKED_DIMS} dimensions; leave it at auto",
+            UNCHECKED_FP8,
         ),
         (
             not local and layer.head_size_v != layer.head_size,
             "head_size_v",
             layer.head_size_v,
             f"keys and values must have the same head size, and that of the keys is {layer.head_size}",
+        ),
+    )
+    return [reason(what, value, why) for wrong, what, value, why in checks if wrong]
+
+
+def cache_dtype_reasons(cache_dtype: str, device: str, head_dim: int) -> list[str]:
+    """Why a KV cache of this dtype is not supported.
+
+    cache_dtype: vLLM's --kv-cache-dtype; device: "cpu" or "cuda"; head_dim: of the full-attention layers
+    """
+    checks: Iterable[tuple[bool, str, Any, str]] = (
+        (
+            cache_dtype not in CACHE_DTYPES[device],
+            "kv_cache_dtype",
+            cache_dtype,
+            f"use one of {', '.join(CACHE_DTYPES[device])}",
+        ),
+        (
+            head_dim > CHECKED_DIMS and is_fp8(cache_dtype),
+            "kv_cache_dtype",
+            cache_dtype,
+            UNCHECKED_FP8,
         ),
     )
     return [reason(what, value, why) for wrong, what, value, why in checks if wrong]
@@ -532,6 +589,8 @@ def packed_problem(bits: int, dtype: str, table: Any = None, head_dim: int = 0) 
             f"survivor_bits={bits}: attention over packed survivors was not checked with heads of more than "
             f"{CHECKED_DIMS} dimensions, and head_dim={head_dim}. Use survivor_bits=16."
         )
+    if head_dim % 16:
+        return f"survivor_bits={bits}: head_dim={head_dim} is not a multiple of 16. Use survivor_bits=16."
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -168,6 +169,16 @@ def test_methods_shows_each_option_with_its_default_bounds_and_help(monkeypatch:
         (["--method-options", '{"chunk_fill": "x"}'], ["chunk_fill='x'", "[0, 1)", "not a string"]),
         (["--retention-ratio", "nan"], ["retention_ratio=nan", "(0, 1]"]),
         (["--method-options", '{"alpha": 1}'], ["method_options of kara: alpha=1", "attention_floor"]),
+        (["--kv-cache-dtype", "fp8_e5m2"], ["kv_cache_dtype=fp8_e5m2: use one of auto,"]),
+        (
+            ["--kv-cache-dtype", "fp8", "--retention-ratio", '{"0": 0.5, "1": 0.3, "2": 0.2}'],
+            ["retention_ratio=", "cannot be combined with kv_cache_dtype=fp8", "one ratio"],
+        ),
+        (["--request-ratios", "0.01"], ["request_ratios='0.01'", "at least one block"]),
+        (
+            ["--prompt-budget", "512", "--max-model-len", "900"],
+            ["prefix_budget_exhausted: prompt_budget=512", "max_model_len=900", "at most 496"],
+        ),
         (["--memory", "80GX"], ["80GX", "80GiB"]),
         (["--compression", "3x"], ["compression='3x'", "4x, 8x, 16x"]),
         (["--compression", "4x", "--survivor-bits", "16"], ["compression=4x", "survivor_bits=16 was given too"]),
@@ -300,6 +311,53 @@ def test_plan_refuses_what_serve_refuses(tmp_path: Path, capsys: pytest.CaptureF
     assert "sliding_window=4096: no layer has full attention" in refused(capsys, *planned)
     served = runner.invoke(cli.app, [*planned, "--max-model-len", "4096", "--length", "2048"], catch_exceptions=False)
     assert served.exit_code == 0 and "2048" in served.stdout
+
+
+@pytest.mark.parametrize(
+    "changes, arguments, words",
+    [
+        ({"head_dim": 512}, ["--kv-cache-dtype", "fp8"], "kv_cache_dtype=fp8: not checked with heads of more than 256"),
+        ({"head_dim": 72}, ["--compression", "4x"], "survivor_bits=4: head_dim=72 is not a multiple of 16"),
+        ({}, ["--method", "triattention", "--method-options", "FILE"], "statistics=.*this one has 3 layers, 4 heads"),
+    ],
+)
+def test_plan_refuses_settings_that_do_not_fit_the_model(
+    config_dir: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], arguments: list[str], words: str
+) -> None:
+    import torch
+
+    from kvllm.methods.triattention import save_statistics
+
+    (config_dir / "config.json").write_text(json.dumps(CONFIG | changes))
+    save_statistics(str(config_dir / "statistics"), torch.randn(1, 1, 8, 64), torch.ones(32))
+    given = json.dumps({"statistics": str(config_dir / "statistics")})
+    named = [given if argument == "FILE" else argument for argument in arguments]
+    assert re.search(words, refused(capsys, "plan", str(config_dir), "--memory", "8GiB", *named))
+
+
+def test_plan_refuses_images_that_the_engine_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of models whose images see later tokens, and with methods that compute angles from indices."""
+    import torch
+    from transformers import AutoConfig
+
+    from kvllm.methods.triattention import save_statistics
+
+    sizes = {name: value for name, value in CONFIG.items() if name not in ("architectures", "model_type")}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    text = sizes | {"head_dim": 16, "sliding_window": 128, "layer_types": kinds, "hidden_size_per_layer_input": 0}
+    text |= {"global_head_dim": 16, "use_bidirectional_attention": "vision"}
+    AutoConfig.for_model("gemma4", text_config=text).save_pretrained(tmp_path)
+    planned = ["plan", str(tmp_path), "--memory", "8GiB", "--weights", "1GiB"]
+    assert "gemma4 with use_mm_prefix=True: tokens of an image attend to later ones" in refused(capsys, *planned)
+    assert runner.invoke(cli.app, [*planned, "--language-model-only"], catch_exceptions=False).exit_code == 0
+
+    mrope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    AutoConfig.for_model("qwen2_5_vl", text_config=sizes | {"rope_parameters": mrope}).save_pretrained(tmp_path)
+    save_statistics(str(tmp_path / "statistics"), torch.randn(3, 4, 8, 16), torch.ones(8))
+    options = ["--method", "triattention", "--method-options", json.dumps({"statistics": str(tmp_path / "statistics")})]
+    words = "method=triattention: it computes the keys' angles from their indices in the text"
+    assert words in refused(capsys, *planned, *options)
+    assert runner.invoke(cli.app, [*planned, *options, "--language-model-only"], catch_exceptions=False).exit_code == 0
 
 
 def test_plan_refuses_a_model_that_is_not_there(tmp_path: Any) -> None:

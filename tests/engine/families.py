@@ -356,7 +356,9 @@ ties aside. The context is {context} tokens, a shorter window or chunk {local}; 
 vLLM, as are Mamba and linear-attention layers, and those of full attention beside them are compressed. *Refused* is
 what the engine says at start-up and, where the reason is in the config, what `kvllm plan` and the reference say too. An
 architecture that is not listed is served if each of its layers passes the checks of `src/kvllm/support.py`, and refused
-by name if not. Models with Mamba or linear-attention layers are served on GPUs only.
+by name if not. Models with Mamba or linear-attention layers are served on GPUs only. Models whose images see later
+tokens (`Gemma3ForConditionalGeneration`, `Gemma4ForConditionalGeneration`) are refused unless `--language-model-only`
+is given.
 
 On GPUs (H100, `tests/gpu/`) these equal the reference in float32 under CUDA graphs, with prefix caching, chunked
 prefill and preemption: Llama, Gemma 3, EXAONE 4, Qwen3-MoE, GLM-4.5, gpt-oss, Granite 4 (Mamba) and Qwen3-Next

@@ -22,8 +22,9 @@ from vllm.v1.engine import EngineCoreReadyResponse
 from vllm.v1.engine.core_client import MPClient
 from vllm.v1.engine.input_processor import InputProcessor
 
+from kvllm.checks import allowed_geometries
 from kvllm.engine.requests import usable_blocks
-from kvllm.engine.settings import Geometries, allowed_geometries, kv_config
+from kvllm.engine.settings import Geometries, kv_config
 from kvllm.layout import Geometry
 
 BLOCK_SIZE = 32

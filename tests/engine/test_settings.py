@@ -262,6 +262,20 @@ def test_angles_from_indices_are_wrong_behind_images(
     settings._check_positions(config, SimpleNamespace(multimodal_config=None, uses_mrope=uses_mrope))
 
 
+def test_images_that_see_later_tokens_are_refused_before_the_model_is_loaded(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `kvllm doctor` sees it; vLLM cannot load such a model's config without torchvision."""
+    config = vllm_config(model_dir)
+    config.additional_config = {"kvllm": {}}
+    monkeypatch.setattr(type(config.model_config), "is_mm_prefix_lm", True)
+    prepare(config)  # a language model alone
+    config.scheduler_config.scheduler_cls = None
+    config.model_config.multimodal_config = SimpleNamespace(language_model_only=False)
+    with pytest.raises(UsageError, match="use_mm_prefix=True: tokens of an image .*; use --language-model-only"):
+        prepare(config)
+
+
 def test_a_ratio_that_frees_a_block_in_several_windows_is_served(model_dir: Path) -> None:
     options = vllm_config(model_dir, {"retention_ratio": 0.97}).additional_config["kvllm"]
     assert options["retention_ratio"] == 0.97

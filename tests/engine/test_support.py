@@ -8,15 +8,27 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.transformers_utils.model_arch_config_convertor import (
+    MODEL_ARCH_CONFIG_CONVERTORS,
+    ModelArchConfigConvertorBase,
+)
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
 from kvllm.config import KvConfig
 from kvllm.engine.attention import compressed_layers, compressed_spec
 from kvllm.engine.settings import why_not_inspected
 from kvllm.engine.spec import KvSpec
-from kvllm.support import SERVED_KINDS, is_local_layer, layer_reasons, layers_reasons, model_state_reasons
+from kvllm.support import (
+    SERVED_KINDS,
+    has_mm_prefix,
+    is_local_layer,
+    layer_reasons,
+    layers_reasons,
+    model_state_reasons,
+)
 
 MAX_MODEL_LEN = 512
 
@@ -102,6 +114,19 @@ def test_attention_among_the_tokens_of_an_image_matters_where_prompts_may_have_o
     assert list(compressed_layers(text)) == ["a"]
     with pytest.raises(ValueError, match="use_mm_prefix=True: .*; use --language-model-only for text alone"):
         compressed_layers(config_of(a=layer(use_mm_prefix=True)))
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gemma3", "gemma4", "gemma4_unified", "paligemma", "qwen2_5_vl", "llama4", "mistral3"]
+)
+def test_the_config_says_what_vllm_says_of_attention_among_the_tokens_of_an_image(model_type: str) -> None:
+    config = AutoConfig.for_model(model_type)
+    of_type = MODEL_ARCH_CONFIG_CONVERTORS.get(model_type, ModelArchConfigConvertorBase)
+    assert has_mm_prefix(config) == of_type(config, config.get_text_config()).is_mm_prefix_lm()
+    if "gemma4" in model_type:
+        for value in (None, "vision"):
+            config.get_text_config().use_bidirectional_attention = value
+            assert has_mm_prefix(config) == of_type(config, config.get_text_config()).is_mm_prefix_lm() == bool(value)
 
 
 def test_every_other_class_of_vllm_with_a_cache_is_refused() -> None:

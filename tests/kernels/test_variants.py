@@ -8,9 +8,9 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
+from kvllm.checks import allowed_geometries
 from kvllm.compression.rows import Due
 from kvllm.config import KvConfig
-from kvllm.engine.settings import allowed_geometries
 from kvllm.kernels.paged import INTERPRETED
 from tests.kernels.paged_caches import random_cache
 from tests.kernels.test_worker import BLOCK_SIZE, HEAD_DIM, NUM_KV_HEADS, NUM_LAYERS, SIZES, worker_state

@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvllm.checks import allowed_geometries
 from kvllm.compression.compressor import Compressor, most_survivors
 from kvllm.compression.paged_store import PagedCandidates
 from kvllm.compression.query_ring import query_shifts
 from kvllm.compression.rows import TAIL, Due
 from kvllm.compression.worker import Layers, WorkerState
 from kvllm.config import KvConfig
-from kvllm.engine.settings import Geometries, allowed_geometries
+from kvllm.engine.settings import Geometries
 from kvllm.engine.store_gpu import GpuStore
 from kvllm.kernels import kara as kara_kernels
 from kvllm.kernels.block_tables import join_segments, join_segments_ref

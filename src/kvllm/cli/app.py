@@ -186,6 +186,14 @@ def plan(
             rich_help_panel=DEVICE,
         ),
     ] = None,
+    language_model_only: Annotated[
+        bool,
+        typer.Option(
+            "--language-model-only",
+            help="As in vLLM: serve text alone with a model that also takes images.",
+            rich_help_panel=DEVICE,
+        ),
+    ] = False,
     reserve: Annotated[
         str,
         typer.Option(help="Memory reserved for activations and CUDA graphs.", metavar="SIZE", rich_help_panel=DEVICE),
@@ -204,14 +212,15 @@ def plan(
     """
     from transformers import AutoConfig
 
+    from kvllm.checks import check_geometry
     from kvllm.cli import plan as planning
-    from kvllm.compression.footprint import default_max_num_seqs, dtype_of, footprint, head_dim_of
+    from kvllm.compression.footprint import default_max_num_seqs, footprint, head_dim_of
     from kvllm.compression.rounding import Rounding
     from kvllm.groups import full_layers
     from kvllm.layers import local_layers
     from kvllm.layout import request_geometry
     from kvllm.methods import checked_config, with_budgets
-    from kvllm.support import default_block_size, finding_model, packed_problem
+    from kvllm.support import default_block_size, finding_model
 
     device_bytes = planning.parse_bytes(memory)
     size = planning.parse_bytes(weights, "--weights") if weights else None
@@ -220,15 +229,15 @@ def plan(
     text = model_config.get_text_config()
     longest = max_model_len or getattr(text, "max_position_embeddings", None)
     config = with_budgets(checked_config(options), full_layers(local_layers(text, longest)))
-    one = footprint(model_config, config, 1, kv_cache_dtype, size, max_model_len)
-    table, head_dim = config.retention_ratio if config.budgets else None, head_dim_of(text)
-    if problem := packed_problem(config.survivor_bits, dtype_of(model_config), table, head_dim):
-        raise UsageError(problem)
+    one = footprint(model_config, config, 1, kv_cache_dtype, size, max_model_len, language_model_only)
+    planning.check(config, model_config, kv_cache_dtype, longest, language_model_only)
     if block_size is None:
         block_size = default_block_size("cuda", config.survivor_bits, kv_cache_dtype)
     block_size *= one.groups.scale
-    rounding = Rounding.from_config(config, block_size, head_dim, kv_cache_dtype)
-    geometry = request_geometry(config, block_size, packed_tokens=rounding.block_tokens if rounding else None)
+    rounding = Rounding.from_config(config, block_size, head_dim_of(text), kv_cache_dtype)
+    packed = rounding.block_tokens if rounding else None
+    check_geometry(config, block_size, longest, packed)
+    geometry = request_geometry(config, block_size, packed_tokens=packed)
     num_seqs = max_num_seqs or default_max_num_seqs(device_bytes, gpu_memory_utilization, one)
     taken = replace(one, query_bank=num_seqs * one.query_bank)
     pool = planning.pool_bytes(device_bytes, gpu_memory_utilization, planning.parse_bytes(reserve, "--reserve"), taken)

@@ -9,12 +9,15 @@ from typing import Any
 
 from rich.table import Table
 
-from kvllm.compression.footprint import Footprint
+from kvllm.checks import check_cache_dtype, check_files, check_positions
+from kvllm.compression.footprint import Footprint, dtype_of, head_dim_of
+from kvllm.config import KvConfig
 from kvllm.errors import UsageError
 from kvllm.groups import Groups
 from kvllm.layers import Recurrent
 from kvllm.layout import RequestGeometry, ceil_div
 from kvllm.options import parse_numbers
+from kvllm.support import has_mrope, packed_problem
 
 # Not pydantic.ByteSize, which ignores trailing text: it parses 1.2.3G as 1.2 bytes.
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -81,6 +84,23 @@ def plan(
         # - 1: vLLM's null block.
         rows.append(Row(length, stock, (stock_num_blocks - 1) // stock, ours, (num_blocks - 1) // ours))
     return Plan(pool_bytes, num_blocks, stock_num_blocks, block_size, num_prompt_tokens, footprint, rows)
+
+
+def check(
+    config: KvConfig, model_config: Any, kv_cache_dtype: str, max_model_len: int | None, language_model_only: bool
+) -> None:
+    """Raise UsageError for settings that an engine on a GPU would refuse for this model, which itself is supported.
+
+    model_config: a transformers config
+    """
+    text = model_config.get_text_config()
+    head_dim, table = head_dim_of(text), config.retention_ratio if config.budgets else None
+    check_cache_dtype(config, kv_cache_dtype, "cuda", head_dim)
+    if problem := packed_problem(config.survivor_bits, dtype_of(model_config), table, head_dim):
+        raise UsageError(problem)
+    if text is not model_config and not language_model_only and has_mrope(model_config):
+        check_positions(config)
+    check_files(config, text, max_model_len)
 
 
 def local_blocks(groups: Groups, block_size: int, num_prompt_tokens: int, length: int) -> int:

@@ -40,6 +40,7 @@ def footprint(
     kv_cache_dtype: str = "auto",
     weights: int | None = None,
     max_model_len: int | None = None,
+    language_model_only: bool = False,
 ) -> Footprint:
     """The footprint of the model with this config.
 
@@ -47,13 +48,14 @@ def footprint(
     compression:   with the layer budgets of the method, if it makes any (`kvllm.methods.with_budgets`)
     weights:       bytes; default: counted
     max_model_len: maximum text length, prompt included; default: the config's
+    language_model_only: as in vLLM: prompts have no images, and what reads them is not loaded
     Raises UsageError for a model that KvLLM does not support.
     """
     import torch
 
     from kvllm.compression.query_bank import QueryBank
 
-    check_model(config, config.model_type, max_model_len)
+    check_model(config, config.model_type, max_model_len, sees_images=not language_model_only)
     dtype = dtype_of(config)
     text = config.get_text_config()
     longest = max_model_len or getattr(text, "max_position_embeddings", None)
@@ -64,7 +66,7 @@ def footprint(
         heads.num_kv_heads, heads.head_dim, compression.query_stride, getattr(torch, dtype), device="meta",
     )  # fmt: skip
     return Footprint(
-        weights=weight_bytes(config, DTYPE_BYTES[dtype]) if weights is None else weights,
+        weights=weight_bytes(config, DTYPE_BYTES[dtype], language_model_only) if weights is None else weights,
         kv_per_token=2 * groups.group_size * heads.width() * kv_bytes,
         query_bank=bank.num_bytes,
         groups=groups,
@@ -100,13 +102,15 @@ def fitting_max_num_seqs(memory: int, utilization: float, one: Footprint, num_sh
     return max(int(BANK_SHARE * left * num_shards / one.query_bank) // 8 * 8, 8)
 
 
-def weight_bytes(config: Any, dtype_bytes: int) -> int:
+def weight_bytes(config: Any, dtype_bytes: int, language_model_only: bool = False) -> int:
     """Bytes of the parameters, counted on a model without storage."""
     import torch
     from transformers import AutoModelForCausalLM
 
     bits = quantized_bits(getattr(config, "quantization_config", None))
-    if bits:
+    if language_model_only:
+        config = config.get_text_config()
+    if bits and hasattr(config, "quantization_config"):
         config = copy.copy(config)
         del config.quantization_config  # the plain layers have the same shapes
     with torch.device("meta"):

@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
+from kvllm.checks import allowed_geometries
 from kvllm.compression.rounding import Rounding
 from kvllm.compression.stopwatch import Stopwatch
 from kvllm.compression.worker import Layers, WorkerState
@@ -40,7 +41,7 @@ from kvllm.engine.cache_groups import compressed_block_size, compressed_groups
 from kvllm.engine.compat import is_quantized_kv_cache
 from kvllm.engine.packed import PackedSurvivors
 from kvllm.engine.rope import rope_for
-from kvllm.engine.settings import Geometries, allowed_geometries, kv_config, request_method
+from kvllm.engine.settings import Geometries, kv_config, request_method
 from kvllm.engine.store_gpu import GpuStore
 from kvllm.errors import UsageError
 from kvllm.kernels.block_tables import join_segments

@@ -10,15 +10,15 @@ from vllm import envs
 from vllm.logger import init_logger
 
 from kvllm import support
+from kvllm.checks import check_cache_dtype, check_geometry, check_positions
 from kvllm.compression.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
 from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.config import CONFIG_KEY, METHOD_KEY, METHOD_NAME, RATIO_KEY, KvConfig, check_retention_ratio
-from kvllm.engine.compat import is_quantized_kv_cache
 from kvllm.errors import UsageError
 from kvllm.groups import Groups, full_layers, groups_of_model
 from kvllm.layers import Heads, LayerKind, full_heads, has_other_heads, local_layers
-from kvllm.layout import Geometry, RequestGeometry, request_geometry
-from kvllm.methods import checked_config, make_methods, with_budgets
+from kvllm.layout import RequestGeometry, request_geometry
+from kvllm.methods import checked_config, with_budgets
 from kvllm.options import check_value
 from kvllm.support import DEFAULT_BLOCK_SIZE, PLAIN_BITS
 
@@ -120,12 +120,6 @@ class Geometries:
         return cls(config, kernel_block_size(vllm_config), packed_tokens(vllm_config))
 
 
-def allowed_geometries(config: KvConfig, block_size: int, packed_tokens: int | None = None) -> list[Geometry]:
-    """Every distinct geometry that a compressed request can have; `config` must not have layer budgets."""
-    made = (Geometry.from_config(config, block_size, ratio, packed_tokens) for ratio in config.all_ratios)
-    return list(dict.fromkeys(geometry for geometry in made if geometry is not None))
-
-
 def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     """Check a new engine's configuration and adapt it to compression; a no-op if KvLLM is not configured.
 
@@ -145,7 +139,7 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
         cache.user_specified_block_size = True
     _check_survivor_bits(config, device, vllm_config)
     block_size = kernel_block_size(vllm_config)
-    _check_geometry(config, block_size, vllm_config.model_config.max_model_len, packed_tokens(vllm_config))
+    check_geometry(config, block_size, vllm_config.model_config.max_model_len, packed_tokens(vllm_config))
     offloading = support.offloading_reasons(vllm_config, device, config.prompt_budget, len(config.parts))
     for found in (*support.engine_reasons(vllm_config, device), *offloading):
         raise UsageError(f"KvLLM does not support {found}.")
@@ -154,6 +148,7 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
             "KvLLM does not support VLLM_USE_RUST_FRONTEND=1, with which requests reach the engine unchecked. Unset it."
         )
     _check_positions(config, vllm_config.model_config)
+    check_cache_dtype(config, cache.cache_dtype, device, heads_of_engine(vllm_config).head_dim)
     _check_budgets(config, vllm_config)
     # Cascade attention reads the common prefix from the block tables before they are shortened.
     vllm_config.model_config.disable_cascade_attn = True
@@ -192,12 +187,6 @@ def _check_budgets(config: KvConfig, vllm_config: VllmConfig) -> None:
             f"retention_ratio={config.retention_ratio}: cannot be combined with --disable-hybrid-kv-cache-manager, "
             "since each ratio needs a KV cache group. Leave it out, or use one ratio for all layers."
         )
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    if config.budgets and is_quantized_kv_cache(cache_dtype):
-        raise UsageError(
-            f"retention_ratio={config.retention_ratio}: cannot be combined with kv_cache_dtype={cache_dtype}. Leave it "
-            "at auto, or use one ratio for all layers."
-        )
     groups_of_engine(vllm_config)
 
 
@@ -212,15 +201,10 @@ def text_config(vllm_config: VllmConfig) -> Any:
 
 
 def _check_positions(config: KvConfig, model_config: Any) -> None:
-    """Refuse a method that uses indices as rotary positions, if images may make them differ."""
+    """`check_positions`, if prompts may have images, and images positions of their own."""
     multimodal = model_config.multimodal_config
-    if multimodal is None or multimodal.language_model_only or not model_config.uses_mrope:
-        return
-    for name, method in make_methods(config).items():
-        if method.counts_positions:
-            option = "method" if name == config.method else "request_methods"
-            found = support.reason(option, name, support.COUNTS_POSITIONS)
-            raise UsageError(f"KvLLM does not support {found}, or --language-model-only to accept no images.")
+    if multimodal is not None and not multimodal.language_model_only and model_config.uses_mrope:
+        check_positions(config)
 
 
 def why_not_inspected(engine_args: Any, error: ValueError) -> str | None:
@@ -302,25 +286,3 @@ def _check_survivor_bits(config: KvConfig, device: str, vllm_config: VllmConfig)
     table = config.retention_ratio if config.budgets else None
     if problem := support.packed_problem(bits, dtype, table, head_dim):
         raise UsageError(problem)
-
-
-def _check_geometry(config: KvConfig, block_size: int, max_model_len: int, packed: int | None) -> None:
-    """Raise UsageError for sizes that do not fit the block size, or a prompt budget that could never take effect."""
-    geometry = request_geometry(config, block_size, packed_tokens=packed)
-    try:
-        for part in config.parts:
-            allowed_geometries(part, block_size, packed)
-    except UsageError as e:
-        raise UsageError(f"request_ratios={config.request_ratios!r}: {e}") from e
-    if geometry is None or not geometry.prompt_budget:
-        return
-    # The shortest prompt that is cut has one block more than the budget, and the step that starts at event 0 cuts it.
-    first = geometry.shape(0).num_candidates
-    most = max_model_len - 1 - block_size - first - geometry.buffer_size
-    if geometry.prompt_budget > most:
-        raise UsageError(
-            f"prefix_budget_exhausted: prompt_budget={config.prompt_budget}: a longer prompt, the {first} tokens of "
-            f"the first compression and the buffer of {config.buffer_size} exceed max_model_len={max_model_len}, so no "
-            "prompt would ever be cut. Use a prompt_budget of at most "
-            f"{max(most, 0) // block_size * block_size} (0: prompts stay whole), or a larger --max-model-len."
-        )

@@ -262,5 +262,5 @@ def layers_of(model: PreTrainedModel) -> list[LayerKind]:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise UsageError unless the model's config is supported."""
-    support.check_model(model.config, type(model).__name__)
+    """Raise UsageError unless the model's config is supported, for text or for images of models with M-RoPE."""
+    support.check_model(model.config, type(model).__name__, sees_images=False)
