@@ -163,6 +163,13 @@ def groups_of_model(
     return replace(groups, scale=scale, local_scale=local_scale)
 
 
+def compressed_block_size(text: Any, max_model_len: int | None, block_size: int, num_shards: int = 1) -> int:
+    """Tokens in a block of the full-attention layers. Arguments: as of `groups_of_model`; block_size: --block-size"""
+    if not has_other_heads(text):
+        return block_size
+    return block_size * groups_of_model(text, max_model_len, num_shards=num_shards).scale
+
+
 def block_scales(full: Heads, local: Heads, num_shards: int = 1) -> tuple[int, int]:
     """`Groups.scale` and `Groups.local_scale` of layers with these heads.
 

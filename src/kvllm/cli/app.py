@@ -160,7 +160,12 @@ def plan(
     prompt_tokens: Annotated[int, typer.Option(help="Prompt length in tokens; prompts stay whole.", min=1)] = 256,
     block_size: Annotated[
         int | None,
-        typer.Option(help="Tokens per KV block.", min=1, show_default="the engine's default", rich_help_panel=DEVICE),
+        typer.Option(
+            help="Tokens per KV block, as vLLM's --block-size.",
+            min=1,
+            show_default="the engine's default",
+            rich_help_panel=DEVICE,
+        ),
     ] = None,
     kv_cache_dtype: Annotated[
         str, typer.Option(help="As in vLLM: auto = the model's dtype, fp8 = one byte.", rich_help_panel=DEVICE)

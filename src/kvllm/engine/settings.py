@@ -15,7 +15,7 @@ from kvllm.compression.footprint import BANK_SHARE, fitting_max_num_seqs, footpr
 from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.config import CONFIG_KEY, METHOD_KEY, METHOD_NAME, RATIO_KEY, KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
-from kvllm.groups import Groups, full_layers, groups_of_model
+from kvllm.groups import Groups, compressed_block_size, full_layers, groups_of_model
 from kvllm.layers import Heads, LayerKind, full_heads, has_other_heads, local_layers
 from kvllm.layout import RequestGeometry, request_geometry
 from kvllm.methods import checked_config, with_budgets
@@ -69,8 +69,8 @@ def kernel_block_size(vllm_config: VllmConfig) -> int:
     """
     if vllm_config.model_config.is_hybrid:
         return DEFAULT_BLOCK_SIZE[vllm_config.device_config.device_type]
-    size = vllm_config.cache_config.block_size
-    return size * groups_of_engine(vllm_config).scale if has_other_heads(text_config(vllm_config)) else size
+    longest, num_shards = vllm_config.model_config.max_model_len, vllm_config.parallel_config.tensor_parallel_size
+    return compressed_block_size(text_config(vllm_config), longest, vllm_config.cache_config.block_size, num_shards)
 
 
 def num_late_events(vllm_config: VllmConfig) -> int:

@@ -24,7 +24,7 @@ from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.compression.rows import Due
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
-from kvllm.groups import full_layers, groups_of_model
+from kvllm.groups import compressed_block_size, full_layers, groups_of_model
 from kvllm.layers import Cacheless, LayerKind, Recurrent, local_layers
 from kvllm.layout import Geometry, request_geometry
 from kvllm.methods import make_method, with_budgets
@@ -71,6 +71,7 @@ class Request:
         cache_dtype: str = "auto",
     ) -> None:
         """
+        block_size:  tokens in a block of the compressed layers (`block_size_of`)
         packed:      windows keep whole packed blocks, as on GPUs
         formats:     the cache format of each layer; None, for one layer or all: unchanged
         cache_dtype: vLLM's --kv-cache-dtype; determines only how many tokens a packed block holds (see `formats`)
@@ -259,6 +260,16 @@ def layers_of(model: PreTrainedModel) -> list[LayerKind]:
     """The kind of each layer of the model; None: full attention, or a window as long as the context."""
     text = model.config.get_text_config()
     return local_layers(text, getattr(text, "max_position_embeddings", None))
+
+
+def block_size_of(model: PreTrainedModel, block_size: int) -> int:
+    """Tokens in a block of the compressed layers, as `Request` takes them; block_size: vLLM's --block-size
+
+    Raises UsageError unless the model's config is supported.
+    """
+    check_model(model)
+    text = model.config.get_text_config()
+    return compressed_block_size(text, getattr(text, "max_position_embeddings", None), block_size)
 
 
 def check_model(model: PreTrainedModel) -> None:

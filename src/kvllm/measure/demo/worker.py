@@ -88,16 +88,17 @@ def replay(job: Job, texts: list[list[int]], prompt_lens: list[int], report: Rep
     # Random eviction is the baseline.
     configs = [config, replace(config, method="random", method_options={})]
     loaded = reference.load_model(Path(job.model))
+    block_size = reference.block_size_of(loaded, BLOCK_SIZE)
     same, total = [0.0, 0.0], 0
     for text, num_prompt in list(zip(texts, prompt_lens, strict=True))[:NUM_REPLAYED]:
-        geometry = Geometry.from_config(config, BLOCK_SIZE)
+        geometry = Geometry.from_config(config, block_size)
         first = geometry.event_at(num_prompt, 0) if geometry else len(text)
         if first >= len(text) - 1:
             continue
-        full = reference.replay(loaded, text, num_prompt, None, BLOCK_SIZE)
+        full = reference.replay(loaded, text, num_prompt, None, block_size)
         total += len(full.argmax) - first
         for i, each in enumerate(configs):
-            compressed = reference.replay(loaded, text, num_prompt, each, BLOCK_SIZE)
+            compressed = reference.replay(loaded, text, num_prompt, each, block_size)
             same[i] += int((full.argmax == compressed.argmax)[first:].sum())
     ours, random = (n / total if total else 1.0 for n in same)
     report(asdict(Agreement(config.method, ours, random, total)))

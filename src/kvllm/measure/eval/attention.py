@@ -29,7 +29,7 @@ from kvllm.measure.eval.stats import Estimate, bootstrap_mean
 from kvllm.measure.eval.traces import Trace, read_traces
 from kvllm.methods.base import Kept, Method, Window, top_k
 from kvllm.methods.kara import Kara, attention_moment
-from kvllm.reference import Request, feed, load_model
+from kvllm.reference import Request, block_size_of, feed, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -258,6 +258,7 @@ def run(
     """Measure, print the table and write the files in `outputs`; folder: of the model that generated the traces."""
     traces = half_of(read_traces(traces_path), half)[:limit]
     model = load_model(folder, getattr(torch, dtype), device)
+    block_size = block_size_of(model, block_size)
     start = time.perf_counter()
     result = measure(model, traces, config, block_size, later_tokens, Progress("traces"))
     about = {

@@ -33,7 +33,7 @@ from kvllm.methods import checked_config, resolved
 from kvllm.methods.base import Kept, Method, Window
 from kvllm.methods.cake import preferences
 from kvllm.methods.pyramidkv import PyramidKV
-from kvllm.reference import Request, feed, load_model
+from kvllm.reference import Request, block_size_of, feed, load_model
 from kvllm.reference.request import layers_of
 
 if TYPE_CHECKING:
@@ -195,6 +195,7 @@ def run(
         raise UsageError(f"retention_ratio={config.retention_ratio}: give the table's mean, a number below 1.")
     traces = half_of(read_traces(traces_path), half)[:limit]
     model, start = load_model(folder, getattr(torch, dtype), device), time.perf_counter()
+    block_size = block_size_of(model, block_size)
     layers = full_layers(layers_of(model))
     groups = equal_groups(layers, num_groups or most_groups(len(layers)))
     bounds, measured = Bounds.of(config, block_size), measured_by_kl(model, traces, config, block_size)

@@ -57,7 +57,7 @@ Configs = Annotated[
     ),
 ]
 Common = Annotated[str, typer.Option("--common", help="Options that all configurations share, as JSON.")]
-BlockSize = Annotated[int, typer.Option("--block-size", help="Tokens per KV block.", min=1)]
+BlockSize = Annotated[int, typer.Option("--block-size", help="Tokens per KV block, as vLLM's --block-size.", min=1)]
 Device = Annotated[str | None, typer.Option("--device", help="torch device.", show_default="cuda if available")]
 Dtype = Annotated[str, typer.Option("--dtype", help="torch dtype; auto = float32 on the CPU, else bfloat16.")]
 MarkdownFile = Annotated[

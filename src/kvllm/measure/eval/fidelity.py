@@ -29,7 +29,7 @@ from kvllm.measure.eval.stats import Estimate, bootstrap_ratio
 from kvllm.measure.eval.sweep import Case, baseline_of
 from kvllm.measure.eval.traces import Trace, read_traces
 from kvllm.methods import resolved
-from kvllm.reference import Replay, feed, kl_by_row, load_model
+from kvllm.reference import Replay, block_size_of, feed, kl_by_row, load_model
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -297,6 +297,7 @@ def run(
     """Measure, print the table and write the files in `outputs`; folder: of the model that generated the traces."""
     traces = half_of(read_traces(traces_path), half)[:limit]
     model = load_model(folder, getattr(torch, dtype), device)
+    block_size = block_size_of(model, block_size)
     start = time.perf_counter()
     results = measure(model, traces, cases, block_size, Progress("replays"))
     seconds = time.perf_counter() - start

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from kvllm.measure.eval.stats import Estimate, bootstrap_ratio, wilson
 from kvllm.measure.eval.sweep import Case, baseline_of
 from kvllm.measure.eval.traces import Trace, read_traces
 from kvllm.methods import checked_config, resolved
-from kvllm.reference import load_model
+from kvllm.reference import block_size_of, load_model
 from kvllm.support import PLAIN_BITS
 
 if TYPE_CHECKING:
@@ -337,6 +337,7 @@ def run(
     """Measure what the log lacks, print the table and write the files in `outputs`."""
     traces = half_of(read_traces(traces_path), plan.half)[: plan.limit]
     model = load_model(folder, getattr(torch, dtype), device)
+    plan = replace(plan, block_size=block_size_of(model, plan.block_size))
     head_dim = head_dim_of(model.config.get_text_config())
     cases = grid(plan.methods, plan.caches, plan.bits, plan.sizes, plan.block_size, head_dim, plan.common)
     about = {

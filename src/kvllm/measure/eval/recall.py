@@ -31,7 +31,7 @@ from kvllm.measure.eval.report import Outputs, Progress, interval, markdown
 from kvllm.measure.eval.stats import Estimate, wilson
 from kvllm.measure.eval.sweep import FULL, Case
 from kvllm.methods import resolved
-from kvllm.reference import Request, feed, load_model
+from kvllm.reference import Request, block_size_of, feed, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -258,6 +258,7 @@ def run(
 ) -> None:
     """Measure, print the table and write the files in `outputs`; folder: of the model."""
     model = load_model(folder, getattr(torch, dtype), device)
+    block_size = block_size_of(model, block_size)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     items = make_items(tokenizer, distances, depths, samples, data=data)
     start = time.perf_counter()

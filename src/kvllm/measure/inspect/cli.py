@@ -24,7 +24,7 @@ def inspect(
     max_tokens: Annotated[
         int, typer.Option(help="Maximum answer length in tokens; longer traces are cut.", min=1)
     ] = 1024,
-    block_size: Annotated[int, typer.Option(help="Tokens per KV block.", min=1)] = 16,
+    block_size: Annotated[int, typer.Option(help="Tokens per KV block, as vLLM's --block-size.", min=1)] = 16,
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.", callback=in_a_folder)] = Path(
         "inspect.html"
     ),

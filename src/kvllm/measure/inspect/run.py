@@ -30,10 +30,11 @@ def run(
     from kvllm import reference
 
     config = checked_config(options)
+    model, tokenizer = reference.load_model(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    block_size = reference.block_size_of(model, block_size)
     geometry = request_geometry(config, block_size)
     if geometry is None:
         raise UsageError(f"retention_ratio={config.retention_ratio}: nothing is compressed, so nothing could be shown.")
-    model, tokenizer = reference.load_model(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if reference.Request(model, 1, config, block_size).geometry != geometry or config.budgets:
         raise UsageError(
             f"method={config.method}, retention_ratio={config.retention_ratio}: groups of layers keep different "

@@ -15,7 +15,7 @@ from kvllm.measure.eval.traces import write_traces
 from kvllm.measure.tune.choose import answer_len, candidates, choose, measure, pareto, serve_flags, split
 from kvllm.measure.tune.texts import read_texts
 from kvllm.methods import resolved
-from kvllm.reference import load_model
+from kvllm.reference import block_size_of, load_model
 
 
 def run(
@@ -41,6 +41,7 @@ def run(
     if (saving is None) == (max_kl is None):
         raise UsageError("give either --saving or --max-kl: the saving that you want, or the loss that you accept.")
     model = load_model(folder, getattr(torch, dtype), device)
+    block_size = block_size_of(model, block_size)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     start = time.perf_counter()
     texts = read_texts(path, model, tokenizer, max_tokens, temperature, limit)
