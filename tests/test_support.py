@@ -86,7 +86,8 @@ def test_served(made: Any) -> None:
         ),
         (
             config("gemma4_text", sliding_window=64, global_head_dim=384),
-            "per_layer_config=head_dim: keys have 1536 numbers in full-attention layers and 1024 in the others, and",
+            "tensor_parallel_size=1: keys have 1536 numbers in full-attention layers and 1024 in the others, and one "
+            "must be a multiple of the other; use another --tensor-parallel-size, or serve",
         ),
         (config("gemma4_text", num_kv_shared_layers=18), "num_kv_shared_layers=18: layers that share a KV cache"),
         (config("gemma4_text", use_bidirectional_attention="all"), "use_bidirectional_attention=all: all layers must"),
@@ -134,6 +135,18 @@ def test_mrope_is_found_in_either_field() -> None:
     mrope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
     assert has_mrope(config("qwen2_5_vl", text_config={"rope_parameters": mrope}))
     assert not has_mrope(config("llama"))
+
+
+def test_larger_blocks_may_depend_on_the_devices_that_share_the_heads() -> None:
+    """Two KV heads of 512 and six of 256; on six devices, one of each."""
+    made = config(
+        "gemma4_text", sliding_window=64, num_key_value_heads=6, num_attention_heads=12, head_dim=256,
+        global_head_dim=512, num_global_key_value_heads=2, attention_k_eq_v=True,
+    )  # fmt: skip
+    (found,) = model_reasons(made, 512)
+    assert "tensor_parallel_size=1: keys have 1024 numbers in full-attention layers and 1536 in the others" in found
+    assert "tensor_parallel_size=2: keys have 512 numbers" in model_reasons(made, 512, num_shards=2)[0]
+    assert model_reasons(made, 512, num_shards=6) == []
 
 
 def test_a_window_counts_against_the_longest_text_that_is_asked_for() -> None:

@@ -144,7 +144,7 @@ def groups_of(layers: Sequence[LayerKind], budgets: Sequence[Budget]) -> Groups:
 def groups_of_model(
     text: Any, max_model_len: int | None, budgets: Sequence[Budget] = (), num_shards: int = 1
 ) -> Groups:
-    """`groups_of` the layers of the model with this config, with the sizes of their blocks.
+    """`groups_of` the layers of the model with this config, which must be supported, with the sizes of their blocks.
 
     text, max_model_len: as in `local_layers`
     num_shards:          devices over which the heads are sharded (tensor parallelism)
@@ -178,7 +178,8 @@ def block_scales(full: Heads, local: Heads, num_shards: int = 1) -> tuple[int, i
     own, other = full.width(num_shards), local.width(num_shards)
     if own % other and other % own:
         raise UsageError(
-            f"tensor_parallel_size={num_shards}: keys of {own} numbers in full-attention layers and of {other} in the "
-            "others would need padded blocks. Use a size with which one of these is a multiple of the other."
+            f"tensor_parallel_size={num_shards}: keys have {own} numbers in full-attention layers and {other} in the "
+            "others, and one must be a multiple of the other; use another --tensor-parallel-size, or serve the model "
+            "without KvLLM."
         )
     return max(1, other // own), max(1, own // other)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kvllm.errors import UsageError, message_of
-from kvllm.groups import Groups
+from kvllm.groups import Groups, block_scales
 from kvllm.layers import (
     CACHELESS,
     RECURRENT,
@@ -94,12 +94,15 @@ def reason(what: str, value: Any, why: str) -> str:
     return f"{what}={value}: {why}"
 
 
-def model_reasons(config: Any, max_model_len: int | None = None, sees_images: bool = True) -> list[str]:
+def model_reasons(
+    config: Any, max_model_len: int | None = None, sees_images: bool = True, num_shards: int = 1
+) -> list[str]:
     """Why the model with this config cannot be compressed.
 
     config:        a transformers config, not only the text config of a multimodal model
     max_model_len: maximum text length, prompt included; default: the config's max_position_embeddings
     sees_images:   whether prompts may have images; False with vLLM's --language-model-only
+    num_shards:    devices over which the heads are sharded (tensor parallelism)
     """
     text = config.get_text_config()
     if max_model_len is None:
@@ -133,7 +136,8 @@ def model_reasons(config: Any, max_model_len: int | None = None, sees_images: bo
         )
         if value
     ]
-    return found + _value_size_reasons(text) + _layer_kind_reasons(text, max_model_len) + _position_reasons(text)
+    found += [*_value_size_reasons(text), *_layer_kind_reasons(text, max_model_len, num_shards)]
+    return found + _position_reasons(text)
 
 
 def check_model(config: Any, name: str, max_model_len: int | None = None, sees_images: bool = True) -> None:
@@ -176,7 +180,7 @@ def _value_size_reasons(text: Any) -> list[str]:
     return [reason("head_size_v", size, f"keys and values must have the same head size, and that of the keys is {own}")]
 
 
-def _heads_reasons(text: Any, layers: list[LayerKind]) -> list[str]:
+def _heads_reasons(text: Any, layers: list[LayerKind], num_shards: int) -> list[str]:
     """Why layers with different heads are not supported together; layers: their kinds."""
     if not has_other_heads(text):
         return []
@@ -199,20 +203,15 @@ def _heads_reasons(text: Any, layers: list[LayerKind]) -> list[str]:
         ]
     if len(local) > 1:
         return [reason("per_layer_config", differing, "these must be the same in all layers with a window")]
-    widths = [heads.width() for heads in (*full, *local)]
-    if len(widths) == 2 and max(widths) % min(widths):
-        return [
-            reason(
-                "per_layer_config",
-                differing,
-                f"keys have {widths[0]} numbers in full-attention layers and {widths[1]} in the others, and one must "
-                "be a multiple of the other",
-            )
-        ]
+    try:
+        if full and local:
+            block_scales(full[0], local[0], num_shards)
+    except UsageError as e:
+        return [str(e).removesuffix(".")]
     return []
 
 
-def _layer_kind_reasons(text: Any, max_model_len: int | None) -> list[str]:
+def _layer_kind_reasons(text: Any, max_model_len: int | None, num_shards: int) -> list[str]:
     if getattr(text, "layer_types", None) is None and getattr(text, "layers_block_type", None) is None:
         states = [field for field in STATE_FIELDS if getattr(text, field, None)]
         if states:
@@ -220,7 +219,7 @@ def _layer_kind_reasons(text: Any, max_model_len: int | None) -> list[str]:
     if others := set(layer_kinds(text)) - FULL_ATTENTION - LOCAL_ATTENTION - RECURRENT - CACHELESS:
         return [reason("layer_types", ", ".join(sorted(others)), SERVED_KINDS)]
     layers = local_layers(text, max_model_len)
-    if found := _heads_reasons(text, layers):
+    if found := _heads_reasons(text, layers, num_shards):
         return found
     kinds = {layer for layer in layers if isinstance(layer, Local | Recurrent)}
     if None not in layers:
@@ -375,7 +374,7 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
     ]
     return [
         *(reason(what, value, why) for wrong, what, value, why in before_model if wrong),
-        *model_reasons(model.hf_config, model.max_model_len, sees_images=False),  # vLLM knows better, below
+        *model_reasons(model.hf_config, model.max_model_len, False, parallel.tensor_parallel_size),  # images: below
         *(reason(what, value, why) for wrong, what, value, why in after_model if wrong),
     ]
 

@@ -96,6 +96,13 @@ def test_compressed_layers_with_larger_blocks(tmp_path: Path, monkeypatch: pytes
         prepare(config)
 
 
+def test_blocks_that_vllm_would_pad_are_refused_as_the_model_is(tmp_path: Path) -> None:
+    made = Gemma4TextConfig(num_hidden_layers=6, global_head_dim=384, architectures=["Gemma4ForCausalLM"])
+    made.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="KvLLM does not support tensor_parallel_size=1: keys have 1536 numbers"):
+        vllm_config(tmp_path, {}, skip_tokenizer_init=True)
+
+
 def test_a_front_end_without_our_checks_is_refused(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = vllm_config(model_dir)
     config.additional_config = {"kvllm": {}}

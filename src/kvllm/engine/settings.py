@@ -137,12 +137,12 @@ def prepare(vllm_config: VllmConfig) -> KvConfig | None:
     if not cache.user_specified_block_size:
         cache.block_size = support.default_block_size(device, config.survivor_bits, cache.cache_dtype)
         cache.user_specified_block_size = True
-    _check_survivor_bits(config, device, vllm_config)
-    block_size = kernel_block_size(vllm_config)
-    check_geometry(config, block_size, vllm_config.model_config.max_model_len, packed_tokens(vllm_config))
     offloading = support.offloading_reasons(vllm_config, device, config.prompt_budget, len(config.parts))
     for found in (*support.engine_reasons(vllm_config, device), *offloading):
         raise UsageError(f"KvLLM does not support {found}.")
+    _check_survivor_bits(config, device, vllm_config)
+    block_size = kernel_block_size(vllm_config)
+    check_geometry(config, block_size, vllm_config.model_config.max_model_len, packed_tokens(vllm_config))
     if envs.VLLM_USE_RUST_FRONTEND:
         raise UsageError(
             "KvLLM does not support VLLM_USE_RUST_FRONTEND=1, with which requests reach the engine unchecked. Unset it."
