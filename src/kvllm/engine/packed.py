@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from enum import Enum, auto
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,19 +30,19 @@ from kvllm.kernels.paged import PagedCache
 from kvllm.layout import IntArray, ceil_div
 
 
-class Step(NamedTuple):
-    """How a layer's attention over packed survivors is computed in a step, exactly one of three ways.
+class Order(Enum):
+    """When a layer's attention over packed survivors runs."""
 
-    packed:   the arguments of `PackedAttention.attend`
-    alone:    by one kernel, with all plain tokens
-    beside:   at the same time as the backend's
-    prefills: before the backend's
-    """
+    ALONE = auto()  # one kernel reads prompt and tail as well
+    BESIDE = auto()  # at the same time as the backend's attention
+    BEFORE = auto()  # before the backend's attention
+
+
+class Step(NamedTuple):
+    """A layer's attention over packed survivors in a step; packed: the arguments of `PackedAttention.attend`."""
 
     packed: tuple[Tensor, Tensor, Tensor, Batch, float]
-    alone: bool
-    beside: bool
-    prefills: bool
+    order: Order
 
 
 class PackedSurvivors:
@@ -159,8 +160,8 @@ class PackedSurvivors:
         ) -> Any:  # fmt: skip
             if attn_metadata is not None and self.attention is not None:
                 step = self._step(index, query, attn_metadata)
-                self.follows = step.alone and self.overlap
-                if step.beside:
+                self.follows = step.order is Order.ALONE and self.overlap
+                if step.order is Order.BESIDE:
                     # On a second stream: neither our kernels nor the backend's fill the GPU until they end.
                     with self._second_stream():
                         self.attention.attend(*step.packed)
@@ -180,9 +181,9 @@ class PackedSurvivors:
         tokens = query[: attn_metadata.num_actual_tokens]
         scale = self.layers[index].impl.scale
         packed = (tokens, self.cache.keys[index], self.cache.values[index], batch, scale)
-        prefills = attn_metadata.max_query_len > 1
-        alone = not prefills and self._plain_too
-        return Step(packed, alone, beside=not prefills and not alone, prefills=prefills)
+        if attn_metadata.max_query_len > 1:
+            return Step(packed, Order.BEFORE)
+        return Step(packed, Order.ALONE if self._plain_too else Order.BESIDE)
 
     def _merging(self, forward: Callable[..., Any], index: int) -> Callable[..., Any]:
         def merging_forward(
@@ -193,21 +194,22 @@ class PackedSurvivors:
                 return forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             step = self._step(index, query, attn_metadata)
             own_output = output[: attn_metadata.num_actual_tokens]
-            if step.alone:
+            if step.order is Order.ALONE:
                 plain, sinks = Plain(attn_metadata.block_table, attn_metadata.seq_lens), self._sinks(self.layers[index])
                 tokens, keys, values, batch, scale = step.packed
                 self.attention.decode(own_output, tokens, keys, values, batch, plain, scale, sinks)
                 return output
-            if step.prefills:  # launches each kernel individually: synchronizing streams would cost more
+            if step.order is Order.BEFORE:  # launches each kernel individually: synchronizing streams would cost more
                 self.attention.attend(*step.packed)
             LOG_SUM_EXP.wanted = True
             try:
                 result = forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             finally:
                 LOG_SUM_EXP.wanted = False
-            if step.beside and self.stream is not None:
+            if step.order is Order.BESIDE and self.stream is not None:
                 torch.cuda.current_stream().wait_stream(self.stream)
-            self.attention.finish(own_output, LOG_SUM_EXP.take(), *step.packed, self.resumed and step.prefills)
+            prefill = self.resumed and step.order is Order.BEFORE
+            self.attention.finish(own_output, LOG_SUM_EXP.take(), *step.packed, prefill)
             return result
 
         return merging_forward

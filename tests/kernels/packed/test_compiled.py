@@ -39,6 +39,8 @@ def print_ptx():
     attend = compiled(
         _attend_packed_kernel, TYPES, ATTEND, UNALIGNED, num_warps=2, num_stages=3, maxnreg=128, launch_pdl=True
     )
+    plain_float32 = dict(ASSEMBLY=False, DTYPE=tl.float32, KV_DTYPE=tl.float32, HEAD_DIM=64, BLOCK_W=16)
+    compiled(_attend_packed_kernel, TYPES | {"query": "*fp32"}, ATTEND | plain_float32, UNALIGNED, num_warps=2)
     merge = compiled(_merge_packed_kernel, TYPES, MERGE, UNALIGNED, num_warps=1, launch_pdl=True)
     print(attend.asm["ptx"], merge.asm["ptx"], sep="of the merging kernel:\n")
 

@@ -146,16 +146,16 @@ def blocks_per_part(blocks: IntArray, num_kv_heads: int) -> int:
 
     blocks: [any], of each request and kind
     """
+    longest = int(blocks.max(initial=0))
     least = max(
         LEAST_BLOCKS,
         ceil_div(int(blocks.sum()) * num_kv_heads, MOST_WAVES * SLOTS),
-        ceil_div(int(blocks.max(initial=0)), MOST_PARTS),
+        ceil_div(longest, MOST_PARTS),
     )
     sizes = np.ceil(least * _SIZES).astype(np.int64)
-    counts = -(-blocks // sizes[:, None])
-    waves = ceil_div(counts.sum(1) * num_kv_heads, SLOTS)
-    largest = np.ceil(blocks / np.maximum(counts, 1)).max(axis=1, initial=0)
-    return int(sizes[np.argmin(waves * (largest + OVERHEAD))])
+    counts = (-(-blocks // sizes[:, None])).sum(axis=1)
+    waves = ceil_div(counts * num_kv_heads, SLOTS)
+    return int(sizes[np.argmin(waves * (np.minimum(sizes, longest) + OVERHEAD))])
 
 
 def plan_parts(

@@ -43,12 +43,14 @@ def codes(words, QUARTER: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.conste
     """A quarter's code of each word in DTYPE, times 2**`code_exponent`."""
     if not ASSEMBLY:
         return (_shifted(words, 4 * QUARTER, False) & 15).to(DTYPE)
-    words = _shifted(words, QUARTER // 2 * 8, True)
-    if QUARTER % 2 == 0:
+    elif QUARTER % 2 == 0:
+        words = _shifted(words, QUARTER // 2 * 8, True)
         bits = tl.inline_asm_elementwise(_LOW, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
+        return bits.to(DTYPE, bitcast=True)
     else:
+        words = _shifted(words, QUARTER // 2 * 8, True)
         bits = tl.inline_asm_elementwise(_HIGH, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
-    return bits.to(DTYPE, bitcast=True)
+        return bits.to(DTYPE, bitcast=True)
 
 
 @triton.constexpr_function
