@@ -121,9 +121,7 @@ def test_layers_with_less_kv_per_token_get_larger_blocks(
 
 
 def test_blocks_that_vllm_would_pad_and_layer_budgets_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"tensor_parallel_size=2: keys have 384 numbers .* 256 .*; use another"
-    ):
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=2: keys have 384 numbers .* 256 .*; use another"):
         block_scales(Heads(8, 2, 384), Heads(8, 2, 256), num_shards=2)
     made = config("gemma4_text", **GEMMA_4 | {"num_hidden_layers": 12}, **LARGE)
     with pytest.raises(ValueError, match=r"layer budgets are not supported in models whose full-attention layers have"):
