@@ -10,6 +10,7 @@ from typing import Any
 from kvllm import support
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
+from kvllm.groups import full_layers
 from kvllm.layers import full_heads, local_layers
 from kvllm.layout import Geometry, request_geometry
 from kvllm.methods import make_methods
@@ -60,6 +61,13 @@ def check_cache_dtype(config: KvConfig, cache_dtype: str, device: str, head_dim:
         )
 
 
+def check_survivor_bits(config: KvConfig, dtype: str, head_dim: int) -> None:
+    """Raise UsageError if a GPU cannot pack the survivors. Arguments: as of `packed_problem`"""
+    table = config.retention_ratio if config.budgets else None
+    if problem := support.packed_problem(config.survivor_bits, dtype, table, head_dim):
+        raise UsageError(problem)
+
+
 def check_positions(config: KvConfig) -> None:
     """Refuse a method that uses indices as rotary positions, for a model where images may make them differ."""
     for name, method in make_methods(config).items():
@@ -74,7 +82,7 @@ def check_files(config: KvConfig, text: Any, max_model_len: int | None) -> None:
 
     text, max_model_len: as in `local_layers`
     """
-    heads, layers = full_heads(text), local_layers(text, max_model_len)
-    shape = LayerShape(len(layers) - layers[::-1].index(None), heads.num_heads, heads.num_kv_heads, heads.head_dim)
+    heads, numbers = full_heads(text), full_layers(local_layers(text, max_model_len))
+    shape = LayerShape(1 + numbers[-1], heads.num_heads, heads.num_kv_heads, heads.head_dim)
     for method in make_methods(config).values():
         method.check_layers(shape)

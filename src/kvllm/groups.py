@@ -163,7 +163,7 @@ def groups_of_model(
     return replace(groups, scale=scale, local_scale=local_scale)
 
 
-def compressed_block_size(text: Any, max_model_len: int | None, block_size: int, num_shards: int = 1) -> int:
+def full_attention_block_size(text: Any, max_model_len: int | None, block_size: int, num_shards: int = 1) -> int:
     """Tokens in a block of the full-attention layers. Arguments: as of `groups_of_model`; block_size: --block-size"""
     if not has_other_heads(text):
         return block_size

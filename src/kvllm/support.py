@@ -374,7 +374,7 @@ def engine_reasons(vllm_config: Any, device: str) -> list[str]:
     ]
     return [
         *(reason(what, value, why) for wrong, what, value, why in before_model if wrong),
-        *model_reasons(model.hf_config, model.max_model_len, False, parallel.tensor_parallel_size),  # images: below
+        *model_reasons(model.hf_config, model.max_model_len, False, parallel.tensor_parallel_size),  # images: above
         *(reason(what, value, why) for wrong, what, value, why in after_model if wrong),
     ]
 

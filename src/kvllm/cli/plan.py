@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from kvllm.checks import check_cache_dtype, check_files, check_positions
+from kvllm.checks import check_cache_dtype, check_files, check_positions, check_survivor_bits
 from kvllm.compression.footprint import Footprint, dtype_of, head_dim_of
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
@@ -17,7 +17,7 @@ from kvllm.groups import Groups
 from kvllm.layers import Recurrent
 from kvllm.layout import RequestGeometry, ceil_div
 from kvllm.options import parse_numbers
-from kvllm.support import has_mrope, packed_problem
+from kvllm.support import has_mrope
 
 # Not pydantic.ByteSize, which ignores trailing text: it parses 1.2.3G as 1.2 bytes.
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -94,10 +94,9 @@ def check(
     model_config: a transformers config
     """
     text = model_config.get_text_config()
-    head_dim, table = head_dim_of(text), config.retention_ratio if config.budgets else None
+    head_dim = head_dim_of(text)
     check_cache_dtype(config, kv_cache_dtype, "cuda", head_dim)
-    if problem := packed_problem(config.survivor_bits, dtype_of(model_config), table, head_dim):
-        raise UsageError(problem)
+    check_survivor_bits(config, dtype_of(model_config), head_dim)
     if text is not model_config and not language_model_only and has_mrope(model_config):
         check_positions(config)
     check_files(config, text, max_model_len)

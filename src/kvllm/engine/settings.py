@@ -10,12 +10,12 @@ from vllm import envs
 from vllm.logger import init_logger
 
 from kvllm import support
-from kvllm.checks import check_cache_dtype, check_geometry, check_positions
+from kvllm.checks import check_cache_dtype, check_geometry, check_positions, check_survivor_bits
 from kvllm.compression.footprint import BANK_SHARE, fitting_max_num_seqs, footprint
 from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.config import CONFIG_KEY, METHOD_KEY, METHOD_NAME, RATIO_KEY, KvConfig, check_retention_ratio
 from kvllm.errors import UsageError
-from kvllm.groups import Groups, compressed_block_size, full_layers, groups_of_model
+from kvllm.groups import Groups, full_attention_block_size, full_layers, groups_of_model
 from kvllm.layers import Heads, LayerKind, full_heads, has_other_heads, local_layers
 from kvllm.layout import RequestGeometry, request_geometry
 from kvllm.methods import checked_config, with_budgets
@@ -70,7 +70,8 @@ def kernel_block_size(vllm_config: VllmConfig) -> int:
     if vllm_config.model_config.is_hybrid:
         return DEFAULT_BLOCK_SIZE[vllm_config.device_config.device_type]
     longest, num_shards = vllm_config.model_config.max_model_len, vllm_config.parallel_config.tensor_parallel_size
-    return compressed_block_size(text_config(vllm_config), longest, vllm_config.cache_config.block_size, num_shards)
+    size = vllm_config.cache_config.block_size
+    return full_attention_block_size(text_config(vllm_config), longest, size, num_shards)
 
 
 def num_late_events(vllm_config: VllmConfig) -> int:
@@ -283,6 +284,4 @@ def _check_survivor_bits(config: KvConfig, device: str, vllm_config: VllmConfig)
             f"survivor_bits={bits}: cannot be combined with VLLM_BATCH_INVARIANT, since the order of sums over packed "
             "survivors depends on the batch. Unset it, or use survivor_bits=16."
         )
-    table = config.retention_ratio if config.budgets else None
-    if problem := support.packed_problem(bits, dtype, table, head_dim):
-        raise UsageError(problem)
+    check_survivor_bits(config, dtype, head_dim)

@@ -24,7 +24,7 @@ from kvllm.compression.rounding import Rounding, packed_block_tokens
 from kvllm.compression.rows import Due
 from kvllm.config import KvConfig
 from kvllm.errors import UsageError
-from kvllm.groups import compressed_block_size, full_layers, groups_of_model
+from kvllm.groups import full_attention_block_size, full_layers, groups_of_model
 from kvllm.layers import Cacheless, LayerKind, Recurrent, local_layers
 from kvllm.layout import Geometry, request_geometry
 from kvllm.methods import make_method, with_budgets
@@ -269,7 +269,7 @@ def block_size_of(model: PreTrainedModel, block_size: int) -> int:
     """
     check_model(model)
     text = model.config.get_text_config()
-    return compressed_block_size(text, getattr(text, "max_position_embeddings", None), block_size)
+    return full_attention_block_size(text, getattr(text, "max_position_embeddings", None), block_size)
 
 
 def check_model(model: PreTrainedModel) -> None:

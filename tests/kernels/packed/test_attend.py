@@ -15,9 +15,9 @@ from kvllm.kernels.packed.attend import (
     PackedAttention,
     Plain,
     attend_plain_ref,
-    blocks_per_part,
     max_parts,
     merge_packed_ref,
+    part_counts,
     plan_parts,
 )
 from kvllm.kernels.packed.layout import PackedLayout
@@ -234,5 +234,4 @@ def test_parts_cover_every_block_in_a_launch_of_known_size(num_blocks, num_kv_he
     ],
 )
 def test_parts_end_together(blocks, parts):
-    size = blocks_per_part(np.array(blocks), 8)
-    assert [-(-n // size) for n in blocks] == parts
+    assert part_counts(np.array(blocks), 8).tolist() == parts

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Gemma4TextConfig
 
 from kvllm import __main__ as cli
 from kvllm import reference
-from kvllm.groups import compressed_block_size
+from kvllm.groups import full_attention_block_size
 from kvllm.measure.eval.traces import Trace, write_traces
 
 # 4 KV heads of 256 in layers with a window, one of 512 in those of full attention.
@@ -25,8 +25,8 @@ class TakenError(Exception):
 
 
 def test_blocks_of_the_compressed_layers() -> None:
-    assert compressed_block_size(GEMMA, 4096, 16) == 32 == compressed_block_size(GEMMA, None, 16)
-    assert compressed_block_size(GEMMA, 4096, 16, num_shards=4) == 16
+    assert full_attention_block_size(GEMMA, 4096, 16) == 32 == full_attention_block_size(GEMMA, None, 16)
+    assert full_attention_block_size(GEMMA, 4096, 16, num_shards=4) == 16
 
 
 @pytest.mark.parametrize(

@@ -138,13 +138,11 @@ def max_parts(num_reqs: int, num_kv_heads: int) -> int:
     return ceil_div(MOST_WAVES * SLOTS, num_kv_heads) + 2 * num_reqs
 
 
-def blocks_per_part(blocks: IntArray, num_kv_heads: int) -> int:
-    """The most blocks of a part, for which all programs are expected to end first.
+def part_counts(blocks: IntArray, num_kv_heads: int) -> IntArray:
+    """Into how many parts to divide each number of blocks, so that all programs are expected to end first.
 
     Programs that do not run at once run in waves, and each wave takes as long as its largest program. Larger parts in a
     single wave and smaller ones in two can both be better, since rounding makes parts and waves that are not full.
-
-    blocks: [any], of each request and kind
     """
     longest = int(blocks.max(initial=0))
     least = max(
@@ -153,9 +151,9 @@ def blocks_per_part(blocks: IntArray, num_kv_heads: int) -> int:
         ceil_div(longest, MOST_PARTS),
     )
     sizes = np.ceil(least * _SIZES).astype(np.int64)
-    counts = (-(-blocks // sizes[:, None])).sum(axis=1)
-    waves = ceil_div(counts * num_kv_heads, SLOTS)
-    return int(sizes[np.argmin(waves * (np.minimum(sizes, longest) + OVERHEAD))])
+    counts = -(-blocks // sizes[:, None])
+    waves = ceil_div(counts.sum(axis=1) * num_kv_heads, SLOTS)
+    return counts[np.argmin(waves * (np.minimum(sizes, longest) + OVERHEAD))]
 
 
 def plan_parts(
@@ -172,7 +170,7 @@ def plan_parts(
     num_reqs = len(packed)
     blocks = np.empty(2 * num_reqs, np.int64)
     blocks[0::2], blocks[1::2] = packed, plain
-    counts = ceil_div(blocks, blocks_per_part(blocks, num_kv_heads))
+    counts = part_counts(blocks, num_kv_heads)
     ends = np.cumsum(counts)
     rows[0, :num_reqs], rows[0, num_reqs:] = ends[1::2], ends[-1] if num_reqs else 0
     rows[1, :num_reqs], rows[1, num_reqs:] = counts[0::2], 0

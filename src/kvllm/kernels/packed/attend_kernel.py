@@ -196,9 +196,8 @@ def _attend_packed(
     token_pairs = _pair_offsets(tokens, stride_row, PAIRS_PER_ROW)
     EVEN: tl.constexpr = code_exponent(0, DTYPE, ASSEMBLY)
     ODD: tl.constexpr = code_exponent(1, DTYPE, ASSEMBLY)
-    SHIFT: tl.constexpr = (
-        100 if EVEN < -126 else 0
-    )  # of numerators, to keep their products with codes in float32's range
+    # Of numerators, to keep their products with codes in float32's range.
+    SHIFT: tl.constexpr = 100 if EVEN < -126 else 0
     scale *= 2.0 ** -key_exponent(DTYPE, ASSEMBLY)
     highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
     # Summed over a block's tokens only at the end: in the loop each token of a block has its own sum.

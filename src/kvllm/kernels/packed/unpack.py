@@ -11,16 +11,20 @@ import triton.language as tl
 # As the lowest bits of a 16-bit float a code is a tiny (subnormal) number, exactly proportional to it. So one operation
 # unpacks two codes, and tensor cores multiply them as they are; other factors make up for their size. Codes of odd
 # quarters stay four bits higher, which makes them 16 times as large.
-_MAGIC = "mov.b32 magic, 0x64006400; mov.b32 one, 0x3c003c00; mov.b32 bias, 0xe400e400;"  # 1024, 1, -1024 in float16
 _LOW = tl.constexpr("and.b32 $0, $1, 0x000f000f;")
 _HIGH = tl.constexpr("and.b32 $0, $1, 0x00f000f0;")
 _FMA_BF16 = tl.constexpr("fma.rn.bf16x2 $0, $1, $2, $3;")
 # 1024 + code, from a code in the low bits of 1024's mantissa, less 1024: tiny numbers would need too large scales here.
 _RESTORED_F16 = tl.constexpr(
-    "{ .reg .b32 magic, one, bias; " + _MAGIC + " lop3.b32 $0, $1, 0x000f000f, magic, 0xea;"
+    "{ .reg .b32 magic, one, bias; mov.b32 magic, 0x64006400; mov.b32 one, 0x3c003c00; mov.b32 bias, 0xe400e400;"
+    " lop3.b32 $0, $1, 0x000f000f, magic, 0xea;"
     " fma.rn.f16x2 $0, $0, one, bias; fma.rn.f16x2 $0, $0, $2, $3; }"
 )
-_KEY_EXPONENT = tl.constexpr(-60)  # of bfloat16 keys: halfway between scales that overflow, and keys that underflow
+
+
+@triton.constexpr_function
+def _shift_right(bits):
+    return f"shr.b32 $0, $1, {bits};"
 
 
 @triton.jit
@@ -30,12 +34,9 @@ def _shifted(words, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
         return words
     elif not ASSEMBLY:
         return words >> BITS
-    elif BITS == 4:
-        return tl.inline_asm_elementwise("shr.b32 $0, $1, 4;", "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
-    elif BITS == 8:
-        return tl.inline_asm_elementwise("shr.b32 $0, $1, 8;", "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
     else:
-        return tl.inline_asm_elementwise("shr.b32 $0, $1, 12;", "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
+        SHIFT: tl.constexpr = _shift_right(BITS)
+        return tl.inline_asm_elementwise(SHIFT, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -43,13 +44,10 @@ def codes(words, QUARTER: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.conste
     """A quarter's code of each word in DTYPE, times 2**`code_exponent`."""
     if not ASSEMBLY:
         return (_shifted(words, 4 * QUARTER, False) & 15).to(DTYPE)
-    elif QUARTER % 2 == 0:
-        words = _shifted(words, QUARTER // 2 * 8, True)
-        bits = tl.inline_asm_elementwise(_LOW, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
-        return bits.to(DTYPE, bitcast=True)
     else:
+        MASK: tl.constexpr = _HIGH if QUARTER % 2 else _LOW
         words = _shifted(words, QUARTER // 2 * 8, True)
-        bits = tl.inline_asm_elementwise(_HIGH, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
+        bits = tl.inline_asm_elementwise(MASK, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
         return bits.to(DTYPE, bitcast=True)
 
 
@@ -63,8 +61,8 @@ def code_exponent(quarter, dtype, assembly):
 
 @triton.constexpr_function
 def key_exponent(dtype, assembly):
-    """`restored` gives keys times two to this power."""
-    return _KEY_EXPONENT.value if assembly and dtype == tl.bfloat16 else 0
+    """`restored` gives keys times two to this power: halfway between scales that overflow, and keys that underflow."""
+    return -60 if assembly and dtype == tl.bfloat16 else 0
 
 
 @triton.jit
@@ -82,8 +80,9 @@ def restored(words, scale, lowest, QUARTER: tl.constexpr, DTYPE: tl.constexpr, A
     if not ASSEMBLY:
         return codes(words, QUARTER, DTYPE, False) * scale + lowest
     elif DTYPE == tl.bfloat16:
-        EXPONENT: tl.constexpr = _KEY_EXPONENT - code_exponent(QUARTER, DTYPE, ASSEMBLY)
-        operands = [codes(words, QUARTER, DTYPE, True), scale * _power(EXPONENT), lowest * _power(_KEY_EXPONENT)]
+        OF_KEYS: tl.constexpr = key_exponent(DTYPE, ASSEMBLY)
+        OF_SCALES: tl.constexpr = OF_KEYS - code_exponent(QUARTER, DTYPE, ASSEMBLY)
+        operands = [codes(words, QUARTER, DTYPE, True), scale * _power(OF_SCALES), lowest * _power(OF_KEYS)]
         return tl.inline_asm_elementwise(_FMA_BF16, "=r,r,r,r", operands, dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
         operands = [_shifted(words, 4 * QUARTER, True), scale, lowest]
